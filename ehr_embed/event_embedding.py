@@ -1,0 +1,31 @@
+"""Event vectors by lookup in the embedding table, on the model's device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ehr_embed.batches import Batch
+
+
+class EventEmbedding(nn.Module):
+    """The frozen table: token ids to vectors. Kept apart from the model, whose checkpoint stays free of it."""
+
+    table: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table.float())
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, E)."""
+        return F.embedding(token_ids, self.table)
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a model's dict face takes, from a batch on the table's device."""
+        inputs = {"embeddings": self(batch.token_ids), "padding_mask": batch.is_event, "days": batch.days}
+        if batch.values is not None:
+            inputs["values"] = batch.values
+        return inputs

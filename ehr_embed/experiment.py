@@ -1,0 +1,263 @@
+"""From a composed configuration to a finished run: the only module below the entry points that knows Hydra."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning_fabric import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from ehr_embed import __version__
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.files import atomic_path, write_json
+from ehr_embed.instantiate import instantiate
+from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
+from ehr_embed.prepare import Prepared, prepare
+from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.tasks.protocol import Task
+from ehr_embed.trainer import Trainer
+from ehr_embed.vocabulary import VocabularySettings
+
+log = logging.getLogger(__name__)
+EVALUATED = ("tuning", "held_out")
+PACKAGES = (
+    "torch",
+    "lightning-fabric",
+    "sentence-transformers",
+    "transformers",
+    "polars",
+    "numpy",
+    "hydra-core",
+    "wandb",
+)
+
+
+def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
+    """Open the source of a configuration, and its store and table, building what is missing."""
+    build = _builder(cfg)
+    source: Source = build(cfg.data.source)
+    settings = VocabularySettings(
+        values=cfg.data.values, n_bins=cfg.data.n_bins, min_count=cfg.data.min_count, lookups=tuple(cfg.data.lookups)
+    )
+    embedder = build(cfg.embedder)
+    try:
+        prepared = prepare(
+            source,
+            settings,
+            embedder,
+            cache_dir=Path(cfg.cache_dir),
+            min_text_coverage=cfg.data.min_text_coverage,
+            overwrite=overwrite,
+        )
+    finally:
+        embedder.close()
+    return source, prepared
+
+
+def run(cfg: DictConfig) -> float:
+    """Train and evaluate one configuration; everything it leaves is in the run directory.
+
+    Returns:
+        The monitored metric on tuning with the best checkpoint: the objective of a search.
+    """
+    began = time.perf_counter()
+    seed_everything(cfg.seed, verbose=False)
+    build, run_dir = _builder(cfg), run_directory(cfg)
+    source, prepared = prepare_from(cfg)
+    task: Task = build(cfg.task)
+    task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    model = build(
+        cfg.model,
+        embedding_dim=prepared.table.shape[1],
+        num_classes=task.num_classes,
+        has_values=prepared.store.manifest["has_values"],
+    )
+    settings = build(cfg.trainer)
+
+    config = resolved(cfg, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_path(run_dir / "config.yaml") as path:
+        path.write_text(CONFIG_HEADER.format(run_dir=run_dir) + OmegaConf.to_yaml(config), encoding="utf-8")
+    write_json(run_dir / "environment.json", environment())
+    tracker = build(
+        cfg.tracker,
+        run_dir=run_dir,
+        config=config,
+        tags=group_choices(),
+        table_digest=prepared.table_digest,
+        table_path=prepared.table_path,
+    )
+
+    def log_epoch(row: dict[str, float], epoch: int) -> None:
+        tracker.log(row, step=epoch)
+        _print_epoch(row, task.monitor)
+
+    with tracker:
+        trainer = Trainer(
+            settings,
+            task=task,
+            events={split: prepared.store.split(split) for split in SPLITS},
+            run_dir=run_dir,
+            config=config,
+            seed=cfg.seed,
+            log=log_epoch,
+        )
+        embedding = EventEmbedding(prepared.table)
+        facts = trainer.fit(model, embedding)
+        probabilities = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
+        task.fit_thresholds(probabilities["tuning"])
+        history = facts.pop("history")
+        metrics: dict[str, Any] = {
+            split: task.evaluate(split, probabilities[split], n_bootstrap=settings.n_bootstrap)
+            for split in reversed(EVALUATED)
+        }
+        metrics["train"] = facts | {"n": len(task.samples["train"]), "total_seconds": time.perf_counter() - began}
+        if bayes := _bayes(source, task):
+            metrics["bayes_auroc"] = bayes
+        write_json(run_dir / "metrics.json", metrics)
+        for split in EVALUATED:
+            task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, probabilities[split])
+        plots = write_plots(run_dir / "plots", history, task.curves(probabilities))
+        objective = float(metrics["tuning"][task.monitor]["value"])
+        tracker.summarise(summary_of(metrics))
+        tracker.add_plots(plots)
+    print_metrics(metrics, run_dir)
+    return objective
+
+
+CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
+#
+#   python train.py --config-path {run_dir} --config-name config run_dir=DIR
+"""
+
+
+def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """The configuration as plain values, with what a repetition needs of Hydra's own part."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    hydra = {"run": {"dir": "${run_dir}"}, "output_subdir": None, "job_logging": {"root": {"handlers": ["console"]}}}
+    return {**config, "run_dir": str(run_dir), "hydra": hydra}
+
+
+def run_directory(cfg: DictConfig) -> Path:
+    """`run_dir`, or in a multirun the job's own folder."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.output_dir)
+    return Path(cfg.run_dir)
+
+
+def group_choices() -> list[str]:
+    """`group=option` for every config group chosen, as tags; empty outside a Hydra application."""
+    if not HydraConfig.initialized():
+        return []
+    choices = HydraConfig.get().runtime.choices
+    return [
+        f"{group}={choice}" for group, choice in sorted(choices.items()) if choice and not group.startswith("hydra/")
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware."""
+    return {
+        "ehr_embed": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """Flat point values: `best/<split>/<metric>`, those of the best checkpoint, and `train/<fact>`.
+
+    >>> summary_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10}, "train": {"epochs": 3}})
+    {'best/tuning/auroc': 0.8, 'train/epochs': 3}
+    """
+    best = {
+        f"best/{split}/{name}": entry["value"]
+        for split in EVALUATED
+        for name, entry in metrics.get(split, {}).items()
+        if isinstance(entry, dict) and "value" in entry
+    }
+    return best | {f"train/{name}": value for name, value in metrics["train"].items()}
+
+
+def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
+    """Loss always; ROC, precision-recall and calibration for binary labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_loss(folder / "loss.png", history)
+    paths = [folder / "loss.png"]
+    named: dict[str, Callable[[Path, Any], None]] = {
+        "roc": plot_roc,
+        "precision_recall": plot_precision_recall,
+        "calibration": plot_calibration,
+    }
+    for name, plot in named.items() if curves else ():
+        plot(folder / f"{name}.png", curves)
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
+def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
+    """The table a run ends with."""
+    table = Table(title=f"held-out and tuning metrics with 95 % intervals, {run_dir}", title_justify="left")
+    table.add_column("metric")
+    for split in reversed(EVALUATED):
+        table.add_column(f"{split} (n={metrics[split]['n']})", justify="right")
+    names = [name for name, entry in metrics["held_out"].items() if isinstance(entry, dict) and "value" in entry]
+    for name in names:
+        table.add_row(name, *(_cell(metrics[split][name]) for split in reversed(EVALUATED)))
+    if "prevalence" in metrics["held_out"]:
+        table.add_row("prevalence", *(f"{metrics[split]['prevalence']:.3f}" for split in reversed(EVALUATED)))
+    if bayes := metrics.get("bayes_auroc"):
+        table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
+    console = Console()
+    console.print(table)
+    train = metrics["train"]
+    console.print(
+        f"{train['n_parameters']:,} parameters, best epoch {train['best_epoch']} of {train['epochs']}, "
+        f"{train['events_per_s']:,.0f} events/s, {train['precision']}, {train['total_seconds']:.0f} s in all",
+        highlight=False,
+    )
+
+
+def _cell(entry: dict[str, float | None]) -> str:
+    interval = "" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]"
+    return f"{entry['value']:.3f}{interval}"
+
+
+def _print_epoch(row: dict[str, float], monitor: str) -> None:
+    log.info(
+        "epoch %d: train loss %.4f, tuning loss %.4f, tuning %s %.4f, %s events/s",
+        row["epoch"],
+        row["train/loss"],
+        row["tuning/loss"],
+        monitor,
+        row[f"tuning/{monitor}"],
+        f"{row['train/events_per_s']:,.0f}",
+    )
+
+
+def _bayes(source: Source, task: Task) -> dict[str, float] | None:
+    """The demo's best possible AUROC of each evaluated split; None where the true risk is not known."""
+    known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
+    return {split: value for split, value in known.items() if value is not None} or None
+
+
+def _builder(cfg: DictConfig) -> Callable[..., Any]:
+    """`instantiate` with the configuration's trusted packages."""
+    trusted = tuple(cfg.trusted_packages)
+    return lambda node, **sizes: instantiate(node, trusted=trusted, **sizes)

@@ -1,0 +1,63 @@
+"""Hydra's `instantiate`, for trusted targets only: a `_target_` in a config is code that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ehr_embed.errors import UserError
+
+ALLOWED_PREFIXES = ("ehr_embed.", "torch.", "sentence_transformers.", "optuna.")
+
+
+def targets(config: Any) -> Iterator[str]:
+    """Every `_target_` in a config, at any depth.
+
+    >>> list(targets({"_target_": "a.B", "inner": [{"_target_": "c.D"}]}))
+    ['a.B', 'c.D']
+    """
+    if isinstance(config, DictConfig | ListConfig):
+        config = OmegaConf.to_container(config, resolve=False)
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield str(config["_target_"])
+        for value in config.values():
+            yield from targets(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from targets(value)
+
+
+def instantiate(config: DictConfig, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
+    """Build what `config._target_` names with its keys and the sizes that the data dictate.
+
+    Args:
+        config: a group's config.
+        trusted: further packages a user declares in `trusted_packages`.
+        sizes: build-time arguments (embedding_dim, num_classes, ...).
+
+    Raises:
+        UserError: a target outside the allowed prefixes, or arguments the target does not take.
+    """
+    allowed = (*ALLOWED_PREFIXES, *(f"{package.rstrip('.')}." for package in trusted))
+    for target in targets(config):
+        if not target.startswith(allowed):
+            raise UserError(
+                f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
+                "code. If it is yours, type: trusted_packages=[PACKAGE]"
+            )
+    try:
+        return hydra.utils.instantiate(config, **sizes)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, TypeError) or cause is None:
+            raise UserError(
+                f"cannot build {config.get('_target_')}: {cause or error}. Check its YAML under conf/."
+            ) from error
+        raise

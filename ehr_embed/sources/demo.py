@@ -1,0 +1,23 @@
+"""The demo cohort: synthetic, written once as a MEDS dataset and read like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ehr_embed.files import read_json
+from ehr_embed.sources.cohort import write_demo_cohort
+from ehr_embed.sources.meds import MedsSource
+
+
+def demo_source(*, root: str, n_subjects: int, seed: int) -> MedsSource:
+    """Write the cohort to `root` unless it is there, and open it as MEDS."""
+    folder = Path(root)
+    if not (folder / "data").is_dir():
+        write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
+    return MedsSource(root=root, name="demo")
+
+
+def bayes_auroc(root: Path, split: str) -> float | None:
+    """AUROC of the demo's true risk on a split, None for a dataset whose risk is not known."""
+    path = root / "extra" / "bayes.json"
+    return float(read_json(path)["auroc"][split]) if path.exists() else None

@@ -1,0 +1,206 @@
+"""Events from a MEDS 0.4 dataset (https://github.com/Medical-Event-Data-Standard/meds), shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ehr_embed.errors import UserError
+from ehr_embed.sources.protocol import SPLITS
+
+COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32}
+FOOTER_BYTES = 1 << 16
+
+
+class MedsSource:
+    """A folder in MEDS 0.4 layout: `data/**/*.parquet` and `metadata/`.
+
+    Splits come from `metadata/subject_splits.parquet`, or from the folder under `data/` when that file is absent.
+
+    Args:
+        root: the dataset's folder.
+        name: short name for file names and tags; the folder's name by default.
+    """
+
+    def __init__(self, *, root: str | None, name: str | None = None) -> None:
+        if root is None:
+            raise UserError(
+                "data.root is not set: expected the folder of a MEDS dataset (with data/ and metadata/). "
+                "Type: python train.py data=meds data.root=DIR"
+            )
+        self.root = Path(root).expanduser().resolve()
+        self.name = name or self.root.name
+        if not (self.root / "data").is_dir():
+            found = "a folder without data/" if self.root.is_dir() else "no such folder"
+            raise UserError(
+                f"data.root={root}: expected a MEDS dataset with data/**/*.parquet inside, found {found}. "
+                "Type: python train.py data=meds data.root=DIR with the folder that holds data/ and metadata/."
+            )
+
+    @property
+    def labels_dir(self) -> Path:
+        return self.root / "labels"
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        shards = sorted(path for path in (self.root / "data").rglob("*.parquet") if not path.name.startswith("."))
+        if not shards:
+            raise UserError(f"{self.root / 'data'}: expected parquet shards, found none. Run your MEDS ETL again.")
+        return shards
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Size and digest of the last 64 KiB of every file read: a parquet footer holds row counts, sizes and
+        statistics of every column, so any rewrite of the data shows there without reading them whole."""
+        metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
+        files = [*self.shards, *(path for path in metadata if path.exists())]
+        return {str(path.relative_to(self.root)): _tail_digest(path) for path in files}
+
+    @cached_property
+    def subject_splits(self) -> pl.DataFrame | None:
+        """subject_id, split; None when the dataset leaves the splits to its folders."""
+        path = self.root / "metadata" / "subject_splits.parquet"
+        if not path.exists():
+            return None
+        splits = _scan(path, {"subject_id": pl.Int64, "split": pl.String}).collect()
+        if splits.null_count().sum_horizontal().item():
+            raise UserError(f"{path}: null subject_id or split. Every subject needs one split; mend the file.")
+        conflicts = splits.unique().filter(pl.col("subject_id").is_duplicated()).sort("subject_id", "split")
+        if len(conflicts):
+            subject = conflicts["subject_id"][0]
+            where = conflicts.filter(subject_id=subject)["split"].to_list()
+            raise UserError(
+                f"{path}: subject {subject} is in two splits ({', '.join(where)}), {conflicts['subject_id'].n_unique()} "
+                "subjects in all. Held-out metrics would be measured on training subjects; give each subject one split."
+            )
+        return splits.unique()
+
+    @cached_property
+    def _seen(self) -> dict[Path, pl.Series]:
+        return {}
+
+    def read(self, shard: Path) -> pl.DataFrame:
+        events = _scan(shard, COLUMNS).collect()
+        _validate(events, shard)
+        folder = shard.relative_to(self.root / "data").parts[0]
+        events = self._with_split(events, shard, folder if folder in SPLITS else None)
+        self._refuse_shared_subjects(events, shard)
+        return events
+
+    def _with_split(self, events: pl.DataFrame, shard: Path, folder: str | None) -> pl.DataFrame:
+        if self.subject_splits is None:
+            if folder is None:
+                raise UserError(
+                    f"{shard}: no split. Expected metadata/subject_splits.parquet, or shards under "
+                    f"data/{{{','.join(SPLITS)}}}/. Write one of them; nothing was fitted."
+                )
+            return events.with_columns(split=pl.lit(folder))
+        events = events.join(self.subject_splits, on="subject_id", how="left", maintain_order="left")
+        homeless = events.filter(pl.col("split").is_null())
+        if len(homeless):
+            raise UserError(
+                f"{shard}: subject {homeless['subject_id'][0]} and {homeless['subject_id'].n_unique() - 1} more are not in "
+                "metadata/subject_splits.parquet, so no split is known for them. Add them there."
+            )
+        if folder is not None and len(wrong := events.filter(pl.col("split") != folder)):
+            raise UserError(
+                f"{shard}: subject {wrong['subject_id'][0]} lies in data/{folder}/ but subject_splits.parquet says "
+                f"{wrong['split'][0]}: one subject in two splits. Make them agree; held-out metrics depend on it."
+            )
+        return events
+
+    def _refuse_shared_subjects(self, events: pl.DataFrame, shard: Path) -> None:
+        subjects = events["subject_id"].unique()
+        for other, seen in self._seen.items():
+            if other != shard and len(shared := subjects.filter(subjects.is_in(seen.implode()))):
+                raise UserError(
+                    f"subject {shared[0]} has events in both {other} and {shard} ({len(shared)} such subjects). MEDS keeps "
+                    "a subject in one file, and one in two folders would be in two splits. Re-shard by subject."
+                )
+        self._seen[shard] = subjects
+
+    def code_metadata(self) -> pl.DataFrame:
+        schema: dict[str, Any] = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
+        path = self.root / "metadata" / "codes.parquet"
+        if not path.exists():
+            return pl.DataFrame(schema=schema)
+        frame = pl.scan_parquet(path)
+        present = frame.collect_schema()
+        if "code" not in present:
+            raise UserError(f"{path}: expected a column `code`, found {', '.join(present)}.")
+        missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
+        frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+        return frame.filter(pl.col("code").is_not_null()).collect()
+
+
+def _tail_digest(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        handle.seek(max(0, size - FOOTER_BYTES))
+        return f"{size}:{hashlib.sha256(handle.read()).hexdigest()[:16]}"
+
+
+def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:
+    """Lazy frame with exactly the columns of `schema`; an absent numeric_value is all null."""
+    try:
+        frame = pl.scan_parquet(path)
+        present = frame.collect_schema()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable parquet file ({error}). It may be truncated; write it again."
+        ) from error
+    for name, dtype in schema.items():
+        if name == "numeric_value" and name not in present:
+            frame = frame.with_columns(pl.lit(None, dtype=pl.Float32).alias(name))
+            continue
+        if name not in present:
+            raise UserError(f"{path}: column `{name}` is missing; found {', '.join(present)}. MEDS 0.4 requires it.")
+        if not _castable(present[name], dtype):
+            raise UserError(
+                f"{path}: column `{name}` has dtype {present[name]}, expected {dtype} (MEDS 0.4). Cast it and write it again."
+            )
+    return frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+
+
+def _castable(found: pl.DataType, wanted: Any) -> bool:
+    if wanted == pl.Datetime("us"):
+        return isinstance(found, pl.Datetime) and found.time_zone is None
+    if wanted == pl.String:
+        return found == pl.String or isinstance(found, pl.Categorical | pl.Enum)
+    if wanted == pl.Float32:
+        return found.is_numeric() or found == pl.Null
+    return found.is_integer()
+
+
+def _validate(events: pl.DataFrame, shard: Path) -> None:
+    def refuse(rows: pl.DataFrame, expected: str) -> None:
+        if len(rows):
+            raise UserError(
+                f"{shard}, row {rows['row'][0]}: {expected} ({len(rows)} such rows). Mend the ETL; nothing was written."
+            )
+
+    rows = events.with_row_index("row")
+    refuse(rows.filter(pl.col("subject_id").is_null()), "subject_id is null, and every event needs a subject")
+    refuse(
+        rows.filter(pl.col("code").is_null() | (pl.col("code") == "")),
+        "code is null or empty, and every event needs a code",
+    )
+    refuse(
+        rows.filter(pl.col("numeric_value").is_nan() | pl.col("numeric_value").is_infinite()),
+        "numeric_value is NaN or infinite; a missing value is null in MEDS",
+    )
+    new_subject = pl.col("subject_id") != pl.col("subject_id").shift()
+    starts = rows.filter(new_subject.fill_null(True))
+    refuse(
+        starts.filter(~pl.col("subject_id").is_first_distinct()),
+        "a subject's events are not contiguous, as MEDS requires; sort by subject_id, time",
+    )
+    # Static events (null time) come first in MEDS, so they order below every real time.
+    time = pl.col("time").fill_null(pl.lit(-(2**62)).cast(pl.Datetime("us")))
+    refuse(
+        rows.filter(~new_subject & (time < time.shift())),
+        "events of a subject are not ordered by time (static ones first), as MEDS requires; sort by subject_id, time",
+    )

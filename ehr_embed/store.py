@@ -1,0 +1,193 @@
+"""The event store: memory-mapped ragged arrays per split, written shard by shard, manifest last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from tqdm import tqdm
+
+from ehr_embed.errors import UserError
+from ehr_embed.files import atomic_directory, digest, file_sha256, read_json, write_json
+from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
+
+FORMAT = 1
+STATIC_TIME = np.iinfo(np.int64).min
+"""Time of a static event: below every real one, so it sorts first and is always visible."""
+DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
+
+
+@dataclass(frozen=True)
+class SplitEvents:
+    """The events of one split, subject after subject.
+
+    Attributes:
+        token_ids: (N,) int32.
+        times: (N,) int64, microseconds since 1970-01-01, `STATIC_TIME` for static events.
+        values: (N,) float32 or None when the vocabulary carries no values.
+        subject_ids: (S,) int64.
+        offsets: (S + 1,) int64; subject s owns events offsets[s]:offsets[s + 1].
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    times: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32] | None
+    subject_ids: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+class EventStore:
+    """A store on disk, opened; `build_store` makes one.
+
+    Raises:
+        UserError: there is none at `folder`, or its format or files are not what the manifest says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "manifest.json").exists():
+            raise UserError(
+                f"{folder}: no event store here (no manifest.json). Type: python embed.py with the same overrides"
+            )
+        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
+        if self.manifest["format"] != FORMAT:
+            raise UserError(
+                f"{folder}: store format {self.manifest['format']}, this version reads {FORMAT}. "
+                "Type: python embed.py overwrite=true with the same overrides"
+            )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        expected, found = self.manifest["vocab_sha256"], file_sha256(self.folder / "vocab.csv")
+        if expected != found:
+            raise UserError(
+                f"{self.folder / 'vocab.csv'} was changed: sha256 {found[:12]}, the manifest says {expected[:12]}. Token ids "
+                "would get other texts. Type: python embed.py overwrite=true with the same overrides"
+            )
+        return Vocabulary.load(self.folder)
+
+    def split(self, name: str) -> SplitEvents:
+        """Open a split's arrays; nothing is read into memory yet.
+
+        Raises:
+            UserError: the dataset has no such split, or a file has not the size the manifest says.
+        """
+        sizes = self.manifest["splits"][name]
+        if not sizes["n_events"]:
+            raise UserError(
+                f"{self.manifest['name']}: the split {name} has no events. Training needs {', '.join(SPLITS)}; "
+                "add the split in metadata/subject_splits.parquet and run python embed.py overwrite=true"
+            )
+        folder = self.folder / name
+        arrays = {key: self._map(folder / f"{key}.bin", dtype, sizes["n_events"]) for key, dtype in DTYPES.items()
+                  if key != "values" or self.manifest["has_values"]}  # fmt: skip
+        subject_ids = np.load(folder / "subject_ids.npy", allow_pickle=False)
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        return SplitEvents(arrays["token_ids"], arrays["times"], arrays.get("values"), subject_ids, offsets)
+
+    def _map(self, path: Path, dtype: Any, length: int) -> npt.NDArray[Any]:
+        expected = length * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise UserError(
+                f"{path}: {found} bytes, expected {expected}; the file is damaged. "
+                "Type: python embed.py overwrite=true with the same overrides"
+            )
+        return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
+
+
+def build_store(folder: Path, source: Source, settings: VocabularySettings) -> EventStore:
+    """Fit the vocabulary on train, then write every split's events to `folder`; it appears whole or not at all."""
+    vocabulary = fit_vocabulary(source, settings)
+    counts = np.zeros(len(vocabulary), np.int64)
+    with atomic_directory(folder) as temporary:
+        writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
+        for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
+            events = source.read(shard)
+            for split, writer in writers.items():
+                part = events.filter(split=split)
+                token_ids, values = vocabulary.encode(part["code"], part["numeric_value"])
+                writer.append(part, token_ids, values)
+                if split == "train":
+                    counts += np.bincount(token_ids, minlength=len(counts))
+        vocabulary = vocabulary.with_counts(counts)
+        vocabulary.save(temporary)
+        manifest = {
+            "format": FORMAT,
+            "name": source.name,
+            "source": source.fingerprint(),
+            "settings": settings_key(settings),
+            "vocab_sha256": file_sha256(temporary / "vocab.csv"),
+            "has_values": settings.has_values,
+            "splits": {split: writer.finish() for split, writer in writers.items()},
+        }
+        write_json(temporary / "manifest.json", manifest)
+    return EventStore(folder)
+
+
+def settings_key(settings: VocabularySettings) -> dict[str, Any]:
+    """What of the settings determines the store: the lookups by content, not by name."""
+    return {**settings.__dict__, "lookups": [file_sha256(path) for path in settings.lookups if Path(path).is_file()]}
+
+
+def store_folder(cache_dir: Path, source: Source, settings: VocabularySettings) -> Path:
+    """Where the store of this source and these settings belongs.
+
+    The data's fingerprint is not part of the name: changed data meet the old store and are refused, not rebuilt unasked.
+    """
+    where = str(source.labels_dir.parent)
+    return cache_dir / "stores" / f"{source.name}-{digest({'root': where, **settings_key(settings)}, 10)}"
+
+
+def check_fingerprint(store: EventStore, source: Source) -> None:
+    """Refuse a store that was built from other data than `source` now holds.
+
+    Raises:
+        UserError: names the first file that differs, with both fingerprints.
+    """
+    found, expected = source.fingerprint(), store.manifest["source"]
+    for file in sorted({*found, *expected}):
+        if found.get(file) != expected.get(file):
+            raise UserError(
+                f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
+                f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
+                "Type: python embed.py overwrite=true with the same overrides"
+            )
+
+
+class _SplitWriter:
+    """Appends a split's events to its files."""
+
+    def __init__(self, folder: Path, has_values: bool) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        keys = [key for key in DTYPES if key != "values" or has_values]
+        self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
+        self.subject_ids: list[npt.NDArray[np.int64]] = []
+        self.lengths: list[npt.NDArray[np.int64]] = []
+        self.n_unknown = 0
+
+    def append(self, events: pl.DataFrame, token_ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> None:
+        times = events["time"].cast(pl.Int64).fill_null(STATIC_TIME).to_numpy()
+        for key, array in {"token_ids": token_ids, "times": times, "values": values}.items():
+            if key in self.files:
+                self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
+        runs = events.group_by("subject_id", maintain_order=True).len()
+        self.subject_ids.append(runs["subject_id"].to_numpy())
+        self.lengths.append(runs["len"].to_numpy().astype(np.int64))
+        self.n_unknown += int((token_ids == UNKNOWN).sum())
+
+    def finish(self) -> dict[str, int]:
+        for file in self.files.values():
+            file.close()
+        lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
+        subject_ids = np.concatenate([np.empty(0, np.int64), *self.subject_ids])
+        np.save(self.folder / "subject_ids.npy", subject_ids)
+        np.save(self.folder / "offsets.npy", np.cumsum(lengths))
+        return {"n_subjects": len(subject_ids), "n_events": int(lengths.sum()), "n_unknown": self.n_unknown}

@@ -1,0 +1,206 @@
+"""One label a prediction time: binary or one of several classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch.nn.functional as F
+from torch import Tensor
+
+from ehr_embed.errors import UserError
+from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
+from ehr_embed.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.samples import Samples, build_samples
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import EventStore, SplitEvents
+from ehr_embed.tasks.labels import LabelSet, read_labels
+from ehr_embed.tasks.protocol import Curves, Probabilities, as_tensor, monitored
+
+
+class Classification:
+    """Classes of a MEDS label set; two classes are evaluated as a binary task.
+
+    Args:
+        labels: name of a label set of the dataset, or a path; None = the only one there is.
+        class_weights: None, "balanced" (inverse train frequency), or one weight a class.
+        label_smoothing: share of probability spread over all classes, in [0, 1).
+        monitor: metric on tuning that chooses the best checkpoint.
+        shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: str | None = None,
+        class_weights: str | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        monitor: str = "f1",
+        shuffle_labels: int | None = None,
+    ) -> None:
+        self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
+        self.is_higher_better = monitored(monitor, METRICS)
+        self.shuffle_labels = shuffle_labels
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1).")
+        self.label_smoothing = label_smoothing
+        self.samples: dict[str, Samples] = {}
+        self.class_names: list[str] = []
+        self.threshold = 0.5
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        label_set = read_labels(self.labels, labels_dir)
+        splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
+        self.class_names = class_names(label_set, splits["train"][1])
+        for split, (events, frame) in splits.items():
+            codes = encode_classes(frame["value"], self.class_names, f"{label_set.name}, split {split}")
+            refuse_missing_classes(codes, self.class_names, label_set.name, split)
+            if self.shuffle_labels is not None:
+                codes = np.random.default_rng(self.shuffle_labels).permutation(codes)
+            self.samples[split] = build_samples(events, frame, codes, max_length=max_length)
+        self._weights = self._fit_weights(self.samples["train"].labels)
+
+    def _fit_weights(self, labels: npt.NDArray) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        if isinstance(self.class_weights, str):
+            if self.class_weights != "balanced":
+                raise UserError(
+                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number a class."
+                )
+            return as_tensor(len(labels) / (self.num_classes * np.bincount(labels, minlength=self.num_classes)))
+        if len(self.class_weights) != self.num_classes:
+            raise UserError(
+                f"task.class_weights has {len(self.class_weights)} numbers, but there are {self.num_classes} classes: "
+                f"{', '.join(self.class_names)}. Give one weight a class, in this order."
+            )
+        return as_tensor(self.class_weights)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self._weights is None else self._weights.to(logits.device)
+        return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=self.label_smoothing)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, C), rows sum to one."""
+        return logits.double().softmax(-1)
+
+    def fit_thresholds(self, probabilities: Probabilities) -> None:
+        if self.num_classes == 2:
+            self.threshold = choose_threshold(self.samples["tuning"].labels, probabilities[:, 1])
+
+    def evaluate(self, split: str, probabilities: Probabilities, *, n_bootstrap: int) -> dict[str, Any]:
+        samples = self.samples[split]
+        if self.num_classes == 2:
+            return binary_metrics(
+                samples.labels,
+                probabilities[:, 1],
+                threshold=self.threshold,
+                subject_ids=samples.subject_ids,
+                n_bootstrap=n_bootstrap,
+                split_name=split,
+            )
+        return multiclass_metrics(
+            samples.labels,
+            probabilities,
+            class_names=self.class_names,
+            subject_ids=samples.subject_ids,
+            n_bootstrap=n_bootstrap,
+            split_name=split,
+        )
+
+    def write_predictions(self, path: Path, split: str, probabilities: Probabilities) -> None:
+        samples = self.samples[split]
+        times = samples.prediction_times.astype("datetime64[us]")
+        if self.num_classes == 2:
+            write_predictions(
+                path,
+                subject_ids=samples.subject_ids,
+                prediction_times=times,
+                labels=samples.labels,
+                probabilities=probabilities[:, 1],
+                threshold=self.threshold,
+            )
+        else:
+            write_multiclass_predictions(
+                path,
+                subject_ids=samples.subject_ids,
+                prediction_times=times,
+                labels=samples.labels,
+                probabilities=probabilities,
+                class_names=self.class_names,
+            )
+
+    def curves(self, probabilities: dict[str, Probabilities]) -> Curves:
+        if self.num_classes != 2:
+            return {}
+        return {split: (self.samples[split].labels, p[:, 1]) for split, p in probabilities.items()}
+
+
+def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:
+    """The label rows of each split's subjects.
+
+    Raises:
+        UserError: a labelled subject has no events in any split, or a split has no labels.
+    """
+    parts = {}
+    known = pl.concat([pl.Series(split.subject_ids) for split in events.values()])
+    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))
+    if len(absent):
+        raise UserError(
+            f"label set {labels.name}: subject {absent['subject_id'][0]} and {absent['subject_id'].n_unique() - 1} more have "
+            "labels but no events in the dataset. Remove these rows, or point task.labels and data.root at the same dataset."
+        )
+    for split, arrays in events.items():
+        frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))
+        if not len(frame):
+            raise UserError(
+                f"label set {labels.name}: no labels for the {split} split; expected some in each of {', '.join(SPLITS)}."
+            )
+        parts[split] = (arrays, frame)
+    return parts
+
+
+def class_names(labels: LabelSet, train: pl.DataFrame) -> list[str]:
+    """Class names in the order of their indices: false, true for booleans, numbers in order, else alphabetical."""
+    if labels.is_boolean:
+        return ["false", "true"]
+    found = train["value"].unique().to_list()
+    return sorted(found, key=int) if labels.value_column == "integer_value" else sorted(found)
+
+
+def encode_classes(values: pl.Series, names: list[str], where: str) -> npt.NDArray[np.int64]:
+    """(n,) class indices.
+
+    Raises:
+        UserError: a class that train does not have.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    if strangers := sorted(set(values.unique()) - set(index)):
+        raise UserError(
+            f"{where}: classes {', '.join(strangers)} do not occur in train ({', '.join(names)}), so none can be learned."
+        )
+    return np.array([index[value] for value in values.to_list()], dtype=np.int64)
+
+
+def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label_set: str, split: str) -> None:
+    """Refuse a split in which a class, or the second class, is missing: its metrics would be undefined.
+
+    Raises:
+        UserError: names the split and the class.
+    """
+    counts = np.bincount(codes, minlength=max(2, len(names)))
+    missing = [name for name, n in zip(names, counts, strict=False) if n == 0]
+    if missing or len(names) < 2:
+        have = ", ".join(f"{name}: {n}" for name, n in zip(names, counts, strict=False))
+        raise UserError(
+            f"label set {label_set}, split {split}: one class only or a class missing ({have}). AUROC and the threshold would be "
+            "undefined. Choose another label set, or splits in which every class occurs."
+        )

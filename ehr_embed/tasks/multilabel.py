@@ -1,0 +1,143 @@
+"""Several yes-or-no labels at each prediction time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch.nn.functional as F
+from torch import Tensor
+
+from ehr_embed.errors import UserError
+from ehr_embed.files import atomic_path
+from ehr_embed.metrics import METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.samples import Samples, build_samples
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import EventStore
+from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
+from ehr_embed.tasks.labels import LabelSet, available_labels, read_labels
+from ehr_embed.tasks.protocol import Curves, Probabilities, as_tensor, monitored
+
+
+class Multilabel:
+    """Boolean label sets predicted together, where they share subjects and prediction times.
+
+    Args:
+        labels: names or paths of label sets; None = all of the dataset.
+        class_weights: None, "balanced" (negatives per positive in train), or the weight of the positives of each label.
+        monitor: metric on tuning, a mean over labels, that chooses the best checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: Sequence[str] | None = None,
+        class_weights: str | Sequence[float] | None = None,
+        monitor: str = "f1",
+    ) -> None:
+        self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
+        self.is_higher_better = monitored(monitor, METRICS)
+        self.samples: dict[str, Samples] = {}
+        self.label_names: list[str] = []
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        names = available_labels(labels_dir) if self.labels is None else list(self.labels)
+        if len(names) < 2:
+            raise UserError(f"task=multilabel needs two label sets or more, got {names}. Type: task.labels=[NAME,NAME]")
+        label_sets = [read_labels(name, labels_dir) for name in names]
+        if others := [label_set.name for label_set in label_sets if not label_set.is_boolean]:
+            raise UserError(
+                f"task=multilabel takes boolean label sets; {', '.join(others)} are not. Use task=classification."
+            )
+        joined = _join(label_sets)
+        self.label_names = [label_set.name for label_set in label_sets]
+        for split, (events, frame) in split_labels(joined, {split: store.split(split) for split in SPLITS}).items():
+            columns = [
+                encode_classes(frame[name], ["false", "true"], f"{name}, split {split}") for name in self.label_names
+            ]
+            for name, column in zip(self.label_names, columns, strict=True):
+                refuse_missing_classes(column, ["false", "true"], name, split)
+            values = np.stack(columns, axis=1).astype(np.float32)
+            self.samples[split] = build_samples(events, frame, values, max_length=max_length)
+        self._weights = self._fit_weights()
+        self.thresholds = np.full(self.num_classes, 0.5)
+
+    def _fit_weights(self) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        if isinstance(self.class_weights, str):
+            if self.class_weights != "balanced":
+                raise UserError(
+                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number a label."
+                )
+            rate = self.samples["train"].labels.mean(axis=0)
+            return as_tensor((1 - rate) / rate)
+        if len(self.class_weights) != self.num_classes:
+            raise UserError(
+                f"task.class_weights has {len(self.class_weights)} numbers for {self.num_classes} labels: "
+                f"{', '.join(self.label_names)}. Give one a label, in this order."
+            )
+        return as_tensor(self.class_weights)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self._weights is None else self._weights.to(logits.device)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, L), each label on its own."""
+        return logits.double().sigmoid()
+
+    def fit_thresholds(self, probabilities: Probabilities) -> None:
+        labels = self.samples["tuning"].labels
+        self.thresholds = np.array([choose_threshold(y, p) for y, p in zip(labels.T, probabilities.T, strict=True)])
+
+    def evaluate(self, split: str, probabilities: Probabilities, *, n_bootstrap: int) -> dict[str, Any]:
+        return multilabel_metrics(
+            self.samples[split].labels,
+            probabilities,
+            thresholds=self.thresholds,
+            label_names=self.label_names,
+            subject_ids=self.samples[split].subject_ids,
+            n_bootstrap=n_bootstrap,
+            split_name=split,
+        )
+
+    def write_predictions(self, path: Path, split: str, probabilities: Probabilities) -> None:
+        samples = self.samples[split]
+        columns: dict[str, Any] = {
+            "subject_id": samples.subject_ids,
+            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
+        }
+        for index, name in enumerate(self.label_names):
+            columns[f"{name}/label"] = samples.labels[:, index].astype(bool)
+            columns[f"{name}/predicted"] = probabilities[:, index] >= self.thresholds[index]
+            columns[f"{name}/probability"] = probabilities[:, index].astype(np.float32)
+        with atomic_path(path) as temporary:
+            pl.DataFrame(columns).write_parquet(temporary)
+
+    def curves(self, probabilities: dict[str, Probabilities]) -> Curves:
+        return {
+            f"{split}, {name}": (self.samples[split].labels[:, index], p[:, index])
+            for split, p in probabilities.items()
+            for index, name in enumerate(self.label_names)
+        }
+
+
+def _join(label_sets: list[LabelSet]) -> LabelSet:
+    """Rows that every label set has, one value column a set."""
+    frame = label_sets[0].frame.rename({"value": label_sets[0].name})
+    for other in label_sets[1:]:
+        frame = frame.join(other.frame.rename({"value": other.name}), on=["subject_id", "prediction_time"], how="inner")
+    name = "+".join(label_set.name for label_set in label_sets)
+    if not len(frame):
+        raise UserError(
+            f"label sets {name} share no subject and prediction time, so they cannot be predicted together."
+        )
+    return LabelSet(name, frame.sort("subject_id", "prediction_time"), "boolean_value")

@@ -1,0 +1,326 @@
+"""Tokens: one per code, or per code and value bin. Fitted on train only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import atomic_path, read_json, write_json
+from ehr_embed.sources.protocol import Source
+from ehr_embed.texts import coverage, read_lookups, resolve_texts
+
+PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
+VALUE_MODES = ("bins", "continuous", "both", "none")
+MAX_VALUES_PER_CODE = 20_000
+"""Values kept per code for its quantiles: exact below, a uniform sample above."""
+VALUE_LIMIT = 10.0
+"""Normalised values are clipped here: beyond ten robust standard deviations lie typing errors."""
+
+
+@dataclass(frozen=True)
+class VocabularySettings:
+    """What the vocabulary is fitted with.
+
+    Attributes:
+        values: `bins` (token = code and value bin), `continuous` (token = code, number beside it), `both`, or `none`.
+        n_bins: quantile bins per code.
+        min_count: a code with fewer train events folds into its parent's token, or keeps a token of its plain text.
+        lookups: CSV files with columns code,term whose texts win over the dataset's descriptions.
+    """
+
+    values: str = "bins"
+    n_bins: int = 10
+    min_count: int = 5
+    lookups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.values not in VALUE_MODES:
+            raise unknown_name("data.values", self.values, VALUE_MODES)
+        if self.n_bins < 2:
+            raise UserError(f"data.n_bins={self.n_bins}: expected 2 or more; use data.values=none to leave values out.")
+        if self.min_count < 1:
+            raise UserError(f"data.min_count={self.min_count}: expected 1 or more events.")
+
+    @property
+    def has_bins(self) -> bool:
+        return self.values in ("bins", "both")
+
+    @property
+    def has_values(self) -> bool:
+        return self.values in ("continuous", "both")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens and the map from (code, value) to them.
+
+    Attributes:
+        settings: what it was fitted with.
+        tokens: token (row number), str, text, count (train events; 0 until the store is built).
+        codes: code, plain_token, bin_token (first bin's token, -1 = no bins), edges (lower bounds of bins 2...),
+            loc and scale (median and robust standard deviation of the values in train).
+        report: coverage by text step, and what was folded or dropped.
+    """
+
+    settings: VocabularySettings
+    tokens: pl.DataFrame
+    codes: pl.DataFrame
+    report: dict[str, Any]
+
+    @property
+    def texts(self) -> list[str]:
+        """Text of every token; row 0, padding, is empty."""
+        return self.tokens["text"].to_list()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, codes: pl.Series, values: pl.Series) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Token id and normalised value of every event.
+
+        Args:
+            codes: (N,) String.
+            values: (N,) Float32, null = no value.
+
+        Returns:
+            token ids (N,) int32, `UNKNOWN` for a code without token or parent; values (N,) float32 in robust standard
+            deviations from the train median, NaN where there is none or the settings carry no values.
+        """
+        index = pl.DataFrame({"code": self.codes["code"], "index": np.arange(len(self.codes), dtype=np.int64)})
+        row = pl.DataFrame({"code": codes}).join(index, on="code", how="left", maintain_order="left")["index"]
+        known = row.is_not_null().to_numpy()
+        row_N = row.fill_null(0).to_numpy()
+        value_N = values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        if not len(self.codes):
+            return np.full(len(codes), UNKNOWN, np.int32), np.full(len(codes), np.nan, np.float32)
+
+        token_N = self.codes["plain_token"].to_numpy()[row_N].astype(np.int32)
+        edges = self._edges
+        first_bin_N = self.codes["bin_token"].to_numpy()[row_N]
+        binned = np.flatnonzero((first_bin_N >= 0) & ~np.isnan(value_N))
+        for part in np.array_split(binned, max(1, len(binned) // 1_000_000)):
+            bins = (edges[row_N[part]] <= value_N[part, None]).sum(axis=1)
+            token_N[part] = first_bin_N[part] + bins
+        token_N[~known] = UNKNOWN
+
+        if not self.settings.has_values:
+            return token_N, np.full(len(codes), np.nan, np.float32)
+        loc_N, scale_N = self.codes["loc"].to_numpy()[row_N], self.codes["scale"].to_numpy()[row_N]
+        normal_N = np.clip((value_N - loc_N) / scale_N, -VALUE_LIMIT, VALUE_LIMIT).astype(np.float32)
+        normal_N[~known] = np.nan
+        return token_N, normal_N
+
+    @property
+    def _edges(self) -> npt.NDArray[np.float32]:
+        lists = self.codes["edges"].to_list()
+        edges = np.full((len(lists), max([1, *map(len, lists)])), np.inf, np.float32)
+        for row, values in enumerate(lists):
+            edges[row, : len(values)] = values
+        return edges
+
+    def with_counts(self, counts: npt.NDArray[np.int64]) -> Vocabulary:
+        """The same vocabulary with the number of train events of each token, (V,)."""
+        return Vocabulary(self.settings, self.tokens.with_columns(count=pl.Series(counts)), self.codes, self.report)
+
+    def save(self, folder: Path) -> None:
+        """Write vocab.csv (token,str,text,count), codes.parquet and vocabulary.json to `folder`."""
+        with atomic_path(folder / "vocab.csv") as path:
+            self.tokens.write_csv(path)
+        with atomic_path(folder / "codes.parquet") as path:
+            self.codes.write_parquet(path)
+        settings = {**self.settings.__dict__, "lookups": list(self.settings.lookups)}
+        write_json(folder / "vocabulary.json", {"settings": settings, "report": self.report})
+
+    @staticmethod
+    def load(folder: Path) -> Vocabulary:
+        """Read what `save` wrote."""
+        about = read_json(folder / "vocabulary.json")
+        schema = {"token": pl.Int64, "str": pl.String, "text": pl.String, "count": pl.Int64}
+        tokens = pl.read_csv(folder / "vocab.csv", schema=schema).with_columns(pl.col("text").fill_null(""))
+        settings = VocabularySettings(**{**about["settings"], "lookups": tuple(about["settings"]["lookups"])})
+        return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
+
+
+def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 0) -> Vocabulary:
+    """Fit tokens, bins and value normalisation on the train split of `source`, one shard in memory at a time.
+
+    Raises:
+        UserError: there is no train event.
+    """
+    counts, values = _statistics(source, seed)
+    metadata, lookups = source.code_metadata(), read_lookups(settings.lookups)
+    every_code = pl.concat([counts["code"], metadata["code"], lookups["code"]]).unique(maintain_order=True)
+    parents = metadata.select("code", pl.col("parent_codes").alias("parent")).explode("parent", empty_as_null=True)
+    parents = parents.drop_nulls().unique(maintain_order=True)
+    every_code = pl.concat([every_code, parents["parent"]]).unique(maintain_order=True)
+    texts = resolve_texts(every_code, metadata, lookups)
+
+    frequent = counts.filter(pl.col("count") >= settings.min_count)
+    rare = counts.filter(pl.col("count") < settings.min_count)
+    described = texts.filter(pl.col("step") != "readable")["code"]
+    useful = parents.filter(
+        pl.col("parent").is_in(described.implode()) | pl.col("parent").is_in(frequent["code"].implode())
+    )
+    useful = useful.unique("code", keep="first", maintain_order=True)
+    folded = rare.join(useful, on="code", how="inner", maintain_order="left")
+    plain = rare.join(useful, on="code", how="anti", maintain_order="left")
+
+    builder = _Builder(dict(zip(texts["code"], texts["text"], strict=True)))
+    by_code = {key[0]: frame["numeric_value"].to_numpy() for key, frame in values.group_by("code")}
+    n_binned = 0
+    for code in frequent["code"]:
+        found = by_code.get(code)
+        enough = found is not None and len(found) >= settings.min_count
+        edges = bin_edges(found, settings.n_bins) if settings.has_bins and found is not None and enough else np.empty(0)
+        n_binned += bool(len(edges))
+        builder.add(code, edges, found)
+    for code in plain["code"]:
+        builder.add(code, np.empty(0), by_code.get(code))
+    for code, parent in folded.select("code", "parent").iter_rows():
+        builder.fold(code, parent, by_code.get(code))
+    # Codes of the other splits are never counted; those whose parent has a token can still use it.
+    unseen = useful.filter(~pl.col("code").is_in(counts["code"].implode()))
+    unseen = unseen.filter(pl.col("parent").is_in(list(builder.plain)))
+    for code, parent in unseen.iter_rows():
+        builder.fold(code, parent, None)
+
+    report = {
+        "text_coverage": coverage(texts, counts),
+        "codes_in_train": len(counts),
+        "codes_with_bins": n_binned,
+        "rare_codes_folded_into_parent": len(folded),
+        "rare_codes_kept_as_plain_text": len(plain),
+        "unseen_codes_mapped_to_parent": len(unseen),
+        "tokens": len(builder.strings),
+    }
+    return Vocabulary(settings, builder.tokens(), builder.codes(), report)
+
+
+def _statistics(source: Source, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Counts per code (code, count) and sampled values (code, numeric_value, priority) of train.
+
+    The sample keeps, per code, the values with the lowest random priorities: uniform over all shards and mergeable.
+    """
+    counts: list[pl.DataFrame] = []
+    values = pl.DataFrame(schema={"code": pl.String, "numeric_value": pl.Float32, "priority": pl.Float64})
+    for number, shard in enumerate(source.shards):
+        train = source.read(shard).filter(split="train")
+        counts.append(train.group_by("code").agg(pl.len().alias("count")))
+        found = train.select("code", "numeric_value").drop_nulls()
+        priority = pl.Series("priority", np.random.default_rng([seed, number]).random(len(found)))
+        values = pl.concat([values, found.with_columns(priority)])
+        values = values.filter(pl.col("priority").rank("ordinal").over("code") <= MAX_VALUES_PER_CODE)
+    total = (
+        pl.concat(counts).group_by("code").agg(pl.col("count").sum()).sort("count", "code", descending=[True, False])
+    )
+    if not len(total):
+        raise UserError("the train split has no events: nothing can be fitted. Check metadata/subject_splits.parquet.")
+    return total.with_columns(pl.col("count").cast(pl.Int64)), values
+
+
+def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.float32]:
+    """Lower bounds of the second and later quantile bins; every bin holds at least one of `values`.
+
+    A variable with no more distinct values than bins gets one bin a value.
+
+    >>> bin_edges(np.arange(10.), 5).tolist()
+    [2.0, 4.0, 6.0, 8.0]
+    >>> bin_edges(np.array([0., 0., 0., 1.]), 10).tolist()
+    [1.0]
+    >>> bin_edges(np.array([3., 3.]), 10).tolist()
+    []
+    """
+    distinct = np.unique(values)
+    if len(distinct) <= n_bins:
+        return distinct[1:]
+    edges = np.quantile(values, np.arange(1, n_bins) / n_bins, method="higher")
+    edges = np.unique(edges[edges > distinct[0]])
+    if not len(edges):  # nearly all values are the minimum: bin what lies above it
+        return np.concatenate([distinct[1:2], bin_edges(values[values > distinct[0]], n_bins - 1)])
+    return edges
+
+
+def bin_text(number: int, n_bins: int) -> str:
+    """A value bin in words; `number` counts from 1.
+
+    >>> bin_text(8, 10)
+    'high (8th of 10)'
+    >>> bin_text(1, 10), bin_text(2, 3)
+    ('very low (1st of 10)', 'middle (2nd of 3)')
+    """
+    position = (number - 0.5) / n_bins
+    words = ((0.1, "very low"), (0.3, "low"), (0.7, "middle"), (0.9, "high"), (1.0, "very high"))
+    word = next(word for bound, word in words if position < bound)
+    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{word} ({number}{suffix} of {n_bins})"
+
+
+def robust_scale(values: npt.NDArray[np.float32] | None) -> tuple[float, float]:
+    """Median and interquartile range / 1.349 (the standard deviation of a normal variable with that range);
+    the standard deviation where the range is 0, and 1 where that is 0 too.
+
+    >>> robust_scale(np.array([1., 1., 1.]))
+    (1.0, 1.0)
+    """
+    if values is None or not len(values):
+        return 0.0, 1.0
+    wide = values.astype(np.float64)
+    low, median, high = np.quantile(wide, [0.25, 0.5, 0.75])
+    return float(median), float((high - low) / 1.349 or wide.std() or 1.0)
+
+
+class _Builder:
+    """Collects tokens and the rows of the code map."""
+
+    def __init__(self, text_of: dict[str, str]) -> None:
+        self.text_of = text_of
+        self.strings, self.texts = ["<padding>", "<unknown>"], ["", "Unknown event"]
+        self.plain: dict[str, int] = {}
+        self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
+
+    def _token(self, string: str, text: str) -> int:
+        self.strings.append(string)
+        self.texts.append(text)
+        return len(self.strings) - 1
+
+    def _plain_token(self, code: str) -> int:
+        if code not in self.plain:
+            self.plain[code] = self._token(code, self.text_of[code])
+        return self.plain[code]
+
+    def add(self, code: str, edges: npt.NDArray[Any], values: npt.NDArray[np.float32] | None) -> None:
+        plain, first = self._plain_token(code), -1
+        if len(edges):
+            n_bins = len(edges) + 1
+            bins = [
+                self._token(f"{code}//bin_{number}_of_{n_bins}", f"{self.text_of[code]}: {bin_text(number, n_bins)}")
+                for number in range(1, n_bins + 1)
+            ]
+            first = bins[0]
+        self.rows[code] = (plain, first, [float(edge) for edge in edges], *robust_scale(values))
+
+    def fold(self, code: str, parent: str, values: npt.NDArray[np.float32] | None) -> None:
+        self.rows[code] = (self._plain_token(parent), -1, [], *robust_scale(values))
+
+    def tokens(self) -> pl.DataFrame:
+        n = len(self.strings)
+        return pl.DataFrame(
+            {"token": np.arange(n), "str": self.strings, "text": self.texts, "count": np.zeros(n, np.int64)},
+        )
+
+    def codes(self) -> pl.DataFrame:
+        schema: dict[str, Any] = {
+            "code": pl.String,
+            "plain_token": pl.Int32,
+            "bin_token": pl.Int32,
+            "edges": pl.List(pl.Float32),
+            "loc": pl.Float64,
+            "scale": pl.Float64,
+        }
+        return pl.DataFrame([(code, *row) for code, row in self.rows.items()], schema=schema, orient="row")

@@ -1,0 +1,100 @@
+"""Batches: collated by hand, every sample once, similar lengths together."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
+from ehr_embed.errors import UserError
+from ehr_embed.samples import build_samples
+from ehr_embed.store import STATIC_TIME, SplitEvents
+
+DAY = MICROSECONDS_PER_DAY
+
+
+@pytest.fixture()
+def dataset() -> BatchDataset:
+    """Subject 1: one static event and days 0, 2. Subject 2: day 1 only. Predictions at day 3."""
+    times = np.array([STATIC_TIME, 0, 2 * DAY, DAY], np.int64)
+    values = np.array([np.nan, 1.5, np.nan, -2.0], np.float32)
+    events = SplitEvents(np.array([5, 6, 7, 8], np.int32), times, values, np.array([1, 2]), np.array([0, 3, 4]))
+    labels = pl.DataFrame({"subject_id": [1, 2], "prediction_time": pl.Series([3 * DAY] * 2).cast(pl.Datetime("us"))})
+    return BatchDataset(events, build_samples(events, labels, np.array([0, 1]), max_length=16))
+
+
+def test_collate_by_hand(dataset):
+    batch = dataset[np.array([1, 0])]
+    pad = [0] * 5
+    assert batch.token_ids.tolist() == [[8, 0, 0, *pad], [5, 6, 7, *pad]]
+    assert batch.is_event.int().tolist() == [[1, 0, 0, *pad], [1, 1, 1, *pad]]
+    assert batch.days.tolist() == [[2, 0, 0, *pad], [3, 3, 1, *pad]]
+    assert batch.labels.tolist() == [1, 0]
+    assert batch.sample.tolist() == [1, 0]
+    assert batch.values is not None
+    assert batch.values[1, 1] == 1.5
+    assert batch.values.isnan().sum() == 14
+    assert batch.token_ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_yields_whole_batches(dataset, num_workers):
+    sampler = BucketSampler(dataset.samples.lengths, batch_size=2, batch_tokens=64, shuffle=False)
+    batches = list(batch_loader(dataset, sampler, num_workers=num_workers, pin_memory=False))
+    assert [batch.sample.tolist() for batch in batches] == [[0, 1]]
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=200),
+    st.integers(1, 20),
+    st.integers(104, 500),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_every_sample_once_within_the_budget(lengths, batch_size, batch_tokens, shuffle, world_size):
+    array = np.array(lengths)
+    samplers = [
+        BucketSampler(
+            array, batch_size=batch_size, batch_tokens=batch_tokens, shuffle=shuffle, rank=r, world_size=world_size
+        )
+        for r in range(world_size)
+    ]
+    batches = [batch for sampler in samplers for batch in sampler]
+    seen = np.concatenate([np.empty(0, int), *batches])
+    assert len(seen) == len(set(seen))
+    if not shuffle or world_size == 1:
+        assert sorted(seen) == list(range(len(array)))
+    else:
+        assert len({len(list(sampler)) for sampler in samplers}) == 1
+    for batch in batches:
+        assert len(batch) <= batch_size
+        assert len(batch) * (-(-array[batch].max() // 8) * 8) <= batch_tokens
+
+
+def test_epochs_differ_and_seeds_repeat():
+    lengths = np.random.default_rng(0).integers(1, 50, 500)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = BucketSampler(lengths, batch_size=8, batch_tokens=1000, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        return np.concatenate(list(sampler)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+
+
+def test_bucketing_saves_padding():
+    lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
+    sampler = BucketSampler(lengths, batch_size=32, batch_tokens=16384, shuffle=True)
+    padded = sum(len(batch) * lengths[batch].max() for batch in sampler)
+    assert lengths.sum() / padded > 0.9
+
+
+def test_a_sample_over_the_budget_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.batch_tokens=64 is less than the longest sample, 104 events"):
+        BucketSampler(np.array([100]), batch_size=2, batch_tokens=64, shuffle=True)

@@ -1,0 +1,86 @@
+"""The encoder: padding and batch order change nothing, positions and pooling do what they say, bad sizes are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ehr_embed.errors import UserError
+from ehr_embed.models.blocks import POOLINGS, POSITIONS
+from ehr_embed.models.encoder import Encoder
+
+
+def encoder(**options) -> Encoder:
+    torch.manual_seed(0)
+    defaults = {"embedding_dim": 12, "num_classes": 3, "model_dim": 16, "n_heads": 4, "n_layers": 2, "max_length": 32}
+    return Encoder(**{**defaults, **options}).eval()
+
+
+def inputs(lengths: list[int], width: int, *, values: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    found = {
+        "embeddings": torch.randn(len(lengths), width, 12, generator=generator),
+        "padding_mask": mask,
+        "days": torch.rand(len(lengths), width, generator=generator) * 100,
+    }
+    if values:
+        found["values"] = torch.randn(len(lengths), width, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_padding_and_batch_order_change_nothing(positions, pooling):
+    model = encoder(positions=positions, pooling=pooling)
+    batch = inputs([3, 8, 5], 8)
+    together = model(batch)
+    for i, n in enumerate((3, 8, 5)):
+        alone = model({name: x[i : i + 1, :n] for name, x in batch.items()})
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+    turned = model({name: x.flip(0) for name, x in batch.items()})
+    torch.testing.assert_close(together.flip(0), turned, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "rope", "time", "none"])
+def test_order_matters_only_with_positions(positions):
+    model, batch = encoder(positions=positions), inputs([6], 6)
+    shuffled = dict(batch, embeddings=batch["embeddings"][:, [3, 0, 5, 1, 4, 2]])
+    same = torch.allclose(model(batch), model(shuffled), atol=1e-5)
+    assert same == (positions == "none")
+
+
+def test_the_embeddings_reach_the_logits():
+    model, batch = encoder(), inputs([6], 6)
+    constant = dict(batch, embeddings=torch.ones_like(batch["embeddings"]))
+    assert not torch.allclose(model(batch), model(constant), atol=1e-3)
+
+
+def test_values_scale_and_shift_their_event_only():
+    model, batch = encoder(has_values=True), inputs([6], 6, values=True)
+    before = model(batch)
+    assert model.input.values is not None
+    last = model.input.values[2]
+    assert isinstance(last, torch.nn.Linear)
+    torch.nn.init.normal_(last.weight)
+    assert not torch.allclose(before, model(batch))
+    nothing = dict(batch, values=torch.full_like(batch["values"], float("nan")))
+    torch.testing.assert_close(model(nothing), before)
+    with pytest.raises(UserError, match=r"data\.values=continuous"):
+        model({name: x for name, x in batch.items() if name != "values"})
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(UserError, match=r"model\.n_heads=5 does not divide model\.model_dim=16.*1, 2, 4, 8, 16"):
+        encoder(n_heads=5)
+    with pytest.raises(UserError, match=r"unknown model\.pooling 'men'.*did you mean 'mean'"):
+        encoder(pooling="men")
+    with pytest.raises(UserError, match=r"unknown model\.positions"):
+        encoder(positions="learned")
+    with pytest.raises(UserError, match="rope needs an even head width"):
+        encoder(positions="rope", n_heads=16)
+    with pytest.raises(UserError, match="event vectors of width 5, but this model was built for 12"):
+        encoder()({"embeddings": torch.zeros(1, 2, 5), "padding_mask": torch.ones(1, 2, dtype=torch.bool)})
+    with pytest.raises(UserError, match=r"40 events, but model\.max_length is 32"):
+        encoder()(inputs([40], 40))
