@@ -3,13 +3,12 @@
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.cli import reports_errors
+from ehr_embed.cli import run_main
 from ehr_embed.experiment import prepare_from
 from ehr_embed.prepare import report
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="embed")
-@reports_errors
 def main(cfg: DictConfig) -> None:
     """Build what is missing and say what there is."""
     _, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
@@ -19,4 +18,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "embed")

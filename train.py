@@ -3,16 +3,15 @@
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.cli import reports_errors
+from ehr_embed.cli import run_main
 from ehr_embed.experiment import run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-@reports_errors
 def main(cfg: DictConfig) -> float:
     """Train, evaluate, and return the monitored metric on tuning: the objective of a search."""
     return run(cfg)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "train")

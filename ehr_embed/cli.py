@@ -1,43 +1,70 @@
-"""What the entry points share: users' mistakes end in one message and exit code 2, not in a traceback."""
+"""What the entry points share: a user's mistake ends in one message and exit code 2, never in a library's traceback."""
 
 from __future__ import annotations
 
-import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run_directory
+from ehr_embed.errors import UserError, unknown_name
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
-def reports_errors(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Print a `UserError` without traceback and exit with 2; remove the run directory if it is still empty."""
-
-    @functools.wraps(main)
-    def wrapper(cfg: DictConfig) -> Any:
-        try:
-            return main(cfg)
-        except (UserError, OmegaConfBaseException) as error:
-            if "run_dir" in cfg:
-                _remove_empty(run_directory(cfg))
-            print(f"error: {error}", file=sys.stderr)
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            sys.exit(2)
-
-    return wrapper
+def run_main(main: Callable[[], Any], config_name: str) -> None:
+    """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        print(f"error: {explain(error, config_name, sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _remove_empty(folder: Path) -> None:
-    """Remove `folder` and its parents as far as they are empty."""
-    for path in (folder, *folder.parents[:2]):
-        try:
-            path.rmdir()
-        except OSError:
-            return
+def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
+    """The message for a user: ours as it is, Hydra's with the valid names."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return str(unknown_name(f"option of {group}", name, error.options, f"Type: {group}=NAME"))
+    found = re.search(r"Could not (?:override|append to config\. )'?([\w./@]+)'?", str(error))
+    if isinstance(error, ConfigCompositionException) and found:
+        key = found.group(1)
+        return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
+    return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
+    """An unknown key, with the keys there are beside it under the other overrides."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
+            cfg = compose(config_name, overrides=simple)
+    except (HydraException, OmegaConfBaseException):
+        return f"could not override {key!r}: no such key. Type: python {config_name}.py --cfg job   to see all keys."
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig):
+        return str(unknown_name("key", key, cfg.keys(), f"Type: python {config_name}.py --cfg job   to see all keys."))
+    valid = [str(k) for k in node if k != "_target_"]
+    kind = f"key of {parent}" if parent else "key or group"
+    return str(unknown_name(kind, name, valid, f"Type: python {config_name}.py --cfg job   to see all keys."))

@@ -19,13 +19,17 @@ class EventEmbedding(nn.Module):
         self.register_buffer("table", table.float())
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """(B, T) ids -> (B, T, E)."""
+        """(...) ids -> (..., E)."""
         return F.embedding(token_ids, self.table)
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What a model's dict face takes, from a batch on the table's device."""
-        inputs = {"embeddings": self(batch.token_ids), "padding_mask": batch.is_event, "days": batch.days}
+        """What a model takes, from a batch on the table's device: the table's rows in use and each event's row."""
+        rows, row_ids = self.table, batch.token_ids
+        if len(rows) > row_ids.numel():
+            used, row_ids = batch.token_ids.unique(return_inverse=True)
+            rows = self(used)
+        inputs = {"rows": rows, "row_ids": row_ids, "padding_mask": batch.is_event, "days": batch.days}
         if batch.values is not None:
             inputs["values"] = batch.values
         return inputs

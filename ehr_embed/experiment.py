@@ -147,7 +147,7 @@ def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """The configuration as plain values, with what a repetition needs of Hydra's own part."""
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    hydra = {"run": {"dir": "${run_dir}"}, "output_subdir": None, "job_logging": {"root": {"handlers": ["console"]}}}
+    hydra = {"run": {"dir": "."}, "output_subdir": None, "job_logging": {"root": {"handlers": ["console"]}}}
     return {**config, "run_dir": str(run_dir), "hydra": hydra}
 
 

@@ -32,7 +32,7 @@ def targets(config: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def instantiate(config: DictConfig, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
+def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
     """Build what `config._target_` names with its keys and the sizes that the data dictate.
 
     Args:
@@ -50,14 +50,16 @@ def instantiate(config: DictConfig, *, trusted: Sequence[str] = (), **sizes: Any
                 f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
                 "code. If it is yours, type: trusted_packages=[PACKAGE]"
             )
+    # Sizes are given to the target itself: merged into the config, a dict among them would be instantiated too.
     try:
-        return hydra.utils.instantiate(config, **sizes)
+        build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
     except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, TypeError) or cause is None:
-            raise UserError(
-                f"cannot build {config.get('_target_')}: {cause or error}. Check its YAML under conf/."
-            ) from error
-        raise
+        raise UserError(f"cannot find {config.get('_target_')}: {error.__cause__ or error}. Check _target_.") from error
+    try:
+        return build(**sizes)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UserError(
+            f"cannot build {config.get('_target_')}: {error}. Check the keys of its YAML under conf/."
+        ) from error

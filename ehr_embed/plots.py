@@ -19,8 +19,9 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from ehr_embed.bootstrap import N_CALIBRATION_BINS, calibration_bin
 from ehr_embed.files import atomic_path
-from ehr_embed.metrics import N_CALIBRATION_BINS, calibration_bin, check_binary
+from ehr_embed.metrics import check_binary
 
 _Place = Literal["best", "lower right"]
 Curves = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]

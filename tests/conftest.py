@@ -74,7 +74,7 @@ def write_labels(folder: Path, rows: Sequence[tuple[int, float, Any]]) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Nine subjects, three a split, codes A (with values), B and C, label set `outcome`."""
     splits = {
@@ -98,7 +98,7 @@ def tiny(tmp_path: Path) -> Path:
     return write_meds(tmp_path / "tiny", splits, codes=codes, labels=labels)
 
 
-@pytest.fixture()
+@pytest.fixture
 def real_data() -> Callable[[str], Path]:
     """Path of an open real dataset; skips where it is absent, as for most users."""
 

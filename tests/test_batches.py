@@ -17,7 +17,7 @@ from ehr_embed.store import STATIC_TIME, SplitEvents
 DAY = MICROSECONDS_PER_DAY
 
 
-@pytest.fixture()
+@pytest.fixture
 def dataset() -> BatchDataset:
     """Subject 1: one static event and days 0, 2. Subject 2: day 1 only. Predictions at day 3."""
     times = np.array([STATIC_TIME, 0, 2 * DAY, DAY], np.int64)

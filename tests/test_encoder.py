@@ -57,6 +57,15 @@ def test_the_embeddings_reach_the_logits():
     assert not torch.allclose(model(batch), model(constant), atol=1e-3)
 
 
+def test_both_faces_give_the_same_logits():
+    model, batch = encoder(), inputs([3, 6], 6)
+    rows = torch.randn(9, 12)
+    row_ids = torch.randint(0, 9, (2, 6))
+    rest = {name: x for name, x in batch.items() if name != "embeddings"}
+    by_rows = model({**rest, "rows": rows, "row_ids": row_ids})
+    torch.testing.assert_close(by_rows, model({**rest, "embeddings": rows[row_ids]}))
+
+
 def test_values_scale_and_shift_their_event_only():
     model, batch = encoder(has_values=True), inputs([6], 6, values=True)
     before = model(batch)

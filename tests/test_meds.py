@@ -94,7 +94,7 @@ def test_a_subject_in_two_splits_is_refused(tmp_path):
     disagree = write_meds(tmp_path / "c", {"train": GOOD, **OTHER})
     splits = pl.DataFrame({"subject_id": [1, 2, 3], "split": ["tuning", "tuning", "held_out"]})
     splits.write_parquet(disagree / "metadata" / "subject_splits.parquet")
-    with pytest.raises(UserError, match="subject 1 lies in data/train/ but subject_splits.parquet says tuning"):
+    with pytest.raises(UserError, match=r"subject 1 lies in data/train/ but subject_splits\.parquet says tuning"):
         read_all(MedsSource(root=str(disagree)))
 
 

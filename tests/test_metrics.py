@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from ehr_embed import metrics
+from ehr_embed import bootstrap, metrics
+from ehr_embed.bootstrap import SubjectBootstrap, weighted_areas
 from ehr_embed.errors import UserError
 from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics, multilabel_metrics
 
@@ -49,7 +50,7 @@ def weighted_samples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarra
 @given(weighted_samples())
 def test_areas_equal_sklearn_with_ties_and_weights(sample: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     y, p, w = sample
-    auroc, auprc = metrics.weighted_areas(y, p, np.stack([np.ones(len(y)), w]))
+    auroc, auprc = weighted_areas(y, p, np.stack([np.ones(len(y)), w]))
     assert auroc[0] == pytest.approx(sk.roc_auc_score(y, p))
     assert auprc[0] == pytest.approx(sk.average_precision_score(y, p))
     if w[y == 0].sum() and w[y == 1].sum():
@@ -86,7 +87,7 @@ def test_replicates_equal_metrics_of_the_redrawn_samples() -> None:
     """Weights are only a fast way to say: take these subjects' rows, some of them several times."""
     y, p = noisy_scores(60)
     subjects = np.random.default_rng(1).integers(0, 15, 60)
-    bootstrap = metrics.SubjectBootstrap.of(subjects, n_samples=60, n_bootstrap=20, seed=3)
+    draws = SubjectBootstrap.of(subjects, n_samples=60, n_bootstrap=20, seed=3)
     replicates = metrics._binary_replicates(bootstrap, y.astype(bool), p, p >= 0.5)
     weights = np.concatenate(list(bootstrap.weights()))
     assert weights.shape == (21, bootstrap.n_subjects)
@@ -104,7 +105,7 @@ def test_replicates_equal_metrics_of_the_redrawn_samples() -> None:
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     y, p = noisy_scores(40)
     whole = binary_metrics(y, p, threshold=0.5, subject_ids=np.arange(40) // 2, n_bootstrap=30, split_name="tuning")
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 40)
+    monkeypatch.setattr(bootstrap, "_CHUNK_ENTRIES", 7 * 40)
     assert whole == binary_metrics(
         y, p, threshold=0.5, subject_ids=np.arange(40) // 2, n_bootstrap=30, split_name="tuning"
     )

@@ -19,7 +19,7 @@ from tests.conftest import write_labels
 SUBJECTS = [10, 11, 12, 20, 21, 22, 30, 31, 32]
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepared(tiny, tmp_path):
     return build_store(tmp_path / "store", MedsSource(root=str(tiny)), VocabularySettings(min_count=1)), tiny / "labels"
 
@@ -71,7 +71,7 @@ def test_the_threshold_is_chosen_on_tuning(prepared):
 
 
 def test_unknown_label_set_lists_those_present(prepared):
-    with pytest.raises(UserError, match="unknown task.labels 'outcme': did you mean 'outcome'"):
+    with pytest.raises(UserError, match=r"unknown task\.labels 'outcme': did you mean 'outcome'"):
         setup(prepared, Classification(labels="outcme"))
     write_labels(prepared[1] / "second", [(10, 2.0, True)])
     with pytest.raises(UserError, match="holds 2 label sets: outcome, second"):

@@ -41,12 +41,39 @@ def rotate(x_BHTK: Tensor, position_BT: Tensor, *, base: float = 10_000.0) -> Te
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention on `scaled_dot_product_attention`."""
+class Dropout(nn.Module):
+    """Dropout whose CPU path draws eight mask entries from each random number, at probabilities in steps of 1/256.
 
-    def __init__(self, *, model_dim: int, n_heads: int, dropout: float) -> None:
+    torch's own draws them one by one, which on a CPU took a third of a training step.
+    """
+
+    def __init__(self, p: float) -> None:
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
+        if not 0 <= p < 1:
+            raise UserError(f"model.dropout={p}: expected a probability in [0, 1).")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape; the identity in evaluation."""
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        n_dropped = max(1, round(self.p * 256))
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= n_dropped
+        return x * keep.to(x.dtype).mul_(256 / (256 - n_dropped))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on `scaled_dot_product_attention`.
+
+    No dropout on the attention weights: it would rule out the fused kernels, and the block drops on the output.
+    """
+
+    def __init__(self, *, model_dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
         self.qkv = nn.Linear(model_dim, 3 * model_dim)
         self.out = nn.Linear(model_dim, model_dim)
 
@@ -56,8 +83,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         if rope_BT is not None:
             q, k = rotate(q, rope_BT), rotate(k, rope_BT)
-        dropout = self.dropout if self.training else 0.0
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T, dropout_p=dropout)
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
@@ -67,12 +93,10 @@ class Block(nn.Module):
     def __init__(self, *, model_dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(model_dim)
-        self.attention = Attention(model_dim=model_dim, n_heads=n_heads, dropout=dropout)
+        self.attention = Attention(model_dim=model_dim, n_heads=n_heads)
         self.norm_mlp = nn.LayerNorm(model_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(model_dim, 4 * model_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * model_dim, model_dim)
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(model_dim, 4 * model_dim), nn.GELU(), nn.Linear(4 * model_dim, model_dim))
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, mask_B11T: Tensor, rope_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -98,11 +122,20 @@ class EventInput(nn.Module):
             nn.init.zeros_(last.bias)
             self.values = nn.Sequential(nn.Linear(2, model_dim), nn.GELU(), last)
 
-    def forward(self, embeddings_BTE: Tensor, values_BT: Tensor | None) -> Tensor:
-        """(B, T, E) and (B, T) with NaN = no value -> (B, T, D)."""
-        x_BTD = self.project(self.norm(embeddings_BTE))
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) from `embeddings` (B, T, E), or from `rows` (U, E) and `row_ids` (B, T), and `values` (B, T), NaN = none.
+
+        Rows are projected once however many events share them: the same numbers, with fewer products.
+        """
+        if "rows" in inputs:
+            self._check_width(inputs["rows"])
+            x_BTD = F.embedding(inputs["row_ids"], self.project(self.norm(inputs["rows"])))
+        else:
+            self._check_width(inputs["embeddings"])
+            x_BTD = self.project(self.norm(inputs["embeddings"]))
         if self.values is None:
             return x_BTD
+        values_BT = inputs.get("values")
         if values_BT is None:
             raise UserError(
                 "the model carries values, but the batch has none. Use a store with data.values=continuous or both."
@@ -111,6 +144,14 @@ class EventInput(nn.Module):
         features = torch.stack([values_BT.nan_to_num(), present_BT.to(values_BT.dtype)], dim=-1)
         scale, shift = self.values(features.to(x_BTD.dtype)).chunk(2, dim=-1)
         return torch.where(present_BT.unsqueeze(-1), x_BTD * (1 + scale) + shift, x_BTD)
+
+    def _check_width(self, vectors: Tensor) -> None:
+        expected = self.project.in_features
+        if vectors.shape[-1] != expected:
+            raise UserError(
+                f"event vectors of width {vectors.shape[-1]}, but this model was built for {expected}: "
+                "another embedder made them. Use the embedder of the model's config.yaml."
+            )
 
 
 class Pooling(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
-from ehr_embed.models.blocks import Block, EventInput, Pooling, check_heads, sinusoids, time_features
+from ehr_embed.models.blocks import Block, Dropout, EventInput, Pooling, check_heads, sinusoids, time_features
 
 
 class Encoder(nn.Module):
@@ -19,7 +19,7 @@ class Encoder(nn.Module):
         model_dim: width D of the model.
         n_heads: attention heads; must divide `model_dim`.
         n_layers: blocks.
-        dropout: probability, on attention, blocks and pooled vector.
+        dropout: probability, on what each block adds and on the pooled vector.
         max_length: longest sequence, in events; longer records keep their last events.
         positions: `sinusoidal` or `rope` (order), `time` (days before the prediction), `none`.
         pooling: `mean`, `cls`, `max`, `last`, `attention`.
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(model_dim, n_heads, positions)
-        self.embedding_dim, self.max_length, self.positions = embedding_dim, max_length, positions
+        self.max_length, self.positions = max_length, positions
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.time = nn.Linear(model_dim, model_dim) if positions == "time" else None
         self.blocks = nn.ModuleList(
@@ -50,24 +50,20 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(model_dim)
         self.pooling = Pooling(pooling, model_dim=model_dim)
         self.cls = nn.Parameter(torch.randn(model_dim) * 0.02) if pooling == "cls" else None
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(model_dim, num_classes))
+        self.head = nn.Sequential(Dropout(dropout), nn.Linear(model_dim, num_classes))
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event.
 
-        `days` (B, T), days before the prediction, is needed by `positions=time`; `values` (B, T) where values are carried.
+        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `positions=time` needs `days`
+        (B, T), days before the prediction; a model that carries values needs `values` (B, T), NaN = none.
         """
-        embeddings_BTE, mask_BT = inputs["embeddings"], inputs["padding_mask"]
-        if embeddings_BTE.shape[-1] != self.embedding_dim:
+        mask_BT = inputs["padding_mask"]
+        if mask_BT.shape[1] > -(-self.max_length // 8) * 8:  # batches are padded to a multiple of 8
             raise UserError(
-                f"event vectors of width {embeddings_BTE.shape[-1]}, but this model was built for {self.embedding_dim}: "
-                "another embedder made them. Use the embedder of the model's config.yaml."
+                f"{mask_BT.shape[1]} events, but model.max_length is {self.max_length}: keep the last ones."
             )
-        if embeddings_BTE.shape[1] > -(-self.max_length // 8) * 8:  # batches are padded to a multiple of 8
-            raise UserError(
-                f"{embeddings_BTE.shape[1]} events, but model.max_length is {self.max_length}: keep the last ones."
-            )
-        x_BTD = self.input(embeddings_BTE, inputs.get("values"))
+        x_BTD = self.input(inputs)
         B, T, D = x_BTD.shape
         position_BT = torch.arange(T, device=x_BTD.device).expand(B, T)
         if self.positions == "sinusoidal":

@@ -1,0 +1,80 @@
+"""The tracker that needs nothing: two files in the run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ehr_embed.files import atomic_path, write_json
+from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
+
+
+class JsonlTracker:
+    """Writes `metrics.jsonl`, a line an epoch, and on leaving `summary.json`: state, tags, table digest, values.
+
+    Args:
+        run_dir: the run's folder.
+        config: not written: the experiment leaves it in `config.yaml`.
+        tags: the chosen config groups, `group=option`.
+        table_digest: of the embedding table the run read.
+        table_path: not written: the digest identifies the table.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: Path,
+        config: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        table_digest: str | None = None,
+        table_path: Path | None = None,
+    ) -> None:
+        self._run_dir = Path(run_dir)
+        self._history = self._run_dir / "metrics.jsonl"
+        self._tags = list(tags)
+        self._table_digest = table_digest
+        self._summary: dict[str, Any] = {}
+        self._has_logged = False
+
+    def __enter__(self) -> Self:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        facts = {"state": state_of(exc_type), "tags": self._tags, "table_digest": self._table_digest}
+        write_json(self._run_dir / "summary.json", facts | {"values": self._summary})
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        if not self._has_logged:
+            self._forget_from(step)
+            self._has_logged = True
+        line = json.dumps({"step": step} | json_ready(metrics), allow_nan=False)
+        with open(self._history, "a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+    def summarise(self, values: Mapping[str, Scalar]) -> None:
+        self._summary |= json_ready(values)
+
+    def add_plots(self, paths: Sequence[Path]) -> None:
+        """Nothing to do: they are in the run directory already."""
+
+    def _forget_from(self, step: int) -> None:
+        """Drop the rows an earlier run in this folder left from `step` on: a resumed run writes them again."""
+        if not self._history.exists():
+            return
+        with atomic_path(self._history) as temporary:
+            kept = [line for line in self._history.read_text("utf-8").splitlines() if _step(line) < step]
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    """A row's step; infinite for a line that a killed run left half-written."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,82 @@
+"""Every YAML opens with what it is, composes, and builds what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from ehr_embed.errors import UserError
+from ehr_embed.instantiate import instantiate
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if path.parent.name not in ("", "hydra")]
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=str)
+def test_every_yaml_says_what_it_is_and_how_to_run_it(path: Path):
+    lines = (CONF / path).read_text().splitlines()
+    head = list(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert any(line.startswith("#   python ") for line in head), "the head comment names no command"
+    assert len(head[0]) > 10
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    cfg = composed(f"{group}={option}")
+    OmegaConf.resolve(cfg)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "model"])
+def test_every_model_builds_and_runs(option):
+    import torch
+
+    cfg = composed(f"model={option}", "data=meds")
+    model = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    logits = model({"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "days": torch.rand(2, 5)})
+    assert logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "task", "trainer")])
+def test_every_member_builds(group, option):
+    instantiate(composed(f"{group}={option}")[group])
+
+
+def test_the_demo_brings_its_small_model_unless_told_otherwise():
+    assert composed().model.n_layers == 2
+    assert composed("model=encoder").model.n_layers == 6
+    assert composed("data=meds").model.n_layers == 6
+    assert composed("data=meds").trainer.epochs == 50
+    assert composed("data=demo", "trainer=default").trainer.epochs == 50
+
+
+def test_defaults_are_those_of_the_original():
+    cfg = composed("data=meds")
+    model, trainer = cfg.model, cfg.trainer
+    assert (model.model_dim, model.n_heads, model.n_layers, model.dropout, model.max_length) == (256, 8, 6, 0.1, 512)
+    assert (trainer.batch_size, trainer.epochs, trainer.learning_rate, trainer.weight_decay) == (32, 50, 1e-4, 0.01)
+    assert (trainer.patience, trainer.scheduler_patience, cfg.task.monitor) == (10, 3, "f1")
+
+
+def test_targets_outside_the_trusted_packages_are_refused():
+    with pytest.raises(UserError, match=r"_target_=os\.system is outside the trusted packages"):
+        instantiate(OmegaConf.create({"_target_": "os.system", "command": "true"}))
+    nested = OmegaConf.create({"_target_": "torch.nn.Identity", "inner": [{"_target_": "subprocess.run"}]})
+    with pytest.raises(UserError, match=r"subprocess\.run"):
+        instantiate(nested)
+    assert instantiate(OmegaConf.create({"_target_": "fractions.Fraction", "numerator": 3}), trusted=["fractions"]) == 3
+
+
+def test_unknown_keys_of_a_target_are_refused():
+    with pytest.raises(UserError, match=r"cannot build ehr_embed\.models\.encoder\.Encoder.*n_head"):
+        instantiate(OmegaConf.create({"_target_": "ehr_embed.models.encoder.Encoder", "n_head": 2}))

@@ -1,0 +1,173 @@
+"""The loop: repeatable from a seed set first, the best checkpoint kept, accumulation exact, sins caught."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import seed_everything
+
+from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.encoder import Encoder
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import EventStore, build_store
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.trainer import Trainer, TrainerSettings, choose_precision
+from ehr_embed.vocabulary import VocabularySettings
+from tests.conftest import Event, write_meds
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[EventStore, Path]:
+    """60 subjects a split whose label is whether they have the code GOOD, among noise."""
+    rng = np.random.default_rng(0)
+    splits: dict[str, list[Event]] = {}
+    labels = []
+    for number, split in enumerate(SPLITS):
+        splits[split] = []
+        for subject in range(100 * number, 100 * number + 60):
+            case = subject % 3 == 0
+            codes = [f"N{i}" for i in rng.integers(0, 5, rng.integers(2, 12))] + (["GOOD"] if case else ["BAD"])
+            splits[split] += [(subject, float(day), code, None) for day, code in enumerate(rng.permutation(codes))]
+            labels.append((subject, 99.0, case))
+    root = write_meds(tmp_path_factory.mktemp("planted") / "set", splits, labels={"case": labels})
+    return build_store(root.parent / "store", MedsSource(root=str(root)), VocabularySettings()), root / "labels"
+
+
+def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **settings):
+    """Train a small encoder on random event vectors; returns the facts, the rows logged, and the trainer."""
+    store, labels_dir = planted
+    run_dir.mkdir(exist_ok=True)
+    seed_everything(seed, verbose=False)
+    task = Classification(monitor="auroc")
+    task.setup(store, labels_dir, 16)
+    table = torch.randn(len(store.vocabulary), 12, generator=torch.Generator().manual_seed(0))
+    sizes = {"model_dim": 16, "n_heads": 2, "n_layers": 1, "max_length": 16}
+    model = Encoder(embedding_dim=12, num_classes=2, dropout=dropout, **sizes)
+    rows: list[dict[str, float]] = []
+    trainer = Trainer(
+        TrainerSettings(
+            **{
+                "epochs": 6,
+                "learning_rate": 1e-2,
+                "warmup_steps": 2,
+                "precision": "32-true",
+                "batch_size": 8,
+                **settings,
+            }
+        ),
+        task=task,
+        events={split: store.split(split) for split in SPLITS},
+        run_dir=run_dir,
+        config={"seed": seed},
+        seed=seed,
+        log=lambda row, epoch: rows.append(row),
+    )
+    embedding = EventEmbedding(table)
+    facts = trainer.fit(model, embedding)
+    return facts, rows, trainer, model, embedding
+
+
+def without_times(rows):
+    return [{name: x for name, x in row.items() if not name.endswith("_s")} for row in rows]
+
+
+def test_a_planted_signal_is_learned(planted, tmp_path):
+    facts, rows, trainer, model, embedding = train(planted, tmp_path / "run")
+    held_out = trainer.task.evaluate("held_out", trainer.predict(model, embedding, "held_out"), n_bootstrap=0)
+    assert held_out["auroc"]["value"] > 0.95
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert facts["events_per_s"] > 0
+    assert 0 <= facts["padding_share"] < 1
+
+
+def test_a_seed_set_before_the_model_is_built_repeats_the_run(planted, tmp_path):
+    first = train(planted, tmp_path / "a", epochs=2)[1]
+    again = train(planted, tmp_path / "b", epochs=2)[1]
+    other = train(planted, tmp_path / "c", epochs=2, seed=1)[1]
+    assert without_times(first) == without_times(again)
+    assert without_times(first) != without_times(other)
+
+
+def test_the_best_checkpoint_is_the_one_evaluated(planted, tmp_path):
+    facts, rows, trainer, model, embedding = train(
+        planted, tmp_path / "run", learning_rate=0.05, epochs=5, save_every=2
+    )
+    values = [row["tuning/auroc"] for row in rows]
+    assert facts["best_epoch"] == 1 + int(np.argmax(values))
+    tuning = trainer.task.evaluate("tuning", trainer.predict(model, embedding, "tuning"), n_bootstrap=0)
+    assert tuning["auroc"]["value"] == pytest.approx(max(values))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"best_checkpoint.pt", "latest_checkpoint.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_4.pt"} == names
+    checkpoint = torch.load(tmp_path / "run" / "best_checkpoint.pt", weights_only=True)
+    assert checkpoint["epoch"] == facts["best_epoch"]
+    assert checkpoint["config"] == {"seed": 0}
+    assert set(checkpoint) >= {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng_state"}
+
+
+def test_training_stops_when_nothing_improves(planted, tmp_path):
+    facts, *_ = train(planted, tmp_path / "run", learning_rate=0.0, min_learning_rate=0.0, epochs=20, patience=3)
+    assert facts["epochs"] == 4
+    assert facts["best_epoch"] == 1
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine", "constant"])
+def test_warm_up_and_schedules(planted, tmp_path, schedule):
+    _, rows, *_ = train(planted, tmp_path / "run", schedule=schedule, warmup_steps=10, min_learning_rate=1e-4)
+    rates = [row["train/learning_rate"] for row in rows]
+    assert rates[0] == pytest.approx(1e-2 * (1 + 8) / 11)  # eight of ten warm-up steps
+    assert max(rates) <= 1e-2 + 1e-9
+    if schedule == "cosine":
+        assert rates[-1] == pytest.approx(1e-4, rel=0.05)
+    if schedule == "constant":
+        assert rates[-1] == pytest.approx(1e-2)
+
+
+def test_accumulated_batches_give_the_mean_gradient(planted, tmp_path):
+    whole = train(planted, tmp_path / "a", epochs=1, dropout=0, batch_size=60, accumulate=1)[3]
+    parts = train(planted, tmp_path / "b", epochs=1, dropout=0, batch_size=20, accumulate=3)[3]
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-3, rtol=1e-3)
+    steps = [train(planted, tmp_path / f"s{n}", epochs=1, batch_size=20, accumulate=n)[1][0]["step"] for n in (1, 2, 3)]
+    assert steps == [3, 2, 1]
+
+
+def test_a_constant_table_leaves_the_model_at_chance(planted, tmp_path):
+    """The signal is in the vectors alone: an embedder that contributes nothing is seen in the metrics."""
+    store, _ = planted
+    _, _, trainer, model, _ = train(planted, tmp_path / "run")
+    constant = EventEmbedding(torch.ones(len(store.vocabulary), 12))
+    blind = trainer.task.evaluate("held_out", trainer.predict(model, constant, "held_out"), n_bootstrap=0)
+    assert abs(blind["auroc"]["value"] - 0.5) < 0.15
+
+
+def test_a_diverging_loss_is_refused(planted, tmp_path):
+    with pytest.raises(UserError, match=r"the training loss became .* in epoch"):
+        train(planted, tmp_path / "run", learning_rate=1e30, clip_norm=0, epochs=10, warmup_steps=0)
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match=r"unknown trainer\.schedule 'cosin': did you mean 'cosine'"):
+        TrainerSettings(schedule="cosin")
+    with pytest.raises(UserError, match=r"trainer\.epochs=0"):
+        TrainerSettings(epochs=0)
+    assert choose_precision("32-true", "cpu") == "32-true"
+    assert choose_precision("auto", "cpu") in ("bf16-mixed", "32-true")
+
+
+def test_dropout_keeps_the_mean_and_its_share():
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1), torch.ones(1000, 100)
+    y = dropout(x)
+    assert (y == 0).float().mean().item() == pytest.approx(26 / 256, abs=0.005)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.005)
+    assert math.isclose(y.max().item(), 256 / 230, rel_tol=1e-6)
+    assert torch.equal(dropout.eval()(x), x)
+    with pytest.raises(UserError, match=r"model\.dropout=1"):
+        Dropout(1.0)
