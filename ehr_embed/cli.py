@@ -45,7 +45,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return str(unknown_name(f"option of {group}", name, error.options, f"Type: {group}=NAME"))
-    found = re.search(r"Could not (?:override|append to config\. )'?([\w./@]+)'?", str(error))
+    found = re.search(r"Could not (?:override|append to config\.) '?([\w./@]+)'?", str(error))
     if isinstance(error, ConfigCompositionException) and found:
         key = found.group(1)
         return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])

@@ -23,7 +23,7 @@ from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
-from ehr_embed.prepare import Prepared, prepare
+from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import Task
@@ -49,7 +49,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
     build = _builder(cfg)
     source: Source = build(cfg.data.source)
     settings = VocabularySettings(
-        values=cfg.data.values, n_bins=cfg.data.n_bins, min_count=cfg.data.min_count, lookups=tuple(cfg.data.lookups)
+        values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count, lookups=tuple(cfg.data.lookups)
     )
     embedder = build(cfg.embedder)
     try:
@@ -64,6 +64,16 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
     finally:
         embedder.close()
     return source, prepared
+
+
+def embed(cfg: DictConfig) -> None:
+    """Prepare the dataset of a configuration and say what there is."""
+    _, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
+    report(prepared.store, cfg.data.min_text_coverage)
+    n_tokens, width = prepared.table.shape
+    print(
+        f"store {prepared.store.folder}\ntable {prepared.table_path} ({n_tokens} x {width}, digest {prepared.table_digest})"
+    )
 
 
 def run(cfg: DictConfig) -> float:
@@ -89,7 +99,7 @@ def run(cfg: DictConfig) -> float:
     config = resolved(cfg, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(run_dir / "config.yaml") as path:
-        path.write_text(CONFIG_HEADER.format(run_dir=run_dir) + OmegaConf.to_yaml(config), encoding="utf-8")
+        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
     write_json(run_dir / "environment.json", environment())
     tracker = build(
         cfg.tracker,
@@ -147,8 +157,9 @@ def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """The configuration as plain values, with what a repetition needs of Hydra's own part."""
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    hydra = {"run": {"dir": "."}, "output_subdir": None, "job_logging": {"root": {"handlers": ["console"]}}}
-    return {**config, "run_dir": str(run_dir), "hydra": hydra}
+    defaults = ["_self_", {"override hydra/job_logging": "stdout"}]
+    hydra = {"run": {"dir": "."}, "output_subdir": None}
+    return {"defaults": defaults, **config, "run_dir": str(run_dir), "hydra": hydra}
 
 
 def run_directory(cfg: DictConfig) -> Path:

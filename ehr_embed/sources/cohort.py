@@ -1,0 +1,373 @@
+"""A synthetic cohort in MEDS layout whose outcome follows a known risk, so that the best possible AUROC is known.
+
+Nothing in it is taken from patients: prevalences, values and weights are invented, only the names of conditions,
+drugs and laboratory tests are real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from sklearn.metrics import roc_auc_score
+
+from ehr_embed import __version__
+from ehr_embed.errors import UserError
+from ehr_embed.files import atomic_directory, write_json
+from ehr_embed.sources.protocol import SPLITS
+
+LABELS = "hospitalisation_1y"
+SPLIT_SHARES = (0.7, 0.15, 0.15)
+PREVALENCE = 0.25
+START = np.datetime64("2015-01-01", "us")
+DAY = np.timedelta64(86_400_000_000, "us")
+MINUTE = np.timedelta64(60_000_000, "us")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A chronic condition: how often it occurs, its weight in the log-odds of the outcome, its codes and its drugs.
+
+    The texts of one condition's codes are synonyms; a model that reads texts can pool them, one that sees ids cannot.
+    """
+
+    name: str
+    prevalence: float
+    weight: float
+    diagnoses: tuple[tuple[str, str], ...]
+    drugs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A laboratory test: its usual mean and standard deviation between subjects, its weight a standard deviation, and
+    the shift in standard deviations under a condition."""
+
+    code: str
+    text: str
+    mean: float
+    sd: float
+    weight: float = 0.0
+    shifts: tuple[tuple[str, float], ...] = ()
+
+
+CONDITIONS = (
+    Condition(
+        "heart_failure",
+        0.14,
+        2.2,
+        (
+            ("ICD10CM//I50.9", "Heart failure, unspecified"),
+            ("ICD10CM//I50.22", "Chronic systolic heart failure"),
+            ("ICD10CM//I50.32", "Chronic diastolic heart failure"),
+            ("ICD10CM//I50.1", "Left ventricular failure"),
+        ),
+        (("ATC//C03CA01", "Furosemide"), ("ATC//C09DX04", "Sacubitril and valsartan")),
+    ),
+    Condition(
+        "kidney",
+        0.16,
+        1.6,
+        (
+            ("ICD10CM//N18.3", "Chronic kidney disease, stage 3"),
+            ("ICD10CM//N18.4", "Chronic kidney disease, stage 4"),
+            ("ICD10CM//N18.9", "Chronic kidney disease, unspecified"),
+        ),
+        (("ATC//B03XA01", "Erythropoietin"), ("ATC//V03AE02", "Sevelamer")),
+    ),
+    Condition(
+        "lung",
+        0.17,
+        1.5,
+        (
+            ("ICD10CM//J44.9", "Chronic obstructive pulmonary disease"),
+            ("ICD10CM//J43.9", "Emphysema"),
+            ("ICD10CM//J42", "Chronic bronchitis"),
+        ),
+        (("ATC//R03BB04", "Tiotropium inhaler"), ("ATC//R03AK07", "Formoterol and budesonide inhaler")),
+    ),
+    Condition(
+        "diabetes",
+        0.22,
+        0.8,
+        (
+            ("ICD10CM//E11.9", "Type 2 diabetes mellitus without complications"),
+            ("ICD10CM//E11.65", "Type 2 diabetes mellitus with hyperglycemia"),
+        ),
+        (("ATC//A10BA02", "Metformin"), ("ATC//A10AE04", "Insulin glargine")),
+    ),
+    Condition(
+        "hypertension",
+        0.40,
+        0.0,
+        (("ICD10CM//I10", "Essential hypertension"), ("ICD10CM//I11.9", "Hypertensive heart disease")),
+        (("ATC//C08CA01", "Amlodipine"), ("ATC//C09AA05", "Ramipril")),
+    ),
+    Condition(
+        "depression",
+        0.18,
+        0.0,
+        (("ICD10CM//F32.9", "Major depressive disorder, single episode"), ("ICD10CM//F33.1", "Recurrent depression")),
+        (("ATC//N06AB06", "Sertraline"),),
+    ),
+    Condition(
+        "arthritis",
+        0.25,
+        0.0,
+        (("ICD10CM//M17.9", "Osteoarthritis of the knee"), ("ICD10CM//M16.9", "Osteoarthritis of the hip")),
+        (("ATC//M01AE01", "Ibuprofen"), ("ATC//N02BE01", "Paracetamol")),
+    ),
+    Condition(
+        "reflux",
+        0.20,
+        0.0,
+        (("ICD10CM//K21.9", "Gastro-oesophageal reflux disease"),),
+        (("ATC//A02BC01", "Omeprazole"),),
+    ),
+    Condition(
+        "thyroid",
+        0.10,
+        0.0,
+        (("ICD10CM//E03.9", "Hypothyroidism"),),
+        (("ATC//H03AA01", "Levothyroxine"),),
+    ),
+    Condition(
+        "asthma",
+        0.09,
+        0.0,
+        (("ICD10CM//J45.909", "Asthma, uncomplicated"),),
+        (("ATC//R03AC02", "Salbutamol inhaler"),),
+    ),
+)
+LABS = (
+    Lab("LOINC//2160-0", "Creatinine, mg/dL", 0.95, 0.22, 0.6, (("kidney", 2.0),)),
+    Lab("LOINC//718-7", "Hemoglobin, g/dL", 13.8, 1.4, -0.6, (("kidney", -1.0),)),
+    Lab("LOINC//33762-6", "NT-proBNP, pg/mL", 250.0, 110.0, 0.5, (("heart_failure", 2.0),)),
+    Lab("LOINC//4548-4", "Hemoglobin A1c, %", 5.6, 0.5, 0.0, (("diabetes", 2.5),)),
+    Lab("LOINC//2951-2", "Sodium, mmol/L", 139.5, 2.6),
+    Lab("LOINC//2823-3", "Potassium, mmol/L", 4.2, 0.4),
+    Lab("LOINC//6690-2", "Leukocytes, 10^3/uL", 7.2, 1.8),
+    Lab("LOINC//8480-6", "Systolic blood pressure, mmHg", 128.0, 13.0, 0.0, (("hypertension", 1.2),)),
+    Lab("LOINC//8867-4", "Heart rate, beats per minute", 74.0, 10.0),
+    Lab("LOINC//29463-7", "Body weight, kg", 79.0, 15.0),
+)
+AGE_BANDS = ("40-49", "50-59", "60-69", "70-79", "80-89")
+AGE_WEIGHT = 0.45
+"""Log-odds a decade."""
+DEMOGRAPHICS = (
+    ("SEX//F", "Female"),
+    ("SEX//M", "Male"),
+    *((f"AGE//{band}", f"Age {band.replace('-', ' to ')} years at the first visit") for band in AGE_BANDS),
+)
+VISITS = (("VISIT//outpatient", "Outpatient visit"), ("VISIT//telephone", "Telephone consultation"))
+INJURY = ("ICD10CM//S00-T88", "Injury")
+RARE = tuple(
+    (f"ICD10CM//{code}", text)
+    for code, text in (
+        ("S52.5", "Fracture of the lower end of the radius"),
+        ("S82.6", "Fracture of the lateral malleolus"),
+        ("S93.4", "Sprain of the ankle"),
+        ("S61.2", "Laceration of a finger"),
+        ("T23.1", "Burn of the wrist and hand, first degree"),
+        ("S06.0", "Concussion"),
+    )
+)
+OUTCOMES = (
+    ("ADMISSION//emergency", "Emergency hospital admission"),
+    ("ADMISSION//icu", "Admission to the intensive care unit"),
+    ("DISCHARGE//died", "Died in hospital"),
+)
+"""Events that follow the outcome, after the prediction time: a model that sees them beats the best possible AUROC."""
+
+
+def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
+    """Write the cohort to `root`, whole or not at all.
+
+    A subject's log-odds are a sum of three parts, all as recorded up to the prediction time: over conditions, weight
+    times the number of diagnoses (up to 4, in thirds); over laboratory tests, weight times the mean in standard
+    deviations; and age. `extra/bayes_risk.parquet` holds the resulting risks, `extra/bayes.json` their AUROC in each
+    split: no model can expect more.
+
+    Raises:
+        UserError: too few subjects for three splits with both outcomes.
+    """
+    if n_subjects < 100:
+        raise UserError(f"data.n_subjects={n_subjects}: expected 100 or more, so that every split has both outcomes.")
+    rng = np.random.default_rng(seed)
+    events, prediction_S, log_odds_S, subject_S = _draw(rng, n_subjects)
+    risk_S = _with_prevalence(log_odds_S)
+    label_S = rng.random(n_subjects) < risk_S
+    split_S = np.array(SPLITS)[
+        np.searchsorted(np.cumsum(SPLIT_SHARES[:-1]), rng.permutation(n_subjects) / n_subjects, "right")
+    ]
+    events = pl.concat([events, _outcome_events(rng, label_S, prediction_S)])
+    events = events.with_columns(
+        subject_id=pl.Series(subject_S)[events["subject"]], split=pl.Series(split_S)[events["subject"]]
+    )
+    events = events.sort("subject_id", "time", "order", nulls_last=False)
+    people = pl.DataFrame(
+        {
+            "subject_id": subject_S,
+            "prediction_time": prediction_S,
+            "boolean_value": label_S,
+            "risk": risk_S,
+            "split": split_S,
+        }
+    ).sort("subject_id")
+
+    with atomic_directory(root) as folder:
+        for split in SPLITS:
+            _write(
+                folder / "data" / split / "0.parquet",
+                events.filter(split=split).select("subject_id", "time", "code", "numeric_value"),
+            )
+            _write(folder / "labels" / LABELS / split / "0.parquet", people.filter(split=split).drop("risk", "split"))
+        _write(folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"))
+        _write(folder / "metadata" / "codes.parquet", _code_metadata())
+        write_json(
+            folder / "metadata" / "dataset.json",
+            {
+                "dataset_name": "ehr_embed demo",
+                "dataset_version": "1",
+                "etl_name": "ehr_embed",
+                "etl_version": __version__,
+                "meds_version": "0.4.1",
+            },
+        )
+        _write(folder / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
+        auroc = {
+            str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
+            for (split,), part in people.group_by("split")
+        }
+        write_json(folder / "extra" / "bayes.json", {"auroc": auroc, "n_subjects": n_subjects, "seed": seed})
+
+
+def _draw(
+    rng: np.random.Generator, n_subjects: int
+) -> tuple[pl.DataFrame, npt.NDArray[np.datetime64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Events, and per subject the prediction time, the log-odds and the subject_id."""
+    subject_S = rng.choice(9_000_000, n_subjects, replace=False) + 1_000_000
+    decade_S = rng.choice(len(AGE_BANDS), n_subjects, p=[0.15, 0.22, 0.28, 0.22, 0.13])
+    static = [
+        _events(np.arange(n_subjects), None, np.where(rng.random(n_subjects) < 0.5, "SEX//F", "SEX//M")),
+        _events(np.arange(n_subjects), None, np.array([f"AGE//{band}" for band in AGE_BANDS])[decade_S]),
+    ]
+
+    # Visits: irregular, weeks to months apart; the prediction is made an hour after one of the later ones.
+    n_visits_S = 4 + rng.poisson(5, n_subjects)
+    visit_subject = np.repeat(np.arange(n_subjects), n_visits_S)
+    first_visit_S = np.cumsum(n_visits_S) - n_visits_S
+    gap_days = rng.lognormal(3.6, 0.9, len(visit_subject))
+    gap_days[first_visit_S] = rng.uniform(0, 700, n_subjects)
+    days = np.cumsum(gap_days)
+    days -= np.repeat(days[first_visit_S] - gap_days[first_visit_S], n_visits_S)
+    visit_time = START + (days * 1440).astype(int) * MINUTE
+    last_seen_S = first_visit_S + np.maximum(2, (n_visits_S * rng.uniform(0.6, 0.9, n_subjects)).astype(int))
+    prediction_S = visit_time[last_seen_S] + 60 * MINUTE
+    is_seen = visit_time <= prediction_S[visit_subject]
+
+    kinds = rng.choice([code for code, _ in VISITS], len(visit_subject), p=[0.8, 0.2])
+    parts = [_events(visit_subject, visit_time, kinds)]
+    log_odds_S = (AGE_WEIGHT * (decade_S - 2.0)).astype(np.float64)
+    has: dict[str, npt.NDArray[np.bool_]] = {}
+    for condition in CONDITIONS:
+        has_S = rng.random(n_subjects) < condition.prevalence * (0.6 + 0.2 * decade_S)
+        has[condition.name] = has_S
+        is_diagnosed = has_S[visit_subject] & (rng.random(len(visit_subject)) < 0.6)
+        parts.append(_some(rng, is_diagnosed, visit_subject, visit_time, [code for code, _ in condition.diagnoses]))
+        is_treated = has_S[visit_subject] & (rng.random(len(visit_subject)) < 0.5)
+        parts.append(_some(rng, is_treated, visit_subject, visit_time, [code for code, _ in condition.drugs]))
+        n_diagnoses_S = np.bincount(visit_subject[is_diagnosed & is_seen], minlength=n_subjects)
+        log_odds_S += condition.weight * np.minimum(n_diagnoses_S, 4) / 3
+
+    for lab in LABS:
+        level_S = rng.normal(size=n_subjects) + sum(shift * has[name] for name, shift in lab.shifts)
+        is_measured = rng.random(len(visit_subject)) < 0.3
+        who = visit_subject[is_measured]
+        standard = level_S[who] + 0.4 * rng.normal(size=len(who))
+        values = np.round(lab.mean + lab.sd * np.maximum(standard, -0.95 * lab.mean / lab.sd), 2)
+        parts.append(_events(who, visit_time[is_measured], np.full(len(who), lab.code), values))
+        seen = is_seen[is_measured]
+        total_S = np.bincount(who[seen], standard[seen], minlength=n_subjects)
+        count_S = np.bincount(who[seen], minlength=n_subjects)
+        log_odds_S += lab.weight * np.clip(total_S / np.maximum(count_S, 1), -3, 3)
+
+    is_injured = rng.random(len(visit_subject)) < 0.01
+    parts.append(_some(rng, is_injured, visit_subject, visit_time, [code for code, _ in (*RARE, INJURY)]))
+    # Within a visit the events are seconds to minutes apart.
+    events = pl.concat(parts)
+    jitter = np.round(rng.uniform(0, 30 * 60, len(events))).astype(int) * 1_000_000
+    events = events.with_columns(time=pl.col("time") + pl.Series(jitter).cast(pl.Duration("us")))
+    return pl.concat([*static, events]), prediction_S, log_odds_S, subject_S
+
+
+def _events(
+    subject: npt.NDArray[np.int64],
+    time: npt.NDArray[np.datetime64] | None,
+    codes: npt.NDArray[np.str_],
+    values: npt.NDArray[np.float64] | None = None,
+) -> pl.DataFrame:
+    schema: dict[str, Any] = {
+        "subject": pl.Int64,
+        "time": pl.Datetime("us"),
+        "code": pl.String,
+        "numeric_value": pl.Float32,
+        "order": pl.Int64,
+    }
+    order = np.arange(len(subject))
+    return pl.DataFrame(
+        {"subject": subject, "time": time, "code": codes, "numeric_value": values, "order": order}, schema=schema
+    )
+
+
+def _some(
+    rng: np.random.Generator,
+    chosen: npt.NDArray[np.bool_],
+    subject: npt.NDArray[np.int64],
+    time: npt.NDArray[np.datetime64],
+    codes: list[str],
+) -> pl.DataFrame:
+    """One of the codes at each chosen visit."""
+    return _events(subject[chosen], time[chosen], rng.choice(codes, int(chosen.sum())))
+
+
+def _outcome_events(
+    rng: np.random.Generator, label_S: npt.NDArray[np.bool_], prediction_S: npt.NDArray[np.datetime64]
+) -> pl.DataFrame:
+    """What the outcome leaves in the record, 1 to 360 days after the prediction."""
+    positive = np.flatnonzero(label_S)
+    time = prediction_S[positive] + (rng.uniform(1, 360, len(positive)) * 1440).astype(int) * MINUTE
+    codes = rng.choice([code for code, _ in OUTCOMES], len(positive), p=[0.8, 0.15, 0.05])
+    return _events(positive, time, codes)
+
+
+def _with_prevalence(log_odds_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Risks whose mean is `PREVALENCE`: the intercept, by bisection."""
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _sigmoid(log_odds_S + middle).mean() < PREVALENCE else (low, middle)
+    return _sigmoid(log_odds_S + low)
+
+
+def _sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 1 / (1 + np.exp(-x))
+
+
+def _code_metadata() -> pl.DataFrame:
+    """Code, description and parents; the rare injuries have a parent they can fold into."""
+    named = [*DEMOGRAPHICS, *VISITS, *OUTCOMES, INJURY, *((lab.code, lab.text) for lab in LABS)]
+    for condition in CONDITIONS:
+        named += [*condition.diagnoses, *condition.drugs]
+    rows = [(code, text, None) for code, text in named] + [(code, text, [INJURY[0]]) for code, text in RARE]
+    schema: dict[str, Any] = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _write(path: Path, frame: pl.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.write_parquet(path)
