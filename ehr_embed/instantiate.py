@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 
 from ehr_embed.errors import UserError
 
@@ -41,7 +43,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         sizes: build-time arguments (embedding_dim, num_classes, ...).
 
     Raises:
-        UserError: a target outside the allowed prefixes, or arguments the target does not take.
+        UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
     """
     allowed = (*ALLOWED_PREFIXES, *(f"{package.rstrip('.')}." for package in trusted))
     for target in targets(config):
@@ -50,11 +52,12 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
                 f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
                 "code. If it is yours, type: trusted_packages=[PACKAGE]"
             )
+    _check_types(config)
     # Sizes are given to the target itself: merged into the config, a dict among them would be instantiated too.
     try:
         build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
     except InstantiationException as error:
-        raise UserError(f"cannot find {config.get('_target_')}: {error.__cause__ or error}. Check _target_.") from error
+        raise _not_found(config, error) from error
     try:
         return build(**sizes)
     except TypeError as error:
@@ -63,3 +66,36 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         raise UserError(
             f"cannot build {config.get('_target_')}: {error}. Check the keys of its YAML under conf/."
         ) from error
+
+
+def _check_types(config: DictConfig) -> None:
+    """Compare the keys of a config with the annotations of its target, before the target trips over them.
+
+    Raises:
+        UserError: naming the first key whose value has another type.
+    """
+    try:
+        hints = get_type_hints(_constructor(hydra.utils.get_object(str(config.get("_target_")))))
+    except (ImportError, ValueError) as error:
+        raise _not_found(config, error) from error
+    except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
+        return
+    for key, value in OmegaConf.to_container(config, resolve=True).items():  # type: ignore[union-attr]
+        if key not in hints or (isinstance(value, dict) and "_target_" in value):
+            continue
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=not isinstance(value, list))
+        except PydanticSchemaGenerationError:
+            continue
+        except ValidationError as error:
+            name = config._get_full_key(key)
+            expected = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
+            raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error
+
+
+def _constructor(target: Any) -> Any:
+    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+
+
+def _not_found(config: DictConfig, error: Exception) -> UserError:
+    return UserError(f"cannot find {config.get('_target_')}: {error.__cause__ or error}. Check _target_.")

@@ -17,6 +17,8 @@ Event = tuple[int, float | None, str, float | None]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# pytest-xdist keeps the cores busy with processes; threads on top of them fight for the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def day(days: float | None) -> datetime | None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow.parquet as pq
+from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
 from ehr_embed import __version__
@@ -224,10 +226,15 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
             _write(
                 folder / "data" / split / "0.parquet",
                 events.filter(split=split).select("subject_id", "time", "code", "numeric_value"),
+                DataSchema,
             )
-            _write(folder / "labels" / LABELS / split / "0.parquet", people.filter(split=split).drop("risk", "split"))
-        _write(folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"))
-        _write(folder / "metadata" / "codes.parquet", _code_metadata())
+            _write(
+                folder / "labels" / LABELS / split / "0.parquet",
+                people.filter(split=split).drop("risk", "split"),
+                LabelSchema,
+            )
+        _write(folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"), SubjectSplitSchema)
+        _write(folder / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
         write_json(
             folder / "metadata" / "dataset.json",
             {
@@ -368,6 +375,8 @@ def _code_metadata() -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def _write(path: Path, frame: pl.DataFrame) -> None:
+def _write(path: Path, frame: pl.DataFrame, schema: type | None = None) -> None:
+    """Parquet with the exact Arrow types of a MEDS schema (its strings are not Polars' large ones), where one is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.write_parquet(path)
+    table = frame.to_arrow()
+    pq.write_table(table if schema is None else schema.align(table), path)  # type: ignore[attr-defined]
