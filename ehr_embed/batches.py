@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,33 +13,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ehr_embed.errors import UserError
-from ehr_embed.samples import Samples
+from ehr_embed.models.body import LENGTH_MULTIPLE
+from ehr_embed.samples import Samples, ragged_arange
 from ehr_embed.store import STATIC_TIME, SplitEvents
 
 MICROSECONDS_PER_DAY = 86_400_000_000
-LENGTH_MULTIPLE = 8
-"""Sequences are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 BUCKET_BATCHES = 64
 """Batches' worth of shuffled samples that are sorted by length together."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of up to T events.
+    """B rows of up to T events; a row is one sample, or in a packed batch several sequences one after the other.
 
     Attributes:
         token_ids: (B, T) int32, 0 = padding.
         days: (B, T) float32, days before the prediction time; a static event has those of the first timed event.
         values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
+        is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
+        segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
         labels: (B,) int64 or (B, L) float32.
-        sample: (B,) int64, position in the split's samples.
+        sample: (B,) int64, position in the split's samples (of a packed row: its number).
     """
 
     token_ids: Tensor
     days: Tensor
     values: Tensor | None
     is_event: Tensor
+    is_next: Tensor
+    segments: Tensor | None
     labels: Tensor
     sample: Tensor
 
@@ -57,6 +60,21 @@ class Batch:
         return Batch(**mapped)
 
 
+class EventDataset(Protocol):
+    """What the trainer takes batches from."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) events in each row."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
+        """The rows at `index`, (B,)."""
+        ...
+
+
 class BatchDataset(Dataset[Batch]):
     """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
 
@@ -67,35 +85,120 @@ class BatchDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) events in each row."""
+        return self.samples.lengths
+
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
         chosen = self.samples.take(index)
         lengths = chosen.lengths
-        width = -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        position_T = np.arange(width)
+        position_T = np.arange(padded_length(lengths.max()))
         n_static = (chosen.static_stop - chosen.static_start)[:, None]
-        is_static_BT = position_T < n_static
         is_event_BT = position_T < lengths[:, None]
-        event_BT = np.where(is_static_BT, chosen.static_start[:, None], chosen.start[:, None] - n_static) + position_T
-        event_BT[~is_event_BT] = 0
-
-        token_ids_BT = self.events.token_ids[event_BT]
-        token_ids_BT[~is_event_BT] = 0
-        times_BT = self.events.times[event_BT]
-        is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
-        ago_BT = np.where(is_timed_BT, (chosen.prediction_times[:, None] - times_BT) / MICROSECONDS_PER_DAY, 0.0)
-        days_BT = np.where(is_event_BT & ~is_timed_BT, ago_BT.max(axis=1, keepdims=True), ago_BT)
-        values_BT = None
-        if self.events.values is not None:
-            values_BT = self.events.values[event_BT]
-            values_BT[~is_event_BT] = np.nan
-        return Batch(
-            token_ids=torch.from_numpy(token_ids_BT),
-            days=torch.from_numpy(days_BT.astype(np.float32)),
-            values=None if values_BT is None else torch.from_numpy(values_BT),
-            is_event=torch.from_numpy(is_event_BT),
-            labels=torch.from_numpy(chosen.labels),
-            sample=torch.from_numpy(np.asarray(index, np.int64)),
+        event_BT = (
+            np.where(position_T < n_static, chosen.static_start[:, None], chosen.start[:, None] - n_static) + position_T
         )
+        sample_BT = np.broadcast_to(np.arange(len(chosen))[:, None], event_BT.shape)
+        return gather(self.events, chosen, event_BT, sample_BT, is_event_BT, sample=np.asarray(index, np.int64))
+
+
+class PackedDataset(Dataset[Batch]):
+    """Rows filled with several sequences one after the other, so that hardly any place is padding.
+
+    Args:
+        events: the split's events.
+        samples: the sequences, row after row.
+        row: (n,) int64, ascending, the row of each sequence.
+    """
+
+    def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
+        self.events, self.samples = events, samples
+        n_rows = int(row[-1]) + 1
+        self.first = np.searchsorted(row, np.arange(n_rows + 1))
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(samples.lengths)])
+        self.lengths = np.diff(ends[self.first])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
+        counts = np.diff(self.first)[index]
+        sequences = ragged_arange(self.first[index], counts)
+        chosen = self.samples.take(sequences)
+        lengths, row_of = chosen.lengths, np.repeat(np.arange(len(index)), counts)
+        n_static = chosen.static_stop - chosen.static_start
+        before_sequence = np.cumsum(lengths) - lengths
+        row_lengths = self.lengths[index]
+        before_row = np.cumsum(row_lengths) - row_lengths
+
+        sequence_N = np.repeat(np.arange(len(chosen)), lengths)
+        position_N = np.arange(len(sequence_N)) - before_sequence[sequence_N]
+        is_static_N = position_N < n_static[sequence_N]
+        origin_N = np.where(is_static_N, chosen.static_start[sequence_N], (chosen.start - n_static)[sequence_N])
+        row_N = row_of[sequence_N]
+        column_N = np.arange(len(sequence_N)) - before_row[row_N]
+
+        shape = (len(index), padded_length(row_lengths.max()))
+        event_BT, sequence_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        is_event_BT = np.zeros(shape, bool)
+        event_BT[row_N, column_N] = origin_N + position_N
+        sequence_BT[row_N, column_N] = sequence_N
+        is_event_BT[row_N, column_N] = True
+        segments_BT = np.where(is_event_BT, sequence_BT + 1, 0).astype(np.int32)
+        return gather(
+            self.events, chosen, event_BT, sequence_BT, is_event_BT, sample=np.asarray(index, np.int64),
+            segments_BT=segments_BT,
+        )  # fmt: skip
+
+
+def gather(
+    events: SplitEvents,
+    samples: Samples,
+    event_BT: npt.NDArray[np.int64],
+    sample_BT: npt.NDArray[np.int64],
+    is_event_BT: npt.NDArray[np.bool_],
+    *,
+    sample: npt.NDArray[np.int64],
+    segments_BT: npt.NDArray[np.int32] | None = None,
+) -> Batch:
+    """The batch whose place (b, t) holds event `event_BT[b, t]`, seen by sample `sample_BT[b, t]` of `samples`."""
+    event_BT = np.where(is_event_BT, event_BT, 0)
+    token_ids_BT = events.token_ids[event_BT]
+    token_ids_BT[~is_event_BT] = 0
+    times_BT = events.times[event_BT]
+    is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
+    has_timed = samples.start < samples.stop
+    first_time = np.where(has_timed, events.times[np.where(has_timed, samples.start, 0)], samples.prediction_times)
+    times_BT = np.where(is_timed_BT, times_BT, first_time[sample_BT])
+    days_BT = (samples.prediction_times[sample_BT] - times_BT) / MICROSECONDS_PER_DAY
+    days_BT[~is_event_BT] = 0
+    is_next_BT = is_timed_BT.copy()
+    is_next_BT[:, 0] = False
+    is_next_BT[:, 1:] &= (event_BT[:, 1:] == event_BT[:, :-1] + 1) & (sample_BT[:, 1:] == sample_BT[:, :-1])
+    values_BT = None
+    if events.values is not None:
+        values_BT = events.values[event_BT]
+        values_BT[~is_event_BT] = np.nan
+    return Batch(
+        token_ids=torch.from_numpy(token_ids_BT),
+        days=torch.from_numpy(days_BT.astype(np.float32)),
+        values=None if values_BT is None else torch.from_numpy(values_BT),
+        is_event=torch.from_numpy(is_event_BT),
+        is_next=torch.from_numpy(is_next_BT),
+        segments=None if segments_BT is None else torch.from_numpy(segments_BT),
+        labels=torch.from_numpy(samples.labels if segments_BT is None else np.zeros(len(sample), np.int64)),
+        sample=torch.from_numpy(sample),
+    )
+
+
+def padded_length(lengths: Any) -> Any:
+    """Lengths rounded up to a multiple of `LENGTH_MULTIPLE`.
+
+    >>> padded_length(np.array([1, 8, 9])).tolist()
+    [8, 8, 16]
+    """
+    return -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
@@ -123,7 +226,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     ) -> None:
         if batch_size < 1:
             raise UserError(f"trainer.batch_size={batch_size}: expected 1 or more samples.")
-        self.padded = -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        self.padded = padded_length(lengths)
         if len(lengths) and self.padded.max() > batch_tokens:
             raise UserError(
                 f"trainer.batch_tokens={batch_tokens} is less than the longest sample, {self.padded.max()} events. "
@@ -170,7 +273,10 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
 
 
 def batch_loader(
-    dataset: BatchDataset, sampler: BucketSampler, *, num_workers: int, pin_memory: bool
+    dataset: EventDataset, sampler: BucketSampler, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
     """A DataLoader that yields whole batches; `num_workers=0` builds them in this process."""
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        cast("Dataset[Batch]", dataset),
+        batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
+    )  # fmt: skip

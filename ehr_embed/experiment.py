@@ -25,7 +25,7 @@ from ehr_embed.instantiate import instantiate
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.sources.demo import bayes_auroc
-from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.sources.protocol import Source
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.trainer import Trainer
 from ehr_embed.vocabulary import VocabularySettings
@@ -91,8 +91,8 @@ def run(cfg: DictConfig) -> float:
     model = build(
         cfg.model,
         embedding_dim=prepared.table.shape[1],
-        num_classes=task.num_classes,
         has_values=prepared.store.manifest["has_values"],
+        **task.sizes,
     )
     settings = build(cfg.trainer)
 
@@ -118,28 +118,28 @@ def run(cfg: DictConfig) -> float:
         trainer = Trainer(
             settings,
             task=task,
-            events={split: prepared.store.split(split) for split in SPLITS},
             run_dir=run_dir,
             config=config,
+            identity=prepared.identity,
             seed=cfg.seed,
             log=log_epoch,
         )
         embedding = EventEmbedding(prepared.table)
         facts = trainer.fit(model, embedding)
-        probabilities = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
-        task.fit_thresholds(probabilities["tuning"])
+        outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
+        task.fit_thresholds(outputs["tuning"])
         history = facts.pop("history")
         metrics: dict[str, Any] = {
-            split: task.evaluate(split, probabilities[split], n_bootstrap=settings.n_bootstrap)
+            split: task.evaluate(split, outputs[split], n_bootstrap=settings.n_bootstrap)
             for split in reversed(EVALUATED)
         }
-        metrics["train"] = facts | {"n": len(task.samples["train"]), "total_seconds": time.perf_counter() - began}
+        metrics["train"] = facts | {"n": len(task.dataset("train")), "total_seconds": time.perf_counter() - began}
         if bayes := _bayes(source, task):
             metrics["bayes_auroc"] = bayes
         write_json(run_dir / "metrics.json", metrics)
         for split in EVALUATED:
-            task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, probabilities[split])
-        plots = write_plots(run_dir / "plots", history, task.curves(probabilities))
+            task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
+        plots = write_plots(run_dir / "plots", history, task.curves(outputs))
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)
@@ -233,6 +233,10 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         table.add_row(name, *(_cell(metrics[split][name]) for split in reversed(EVALUATED)))
     if "prevalence" in metrics["held_out"]:
         table.add_row("prevalence", *(f"{metrics[split]['prevalence']:.3f}" for split in reversed(EVALUATED)))
+    for name, baseline in metrics["held_out"].get("baselines", {}).items():
+        for metric in (metric for metric in names if metric in baseline):
+            cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
+            table.add_row(f"{metric} of {name} counts", *cells)
     if bayes := metrics.get("bayes_auroc"):
         table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()

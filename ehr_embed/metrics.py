@@ -134,7 +134,7 @@ def binary_metrics(
     y, p = check_binary(labels, probabilities, split_name=split_name)
     bootstrap = SubjectBootstrap.of(subject_ids, n_samples=len(y), n_bootstrap=n_bootstrap, seed=seed)
     replicates = _binary_replicates(bootstrap, y, p, p >= threshold)
-    return _summaries(replicates, confidence) | _binary_facts(bootstrap, y, threshold)
+    return summaries(replicates, confidence) | _binary_facts(bootstrap, y, threshold)
 
 
 def multiclass_metrics(
@@ -200,11 +200,11 @@ def multiclass_metrics(
     replicates = _mean_replicates(one_vs_rest) | _top_label_replicates(bootstrap, y, p, predicted)
     per_class = {
         str(name): {"n": int(n)}
-        | _summaries({key: own[key] for key in ("auroc", "auprc", "f1", "precision", "recall")}, confidence)
+        | summaries({key: own[key] for key in ("auroc", "auprc", "f1", "precision", "recall")}, confidence)
         for name, n, own in zip(class_names, n_of_class, one_vs_rest, strict=True)
     }
     facts = {"n": len(y), "n_subjects": bootstrap.n_subjects, "per_class": per_class}
-    return _summaries(replicates, confidence) | facts
+    return summaries(replicates, confidence) | facts
 
 
 def multilabel_metrics(
@@ -251,11 +251,11 @@ def multilabel_metrics(
         for (own, scores), threshold in zip(columns, t.tolist(), strict=True)
     ]
     per_label = {
-        str(name): _summaries(own, confidence) | _binary_facts(bootstrap, column[0], threshold)
+        str(name): summaries(own, confidence) | _binary_facts(bootstrap, column[0], threshold)
         for name, own, column, threshold in zip(label_names, replicates, columns, t.tolist(), strict=True)
     }
     facts = {"n": len(y), "n_subjects": bootstrap.n_subjects, "per_label": per_label}
-    return _summaries(_mean_replicates(replicates), confidence) | facts
+    return summaries(_mean_replicates(replicates), confidence) | facts
 
 
 def _binary_replicates(bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans) -> dict[str, Floats]:
@@ -304,10 +304,10 @@ def _mean_replicates(members: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
     return {name: np.mean([member[name] for member in members], axis=0) for name in METRICS}
 
 
-def _summaries(replicates: dict[str, Floats], confidence: float) -> dict[str, Any]:
+def summaries(replicates: dict[str, Floats], confidence: float) -> dict[str, Any]:
     """Point value (replicate 0) and percentile interval (the others) of each metric.
 
-    >>> _summaries({"f1": np.array([0.5, 0.25, np.nan, 0.75])}, 0.5)
+    >>> summaries({"f1": np.array([0.5, 0.25, np.nan, 0.75])}, 0.5)
     {'f1': {'value': 0.5, 'low': 0.375, 'high': 0.625}}
     """
     if not 0 < confidence < 1:

@@ -28,12 +28,14 @@ class Prepared:
         table: (V, E) vectors of the tokens' texts.
         table_path: its file.
         table_digest: changes with the texts or the embedder.
+        identity: digests of the embedder and the vocabulary, which trained weights depend on.
     """
 
     store: EventStore
     table: Tensor
     table_path: Path
     table_digest: str
+    identity: dict[str, str]
 
 
 def prepare(
@@ -70,7 +72,7 @@ def prepare(
             log.info("embedding %d texts for %s", len(vocabulary), path)
             save_table(path, build_table(vocabulary.texts, embedder=embedder, cache_dir=cache_dir), about)
     table, _ = load_table(path, expected=about)
-    return Prepared(store, table, path, file_sha256(path)[:16])
+    return Prepared(store, table, path, file_sha256(path)[:16], about)
 
 
 def report(store: EventStore, min_text_coverage: float) -> None:

@@ -1,4 +1,4 @@
-"""Samples: which events of which subject are visible at a prediction time."""
+"""Samples: which events of a subject are visible at a prediction time, or which stretch of a record is read."""
 
 from __future__ import annotations
 
@@ -99,3 +99,82 @@ def build_samples(events: SplitEvents, labels: pl.DataFrame, values: npt.NDArray
     static_stop = np.minimum(static_stop, first + max_length)
     start = np.maximum(static_stop, stop - (max_length - (static_stop - first)))
     return Samples(subject_ids, times, first, static_stop, start, np.maximum(stop, start), values)
+
+
+def ragged_arange(start: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """start[0], start[0] + 1, ... (count[0] numbers), then those of start[1], and so on.
+
+    >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    ends = np.cumsum(count)
+    return np.arange(int(count.sum())) + np.repeat(start - (ends - count), count)
+
+
+def window_samples(
+    events: SplitEvents, *, max_length: int, which: str, rng: np.random.Generator | None = None
+) -> Samples:
+    """Stretches of records, each after its subject's static events, as samples without labels.
+
+    Windows overlap by one event, so that every event but a record's first is the next one of its predecessor in exactly
+    one of them. The prediction time of a window is that of its last event; windows of a single event are left out.
+
+    Args:
+        max_length: events a window may have, static ones included.
+        which: `all` windows of a record, or only the `last`.
+        rng: draws where the first cut of a long record falls; None cuts from its beginning.
+
+    Raises:
+        UserError: no record has two events.
+    """
+    first, last = events.offsets[:-1], events.offsets[1:]
+    static_stop = ragged_searchsorted(events.times, first, last, np.full_like(first, STATIC_TIME))
+    # A window needs an event and its next one besides the static events.
+    static_stop = np.minimum(static_stop, first + max_length - 2)
+    stride = max_length - (static_stop - first) - 1
+    n_timed = last - static_stop
+    if which == "last":
+        start, stop, row = np.maximum(static_stop, last - stride - 1), last, np.arange(len(first))
+    else:
+        is_long = n_timed > stride + 1
+        phase = np.where(is_long, 0 if rng is None else rng.integers(0, stride), 0)
+        count = np.maximum(1, -(-(n_timed - 1 + phase) // stride))
+        row = np.repeat(np.arange(len(first)), count)
+        origin = static_stop[row] - phase[row] + ragged_arange(np.zeros_like(count), count) * stride[row]
+        start = np.maximum(origin, static_stop[row])
+        stop = np.minimum(origin + stride[row] + 1, last[row])
+    keep = (stop - start >= 1) & (stop - start + static_stop[row] - first[row] >= 2)
+    row, start, stop = row[keep], start[keep], stop[keep]
+    if not len(row):
+        raise UserError(
+            "no record has two events, so no next event can be predicted. Use a dataset with longer records."
+        )
+    labels = np.zeros(len(row), np.int64)
+    return Samples(events.subject_ids[row], events.times[stop - 1], first[row], static_stop[row], start, stop, labels)
+
+
+def packed_samples(
+    events: SplitEvents, *, max_length: int, rng: np.random.Generator
+) -> tuple[Samples, npt.NDArray[np.int64]]:
+    """Whole records in random order, written one after the other into rows of `max_length` events.
+
+    A record that does not fit a row goes on in the next one; its static events stand at its beginning only.
+
+    Returns:
+        the pieces of records, as samples without labels, and the row of each piece, ascending.
+    """
+    order = rng.permutation(len(events.subject_ids))
+    length = np.diff(events.offsets)[order]
+    record_stop = np.cumsum(length)
+    # The stream is cut where a record or a row ends.
+    row_stops = np.arange(max_length, record_stop[-1], max_length)
+    stop = np.union1d(record_stop, row_stops)
+    start = np.concatenate([np.zeros(1, np.int64), stop[:-1]])
+    record = np.searchsorted(record_stop, start, side="right")
+    shift = events.offsets[:-1][order][record] - (record_stop - length)[record]
+    start, stop, row = start + shift, stop + shift, start // max_length
+    static_stop = ragged_searchsorted(events.times, start, stop, np.full_like(start, STATIC_TIME))
+    times = np.where(stop > static_stop, events.times[stop - 1], 0)
+    labels = np.zeros(len(row), np.int64)
+    samples = Samples(events.subject_ids[order][record], times, start, static_stop, static_stop, stop, labels)
+    return samples, row

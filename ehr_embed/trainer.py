@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from tqdm import tqdm
 
-from ehr_embed.batches import Batch, BatchDataset, BucketSampler, batch_loader
+from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path
-from ehr_embed.store import SplitEvents
-from ehr_embed.tasks.protocol import Probabilities, Task
+from ehr_embed.tasks.protocol import Outputs, Task
 
 SCHEDULES = ("plateau", "cosine", "constant")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -51,12 +50,20 @@ class TrainerSettings:
     devices: int = 1
     strategy: str = "auto"
     precision: str = "auto"
+    freeze: str | None = None
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
         if self.precision not in PRECISIONS:
             raise unknown_name("trainer.precision", self.precision, PRECISIONS)
+        if self.freeze not in (None, "body"):
+            raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(
+                f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
+            )
         for name in ("epochs", "batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
@@ -94,10 +101,10 @@ class Trainer:
     Args:
         settings: how to train.
         task: after `setup`.
-        events: the store's arrays of each split.
         run_dir: where checkpoints go.
         config: the resolved configuration, stored in every checkpoint.
-        seed: order of the batches.
+        identity: what the weights depend on beside the configuration (digests of embedder and vocabulary), stored too.
+        seed: order of the batches, and what a task draws.
         log: called with a row of metrics and the epoch after every epoch.
     """
 
@@ -106,13 +113,14 @@ class Trainer:
         settings: TrainerSettings,
         *,
         task: Task,
-        events: dict[str, SplitEvents],
         run_dir: Path,
         config: dict[str, Any],
+        identity: dict[str, str],
         seed: int,
         log: Callable[[dict[str, float], int], None],
     ) -> None:
-        self.settings, self.task, self.run_dir, self.config, self.log = settings, task, run_dir, config, log
+        self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
+        self.about = {"config": config, "identity": identity}
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.fabric = Fabric(
             accelerator=settings.accelerator,
@@ -121,19 +129,6 @@ class Trainer:
             precision=self.precision,  # type: ignore[arg-type]
         )
         self.fabric.launch()
-        self.datasets = {split: BatchDataset(events[split], samples) for split, samples in task.samples.items()}
-        self.samplers = {
-            split: BucketSampler(
-                dataset.samples.lengths,
-                batch_size=settings.batch_size,
-                batch_tokens=settings.batch_tokens,
-                shuffle=split == "train",
-                seed=seed,
-                rank=self.fabric.global_rank,
-                world_size=self.fabric.world_size,
-            )
-            for split, dataset in self.datasets.items()
-        }
 
     def fit(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
@@ -149,13 +144,14 @@ class Trainer:
         """
         settings, progress = self.settings, Progress()
         embedding.to(self.fabric.device)
+        if settings.freeze == "body":
+            body_of(model).requires_grad_(False)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
+            parameter_groups(model, settings),
             fused=self.fabric.device.type in ("cpu", "cuda"),
         )
         wrapped, optimizer = self.fabric.setup(model, optimizer)
-        steps_per_epoch = -(-len(self.samplers["train"]) // settings.accumulate)
+        steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
         scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)
         n_events, n_padded, train_seconds, history = 0, 0, 0.0, []
         state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "plateau": plateau}
@@ -166,9 +162,9 @@ class Trainer:
             loss, events, padded = self._train_epoch(wrapped, embedding, optimizer, scheduler, progress)
             seconds = time.perf_counter() - began
             n_events, n_padded, train_seconds = n_events + events, n_padded + padded, train_seconds + seconds
-            tuning_loss, probabilities = self._predict(wrapped, embedding, "tuning")
-            self.task.fit_thresholds(probabilities)
-            tuning = self.task.evaluate("tuning", probabilities, n_bootstrap=0)
+            tuning_loss, outputs = self._predict(wrapped, embedding, "tuning")
+            self.task.fit_thresholds(outputs)
+            tuning = self.task.evaluate("tuning", outputs, n_bootstrap=0)
             value = float(tuning[self.task.monitor]["value"])
             if plateau is not None and progress.step >= settings.warmup_steps:
                 plateau.step(value)
@@ -202,8 +198,8 @@ class Trainer:
             "history": history,
         }
 
-    def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Probabilities:
-        """Probabilities of all samples of a split, in sample order."""
+    def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
+        """The task's outputs of all samples of a split, in sample order."""
         embedding.to(self.fabric.device)
         return self._predict(model.to(self.fabric.device), embedding, split)[1]
 
@@ -212,9 +208,11 @@ class Trainer:
     ) -> tuple[float, int, int]:
         """One pass over train: mean loss, real events and padded events of this process."""
         model.train()
-        settings, sampler = self.settings, self.samplers["train"]
-        sampler.set_epoch(progress.epoch)
-        loader, n_batches = self._loader("train"), len(sampler)
+        settings = self.settings
+        if settings.freeze == "body":
+            body_of(model.module).eval()
+        loader = self._loader("train", progress.epoch)
+        n_batches = len(loader.sampler)
         total, n_events, n_padded, began = torch.zeros((), device=self.fabric.device), 0, 0, time.perf_counter()
         bar = tqdm(loader, total=n_batches, desc=f"epoch {progress.epoch}", leave=False, disable=None, unit="batch")
         for number, batch in enumerate(bar):
@@ -223,7 +221,7 @@ class Trainer:
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
             with self.fabric.no_backward_sync(model, enabled=not steps):
-                loss = self._loss(model, embedding, batch.to(self.fabric.device))[0]
+                loss = self.task.step(model, embedding, batch.to(self.fabric.device))[0]
                 self.fabric.backward(loss / group)
             total += loss.detach()
             if steps:
@@ -245,36 +243,43 @@ class Trainer:
         return mean, n_events, n_padded
 
     @torch.inference_mode()
-    def _predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> tuple[float, Probabilities]:
-        """Mean loss and probabilities (n, C) of a split, in sample order, whatever the batches were."""
+    def _predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> tuple[float, Outputs]:
+        """Mean loss and outputs (n, n_outputs) of a split, in sample order, whatever the batches were."""
         model.eval()
-        n = len(self.datasets[split])
-        result = torch.zeros(n, self.task.num_classes, dtype=torch.float64, device=self.fabric.device)
+        loader = self._loader(split)
+        n = len(loader.dataset)
+        result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         loss_sum = torch.zeros((), device=self.fabric.device)
-        for batch in self._loader(split):
+        for batch in loader:
             moved = batch.to(self.fabric.device)
             with self.fabric.autocast():
-                loss, logits = self._loss(model, embedding, moved)
-            result[moved.sample] = self.task.probabilities(logits)
+                loss, result[moved.sample] = self.task.step(model, embedding, moved)
             loss_sum += loss * len(moved.sample)
         result = self._reduce(result, "sum")
         loss_sum = self._reduce(loss_sum, "sum")
         return float(loss_sum) / n, result.cpu().numpy()
-
-    def _loss(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = model(embedding.inputs(batch))
-        return self.task.loss(logits, batch.labels), logits
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         reduced = self.fabric.all_reduce(x, reduce_op=how)
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _loader(self, split: str) -> Any:
-        pin = self.fabric.device.type == "cuda"
-        return batch_loader(
-            self.datasets[split], self.samplers[split], num_workers=self.settings.num_workers, pin_memory=pin
+    def _loader(self, split: str, epoch: int | None = None) -> Any:
+        """Batches of a split: in random order in an epoch of training, else in order of length."""
+        settings = self.settings
+        dataset = self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
+        sampler = BucketSampler(
+            dataset.lengths,
+            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
+            shuffle=epoch is not None,
+            seed=self.seed,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
         )
+        sampler.set_epoch(epoch or 0)
+        pin = self.fabric.device.type == "cuda"
+        return batch_loader(dataset, sampler, num_workers=settings.num_workers, pin_memory=pin)
 
     def _schedules(self, optimizer: Any, total_steps: int) -> tuple[Any, ReduceLROnPlateau | None]:
         """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None."""
@@ -313,7 +318,7 @@ class Trainer:
             "scheduler_state_dict": {
                 name: state[name].state_dict() for name in ("scheduler", "plateau") if state[name] is not None
             },
-            "config": self.config,
+            **self.about,
             "epoch": progress.epoch,
             "progress": dict(progress.__dict__),
             "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -328,10 +333,48 @@ class Trainer:
                 torch.save(checkpoint, path)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices only: biases, norms and single vectors keep their size."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def body_of(model: nn.Module) -> nn.Module:
+    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    body = getattr(model, "body", None)
+    if not isinstance(body, nn.Module):
+        raise UserError(
+            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
+        )
+    return body
+
+
+def parameter_groups(model: nn.Module, settings: TrainerSettings) -> list[dict[str, Any]]:
+    """Parameters with their learning rate and weight decay, the head's first.
+
+    Matrices decay; biases, norms and single vectors keep their size. With `layer_decay` d the block that is n from the top
+    learns at d^n times the head's rate, and the input at that of a block below the first (Clark et al. 2020,
+    arXiv:2003.10555, appendix A).
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = 0 if not name.startswith("body.") or name.startswith("body.norm.") else n_layers - _block(name)
+        groups.setdefault((depth, parameter.ndim >= 2), []).append(parameter)
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "lr": settings.learning_rate * settings.layer_decay**depth,
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+        }
+        for (depth, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+
+
+def _block(name: str) -> int:
+    """Number of the block a parameter belongs to, -1 for none.
+
+    >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
+    (3, -1)
+    """
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["body", "blocks"] else -1

@@ -41,10 +41,13 @@ def test_every_model_builds_and_runs(option):
     import torch
 
     cfg = composed(f"model={option}", "data=meds")
-    model = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
     mask = torch.ones(2, 5, dtype=torch.bool)
-    logits = model({"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "days": torch.rand(2, 5)})
-    assert logits.shape == (2, 3)
+    inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
+    inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
+    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    assert classifier(inputs).shape == (2, 3)
+    predictor = instantiate(cfg.model, embedding_dim=24, vocab_size=9, has_values=False)
+    assert predictor(inputs).shape == (2, 5, 9)
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "task", "trainer")])
@@ -58,6 +61,9 @@ def test_the_demo_brings_its_small_model_unless_told_otherwise():
     assert composed("data=meds").model.n_layers == 6
     assert composed("data=meds").trainer.epochs == 50
     assert composed("data=demo", "trainer=default").trainer.epochs == 50
+    assert composed().task.monitor == "auroc"
+    assert composed("data=meds").task.monitor == "f1"
+    assert composed("task=next_event").task.monitor == "perplexity"
 
 
 def test_defaults_are_those_of_the_original():

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ehr_embed.errors import UserError
-from ehr_embed.models.blocks import POOLINGS, POSITIONS
-from ehr_embed.models.encoder import Encoder
+from ehr_embed.models.encoder import POSITIONS, Encoder
+from ehr_embed.models.heads import POOLINGS
 
 
 def encoder(**options) -> Encoder:
@@ -69,8 +69,8 @@ def test_both_faces_give_the_same_logits():
 def test_values_scale_and_shift_their_event_only():
     model, batch = encoder(has_values=True), inputs([6], 6, values=True)
     before = model(batch)
-    assert model.input.values is not None
-    last = model.input.values[2]
+    assert model.body.input.values is not None
+    last = model.body.input.values[2]
     assert isinstance(last, torch.nn.Linear)
     torch.nn.init.normal_(last.weight)
     assert not torch.allclose(before, model(batch))

@@ -63,9 +63,9 @@ def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **sett
             }
         ),
         task=task,
-        events={split: store.split(split) for split in SPLITS},
         run_dir=run_dir,
         config={"seed": seed},
+        identity={"embedder": "none"},
         seed=seed,
         log=lambda row, epoch: rows.append(row),
     )

@@ -1,17 +1,17 @@
-"""The parts transformers are built of: attention, positions, pooling. Shapes: B batch, T events, D model, H heads."""
+"""The parts transformers are built of. Shapes: B batch, T events, D model, H heads, K head width, S events in the cache."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import UserError
 
-POSITIONS = ("sinusoidal", "rope", "time", "none")
-POOLINGS = ("mean", "cls", "max", "last", "attention")
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LONGEST_DAYS, SHORTEST_DAYS = 36525.0, 1.0 / 24
 """Periods of the time features run from an hour to a century."""
 
@@ -77,13 +77,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(model_dim, 3 * model_dim)
         self.out = nn.Linear(model_dim, model_dim)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor, rope_BT: Tensor | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `mask_B11T` True = attend; `rope_BT` positions to rotate by, or None."""
+    def forward(
+        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal.
+            rope_BT: positions to rotate queries and keys by; None = no rotation.
+            extend: takes the new keys and values (B, H, T, K) and returns those of all events so far (B, H, S, K).
+        """
         B, T, D = x_BTD.shape
         q, k, v = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         if rope_BT is not None:
             q, k = rotate(q, rope_BT), rotate(k, rope_BT)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11T)
+        if extend is not None:
+            k, v = extend(k, v)
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
@@ -98,101 +108,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(model_dim, 4 * model_dim), nn.GELU(), nn.Linear(4 * model_dim, model_dim))
         self.dropout = Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor, rope_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask_B11T, rope_BT))
+    def forward(
+        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); arguments as in `Attention`."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, extend))
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))
-
-
-class EventInput(nn.Module):
-    """Projects event vectors to the model's width; where values are carried, each scales and shifts its event.
-
-    Text vectors have norm one whatever their width, so they are brought to unit variance first. The scale and shift
-    come from a small MLP of (value, has value) and start at zero: FiLM (Perez et al. 2018, arXiv:1709.07871).
-    """
-
-    def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(embedding_dim)
-        self.project = nn.Linear(embedding_dim, model_dim)
-        self.values = None
-        if has_values:
-            last = nn.Linear(model_dim, 2 * model_dim)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.values = nn.Sequential(nn.Linear(2, model_dim), nn.GELU(), last)
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) from `embeddings` (B, T, E), or from `rows` (U, E) and `row_ids` (B, T), and `values` (B, T), NaN = none.
-
-        Rows are projected once however many events share them: the same numbers, with fewer products.
-        """
-        if "rows" in inputs:
-            self._check_width(inputs["rows"])
-            x_BTD = F.embedding(inputs["row_ids"], self.project(self.norm(inputs["rows"])))
-        else:
-            self._check_width(inputs["embeddings"])
-            x_BTD = self.project(self.norm(inputs["embeddings"]))
-        if self.values is None:
-            return x_BTD
-        values_BT = inputs.get("values")
-        if values_BT is None:
-            raise UserError(
-                "the model carries values, but the batch has none. Use a store with data.values=continuous or both."
-            )
-        present_BT = ~values_BT.isnan()
-        features = torch.stack([values_BT.nan_to_num(), present_BT.to(values_BT.dtype)], dim=-1)
-        scale, shift = self.values(features.to(x_BTD.dtype)).chunk(2, dim=-1)
-        return torch.where(present_BT.unsqueeze(-1), x_BTD * (1 + scale) + shift, x_BTD)
-
-    def _check_width(self, vectors: Tensor) -> None:
-        expected = self.project.in_features
-        if vectors.shape[-1] != expected:
-            raise UserError(
-                f"event vectors of width {vectors.shape[-1]}, but this model was built for {expected}: "
-                "another embedder made them. Use the embedder of the model's config.yaml."
-            )
-
-
-class Pooling(nn.Module):
-    """One vector a sample from the events' vectors: `mean`, `max`, `last` event, `cls` (first), or learned `attention`."""
-
-    def __init__(self, kind: str, *, model_dim: int) -> None:
-        super().__init__()
-        if kind not in POOLINGS:
-            raise unknown_name("model.pooling", kind, POOLINGS)
-        self.kind = kind
-        self.score = nn.Linear(model_dim, 1) if kind == "attention" else None
-
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """(B, T, D), True = event -> (B, D). A sample without any event is undefined."""
-        keep_BT1 = mask_BT.unsqueeze(-1)
-        if self.kind == "cls":
-            return x_BTD[:, 0]
-        if self.kind == "last":
-            last_B = mask_BT.long().cumsum(1).argmax(1)
-            return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
-        if self.kind == "max":
-            return x_BTD.masked_fill(~keep_BT1, torch.finfo(x_BTD.dtype).min).amax(1)
-        if self.score is not None:
-            weight = self.score(x_BTD).float().masked_fill(~keep_BT1, float("-inf")).softmax(1)
-            return (x_BTD * weight.to(x_BTD.dtype)).sum(1)
-        return (x_BTD * keep_BT1).sum(1) / keep_BT1.sum(1)
-
-
-def check_heads(model_dim: int, n_heads: int, positions: str) -> None:
-    """Refuse sizes that attention cannot be built with.
-
-    Raises:
-        UserError: `n_heads` does not divide `model_dim`, an odd head size under rope, unknown `positions`.
-    """
-    if positions not in POSITIONS:
-        raise unknown_name("model.positions", positions, POSITIONS)
-    if n_heads < 1 or model_dim % n_heads:
-        good = [n for n in range(1, model_dim + 1) if model_dim % n == 0 and n <= 64]
-        raise UserError(
-            f"model.n_heads={n_heads} does not divide model.model_dim={model_dim}; every head needs the same width. "
-            f"Valid with this model_dim: {', '.join(map(str, good))}."
-        )
-    if positions == "rope" and (model_dim // n_heads) % 2:
-        raise UserError(f"model.positions=rope needs an even head width, model_dim/n_heads is {model_dim // n_heads}.")

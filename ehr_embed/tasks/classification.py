@@ -10,16 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ehr_embed.batches import Batch, BatchDataset
 from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.samples import Samples, build_samples
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, SplitEvents
 from ehr_embed.tasks.labels import LabelSet, read_labels
-from ehr_embed.tasks.protocol import Curves, Probabilities, as_tensor, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, monitored
 
 
 class Classification:
@@ -31,6 +33,8 @@ class Classification:
         label_smoothing: share of probability spread over all classes, in [0, 1).
         monitor: metric on tuning that chooses the best checkpoint.
         shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
+        label_fraction: share of train's labelled subjects that are used, in (0, 1]; tuning and held_out stay whole.
+        fraction_seed: draws those subjects.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class Classification:
         label_smoothing: float = 0.0,
         monitor: str = "f1",
         shuffle_labels: int | None = None,
+        label_fraction: float = 1.0,
+        fraction_seed: int = 0,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = monitored(monitor, METRICS)
@@ -48,6 +54,9 @@ class Classification:
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1).")
         self.label_smoothing = label_smoothing
+        if not 0 < label_fraction <= 1:
+            raise UserError(f"task.label_fraction={label_fraction}: expected a share of train's subjects in (0, 1].")
+        self.label_fraction, self.fraction_seed = label_fraction, fraction_seed
         self.samples: dict[str, Samples] = {}
         self.class_names: list[str] = []
         self.threshold = 0.5
@@ -56,9 +65,22 @@ class Classification:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"num_classes": self.num_classes}
+
+    @property
+    def n_outputs(self) -> int:
+        return self.num_classes
+
+    is_trained = True
+
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         label_set = read_labels(self.labels, labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
+        self._events = {split: events for split, (events, _) in splits.items()}
+        train_events, train_labels = splits["train"]
+        splits["train"] = train_events, draw_subjects(train_labels, self.label_fraction, self.fraction_seed)
         self.class_names = class_names(label_set, splits["train"][1])
         for split, (events, frame) in splits.items():
             codes = encode_classes(frame["value"], self.class_names, f"{label_set.name}, split {split}")
@@ -84,24 +106,29 @@ class Classification:
             )
         return as_tensor(self.class_weights)
 
+    def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
+        return BatchDataset(self._events[split], self.samples[split])
+
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs are class probabilities, rows sum to one."""
+        logits = model(embedding.inputs(batch))
+        return self.loss(logits, batch.labels), logits.detach().double().softmax(-1)
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy, logits (B, C) and classes (B,)."""
         weights = None if self._weights is None else self._weights.to(logits.device)
         return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=self.label_smoothing)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C), rows sum to one."""
-        return logits.double().softmax(-1)
-
-    def fit_thresholds(self, probabilities: Probabilities) -> None:
+    def fit_thresholds(self, outputs: Outputs) -> None:
         if self.num_classes == 2:
-            self.threshold = choose_threshold(self.samples["tuning"].labels, probabilities[:, 1])
+            self.threshold = choose_threshold(self.samples["tuning"].labels, outputs[:, 1])
 
-    def evaluate(self, split: str, probabilities: Probabilities, *, n_bootstrap: int) -> dict[str, Any]:
+    def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         samples = self.samples[split]
         if self.num_classes == 2:
             return binary_metrics(
                 samples.labels,
-                probabilities[:, 1],
+                outputs[:, 1],
                 threshold=self.threshold,
                 subject_ids=samples.subject_ids,
                 n_bootstrap=n_bootstrap,
@@ -109,14 +136,14 @@ class Classification:
             )
         return multiclass_metrics(
             samples.labels,
-            probabilities,
+            outputs,
             class_names=self.class_names,
             subject_ids=samples.subject_ids,
             n_bootstrap=n_bootstrap,
             split_name=split,
         )
 
-    def write_predictions(self, path: Path, split: str, probabilities: Probabilities) -> None:
+    def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         samples = self.samples[split]
         times = samples.prediction_times.astype("datetime64[us]")
         if self.num_classes == 2:
@@ -125,7 +152,7 @@ class Classification:
                 subject_ids=samples.subject_ids,
                 prediction_times=times,
                 labels=samples.labels,
-                probabilities=probabilities[:, 1],
+                probabilities=outputs[:, 1],
                 threshold=self.threshold,
             )
         else:
@@ -134,14 +161,14 @@ class Classification:
                 subject_ids=samples.subject_ids,
                 prediction_times=times,
                 labels=samples.labels,
-                probabilities=probabilities,
+                probabilities=outputs,
                 class_names=self.class_names,
             )
 
-    def curves(self, probabilities: dict[str, Probabilities]) -> Curves:
+    def curves(self, outputs: dict[str, Outputs]) -> Curves:
         if self.num_classes != 2:
             return {}
-        return {split: (self.samples[split].labels, p[:, 1]) for split, p in probabilities.items()}
+        return {split: (self.samples[split].labels, p[:, 1]) for split, p in outputs.items()}
 
 
 def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:
@@ -166,6 +193,19 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
             )
         parts[split] = (arrays, frame)
     return parts
+
+
+def draw_subjects(labels: pl.DataFrame, fraction: float, seed: int) -> pl.DataFrame:
+    """The label rows of a share of the subjects, drawn at random; at least one subject.
+
+    >>> labels = pl.DataFrame({"subject_id": [1, 1, 2, 3, 4]})
+    >>> len(draw_subjects(labels, 0.5, 0)["subject_id"].unique()), len(draw_subjects(labels, 1.0, 0))
+    (2, 5)
+    """
+    subjects = labels["subject_id"].unique().sort().to_numpy()
+    n_drawn = max(1, round(fraction * len(subjects)))
+    drawn = np.random.default_rng(seed).permutation(subjects)[:n_drawn]
+    return labels.filter(pl.col("subject_id").is_in(pl.Series(drawn).implode()))
 
 
 def class_names(labels: LabelSet, train: pl.DataFrame) -> list[str]:

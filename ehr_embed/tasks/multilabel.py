@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ehr_embed.batches import Batch, BatchDataset
 from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path
 from ehr_embed.metrics import METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.samples import Samples, build_samples
@@ -19,7 +21,7 @@ from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
 from ehr_embed.tasks.labels import LabelSet, available_labels, read_labels
-from ehr_embed.tasks.protocol import Curves, Probabilities, as_tensor, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, monitored
 
 
 class Multilabel:
@@ -43,9 +45,19 @@ class Multilabel:
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 
+    is_trained = True
+
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"num_classes": self.num_classes}
+
+    @property
+    def n_outputs(self) -> int:
+        return self.num_classes
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         names = available_labels(labels_dir) if self.labels is None else list(self.labels)
@@ -58,7 +70,8 @@ class Multilabel:
             )
         joined = _join(label_sets)
         self.label_names = [label_set.name for label_set in label_sets]
-        for split, (events, frame) in split_labels(joined, {split: store.split(split) for split in SPLITS}).items():
+        self._events = {split: store.split(split) for split in SPLITS}
+        for split, (events, frame) in split_labels(joined, self._events).items():
             columns = [
                 encode_classes(frame[name], ["false", "true"], f"{name}, split {split}") for name in self.label_names
             ]
@@ -86,22 +99,27 @@ class Multilabel:
             )
         return as_tensor(self.class_weights)
 
+    def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
+        return BatchDataset(self._events[split], self.samples[split])
+
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs are probabilities, each label on its own."""
+        logits = model(embedding.inputs(batch))
+        return self.loss(logits, batch.labels), logits.detach().double().sigmoid()
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean binary cross-entropy, logits and labels (B, L)."""
         weights = None if self._weights is None else self._weights.to(logits.device)
         return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, L), each label on its own."""
-        return logits.double().sigmoid()
-
-    def fit_thresholds(self, probabilities: Probabilities) -> None:
+    def fit_thresholds(self, outputs: Outputs) -> None:
         labels = self.samples["tuning"].labels
-        self.thresholds = np.array([choose_threshold(y, p) for y, p in zip(labels.T, probabilities.T, strict=True)])
+        self.thresholds = np.array([choose_threshold(y, p) for y, p in zip(labels.T, outputs.T, strict=True)])
 
-    def evaluate(self, split: str, probabilities: Probabilities, *, n_bootstrap: int) -> dict[str, Any]:
+    def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         return multilabel_metrics(
             self.samples[split].labels,
-            probabilities,
+            outputs,
             thresholds=self.thresholds,
             label_names=self.label_names,
             subject_ids=self.samples[split].subject_ids,
@@ -109,7 +127,7 @@ class Multilabel:
             split_name=split,
         )
 
-    def write_predictions(self, path: Path, split: str, probabilities: Probabilities) -> None:
+    def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         samples = self.samples[split]
         columns: dict[str, Any] = {
             "subject_id": samples.subject_ids,
@@ -117,15 +135,15 @@ class Multilabel:
         }
         for index, name in enumerate(self.label_names):
             columns[f"{name}/label"] = samples.labels[:, index].astype(bool)
-            columns[f"{name}/predicted"] = probabilities[:, index] >= self.thresholds[index]
-            columns[f"{name}/probability"] = probabilities[:, index].astype(np.float32)
+            columns[f"{name}/predicted"] = outputs[:, index] >= self.thresholds[index]
+            columns[f"{name}/probability"] = outputs[:, index].astype(np.float32)
         with atomic_path(path) as temporary:
             pl.DataFrame(columns).write_parquet(temporary)
 
-    def curves(self, probabilities: dict[str, Probabilities]) -> Curves:
+    def curves(self, outputs: dict[str, Outputs]) -> Curves:
         return {
             f"{split}, {name}": (self.samples[split].labels[:, index], p[:, index])
-            for split, p in probabilities.items()
+            for split, p in outputs.items()
             for index, name in enumerate(self.label_names)
         }
 

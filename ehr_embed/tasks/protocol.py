@@ -8,14 +8,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ehr_embed.batches import Batch, EventDataset
 from ehr_embed.errors import unknown_name
-from ehr_embed.samples import Samples
+from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.store import EventStore
 
-Probabilities = npt.NDArray[np.float64]
-Curves = dict[str, tuple[npt.NDArray[Any], Probabilities]]
+Outputs = npt.NDArray[np.float64]
+"""What a task keeps of each sample for evaluation: probabilities, or sums over its events."""
+Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
 
 
 class Task(Protocol):
@@ -24,14 +26,17 @@ class Task(Protocol):
     monitor: str
     """Metric on tuning that chooses the best checkpoint."""
 
+    is_trained: bool
+    """Whether there is anything to fit; else a trained model is only evaluated."""
+
     @property
-    def num_classes(self) -> int:
-        """Logits a sample; known after `setup`."""
+    def sizes(self) -> dict[str, int]:
+        """What a model must be built with to do the task, `num_classes` or `vocab_size`; known after `setup`."""
         ...
 
     @property
-    def samples(self) -> dict[str, Samples]:
-        """Samples of each split; known after `setup`."""
+    def n_outputs(self) -> int:
+        """Numbers kept of each sample; known after `setup`."""
         ...
 
     @property
@@ -40,35 +45,35 @@ class Task(Protocol):
         ...
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        """Read the labels and build the samples of all splits."""
+        """Read the labels, if any, and build the samples of all splits."""
         ...
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch: logits (B, C) -> scalar."""
+    def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
+        """Samples of a split; `rng` draws what is random about them in training, None for evaluation."""
         ...
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C) logits -> (B, ...) probabilities, as `evaluate` takes them."""
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch, and its outputs (B, n_outputs), which carry no gradient."""
         ...
 
-    def fit_thresholds(self, probabilities: Probabilities) -> None:
-        """Choose decision thresholds from tuning probabilities (n, ...), in sample order."""
+    def fit_thresholds(self, outputs: Outputs) -> None:
+        """Choose decision thresholds from the outputs of tuning (n, n_outputs), in sample order."""
         ...
 
-    def evaluate(self, split: str, probabilities: Probabilities, *, n_bootstrap: int) -> dict[str, Any]:
+    def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         """All metrics of a split over all its samples at once, with intervals from `n_bootstrap` replicates."""
         ...
 
-    def write_predictions(self, path: Path, split: str, probabilities: Probabilities) -> None:
+    def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         """Write one row a sample to a parquet file."""
         ...
 
-    def curves(self, probabilities: dict[str, Probabilities]) -> Curves:
+    def curves(self, outputs: dict[str, Outputs]) -> Curves:
         """Binary labels and probabilities of each split for ROC, precision-recall and calibration plots; may be empty."""
         ...
 
 
-LOWER_IS_BETTER = ("loss", "brier", "ece")
+LOWER_IS_BETTER = ("loss", "perplexity", "time_loss", "value_loss", "brier", "ece")
 
 
 def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:

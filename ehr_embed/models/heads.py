@@ -1,0 +1,261 @@
+"""What stands on a body: one prediction a sample, or the distribution of an event."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.models.blocks import Dropout
+
+POOLINGS = ("mean", "cls", "max", "last", "attention")
+VOCABULARY_HEADS = ("text_tied", "linear")
+N_SPECIAL = 2
+"""Token ids 0, padding, and 1, unknown: no events, so never predicted."""
+LOGITS_AT_ONCE = 2**24
+"""Entries of the largest (events, vocabulary) tensor: 64 MiB in float32."""
+N_TIME_BINS = 64
+SHORTEST_GAP_DAYS, LONGEST_GAP_DAYS = 30 / 86_400, 36_525.0
+"""A gap below half a minute is none; the other bins are spaced evenly in log up to a century."""
+
+
+class Pooling(nn.Module):
+    """One vector a sample from the events' vectors: `mean`, `max`, `last` event, `cls` (first), or learned `attention`."""
+
+    def __init__(self, kind: str, *, model_dim: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.score = nn.Linear(model_dim, 1) if kind == "attention" else None
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """(B, T, D), True = event -> (B, D). A sample without any event is undefined."""
+        keep_BT1 = mask_BT.unsqueeze(-1)
+        if self.kind == "cls":
+            return x_BTD[:, 0]
+        if self.kind == "last":
+            last_B = mask_BT.long().cumsum(1).argmax(1)
+            return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
+        if self.kind == "max":
+            return x_BTD.masked_fill(~keep_BT1, torch.finfo(x_BTD.dtype).min).amax(1)
+        if self.score is not None:
+            weight = self.score(x_BTD).float().masked_fill(~keep_BT1, float("-inf")).softmax(1)
+            return (x_BTD * weight.to(x_BTD.dtype)).sum(1)
+        return (x_BTD * keep_BT1).sum(1) / keep_BT1.sum(1)
+
+
+class PooledHead(nn.Module):
+    """Pooling, dropout, and a linear map to the classes."""
+
+    def __init__(self, *, pooling: str, model_dim: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.pooling = Pooling(pooling, model_dim=model_dim)
+        self.dropout = Dropout(dropout)
+        self.classes = nn.Linear(model_dim, num_classes)
+
+    def forward(self, x_BTD: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) and `padding_mask` (B, T) -> logits (B, num_classes)."""
+        return self.classes(self.dropout(self.pooling(x_BTD, inputs["padding_mask"])))
+
+
+class EventScores(NamedTuple):
+    """How well N target events were predicted; nats.
+
+    Attributes:
+        nll: (N,) of the token.
+        rank: (N,) int64, tokens scored at least as high as the target, itself left out; None while training.
+        time_nll: (N,) of the gap's bin given the token.
+        value_nll: (N,) of the value's density given the token, NaN where there is no value; None without values.
+    """
+
+    nll: Tensor
+    rank: Tensor | None
+    time_nll: Tensor
+    value_nll: Tensor | None
+
+
+class EventHead(nn.Module):
+    """The distribution of an event given a hidden state: its token, then the gap before it and its value given the token.
+
+    Args:
+        kind: `text_tied`: a token's score is the hidden state times a projection of its text's vector, so that a code
+            never seen in training can be predicted and no parameter belongs to a single token. `linear`: a learned
+            vector a token.
+        model_dim: width D of the hidden states.
+        embedding_dim: width E of the text vectors.
+        vocab_size: tokens V.
+        has_values: whether events carry a number to predict.
+    """
+
+    def __init__(self, *, kind: str, model_dim: int, embedding_dim: int, vocab_size: int, has_values: bool) -> None:
+        super().__init__()
+        if kind not in VOCABULARY_HEADS:
+            raise unknown_name("model.vocabulary_head", kind, VOCABULARY_HEADS)
+        self.kind = kind
+        if kind == "linear":
+            self.tokens = nn.Linear(model_dim, vocab_size)
+        else:
+            self.text = nn.Sequential(nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, 4 * model_dim), nn.GELU())
+            self.key = nn.Linear(4 * model_dim, model_dim)
+            self.bias = nn.Linear(4 * model_dim, 1)
+        self.given = nn.Sequential(nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, model_dim))
+        self.time = nn.Sequential(nn.GELU(), nn.Linear(model_dim, N_TIME_BINS))
+        self.value = nn.Sequential(nn.GELU(), nn.Linear(model_dim, 2)) if has_values else None
+
+    def token_weights(self, table_VE: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (V, D) and biases (V,) of the tokens of a table, the special ones' bias minus infinity."""
+        if self.kind == "linear":
+            weight_VD, bias_V = self.tokens.weight, self.tokens.bias
+            if len(table_VE) != len(weight_VD):
+                raise UserError(
+                    f"a linear vocabulary head of {len(weight_VD)} tokens cannot score {len(table_VE)}: each has a vector "
+                    "of its own. Use the vocabulary it was trained with, or pretrain with model.vocabulary_head=text_tied."
+                )
+        else:
+            text = self.text(table_VE)
+            weight_VD, bias_V = self.key(text) / math.sqrt(self.key.out_features), self.bias(text).squeeze(-1)
+        return weight_VD, F.pad(bias_V[N_SPECIAL:], (N_SPECIAL, 0), value=float("-inf"))
+
+    def logits(self, x_BTD: Tensor, table_VE: Tensor) -> Tensor:
+        """Scores of every token, (..., D) -> (..., V) float32; the special ones are minus infinity."""
+        weight_VD, bias_V = self.token_weights(table_VE)
+        return F.linear(x_BTD, weight_VD.to(x_BTD.dtype), bias_V.to(x_BTD.dtype)).float()
+
+    def forward(self, x_BTD: Tensor, inputs: dict[str, Tensor]) -> Tensor | EventScores:
+        """Logits (B, T, V) with `table` (V, E); with targets too, their scores without ever holding such a tensor.
+
+        Targets: `targets` (B, T) token ids, 0 = none; `target_gap_days` (B, T); `target_values` (B, T), NaN = none.
+        N is the number of targets, in row-major order.
+        """
+        table_VE = inputs["table"]
+        if "targets" not in inputs:
+            return self.logits(x_BTD, table_VE)
+        is_target_BT = inputs["targets"] > 0
+        x_ND, target_N = x_BTD[is_target_BT], inputs["targets"][is_target_BT].long()
+        weight_VD, bias_V = self.token_weights(table_VE)
+        # Half precision would round the scores to ties, and ranks with them.
+        with torch.autocast(x_ND.device.type, enabled=self.training and torch.is_autocast_enabled(x_ND.device.type)):
+            if not self.training:
+                x_ND, weight_VD, bias_V = x_ND.float(), weight_VD.float(), bias_V.float()
+            nll_N, rank_N = token_scores(x_ND, weight_VD, bias_V, target_N, with_ranks=not self.training)
+        time_NQ, value = self.time_and_value(x_ND, table_VE[target_N])
+        time_nll_N = F.cross_entropy(time_NQ, time_bin(inputs["target_gap_days"][is_target_BT]), reduction="none")
+        value_nll_N = None
+        if value is not None:
+            mean_N, log_sd_N = value
+            target_value_N = inputs["target_values"][is_target_BT]
+            # NaN would reach the gradient of the others if it entered the arithmetic.
+            error_N = (target_value_N.nan_to_num() - mean_N) / log_sd_N.exp()
+            density_N = 0.5 * error_N.square() + log_sd_N + 0.5 * math.log(2 * math.pi)
+            value_nll_N = density_N.masked_fill(target_value_N.isnan(), float("nan"))
+        return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
+
+    def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Given hidden states and the vectors of the tokens that follow: logits of the gap's bin (N, N_TIME_BINS), and mean
+        and log standard deviation (N,) of the normalised value, None without values; float32."""
+        given_ND = x_ND + self.given(vectors_NE)
+        time_NQ = self.time(given_ND).float()
+        if self.value is None:
+            return time_NQ, None
+        mean_N, log_sd_N = self.value(given_ND).float().unbind(-1)
+        return time_NQ, (mean_N, log_sd_N.clamp(-5, 5))
+
+
+def token_scores(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor, *, with_ranks: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of the targets, and their ranks, holding at most `LOGITS_AT_ONCE` logits at a time.
+
+    The chunks' logits are computed again in the backward pass instead of being kept.
+
+    Returns:
+        nll (N,) float32; rank (N,) int64 or None. A tie counts against the target.
+    """
+    n_rows = max(1, LOGITS_AT_ONCE // len(weight_VD))
+    parts = [
+        # Dropout is not in here, so the second pass needs no random state.
+        checkpoint(
+            _token_scores, x, weight_VD, bias_V, target, with_ranks, use_reentrant=False, preserve_rng_state=False
+        )
+        if len(x_ND) > n_rows
+        else _token_scores(x, weight_VD, bias_V, target, with_ranks)
+        for x, target in zip(x_ND.split(n_rows), target_N.split(n_rows), strict=True)
+    ]
+    nll, rank = zip(*parts, strict=True)
+    return torch.cat(nll), torch.cat(rank) if with_ranks else None
+
+
+def _token_scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, with_ranks: bool) -> tuple[Tensor, Tensor]:
+    logits = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).float()
+    nll = F.cross_entropy(logits, target, reduction="none")
+    if not with_ranks:
+        return nll, target
+    at_target = logits.detach().gather(1, target[:, None])
+    return nll, (logits.detach() >= at_target).sum(1) - 1
+
+
+def time_edges(device: torch.device | None = None) -> Tensor:
+    """Lower bounds of the second and later time bins in days, (N_TIME_BINS - 1,)."""
+    return torch.logspace(math.log10(SHORTEST_GAP_DAYS), math.log10(LONGEST_GAP_DAYS), N_TIME_BINS - 1, device=device)
+
+
+def time_bin(gap_days: Tensor) -> Tensor:
+    """The bin of each gap, (...) days -> (...) int64; bin 0 is no gap at all.
+
+    >>> time_bin(torch.tensor([0.0, 1 / 1440, 365.25, 1e6])).tolist()
+    [0, 3, 47, 63]
+    """
+    return torch.bucketize(gap_days.float(), time_edges(gap_days.device), right=True)
+
+
+def gap_of_bin(bin_N: Tensor, position_N: Tensor) -> Tensor:
+    """A gap in days inside its bin: `position` 0 ... 1 from the lower to the upper bound, in log. The last bin has no
+    upper bound and gives its lower one.
+
+    >>> gap_of_bin(torch.tensor([0, 47]), torch.tensor([0.5, 0.5])).round(decimals=1).tolist()
+    [0.0, 360.7]
+    """
+    edges = time_edges(bin_N.device).log()
+    low, high = edges[(bin_N - 1).clamp(min=0)], edges[bin_N.clamp(max=len(edges) - 1)]
+    gap = (low + position_N * (high - low)).exp()
+    return torch.where(bin_N > 0, gap, torch.zeros_like(gap))
+
+
+def build_head(
+    *,
+    num_classes: int | None,
+    vocab_size: int | None,
+    has_values: bool,
+    embedding_dim: int,
+    model_dim: int,
+    pooling: str,
+    valid_poolings: tuple[str, ...],
+    vocabulary_head: str,
+    dropout: float,
+) -> PooledHead | EventHead:
+    """The head for what the task predicts: classes (`num_classes`) or events (`vocab_size`).
+
+    Raises:
+        UserError: an unknown pooling or vocabulary head; both or neither size.
+    """
+    if pooling not in valid_poolings:
+        raise unknown_name("model.pooling", pooling, valid_poolings)
+    if vocabulary_head not in VOCABULARY_HEADS:
+        raise unknown_name("model.vocabulary_head", vocabulary_head, VOCABULARY_HEADS)
+    if num_classes is not None and vocab_size is None:
+        return PooledHead(pooling=pooling, model_dim=model_dim, num_classes=num_classes, dropout=dropout)
+    if vocab_size is not None and num_classes is None:
+        return EventHead(
+            kind=vocabulary_head,
+            model_dim=model_dim,
+            embedding_dim=embedding_dim,
+            vocab_size=vocab_size,
+            has_values=has_values,
+        )
+    raise UserError(
+        f"num_classes={num_classes}, vocab_size={vocab_size}: expected one of the two. A model predicts classes or events."
+    )

@@ -1,0 +1,138 @@
+"""What the tasks that predict events keep of each sample, and the metrics that follow from it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ehr_embed.bootstrap import SubjectBootstrap
+from ehr_embed.metrics import summaries
+from ehr_embed.models.heads import EventScores
+from ehr_embed.tasks.protocol import Outputs
+from ehr_embed.vocabulary import FIRST_TOKEN, Vocabulary
+
+TOP = (1, 5, 10)
+N_FAMILIES = 12
+PER_FAMILY = ("n", "nll", *(f"top{k}" for k in TOP))
+EXTRA = ("time_nll", "n_values", "value_nll")
+EVENT_METRICS = ("loss", "perplexity", *(f"top{k}_accuracy" for k in TOP), "time_loss", "value_loss")
+OTHER = "other"
+
+
+def code_family(code: str) -> str:
+    """The vocabulary a code is from: what stands before its first slash, or the code itself.
+
+    >>> code_family("ICD10CM//E11.9"), code_family("SNOMED/65363002"), code_family("MEDS_DEATH")
+    ('ICD10CM', 'SNOMED', 'MEDS_DEATH')
+    """
+    return re.split("/", code, maxsplit=1)[0]
+
+
+@dataclass(frozen=True)
+class Families:
+    """The most frequent code families of a vocabulary; the rest are `other`.
+
+    Attributes:
+        names: F families.
+        of_token: (V,) int64, family of each token.
+    """
+
+    names: tuple[str, ...]
+    of_token: Tensor
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Families:
+        """The families with most train events."""
+        strings, counts = vocabulary.tokens["str"].to_list(), vocabulary.tokens["count"].to_list()
+        n_events: Counter[str] = Counter()
+        for string, count in list(zip(strings, counts, strict=True))[FIRST_TOKEN:]:
+            n_events[code_family(string)] += count
+        names = [name for name, _ in n_events.most_common(N_FAMILIES)]
+        index = {name: number for number, name in enumerate(names)}
+        of_token = [index.get(code_family(string), len(names)) for string in strings]
+        return cls((*names, OTHER), torch.tensor(of_token))
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.names) * len(PER_FAMILY) + len(EXTRA)
+
+
+def sum_by_sample(scores: EventScores, is_target_BT: Tensor, target_N: Tensor, families: Families) -> Tensor:
+    """Sums over each sample's N target events, (B, n_outputs) float64: for each family its `PER_FAMILY`, then `EXTRA`.
+
+    Without ranks (in training) nobody looks at the sums, and they are zeros.
+    """
+    n_samples, device = len(is_target_BT), is_target_BT.device
+    result = torch.zeros(n_samples, families.n_outputs, dtype=torch.float64, device=device)
+    if scores.rank is None:
+        return result
+    sample_N = is_target_BT.nonzero()[:, 0]
+    first_N = families.of_token.to(device)[target_N] * len(PER_FAMILY)
+    columns = [torch.ones_like(scores.nll), scores.nll, *(scores.rank < k for k in TOP)]
+    for offset, column in enumerate(columns):
+        result.index_put_((sample_N, first_N + offset), column.detach().double(), accumulate=True)
+    extra = len(families.names) * len(PER_FAMILY)
+    per_event = [scores.time_nll, torch.zeros_like(scores.nll), torch.zeros_like(scores.nll)]
+    if scores.value_nll is not None:
+        has_value = ~scores.value_nll.isnan()
+        per_event[1:] = [has_value, scores.value_nll.nan_to_num()]
+    for offset, column in enumerate(per_event):
+        result.index_put_(
+            (sample_N, torch.full_like(sample_N, extra + offset)), column.detach().double(), accumulate=True
+        )
+    return result
+
+
+def totals(outputs: Outputs) -> dict[str, npt.NDArray[np.float64]]:
+    """Sums of each sample over all families, name -> (n,)."""
+    n_family_columns = outputs.shape[1] - len(EXTRA)
+    by_family = outputs[:, :n_family_columns].reshape(len(outputs), -1, len(PER_FAMILY)).sum(axis=1)
+    sums = dict(zip(PER_FAMILY, by_family.T, strict=True))
+    return sums | dict(zip(EXTRA, outputs[:, n_family_columns:].T, strict=True))
+
+
+def event_metrics(
+    outputs: Outputs, families: Families, *, subject_ids: npt.ArrayLike, n_bootstrap: int, seed: int = 0
+) -> dict[str, Any]:
+    """Metrics over all events of a split, each with a subject-level bootstrap interval.
+
+    Loss is the mean negative log likelihood of an event's token in nats, perplexity its exponential. An event counts for
+    top k if fewer than k other tokens are scored as high or higher. `time_loss` is that of the gap before the event given
+    its token, `value_loss` that of its normalised value; the latter only where there are values.
+
+    Args:
+        outputs: (n, n_outputs), as `sum_by_sample` gives them.
+        subject_ids: (n,).
+
+    Returns:
+        Each of `EVENT_METRICS` -> {"value", "low", "high"}; "n" (samples), "n_events", "n_subjects", and "by_family"
+        {name: {"n_events", "loss", "perplexity", "top1_accuracy", ...}} as plain numbers.
+    """
+    bootstrap = SubjectBootstrap.of(subject_ids, n_samples=len(outputs), n_bootstrap=n_bootstrap, seed=seed)
+    sums = totals(outputs)
+    table = np.column_stack([bootstrap.totals(column) for column in sums.values()])
+    replicates = dict(zip(sums, np.concatenate([weights @ table for weights in bootstrap.weights()]).T, strict=True))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        metrics = _ratios(replicates) | {"time_loss": replicates["time_nll"] / replicates["n"]}
+        if sums["n_values"].sum():
+            metrics["value_loss"] = replicates["value_nll"] / replicates["n_values"]
+    by_family = {}
+    for number, name in enumerate(families.names):
+        own = outputs[:, number * len(PER_FAMILY) : (number + 1) * len(PER_FAMILY)].sum(axis=0)
+        if own[0]:
+            ratios = _ratios(dict(zip(PER_FAMILY, own, strict=True)))
+            by_family[name] = {"n_events": int(own[0])} | {key: float(value) for key, value in ratios.items()}
+    facts = {"n": len(outputs), "n_events": int(sums["n"].sum()), "n_subjects": bootstrap.n_subjects}
+    return summaries(metrics, 0.95) | facts | {"by_family": by_family}
+
+
+def _ratios(sums: dict[str, Any]) -> dict[str, Any]:
+    loss = sums["nll"] / sums["n"]
+    return {"loss": loss, "perplexity": np.exp(loss)} | {f"top{k}_accuracy": sums[f"top{k}"] / sums["n"] for k in TOP}

@@ -1,0 +1,60 @@
+"""Pretraining of an encoder: events are blanked out and predicted from all the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ehr_embed.batches import Batch
+from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.tasks.next_event import NextEvent
+from ehr_embed.vocabulary import FIRST_TOKEN, PADDING
+
+
+class MaskedEvent(NextEvent):
+    """As `NextEvent`, but a share of the timed events is blanked out and predicted from what stands on both sides
+    (Devlin et al. 2019, arXiv:1810.04805). A blank event keeps its place and time; its text and value are gone.
+
+    Args:
+        mask_share: share of the timed events that is blanked out, in (0, 1).
+        options: those of `NextEvent`; `windows=packed` is for causal models only.
+    """
+
+    def __init__(self, *, mask_share: float = 0.15, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 < mask_share < 1:
+            raise UserError(f"task.mask_share={mask_share}: expected a share in (0, 1).")
+        if self.windows == "packed":
+            raise UserError("task.windows=packed needs a causal model. Type: task.windows=random")
+        self.mask_share = mask_share
+
+    def is_target(self, batch: Batch) -> Tensor:
+        candidate_BT = batch.is_next & (batch.token_ids >= FIRST_TOKEN)
+        return candidate_BT & (self._draws(batch) < self.mask_share)
+
+    def inputs(self, embedding: EventEmbedding, batch: Batch) -> dict[str, Tensor]:
+        """What the model takes: the batch with its targets blanked out, and what they were."""
+        is_target_BT = self.is_target(batch)
+        token_ids = batch.token_ids.masked_fill(is_target_BT, PADDING)
+        values = None if batch.values is None else batch.values.masked_fill(is_target_BT, float("nan"))
+        inputs = embedding.inputs(replace(batch, token_ids=token_ids, values=values))
+        own = {"targets": batch.token_ids * is_target_BT, "target_gap_days": inputs["gap_days"]}
+        if batch.values is not None:
+            own["target_values"] = batch.values
+        return inputs | own | {"table": embedding.table}
+
+    def _draws(self, batch: Batch) -> Tensor:
+        """Numbers in [0, 1), (B, T): fresh ones in training; for evaluation the same whatever the batches are."""
+        if torch.is_grad_enabled():
+            return torch.rand(batch.token_ids.shape, device=batch.token_ids.device)
+        place_BT = batch.sample[:, None] * 1_000_003 + torch.arange(
+            batch.token_ids.shape[1], device=batch.sample.device
+        )
+        # Knuth's multiplicative hash, twice, so that neighbours get unrelated numbers.
+        for _ in range(2):
+            place_BT = ((place_BT ^ (place_BT >> 15)) * 2_654_435_761) & 0xFFFF_FFFF
+        return place_BT / 2**32

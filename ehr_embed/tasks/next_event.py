@@ -1,0 +1,167 @@
+"""Pretraining: every event of a record is predicted from those before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from torch import Tensor, nn
+
+from ehr_embed.batches import Batch, BatchDataset, EventDataset, PackedDataset
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.files import atomic_path
+from ehr_embed.models.heads import EventScores
+from ehr_embed.samples import Samples, packed_samples, window_samples
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import EventStore, SplitEvents
+from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
+from ehr_embed.tasks.ngrams import NgramCounts
+from ehr_embed.tasks.protocol import Curves, Outputs, monitored
+from ehr_embed.vocabulary import FIRST_TOKEN
+
+WINDOWS = ("random", "packed")
+EVALUATED_WINDOWS = ("last", "all")
+BASELINE_ROWS = 256
+
+
+class NextEvent:
+    """Predicts the token of each event, the gap before it and its value from the events before it.
+
+    Static events are context, never targets. An event whose code train does not have is no target either: the vocabulary
+    has no token for it.
+
+    Args:
+        windows: training windows, `random` (each record cut into windows from a random place) or `packed` (whole records,
+            several to a row).
+        evaluated_windows: `last` (one window a subject) or `all` of the record.
+        time_weight: weight of the loss of the gap before an event; 0 leaves it untrained.
+        value_weight: weight of the loss of an event's value, where the data carry values; 0 leaves it untrained.
+        monitor: metric on tuning that chooses the best checkpoint.
+    """
+
+    is_trained = True
+
+    def __init__(
+        self,
+        *,
+        windows: str = "random",
+        evaluated_windows: str = "last",
+        time_weight: float = 0.1,
+        value_weight: float = 0.1,
+        monitor: str = "perplexity",
+    ) -> None:
+        if windows not in WINDOWS:
+            raise unknown_name("task.windows", windows, WINDOWS)
+        if evaluated_windows not in EVALUATED_WINDOWS:
+            raise unknown_name("task.evaluated_windows", evaluated_windows, EVALUATED_WINDOWS)
+        for name, weight in (("time_weight", time_weight), ("value_weight", value_weight)):
+            if weight < 0:
+                raise UserError(f"task.{name}={weight}: expected 0 or more.")
+        self.windows, self.evaluated_windows = windows, evaluated_windows
+        self.time_weight, self.value_weight = time_weight, value_weight
+        self.monitor, self.is_higher_better = monitor, monitored(monitor, EVENT_METRICS)
+        self.samples: dict[str, Samples] = {}
+        self._baselines: dict[str, dict[str, dict[str, float]]] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"vocab_size": len(self._families.of_token)}
+
+    @property
+    def n_outputs(self) -> int:
+        return self._families.n_outputs
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        if max_length < 3:
+            raise UserError(f"model.max_length={max_length}: expected 3 or more events, to predict one from another.")
+        self._max_length = max_length
+        self._families = Families.of(store.vocabulary)
+        self._events: dict[str, SplitEvents] = {split: store.split(split) for split in SPLITS}
+        self._ngrams = NgramCounts.fit(self._events["train"], len(store.vocabulary))
+        which = {split: "all" if split == "train" else self.evaluated_windows for split in SPLITS}
+        self.samples = {
+            split: window_samples(events, max_length=max_length, which=which[split])
+            for split, events in self._events.items()
+        }
+
+    def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
+        events = self._events[split]
+        if rng is None:
+            return BatchDataset(events, self.samples[split])
+        if self.windows == "packed":
+            return PackedDataset(events, *packed_samples(events, max_length=self._max_length, rng=rng))
+        return BatchDataset(events, window_samples(events, max_length=self._max_length, which="all", rng=rng))
+
+    def fit_thresholds(self, outputs: Outputs) -> None:
+        """Nothing to choose."""
+
+    def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
+        if split not in self._baselines:
+            self._baselines[split] = self._ngrams.score(*self._target_pairs(split))
+        metrics = event_metrics(
+            outputs, self._families, subject_ids=self.samples[split].subject_ids, n_bootstrap=n_bootstrap
+        )
+        return metrics | {"baselines": self._baselines[split]}
+
+    def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
+        """One row a window: subject_id, prediction_time (of its last event), n_events, nll (sum), top1 ... (counts)."""
+        samples, sums = self.samples[split], totals(outputs)
+        columns: dict[str, Any] = {
+            "subject_id": samples.subject_ids,
+            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
+            "n_events": sums["n"].astype(np.int64),
+            "nll": sums["nll"],
+        }
+        columns |= {f"top{k}": sums[f"top{k}"].astype(np.int64) for k in TOP}
+        with atomic_path(path) as temporary:
+            pl.DataFrame(columns).write_parquet(temporary)
+
+    def curves(self, outputs: dict[str, Outputs]) -> Curves:
+        return {}
+
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs(embedding, batch)
+        scores = model(inputs)
+        if not isinstance(scores, EventScores):
+            raise UserError(
+                f"{type(model).__name__} was not built to predict events. Type: model=decoder or model=encoder"
+            )
+        is_target_BT = inputs["targets"] > 0
+        loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
+        if scores.value_nll is not None:
+            loss = loss + self.value_weight * mean(scores.value_nll[~scores.value_nll.isnan()])
+        target_N = inputs["targets"][is_target_BT].long()
+        return loss, sum_by_sample(scores, is_target_BT, target_N, self._families)
+
+    def is_target(self, batch: Batch) -> Tensor:
+        """Which events of a batch are predicted, (B, T) bool."""
+        return batch.is_next & (batch.token_ids >= FIRST_TOKEN)
+
+    def inputs(self, embedding: EventEmbedding, batch: Batch) -> dict[str, Tensor]:
+        """What the model takes, with the targets of each place: what the event after it is."""
+        inputs = embedding.inputs(batch)
+        targets_BT = (batch.token_ids * self.is_target(batch)).roll(-1, dims=1)
+        following = {"targets": targets_BT, "target_gap_days": inputs["gap_days"].roll(-1, dims=1)}
+        if batch.values is not None:
+            following["target_values"] = batch.values.roll(-1, dims=1)
+        return inputs | following | {"table": embedding.table}
+
+    def _target_pairs(self, split: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Previous and predicted token of every target of a split, (N,) each."""
+        dataset = self.dataset(split)
+        previous, targets = [], []
+        for rows in np.array_split(np.arange(len(dataset)), -(-len(dataset) // BASELINE_ROWS)):
+            batch = dataset[rows]
+            is_target = self.is_target(batch)
+            previous.append(batch.token_ids.roll(1, dims=1)[is_target].numpy())
+            targets.append(batch.token_ids[is_target].numpy())
+        return np.concatenate(previous).astype(np.int64), np.concatenate(targets).astype(np.int64)
+
+
+def mean(per_event: Tensor) -> Tensor:
+    """Mean of (N,), 0 for a batch without targets."""
+    return per_event.sum() / max(len(per_event), 1)
