@@ -52,6 +52,16 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
 
 
+def command_of(config_name: str) -> str:
+    """What a user types to run the entry point of a configuration.
+
+    >>> command_of("train"), command_of("generate")
+    ('python train.py', 'python -m ehr_embed.generate')
+    """
+    is_script = (CONF.parent / f"{config_name}.py").is_file()
+    return f"python {config_name}.py" if is_script else f"python -m ehr_embed.{config_name}"
+
+
 def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
     """An unknown key, with the keys there are beside it under the other overrides."""
     GlobalHydra.instance().clear()
@@ -60,11 +70,13 @@ def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
             simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
             cfg = compose(config_name, overrides=simple)
     except (HydraException, OmegaConfBaseException):
-        return f"could not override {key!r}: no such key. Type: python {config_name}.py --cfg job   to see all keys."
+        return f"could not override {key!r}: no such key. Type: {command_of(config_name)} --cfg job   to see all keys."
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):
-        return str(unknown_name("key", key, cfg.keys(), f"Type: python {config_name}.py --cfg job   to see all keys."))
+        return str(
+            unknown_name("key", key, cfg.keys(), f"Type: {command_of(config_name)} --cfg job   to see all keys.")
+        )
     valid = [str(k) for k in node if k != "_target_"]
     kind = f"key of {parent}" if parent else "key or group"
-    return str(unknown_name(kind, name, valid, f"Type: python {config_name}.py --cfg job   to see all keys."))
+    return str(unknown_name(kind, name, valid, f"Type: {command_of(config_name)} --cfg job   to see all keys."))

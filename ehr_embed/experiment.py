@@ -14,18 +14,22 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning_fabric import seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
+from ehr_embed.checkpoints import initialise
+from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
+from ehr_embed.runs import TABLE, VOCABULARY
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
+from ehr_embed.table import link_table
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.trainer import Trainer
 from ehr_embed.vocabulary import VocabularySettings
@@ -79,28 +83,53 @@ def embed(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration; everything it leaves is in the run directory.
 
+    With `pretrain` set, a run of its options comes first, in `RUN_DIR/pretrain`, and this one starts from it.
+
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
+    run_dir, init_from = run_directory(cfg), cfg.init_from
+    if cfg.pretrain is not None:
+        run_stage(pretraining(cfg), run_dir / "pretrain", None)
+        init_from = run_dir / "pretrain"
+    return run_stage(cfg, run_dir, init_from)
+
+
+def pretraining(cfg: DictConfig) -> DictConfig:
+    """The configuration of the stage before fine-tuning: `cfg` with the groups that `pretrain` names in place of its own."""
+    stage = cfg.copy()
+    with open_dict(stage):
+        for group in cfg.pretrain:
+            stage[group] = cfg.pretrain[group]
+        stage.pretrain, stage.init_from = None, None
+    return stage
+
+
+def run_stage(cfg: DictConfig, run_dir: Path, init_from: str | Path | None) -> float:
+    """Train and evaluate in `run_dir`, starting from the checkpoint `init_from` if there is one."""
     began = time.perf_counter()
     seed_everything(cfg.seed, verbose=False)
-    build, run_dir = _builder(cfg), run_directory(cfg)
-    source, prepared = prepare_from(cfg)
+    build = _builder(cfg)
     task: Task = build(cfg.task)
+    if init_from is None and not task.is_trained:
+        raise UserError(
+            "this task evaluates a trained model and there is none. Type: init_from=RUN_DIR or a checkpoint"
+        )
+    source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
-    model = build(
-        cfg.model,
-        embedding_dim=prepared.table.shape[1],
-        has_values=prepared.store.manifest["has_values"],
-        **task.sizes,
-    )
+    sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
+    model = build(cfg.model, **sizes)
     settings = build(cfg.trainer)
-
     config = resolved(cfg, run_dir)
+    if init_from is not None:
+        initialise(model, init_from, config=config, identity=prepared.identity, whole=not task.is_trained)
+
     run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(run_dir / "config.yaml") as path:
         path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
     write_json(run_dir / "environment.json", environment())
+    prepared.store.vocabulary.save(run_dir / VOCABULARY)
+    link_table(prepared.table_path, run_dir / VOCABULARY / TABLE)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -121,11 +150,12 @@ def run(cfg: DictConfig) -> float:
             run_dir=run_dir,
             config=config,
             identity=prepared.identity,
+            sizes=sizes,
             seed=cfg.seed,
             log=log_epoch,
         )
         embedding = EventEmbedding(prepared.table)
-        facts = trainer.fit(model, embedding)
+        facts = trainer.fit(model, embedding) if task.is_trained else trainer.facts(model)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
         task.fit_thresholds(outputs["tuning"])
         history = facts.pop("history")
@@ -133,7 +163,7 @@ def run(cfg: DictConfig) -> float:
             split: task.evaluate(split, outputs[split], n_bootstrap=settings.n_bootstrap)
             for split in reversed(EVALUATED)
         }
-        metrics["train"] = facts | {"n": len(task.dataset("train")), "total_seconds": time.perf_counter() - began}
+        metrics["train"] = facts | {"total_seconds": time.perf_counter() - began}
         if bayes := _bayes(source, task):
             metrics["bayes_auroc"] = bayes
         write_json(run_dir / "metrics.json", metrics)
@@ -207,18 +237,19 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
-    """Loss always; ROC, precision-recall and calibration for binary labels."""
+    """Loss where something was trained; ROC, precision-recall and calibration for binary labels."""
     folder.mkdir(parents=True, exist_ok=True)
-    plot_loss(folder / "loss.png", history)
-    paths = [folder / "loss.png"]
-    named: dict[str, Callable[[Path, Any], None]] = {
-        "roc": plot_roc,
-        "precision_recall": plot_precision_recall,
-        "calibration": plot_calibration,
+    named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
+        "loss": (plot_loss, history),
+        "roc": (plot_roc, curves),
+        "precision_recall": (plot_precision_recall, curves),
+        "calibration": (plot_calibration, curves),
     }
-    for name, plot in named.items() if curves else ():
-        plot(folder / f"{name}.png", curves)
-        paths.append(folder / f"{name}.png")
+    paths = []
+    for name, (plot, data) in named.items():
+        if data:
+            plot(folder / f"{name}.png", data)
+            paths.append(folder / f"{name}.png")
     return paths
 
 
@@ -233,18 +264,20 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         table.add_row(name, *(_cell(metrics[split][name]) for split in reversed(EVALUATED)))
     if "prevalence" in metrics["held_out"]:
         table.add_row("prevalence", *(f"{metrics[split]['prevalence']:.3f}" for split in reversed(EVALUATED)))
-    for name, baseline in metrics["held_out"].get("baselines", {}).items():
-        for metric in (metric for metric in names if metric in baseline):
+    for name in metrics["held_out"].get("baselines", {}):
+        for metric in ("perplexity", "top1_accuracy"):
             cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
-            table.add_row(f"{metric} of {name} counts", *cells)
+            table.add_row(f"{metric}, {name}", *cells)
     if bayes := metrics.get("bayes_auroc"):
         table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
     console.print(table)
     train = metrics["train"]
+    trained = ""
+    if "epochs" in train:
+        trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
     console.print(
-        f"{train['n_parameters']:,} parameters, best epoch {train['best_epoch']} of {train['epochs']}, "
-        f"{train['events_per_s']:,.0f} events/s, {train['precision']}, {train['total_seconds']:.0f} s in all",
+        f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
         highlight=False,
     )
 

@@ -131,6 +131,39 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     return EventStore(folder)
 
 
+def encode_split(source: Source, vocabulary: Vocabulary, split: str) -> SplitEvents:
+    """The events of one split of any source under a vocabulary that was fitted elsewhere, in memory.
+
+    Raises:
+        UserError: the source has no such split.
+    """
+    tokens, times, values, subject_ids, lengths = [], [], [], [], []
+    for shard in source.shards:
+        part = source.read(shard).filter(split=split)
+        token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
+        runs = part.group_by("subject_id", maintain_order=True).len()
+        tokens.append(token_ids)
+        values.append(normal)
+        times.append(event_times(part))
+        subject_ids.append(runs["subject_id"].to_numpy())
+        lengths.append(runs["len"].to_numpy().astype(np.int64))
+    offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+    if not offsets[-1]:
+        raise UserError(f"{source.name}: the split {split!r} has no events. Splits are {', '.join(SPLITS)}.")
+    return SplitEvents(
+        np.concatenate(tokens),
+        np.concatenate(times),
+        np.concatenate(values) if vocabulary.settings.has_values else None,
+        np.concatenate(subject_ids),
+        offsets,
+    )
+
+
+def event_times(events: pl.DataFrame) -> npt.NDArray[np.int64]:
+    """Microseconds since 1970-01-01 of every event, `STATIC_TIME` for static ones."""
+    return events["time"].cast(pl.Int64).fill_null(STATIC_TIME).to_numpy()
+
+
 def settings_key(settings: VocabularySettings) -> dict[str, Any]:
     """What of the settings determines the store: the lookups by content, not by name."""
     return {**settings.__dict__, "lookups": [file_sha256(path) for path in settings.lookups if Path(path).is_file()]}
@@ -174,8 +207,7 @@ class _SplitWriter:
         self.n_unknown = 0
 
     def append(self, events: pl.DataFrame, token_ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> None:
-        times = events["time"].cast(pl.Int64).fill_null(STATIC_TIME).to_numpy()
-        for key, array in {"token_ids": token_ids, "times": times, "values": values}.items():
+        for key, array in {"token_ids": token_ids, "times": event_times(events), "values": values}.items():
             if key in self.files:
                 self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
         runs = events.group_by("subject_id", maintain_order=True).len()

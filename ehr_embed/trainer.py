@@ -103,7 +103,8 @@ class Trainer:
         task: after `setup`.
         run_dir: where checkpoints go.
         config: the resolved configuration, stored in every checkpoint.
-        identity: what the weights depend on beside the configuration (digests of embedder and vocabulary), stored too.
+        identity: digests of the embedder and the vocabulary, which the weights depend on; stored too.
+        sizes: what the model was built with beside its configuration; stored too.
         seed: order of the batches, and what a task draws.
         log: called with a row of metrics and the epoch after every epoch.
     """
@@ -116,11 +117,12 @@ class Trainer:
         run_dir: Path,
         config: dict[str, Any],
         identity: dict[str, str],
+        sizes: dict[str, Any],
         seed: int,
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
-        self.about = {"config": config, "identity": identity}
+        self.about = {"config": config, "identity": identity, "sizes": sizes}
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.fabric = Fabric(
             accelerator=settings.accelerator,
@@ -187,16 +189,20 @@ class Trainer:
         self.fabric.barrier()
         best = torch.load(self.run_dir / "best_checkpoint.pt", map_location=self.fabric.device, weights_only=True)
         model.load_state_dict(best["model_state_dict"])
-        return {
+        return self.facts(model) | {
+            "n": len(self.task.dataset("train")),
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
             "seconds": train_seconds,
             "events_per_s": n_events / train_seconds,
             "padding_share": 1 - n_events / n_padded,
-            "n_parameters": sum(p.numel() for p in model.parameters()),
-            "precision": self.precision,
             "history": history,
         }
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """What can be said of a model that is not trained here: n_parameters, precision, and an empty history."""
+        n_parameters = sum(p.numel() for p in model.parameters())
+        return {"n_parameters": n_parameters, "precision": self.precision, "history": []}
 
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
         """The task's outputs of all samples of a split, in sample order."""

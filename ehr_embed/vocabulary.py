@@ -116,6 +116,30 @@ class Vocabulary:
         normal_N[~known] = np.nan
         return token_N, normal_N
 
+    def decode(self, token_ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> pl.DataFrame:
+        """Codes and numbers of generated events, the inverse of `encode` as far as there is one.
+
+        Args:
+            token_ids: (N,).
+            values: (N,) normalised, NaN = none.
+
+        Returns:
+            code String: the bin is left out, a rare code comes back as the parent it was folded into; numeric_value
+            Float32: null where the value is NaN.
+        """
+        strings = self.tokens["str"].to_list()
+        code_of = {token: strings[token] for token in range(FIRST_TOKEN, len(strings))}
+        for code, first, edges in self.codes.select("code", "bin_token", "edges").iter_rows():
+            if first >= 0:
+                code_of |= dict.fromkeys(range(first, first + len(edges) + 1), code)
+        codes = pl.Series("code", [code_of[token] for token in token_ids.tolist()], dtype=pl.String)
+        scales = self.codes.select("code", "loc", "scale")
+        table = pl.DataFrame({"code": codes, "value": values}).join(
+            scales, on="code", how="left", maintain_order="left"
+        )
+        number = pl.col("value").fill_nan(None) * pl.col("scale").fill_null(1.0) + pl.col("loc").fill_null(0.0)
+        return table.select("code", number.cast(pl.Float32).alias("numeric_value"))
+
     @property
     def _edges(self) -> npt.NDArray[np.float32]:
         lists = self.codes["edges"].to_list()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
+from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, PackedDataset
 from ehr_embed.errors import UserError
-from ehr_embed.samples import build_samples
+from ehr_embed.samples import build_samples, packed_samples, window_samples
 from ehr_embed.store import STATIC_TIME, SplitEvents
 
 subjects = st.lists(
@@ -74,3 +74,81 @@ def test_a_subject_may_have_several_prediction_times():
     events, _ = make_events([(1, [0, 5, 9])])
     labels = label_frame(events, [0, 0, 0], [0.0, 5.0, 30.0])
     assert build_samples(events, labels, np.zeros(3, np.int64), max_length=9).lengths.tolist() == [2, 3, 4]
+
+
+record_strategy = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(-5, 20), min_size=1, max_size=30)), min_size=1, max_size=5
+)
+
+
+def predicted(dataset: BatchDataset | PackedDataset) -> list[tuple[int, int]]:
+    """(event before, event) token ids of every event a batch marks as the next one of its predecessor."""
+    batch = dataset[np.arange(len(dataset))]
+    rows, places = batch.is_next.nonzero(as_tuple=True)
+    return [(int(batch.token_ids[r, t - 1]), int(batch.token_ids[r, t])) for r, t in zip(rows, places, strict=True)]
+
+
+def successors(events: SplitEvents, *, keep: set[int]) -> list[tuple[int, int]]:
+    """The same by brute force: neighbours in a record whose second one is timed and one of `keep`."""
+    pairs = []
+    for first, last in zip(events.offsets[:-1], events.offsets[1:], strict=True):
+        pairs += [(i + 1, i + 2) for i in range(first + 1, last) if events.times[i] != STATIC_TIME and i + 2 in keep]
+    return pairs
+
+
+@given(record_strategy, st.integers(6, 14), st.integers(0, 5), st.booleans())
+def test_windows_predict_every_event_once(records, max_length, seed, is_random):
+    events, _ = make_events(records)
+    if np.diff(events.offsets).max() < 2:
+        return
+    rng = np.random.default_rng(seed) if is_random else None
+    samples = window_samples(events, max_length=max_length, which="all", rng=rng)
+    assert samples.lengths.max() <= max_length
+    assert samples.lengths.min() >= 2
+    everything = set(range(2, 2 + len(events.token_ids)))
+    assert sorted(predicted(BatchDataset(events, samples))) == sorted(successors(events, keep=everything))
+    assert (BatchDataset(events, samples)[np.arange(len(samples))].days >= 0).all()
+
+
+def test_the_last_window_holds_static_events_and_the_last_ones():
+    events, _ = make_events([(2, list(range(20))), (0, [1])])
+    samples = window_samples(events, max_length=8, which="last")
+    batch = BatchDataset(events, samples)[np.array([0])]
+    assert len(samples) == 1, "a record of one event predicts nothing"
+    assert batch.token_ids[0].tolist() == [2, 3, *range(18, 24)]
+    assert batch.is_next[0].tolist() == [False, False, False, True, True, True, True, True]
+    with pytest.raises(UserError, match="no record has two events"):
+        window_samples(make_events([(0, [1])])[0], max_length=8, which="last")
+
+
+def test_random_windows_differ_from_epoch_to_epoch():
+    events, _ = make_events([(0, list(range(50)))])
+    cuts = {
+        tuple(window_samples(events, max_length=9, which="all", rng=np.random.default_rng(s)).start) for s in range(9)
+    }
+    assert len(cuts) > 3
+
+
+@given(record_strategy, st.integers(3, 14), st.integers(0, 5))
+def test_packed_rows_hold_every_event_once(records, max_length, seed):
+    events, _ = make_events(records)
+    samples, row = packed_samples(events, max_length=max_length, rng=np.random.default_rng(seed))
+    dataset = PackedDataset(events, samples, row)
+    batch = dataset[np.arange(len(dataset))]
+    assert sorted(batch.token_ids[batch.is_event].tolist()) == sorted(events.token_ids.tolist())
+    assert (dataset.lengths[:-1] == max_length).all(), "only the last row may have room"
+    assert batch.segments is not None
+    record_of = np.repeat(np.arange(len(records)), np.diff(events.offsets))
+    for tokens, segments in zip(batch.token_ids.tolist(), batch.segments.tolist(), strict=True):
+        seen: dict[int, list[int]] = {}
+        for token, segment in zip(tokens, segments, strict=True):
+            assert (token == 0) == (segment == 0)
+            if token:
+                seen.setdefault(segment, []).append(token)
+        for sequence in seen.values():
+            assert len({record_of[token - 2] for token in sequence}) == 1, "a sequence holds one subject"
+            assert sequence == list(range(sequence[0], sequence[0] + len(sequence)))
+    # What is predicted is what follows within a sequence.
+    pairs = predicted(dataset)
+    assert all(after == before + 1 and record_of[before - 2] == record_of[after - 2] for before, after in pairs)
+    assert not batch.is_next[:, 0].any()

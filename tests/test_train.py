@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
@@ -39,10 +41,11 @@ def inside(monkeypatch, capfd):
     def run(*arguments: str, cwd: Path, code: int = 0) -> str:
         monkeypatch.chdir(cwd)
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", command(*arguments)[1:])
+        is_module = arguments[0] == "-m"
+        monkeypatch.setattr(sys, "argv", list(arguments[1:]) if is_module else command(*arguments)[1:])
         returned = 0
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
             returned = int(stop.code or 0)
         finally:
@@ -108,6 +111,10 @@ def test_a_run_leaves_what_the_readme_says(demo):
         "latest_checkpoint.pt",
         "predictions/held_out.parquet",
         "predictions/tuning.parquet",
+        "vocabulary/vocab.csv",
+        "vocabulary/vocabulary.json",
+        "vocabulary/codes.parquet",
+        "vocabulary/table.safetensors",
     }
     metrics = metrics_of(demo)
     names = {"auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece"}
@@ -210,6 +217,67 @@ def test_ctrl_c_says_so_and_leaves_whole_files(place):
     assert not list((place / "stopped").rglob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def staged(place) -> Path:
+    """Pretraining and fine-tuning in one command."""
+    output = call(
+        "train.py", "experiment=pretrain_then_finetune", "model=decoder_small", "run_dir=staged", *SMALL,
+        "pretrain.trainer.epochs=1", "pretrain.trainer.n_bootstrap=0", "task.label_fraction=0.2", cwd=place,
+    )  # fmt: skip
+    assert re.search(r"perplexity, bigram", output)
+    assert re.search(r"init_from .*pretrain/best_checkpoint\.pt \(epoch 1\): \d+ tensors loaded", output)
+    return place / "staged"
+
+
+def test_the_stages_run_as_one_command_with_the_layout_of_any_run(staged):
+    for folder in (staged, staged / "pretrain"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.yaml", "metrics.json", "best_checkpoint.pt", "latest_checkpoint.pt", "predictions"} <= names
+    assert metrics_of(staged)["train"]["n"] == 700, "a fifth of 3500 labelled subjects"
+    before = torch.load(staged / "pretrain" / "best_checkpoint.pt", weights_only=True)
+    assert before["config"]["task"]["_target_"].endswith("NextEvent")
+    metrics = metrics_of(staged / "pretrain")["held_out"]
+    assert metrics["perplexity"]["value"] > 1
+    assert set(metrics["baselines"]) == {"unigram", "bigram"}
+
+
+def test_futures_and_their_risks_from_the_command_line(place, staged, inside):
+    arguments = ("run=staged/pretrain", "n_samples=2", "horizon_days=90", "max_new_events=8", "output=futures")
+    inside("-m", "ehr_embed.generate", *arguments, cwd=place)
+    first = [pl.read_parquet(place / "futures" / "held_out" / f"{i}.parquet") for i in range(2)]
+    assert first[0].columns == ["subject_id", "time", "code", "numeric_value", "prediction_time"]
+    assert not first[0].equals(first[1])
+    inside("-m", "ehr_embed.generate", *arguments, cwd=place)
+    assert first[0].equals(pl.read_parquet(place / "futures" / "held_out" / "0.parquet")), "the seed repeats them"
+    inside(
+        "train.py", "task=zero_shot", "task.text_pattern=heart failure", "model=decoder_small", *SMALL,
+        "init_from=staged/pretrain", "task.n_samples=2", "task.max_new_events=4", "run_dir=zero_shot", cwd=place,
+    )  # fmt: skip
+    assert 0 <= metrics_of(place / "zero_shot")["held_out"]["auroc"]["value"] <= 1
+    assert not (place / "zero_shot" / "best_checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=nowhere"], r"run=nowhere: expected the folder of a finished run"),
+        (["run=demo"], r"Encoder sees what comes after an event"),
+        (["run=staged"], r"this decoder predicts classes"),
+        (["run=staged/pretrain", "horizon_days=0"], r"horizon_days=0"),
+        (["run=staged/pretrain", "prompt_length=200"], r"a prompt of 200 events and max_new_events=128 exceed"),
+        (["run=staged/pretrain", "split=test"], r"unknown split 'test'"),
+        (
+            ["run=staged/pretrain", "horizn=3"],
+            r"unknown key or group 'horizn'.*horizon_days.*python -m ehr_embed\.generate",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_in_generation_ends_in_one_message(arguments, message, place, demo, staged, inside):
+    output = inside("-m", "ehr_embed.generate", *arguments, cwd=place, code=2)
+    assert re.search(message, output), output
+
+
 @pytest.mark.parametrize(
     ("experiment", "labels"), [("gibleed", "osteoarthritis_onset_1y"), ("mimic_iv_demo", "long_stay_7d_at_24h")]
 )
@@ -223,13 +291,13 @@ def readme_commands() -> list[str]:
     """Every `python ...` line of the README's shell blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python ")]
+    return [line for line in lines if line.startswith(("python train.py", "python embed.py", "python -m ehr_embed."))]
 
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_compose(line, tiny, tmp_path, inside):
     """Every key and option the README names exists; the commands themselves run above and in `make demo`."""
-    arguments = [a.replace("NAME", "outcome") for a in line.removeprefix("python ").split()]
+    arguments = [a.replace("NAME", "outcome") for a in shlex.split(line.removeprefix("python "))]
     arguments = [f"data.root={tiny}" if a.startswith("data.root=") else a for a in arguments]
     flags = [] if "--help" in arguments else ["--cfg", "job"]
     inside(*arguments, *flags, cwd=tmp_path)

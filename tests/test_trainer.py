@@ -65,7 +65,8 @@ def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **sett
         task=task,
         run_dir=run_dir,
         config={"seed": seed},
-        identity={"embedder": "none"},
+        identity={"embedder": "none", "vocab_sha256": "none"},
+        sizes={"embedding_dim": 12, "has_values": False, **task.sizes},
         seed=seed,
         log=lambda row, epoch: rows.append(row),
     )

@@ -104,6 +104,8 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, n_events: int) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of up to `n_events` events, on the model's device."""
         weight = self.body.norm.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return KeyValueCache(
             n_layers=len(self.body.blocks),
             batch_size=batch_size,
@@ -111,7 +113,7 @@ class Decoder(nn.Module):
             n_events=n_events,
             head_dim=len(weight) // self.body.n_heads,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
 
 

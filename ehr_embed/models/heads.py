@@ -69,13 +69,35 @@ class EventScores(NamedTuple):
         nll: (N,) of the token.
         rank: (N,) int64, tokens scored at least as high as the target, itself left out; None while training.
         time_nll: (N,) of the gap's bin given the token.
-        value_nll: (N,) of the value's density given the token, NaN where there is no value; None without values.
+        value_nll: (N,) of whether there is a value and of its density given the token; None without values.
     """
 
     nll: Tensor
     rank: Tensor | None
     time_nll: Tensor
     value_nll: Tensor | None
+
+
+class ValueDistribution(NamedTuple):
+    """Whether an event has a value, and a normal distribution of it; (N,) float32 each.
+
+    Attributes:
+        mean, log_sd: of the normalised value.
+        present: logit of there being one.
+    """
+
+    mean: Tensor
+    log_sd: Tensor
+    present: Tensor
+
+    def nll(self, values_N: Tensor) -> Tensor:
+        """Negative log likelihood of values, NaN = none, (N,)."""
+        is_present = ~values_N.isnan()
+        # NaN would reach the gradient of the others if it entered the arithmetic.
+        error_N = (values_N.nan_to_num() - self.mean) / self.log_sd.exp()
+        density_N = 0.5 * error_N.square() + self.log_sd + 0.5 * math.log(2 * math.pi)
+        presence_N = F.binary_cross_entropy_with_logits(self.present, is_present.float(), reduction="none")
+        return presence_N + density_N * is_present
 
 
 class EventHead(nn.Module):
@@ -104,7 +126,7 @@ class EventHead(nn.Module):
             self.bias = nn.Linear(4 * model_dim, 1)
         self.given = nn.Sequential(nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, model_dim))
         self.time = nn.Sequential(nn.GELU(), nn.Linear(model_dim, N_TIME_BINS))
-        self.value = nn.Sequential(nn.GELU(), nn.Linear(model_dim, 2)) if has_values else None
+        self.value = nn.Sequential(nn.GELU(), nn.Linear(model_dim, 3)) if has_values else None
 
     def token_weights(self, table_VE: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (V, D) and biases (V,) of the tokens of a table, the special ones' bias minus infinity."""
@@ -146,23 +168,18 @@ class EventHead(nn.Module):
         time_nll_N = F.cross_entropy(time_NQ, time_bin(inputs["target_gap_days"][is_target_BT]), reduction="none")
         value_nll_N = None
         if value is not None:
-            mean_N, log_sd_N = value
-            target_value_N = inputs["target_values"][is_target_BT]
-            # NaN would reach the gradient of the others if it entered the arithmetic.
-            error_N = (target_value_N.nan_to_num() - mean_N) / log_sd_N.exp()
-            density_N = 0.5 * error_N.square() + log_sd_N + 0.5 * math.log(2 * math.pi)
-            value_nll_N = density_N.masked_fill(target_value_N.isnan(), float("nan"))
+            value_nll_N = value.nll(inputs["target_values"][is_target_BT])
         return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
 
-    def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Given hidden states and the vectors of the tokens that follow: logits of the gap's bin (N, N_TIME_BINS), and mean
-        and log standard deviation (N,) of the normalised value, None without values; float32."""
+    def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, ValueDistribution | None]:
+        """Given hidden states and the vectors of the tokens that follow: scores of the gap's bin (N, N_TIME_BINS) float32, and
+        the distribution of the normalised value, None without values."""
         given_ND = x_ND + self.given(vectors_NE)
         time_NQ = self.time(given_ND).float()
         if self.value is None:
             return time_NQ, None
-        mean_N, log_sd_N = self.value(given_ND).float().unbind(-1)
-        return time_NQ, (mean_N, log_sd_N.clamp(-5, 5))
+        mean_N, log_sd_N, present_N = self.value(given_ND).float().unbind(-1)
+        return time_NQ, ValueDistribution(mean_N, log_sd_N.clamp(-5, 5), present_N)
 
 
 def token_scores(
@@ -216,8 +233,8 @@ def gap_of_bin(bin_N: Tensor, position_N: Tensor) -> Tensor:
     """A gap in days inside its bin: `position` 0 ... 1 from the lower to the upper bound, in log. The last bin has no
     upper bound and gives its lower one.
 
-    >>> gap_of_bin(torch.tensor([0, 47]), torch.tensor([0.5, 0.5])).round(decimals=1).tolist()
-    [0.0, 360.7]
+    >>> gap_of_bin(torch.tensor([0, 47]), torch.tensor([0.5, 0.5])).round().tolist()
+    [0.0, 361.0]
     """
     edges = time_edges(bin_N.device).log()
     low, high = edges[(bin_N - 1).clamp(min=0)], edges[bin_N.clamp(max=len(edges) - 1)]

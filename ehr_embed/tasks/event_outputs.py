@@ -21,7 +21,7 @@ from ehr_embed.vocabulary import FIRST_TOKEN, Vocabulary
 TOP = (1, 5, 10)
 N_FAMILIES = 12
 PER_FAMILY = ("n", "nll", *(f"top{k}" for k in TOP))
-EXTRA = ("time_nll", "n_values", "value_nll")
+EXTRA = ("time_nll", "value_nll")
 EVENT_METRICS = ("loss", "perplexity", *(f"top{k}_accuracy" for k in TOP), "time_loss", "value_loss")
 OTHER = "other"
 
@@ -79,14 +79,10 @@ def sum_by_sample(scores: EventScores, is_target_BT: Tensor, target_N: Tensor, f
     for offset, column in enumerate(columns):
         result.index_put_((sample_N, first_N + offset), column.detach().double(), accumulate=True)
     extra = len(families.names) * len(PER_FAMILY)
-    per_event = [scores.time_nll, torch.zeros_like(scores.nll), torch.zeros_like(scores.nll)]
-    if scores.value_nll is not None:
-        has_value = ~scores.value_nll.isnan()
-        per_event[1:] = [has_value, scores.value_nll.nan_to_num()]
-    for offset, column in enumerate(per_event):
-        result.index_put_(
-            (sample_N, torch.full_like(sample_N, extra + offset)), column.detach().double(), accumulate=True
-        )
+    for offset, nll in enumerate((scores.time_nll, scores.value_nll)):
+        if nll is not None:
+            place = torch.full_like(sample_N, extra + offset)
+            result.index_put_((sample_N, place), nll.detach().double(), accumulate=True)
     return result
 
 
@@ -105,7 +101,7 @@ def event_metrics(
 
     Loss is the mean negative log likelihood of an event's token in nats, perplexity its exponential. An event counts for
     top k if fewer than k other tokens are scored as high or higher. `time_loss` is that of the gap before the event given
-    its token, `value_loss` that of its normalised value; the latter only where there are values.
+    its token, `value_loss` that of whether it has a value and which (normalised); the latter only where events carry values.
 
     Args:
         outputs: (n, n_outputs), as `sum_by_sample` gives them.
@@ -121,8 +117,8 @@ def event_metrics(
     replicates = dict(zip(sums, np.concatenate([weights @ table for weights in bootstrap.weights()]).T, strict=True))
     with np.errstate(invalid="ignore", divide="ignore"):
         metrics = _ratios(replicates) | {"time_loss": replicates["time_nll"] / replicates["n"]}
-        if sums["n_values"].sum():
-            metrics["value_loss"] = replicates["value_nll"] / replicates["n_values"]
+        if sums["value_nll"].any():
+            metrics["value_loss"] = replicates["value_nll"] / replicates["n"]
     by_family = {}
     for number, name in enumerate(families.names):
         own = outputs[:, number * len(PER_FAMILY) : (number + 1) * len(PER_FAMILY)].sum(axis=0)

@@ -32,13 +32,15 @@ class MaskedEvent(NextEvent):
             raise UserError("task.windows=packed needs a causal model. Type: task.windows=random")
         self.mask_share = mask_share
 
-    def is_target(self, batch: Batch) -> Tensor:
+    def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         candidate_BT = batch.is_next & (batch.token_ids >= FIRST_TOKEN)
-        return candidate_BT & (self._draws(batch) < self.mask_share)
+        shape, device = batch.token_ids.shape, batch.token_ids.device
+        if is_training:
+            return candidate_BT & (torch.rand(shape, device=device) < self.mask_share)
+        return candidate_BT & (repeatable_draws(batch.sample, shape[1]) < self.mask_share)
 
-    def inputs(self, embedding: EventEmbedding, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
         """What the model takes: the batch with its targets blanked out, and what they were."""
-        is_target_BT = self.is_target(batch)
         token_ids = batch.token_ids.masked_fill(is_target_BT, PADDING)
         values = None if batch.values is None else batch.values.masked_fill(is_target_BT, float("nan"))
         inputs = embedding.inputs(replace(batch, token_ids=token_ids, values=values))
@@ -47,14 +49,16 @@ class MaskedEvent(NextEvent):
             own["target_values"] = batch.values
         return inputs | own | {"table": embedding.table}
 
-    def _draws(self, batch: Batch) -> Tensor:
-        """Numbers in [0, 1), (B, T): fresh ones in training; for evaluation the same whatever the batches are."""
-        if torch.is_grad_enabled():
-            return torch.rand(batch.token_ids.shape, device=batch.token_ids.device)
-        place_BT = batch.sample[:, None] * 1_000_003 + torch.arange(
-            batch.token_ids.shape[1], device=batch.sample.device
-        )
-        # Knuth's multiplicative hash, twice, so that neighbours get unrelated numbers.
-        for _ in range(2):
-            place_BT = ((place_BT ^ (place_BT >> 15)) * 2_654_435_761) & 0xFFFF_FFFF
-        return place_BT / 2**32
+
+def repeatable_draws(sample_B: Tensor, n_events: int) -> Tensor:
+    """Numbers in [0, 1), (B, T), that depend on sample and place alone: evaluation blanks the same events in any batch.
+
+    >>> draws = repeatable_draws(torch.arange(100), 100)
+    >>> round(draws.mean().item(), 1), torch.equal(draws[7:8], repeatable_draws(torch.tensor([7]), 100))
+    (0.5, True)
+    """
+    place_BT = sample_B[:, None] * 1_000_003 + torch.arange(n_events, device=sample_B.device)
+    # A multiplicative hash (Knuth, TAOCP 3, section 6.4), twice, so that neighbours get unrelated numbers.
+    for _ in range(2):
+        place_BT = ((place_BT ^ (place_BT >> 15)) * 2_654_435_761) & 0xFFFF_FFFF
+    return place_BT / 2**32

@@ -124,7 +124,7 @@ class NextEvent:
         return {}
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs = self.inputs(embedding, batch)
+        inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(
@@ -133,18 +133,18 @@ class NextEvent:
         is_target_BT = inputs["targets"] > 0
         loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
         if scores.value_nll is not None:
-            loss = loss + self.value_weight * mean(scores.value_nll[~scores.value_nll.isnan()])
+            loss = loss + self.value_weight * mean(scores.value_nll)
         target_N = inputs["targets"][is_target_BT].long()
         return loss, sum_by_sample(scores, is_target_BT, target_N, self._families)
 
-    def is_target(self, batch: Batch) -> Tensor:
+    def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Which events of a batch are predicted, (B, T) bool."""
         return batch.is_next & (batch.token_ids >= FIRST_TOKEN)
 
-    def inputs(self, embedding: EventEmbedding, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
         """What the model takes, with the targets of each place: what the event after it is."""
         inputs = embedding.inputs(batch)
-        targets_BT = (batch.token_ids * self.is_target(batch)).roll(-1, dims=1)
+        targets_BT = (batch.token_ids * is_target_BT).roll(-1, dims=1)
         following = {"targets": targets_BT, "target_gap_days": inputs["gap_days"].roll(-1, dims=1)}
         if batch.values is not None:
             following["target_values"] = batch.values.roll(-1, dims=1)

@@ -1,0 +1,102 @@
+"""Risk without training: the share of a decoder's sampled futures in which an event of a set occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.batches import Batch
+from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.event_set import EventSet
+from ehr_embed.generation import Sampling, check_lengths, generate
+from ehr_embed.store import EventStore
+from ehr_embed.tasks.classification import Classification
+
+
+class ZeroShot(Classification):
+    """A boolean label set whose positives are subjects with an event of a set within a horizon, judged from futures.
+
+    Args:
+        codes, code_pattern, text_pattern: the event set, see `EventSet`.
+        definition: a YAML file with these keys instead.
+        n_samples: futures of each prediction time; a risk is a multiple of 1 / n_samples.
+        horizon_days: how far a future goes: the label's own horizon.
+        max_new_events: most events of a future.
+        temperature: of the token's distribution.
+        top_k, top_p: draw from the most probable tokens only.
+        sampling_seed: makes the futures repeatable.
+        options: labels and monitor of `Classification`.
+    """
+
+    is_trained = False
+
+    def __init__(
+        self,
+        *,
+        codes: Sequence[str] = (),
+        code_pattern: str | None = None,
+        text_pattern: str | None = None,
+        definition: str | None = None,
+        n_samples: int = 20,
+        horizon_days: float = 365.0,
+        max_new_events: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sampling_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        inline = EventSet(codes=codes, code_pattern=code_pattern, text_pattern=text_pattern)
+        if (inline != EventSet()) == (definition is not None):
+            raise UserError(
+                "task=zero_shot needs one event set. Type: task.codes=[CODE,CODE], task.code_pattern=REGEX, "
+                "task.text_pattern=REGEX, or task.definition=FILE.yaml"
+            )
+        self._event_set = inline if definition is None else EventSet.read(definition)
+        self._sampling = Sampling(
+            n_samples=n_samples,
+            horizon_days=horizon_days,
+            max_new_events=max_new_events,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        self._seed = sampling_seed
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"vocab_size": self._vocab_size}
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        n_prompt = max_length - self._sampling.max_new_events
+        check_lengths(max(n_prompt, 1), self._sampling.max_new_events, max_length)
+        super().setup(store, labels_dir, n_prompt)
+        if self.class_names != ["false", "true"]:
+            raise UserError(f"task=zero_shot takes boolean labels, got classes {', '.join(self.class_names)}.")
+        self._vocab_size = len(store.vocabulary)
+        tokens = self._event_set.tokens(store.vocabulary)
+        if not tokens:
+            raise UserError(
+                f"no token of the vocabulary is in {self._event_set}, so every risk would be 0. Check vocab.csv."
+            )
+        self._tokens = torch.tensor(tokens)
+
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Outputs are class probabilities; the loss is their cross-entropy, with half a future added to either side."""
+        # Seeded by its first sample, so that a batch gives the same futures whatever came before it.
+        generator = torch.Generator(batch.token_ids.device).manual_seed(self._seed * 1_000_003 + int(batch.sample[0]))
+        futures = generate(model, embedding, batch, self._sampling, generator)
+        occurs = torch.isin(futures.token_ids, self._tokens.to(futures.token_ids.device))
+        n_samples = self._sampling.n_samples
+        has_event = torch.zeros(len(batch.labels), n_samples, dtype=torch.float64, device=occurs.device)
+        has_event[futures.prompt[occurs], futures.sample[occurs]] = 1
+        risk_B = has_event.mean(1)
+        smoothed_B = (has_event.sum(1) + 0.5) / (n_samples + 1)
+        loss = -torch.where(batch.labels == 1, smoothed_B, 1 - smoothed_B).log().mean()
+        return loss, torch.stack([1 - risk_B, risk_B], dim=-1)

@@ -1,0 +1,381 @@
+"""Tasks that predict events: targets, baselines, metrics; a planted rule is learned, continued exactly and judged from futures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from lightning_fabric import seed_everything
+from meds import DataSchema
+
+from ehr_embed.batches import BatchDataset
+from ehr_embed.bootstrap import SubjectBootstrap
+from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events, prompts_of
+from ehr_embed.generation import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
+from ehr_embed.models.decoder import Decoder
+from ehr_embed.models.encoder import Encoder
+from ehr_embed.models.heads import EventScores, time_bin
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import EventStore, build_store, encode_split
+from ehr_embed.tasks.event_outputs import Families, event_metrics, sum_by_sample
+from ehr_embed.tasks.masked_event import MaskedEvent
+from ehr_embed.tasks.next_event import NextEvent
+from ehr_embed.tasks.ngrams import NgramCounts
+from ehr_embed.tasks.zero_shot import ZeroShot
+from ehr_embed.trainer import Trainer, TrainerSettings
+from ehr_embed.vocabulary import VocabularySettings
+from tests.conftest import Event, write_meds
+
+WAYS = {"SEX//M": ("A", "B", "C", "D"), "SEX//F": ("A", "D", "C", "B")}
+"""What follows what depends on a static event, so pairs of neighbours do not tell."""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[EventStore, Path]:
+    """40 subjects a split who go round one of two ways, an event a day; `comes_B` says whether B comes within two days."""
+    splits: dict[str, list[Event]] = {}
+    labels = []
+    rng = np.random.default_rng(0)
+    for number, split in enumerate(SPLITS):
+        splits[split] = []
+        for subject in range(100 * number, 100 * number + 40):
+            sex = ("SEX//M", "SEX//F")[subject % 2]
+            n = int(rng.integers(6, 30))
+            codes = [WAYS[sex][i % 4] for i in range(n + 2)]
+            splits[split] += [(subject, None, sex, None)]
+            splits[split] += [(subject, float(day), code, 3.0) for day, code in enumerate(codes[:n])]
+            labels.append((subject, n - 0.5, "B" in codes[n : n + 2]))
+    root = write_meds(tmp_path_factory.mktemp("rounds") / "set", splits, labels={"comes_B": labels})
+    return build_store(root.parent / "store", MedsSource(root=str(root)), VocabularySettings(values="continuous")), root
+
+
+def random_table(store: EventStore, width: int) -> torch.Tensor:
+    table = torch.randn(len(store.vocabulary), width, generator=torch.Generator().manual_seed(0))
+    table[0] = 0
+    return table
+
+
+def train(
+    store: EventStore,
+    run_dir: Path,
+    task: NextEvent,
+    kind: Callable[..., Any] = Decoder,
+    epochs: int = 40,
+    rate: float = 1e-2,
+):
+    run_dir.mkdir(exist_ok=True)
+    seed_everything(0, verbose=False)
+    task.setup(store, run_dir, 16)  # most records are cut, so that windows begin anywhere
+    embedding = EventEmbedding(random_table(store, 12))
+    sizes = {"embedding_dim": 12, "has_values": True, **task.sizes}
+    model = kind(**sizes, model_dim=32, n_heads=2, n_layers=2, dropout=0.0, max_length=32)
+    settings = TrainerSettings(
+        epochs=epochs, learning_rate=rate, batch_size=8, precision="32-true", schedule="cosine", warmup_steps=5
+    )
+    trainer = Trainer(
+        settings,
+        task=task,
+        run_dir=run_dir,
+        config={},
+        identity={"embedder": "none", "vocab_sha256": store.manifest["vocab_sha256"]},
+        sizes=sizes,
+        seed=0,
+        log=lambda row, epoch: None,
+    )
+    trainer.fit(model, embedding)
+    return model.eval(), embedding, trainer
+
+
+@pytest.fixture(scope="module")
+def pretrained(planted, tmp_path_factory):
+    store, _ = planted
+    return train(store, tmp_path_factory.mktemp("run"), NextEvent())
+
+
+def prompts(planted, split: str = "held_out", max_length: int = 12):
+    store, root = planted
+    events = encode_split(MedsSource(root=str(root)), store.vocabulary, split)
+    samples = prompts_of(events, None, root / "labels", max_length=max_length)
+    return BatchDataset(events, samples)[np.arange(len(samples))], samples
+
+
+def codes_of(store: EventStore, trajectories: Trajectories) -> list[list[str]]:
+    names = store.vocabulary.tokens["str"].to_list()
+    n = int(trajectories.prompt.max()) + 1
+    return [[names[t] for t in trajectories.token_ids[trajectories.prompt == i].tolist()] for i in range(n)]
+
+
+def test_the_planted_rule_is_learned_and_the_bigrams_are_beaten(pretrained):
+    model, embedding, trainer = pretrained
+    metrics = trainer.task.evaluate("held_out", trainer.predict(model, embedding, "held_out"), n_bootstrap=20)
+    assert metrics["perplexity"]["value"] < 1.1
+    assert metrics["perplexity"]["low"] <= metrics["perplexity"]["value"] <= metrics["perplexity"]["high"]
+    assert metrics["top1_accuracy"]["value"] > 0.99
+    assert metrics["baselines"]["bigram"]["perplexity"] > 1.5
+    assert metrics["baselines"]["unigram"]["perplexity"] > 3.5
+    assert metrics["by_family"].keys() == {"A", "B", "C", "D"}
+    assert sum(family["n_events"] for family in metrics["by_family"].values()) == metrics["n_events"]
+    assert metrics["time_loss"]["value"] < 0.1
+    assert metrics["value_loss"]["value"] < 0.5
+
+
+def test_packed_rows_teach_the_same_rule(planted, tmp_path):
+    model, embedding, trainer = train(planted[0], tmp_path / "packed", NextEvent(windows="packed"))
+    metrics = trainer.task.evaluate("held_out", trainer.predict(model, embedding, "held_out"), n_bootstrap=0)
+    assert metrics["perplexity"]["value"] < 1.2
+
+
+def test_a_masked_event_is_told_by_its_neighbours(planted, tmp_path):
+    task, encoder = MaskedEvent(mask_share=0.3), partial(Encoder, positions="rope")
+    model, embedding, trainer = train(planted[0], tmp_path / "masked", task, encoder, epochs=60, rate=3e-3)
+    metrics = trainer.task.evaluate("held_out", trainer.predict(model, embedding, "held_out"), n_bootstrap=0)
+    assert metrics["top1_accuracy"]["value"] > 0.8
+    assert metrics["top1_accuracy"]["value"] > metrics["baselines"]["bigram"]["top1_accuracy"]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_planted_sequence_is_continued_exactly(planted, pretrained, use_cache):
+    store, root = planted
+    model, embedding, _ = pretrained
+    batch, samples = prompts(planted, max_length=6)
+    sampling = Sampling(temperature=0, horizon_days=1e4, max_new_events=10)
+    found = codes_of(store, generate(model, embedding, batch, sampling, torch.Generator(), use_cache=use_cache))
+    held_out = pl.read_parquet(root / "data" / "held_out" / "0.parquet")
+    for subject, codes in zip(samples.subject_ids.tolist(), found, strict=True):
+        record = held_out.filter(subject_id=subject)["code"].to_list()
+        way = WAYS[record[0]]
+        start = way.index(record[-1]) + 1
+        assert codes == [way[(start + i) % 4] for i in range(10)]
+
+
+def test_cache_and_full_pass_agree_when_sampling(planted, pretrained):
+    model, embedding, _ = pretrained
+    batch, _ = prompts(planted)
+    sampling = Sampling(n_samples=3, temperature=2.0, horizon_days=30, max_new_events=12)
+    drawn = [
+        generate(model, embedding, batch, sampling, torch.Generator().manual_seed(s), use_cache=c)
+        for s, c in ((1, True), (1, False), (2, True))
+    ]
+    assert torch.equal(drawn[0].token_ids, drawn[1].token_ids)
+    torch.testing.assert_close(drawn[0].days, drawn[1].days)
+    torch.testing.assert_close(drawn[0].values, drawn[1].values, equal_nan=True)
+    assert drawn[0].token_ids.tolist() != drawn[2].token_ids.tolist()
+
+
+def test_a_future_ends_at_horizon_stop_code_or_length(planted, pretrained):
+    store, _ = planted
+    model, embedding, _ = pretrained
+    batch, samples = prompts(planted)
+    greedy = {"temperature": 0, "max_new_events": 16}
+    far = generate(model, embedding, batch, Sampling(**greedy, horizon_days=1e4), torch.Generator())
+    assert len(far.days) == 16 * len(samples)
+    near = generate(model, embedding, batch, Sampling(**greedy, horizon_days=3.5), torch.Generator())
+    assert near.days.max() <= 3.5
+    assert (near.days > 0).all(), "an event at or before the prediction time would be no future"
+    token = store.vocabulary.tokens["str"].to_list().index("C")
+    stopped = codes_of(
+        store, generate(model, embedding, batch, Sampling(**greedy, stop_tokens=(token,)), torch.Generator())
+    )
+    assert all(codes[-1] == "C" and "C" not in codes[:-1] for codes in stopped)
+
+
+def test_the_silence_before_the_prediction_time_counts():
+    wait = torch.tensor([0.0, 50.0])
+    scores = torch.zeros(2, 64)
+    scores[:, time_bin(torch.tensor(1.0))] = 9
+    scores[:, time_bin(torch.tensor(100.0))] = 5
+    first = draw_gap(scores, wait, Sampling(temperature=0), torch.Generator())
+    assert 0.5 < first[0] < 1.5
+    assert first[1] > 50
+    assert 0.5 < draw_gap(scores, None, Sampling(temperature=0), torch.Generator())[1] < 1.5
+
+
+def test_top_k_and_top_p_leave_the_rest_out():
+    scores = torch.tensor([[5.0, 4.0, 3.0, 2.0]]).repeat(2000, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(draw_token(scores, Sampling(temperature=3), generator).tolist()) == {0, 1, 2, 3}
+    assert set(draw_token(scores, Sampling(temperature=3, top_k=2), generator).tolist()) == {0, 1}
+    share = scores[0].softmax(-1).cumsum(0)
+    assert set(draw_token(scores, Sampling(top_p=float(share[1]) - 0.01), generator).tolist()) == {0, 1}
+    assert set(draw_token(scores, Sampling(top_p=0.01), generator).tolist()) == {0}
+    drawn = draw_token(scores, Sampling(), generator)
+    assert (drawn == 0).float().mean().item() == pytest.approx(float(scores[0].softmax(-1)[0]), abs=0.04)
+
+
+def test_futures_are_meds_events(planted, pretrained):
+    store, _ = planted
+    model, embedding, _ = pretrained
+    batch, samples = prompts(planted)
+    drawn = generate(model, embedding, batch, Sampling(n_samples=2, max_new_events=8), torch.Generator().manual_seed(0))
+    frame = as_events(drawn, samples, store.vocabulary)
+    one = frame.filter(sample=1).drop("sample")
+    DataSchema.validate(DataSchema.align(one.to_arrow()))
+    assert dict(one.schema) == TRAJECTORY_SCHEMA
+    assert (one["time"] > one["prediction_time"]).all()
+    assert one["subject_id"].rle().struct.field("value").is_unique().all(), "a subject is contiguous"
+    for (_, _), future in one.group_by("subject_id", "prediction_time"):
+        assert future["time"].is_sorted()
+    assert frame["numeric_value"].drop_nulls().is_between(2, 4).all()
+    assert set(frame["code"]) <= {"A", "B", "C", "D"}
+
+
+def test_what_cannot_generate_is_refused(planted, pretrained):
+    model, embedding, _ = pretrained
+    batch, _ = prompts(planted)
+    small = {"embedding_dim": 12, "model_dim": 16, "n_heads": 2, "n_layers": 1}
+    with pytest.raises(UserError, match=r"Encoder sees what comes after an event.*model=decoder task=next_event"):
+        check_generates(Encoder(**small, vocab_size=9))
+    with pytest.raises(UserError, match="this decoder predicts classes"):
+        check_generates(Decoder(**small, num_classes=2))
+    with pytest.raises(
+        UserError, match=r"a prompt of 12 events and max_new_events=30 exceed the model's max_length=32"
+    ):
+        generate(model, embedding, batch, Sampling(max_new_events=30), torch.Generator())
+    for wrong, message in (
+        ({"horizon_days": 0}, "horizon_days=0: expected a time above 0"),
+        ({"n_samples": 0}, "n_samples=0"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 1.5}, r"top_p=1\.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Sampling(**wrong)
+
+
+def test_risks_from_futures_are_the_planted_outcome(planted, pretrained):
+    store, root = planted
+    model, embedding, trainer = pretrained
+    task = ZeroShot(codes=["B"], n_samples=4, horizon_days=2.0, max_new_events=8, monitor="auroc")
+    task.setup(store, root / "labels", 32)
+    trainer.task = task
+    outputs = trainer.predict(model, embedding, "held_out")
+    assert task.evaluate("held_out", outputs, n_bootstrap=0)["auroc"]["value"] > 0.95
+    assert np.array_equal(outputs, trainer.predict(model, embedding, "held_out")), "the seed repeats them"
+    assert set(np.unique(outputs[:, 1] * 4)) <= {0, 1, 2, 3, 4}
+    with pytest.raises(UserError, match="needs one event set"):
+        ZeroShot()
+    wrong = ZeroShot(codes=["nowhere"])
+    with pytest.raises(UserError, match=r"model's max_length=32"):
+        wrong.setup(store, root / "labels", 32)
+    wrong = ZeroShot(codes=["nowhere"], max_new_events=8)
+    with pytest.raises(UserError, match="no token of the vocabulary is in EventSet"):
+        wrong.setup(store, root / "labels", 32)
+
+
+def test_baselines_equal_counting_by_hand(planted):
+    store, _ = planted
+    events, n = store.split("train"), len(store.vocabulary)
+    ngrams = NgramCounts.fit(events, n)
+    static = {store.vocabulary.tokens["str"].to_list().index(sex) for sex in WAYS}
+    pairs: Counter[tuple[int, int]] = Counter()
+    ones: Counter[int] = Counter()
+    for first, last in zip(events.offsets[:-1], events.offsets[1:], strict=True):
+        record = events.token_ids[first:last].tolist()
+        ones.update(token for token in record if token not in static)
+        pairs.update((a, b) for a, b in pairwise(record) if b not in static)
+    uni = {b: (ones[b] + 1) / (sum(ones.values()) + n - 2) for b in range(2, n)}
+    assert ngrams.unigram_probabilities.sum() == pytest.approx(1)
+    for a in range(2, n):
+        total = sum(count for (before, _), count in pairs.items() if before == a)
+        kinds = sum(1 for before, _ in pairs if before == a)
+        for b in range(2, n):
+            expected = (pairs[a, b] + kinds * uni[b]) / (total + kinds) if total else uni[b]
+            assert ngrams.bigram_probabilities(a)[b] == pytest.approx(expected)
+        assert ngrams.bigram_probabilities(a).sum() == pytest.approx(1)
+    previous, targets = np.array([2, 3, 2]), np.array([4, 2, 5])
+    scores = ngrams.score(previous, targets)["bigram"]
+    by_hand = [ngrams.bigram_probabilities(a) for a in previous]
+    assert scores["loss"] == pytest.approx(-np.mean([math.log(p[t]) for p, t in zip(by_hand, targets, strict=True)]))
+    ranks = [(p >= p[t]).sum() - 1 for p, t in zip(by_hand, targets, strict=True)]
+    assert scores["top1_accuracy"] == pytest.approx(np.mean([rank < 1 for rank in ranks]))
+
+
+def test_metrics_equal_sums_by_hand(planted):
+    families = Families.of(planted[0].vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    is_target = torch.rand(6, 5, generator=generator) < 0.6
+    n = int(is_target.sum())
+    scores = EventScores(
+        nll=torch.rand(n, generator=generator) * 3,
+        rank=torch.randint(0, 14, (n,), generator=generator),
+        time_nll=torch.rand(n, generator=generator),
+        value_nll=None,
+    )
+    targets = torch.randint(2, len(planted[0].vocabulary), (n,), generator=generator)
+    outputs = sum_by_sample(scores, is_target, targets, families).numpy()
+    subjects = np.array([0, 0, 1, 1, 2, 3])
+    metrics = event_metrics(outputs, families, subject_ids=subjects, n_bootstrap=30)
+    assert scores.rank is not None
+    assert metrics["loss"]["value"] == pytest.approx(float(scores.nll.mean()), rel=1e-6)
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(float(scores.nll.mean())), rel=1e-6)
+    assert metrics["top5_accuracy"]["value"] == pytest.approx(float((scores.rank < 5).float().mean()))
+    assert metrics["time_loss"]["value"] == pytest.approx(float(scores.time_nll.mean()), rel=1e-6)
+    assert "value_loss" not in metrics
+    assert metrics["n_events"] == n
+    # The interval redraws subjects: the ratio of the sums of a draw, not the mean of the samples' ratios.
+    bootstrap = SubjectBootstrap.of(subjects, n_samples=6, n_bootstrap=30, seed=0)
+    sample = is_target.nonzero()[:, 0].numpy()
+    weights = np.concatenate(list(bootstrap.weights()))[1:, subjects][:, sample]
+    losses = (weights @ scores.nll.numpy()) / weights.sum(axis=1)
+    assert metrics["loss"]["low"] == pytest.approx(np.nanquantile(losses, 0.025), rel=1e-5)
+
+
+def test_targets_by_hand(planted):
+    store, _ = planted
+    task = NextEvent()
+    task.setup(store, Path(), 32)
+    batch = task.dataset("tuning")[np.arange(3)]
+    inputs = task.inputs(EventEmbedding(torch.zeros(len(store.vocabulary), 4)), batch, task.is_target(batch))
+    for row in range(3):
+        tokens = batch.token_ids[row][batch.is_event[row]].tolist()
+        assert inputs["targets"][row][: len(tokens)].tolist() == [*tokens[1:], 0], (
+            "the static event's next one included"
+        )
+    has_target = inputs["targets"] > 0
+    assert inputs["target_gap_days"][has_target].unique().tolist() == [0.0, 1.0]
+    assert torch.isfinite(inputs["target_values"][has_target]).all()
+
+
+def test_a_blanked_event_is_gone_and_evaluation_does_not_depend_on_the_batch(planted):
+    store, _ = planted
+    task = MaskedEvent(mask_share=0.5)
+    task.setup(store, Path(), 32)
+    embedding = EventEmbedding(random_table(store, 4))
+    dataset = task.dataset("tuning")
+    batch = dataset[np.arange(6)]
+    is_target = task.is_target(batch)
+    inputs = task.inputs(embedding, batch, is_target)
+    assert torch.equal(inputs["targets"] > 0, is_target)
+    vectors = inputs["rows"][inputs["row_ids"]]
+    assert 0.3 < (is_target.sum() / batch.is_next.sum()).item() < 0.7
+    assert (vectors[is_target] == 0).all()
+    assert inputs["values"][is_target].isnan().all()
+    assert (vectors[batch.is_event & ~is_target] != 0).any(-1).all()
+    alone = task.is_target(dataset[np.array([4])])[0]
+    n = int(batch.is_event[4].sum())
+    assert alone[:n].tolist() == is_target[4, :n].tolist()
+    drawn = [task.is_target(batch, is_training=True) for _ in range(2)]
+    assert (drawn[0] != drawn[1]).any(), "training draws anew"
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(UserError, match=r"unknown task\.windows 'rando': did you mean 'random'"):
+        NextEvent(windows="rando")
+    with pytest.raises(UserError, match=r"unknown task\.monitor 'auroc'"):
+        NextEvent(monitor="auroc")
+    with pytest.raises(UserError, match=r"task\.windows=packed needs a causal model"):
+        MaskedEvent(windows="packed")
+    with pytest.raises(UserError, match=r"task\.mask_share=1"):
+        MaskedEvent(mask_share=1.0)
