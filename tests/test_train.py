@@ -229,7 +229,8 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_compose(line, tiny, tmp_path, inside):
     """Every key and option the README names exists; the commands themselves run above and in `make demo`."""
-    arguments = [a.replace("NAME", "outcome") for a in line.removeprefix("python ").split()]
+    line = re.sub(r"^python (?:-m (ehr_embed)\.(\w+))?", lambda m: f"{m[1]}/{m[2]}.py" if m[1] else "", line)
+    arguments = [a.replace("NAME", "outcome") for a in line.split()]
     arguments = [f"data.root={tiny}" if a.startswith("data.root=") else a for a in arguments]
     flags = [] if "--help" in arguments else ["--cfg", "job"]
     inside(*arguments, *flags, cwd=tmp_path)
