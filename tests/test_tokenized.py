@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import pickle
+import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from meds import CodeMetadataSchema, DataSchema, LabelSchema
 
+from ehr_embed import convert
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import run
+from ehr_embed.instantiate import instantiate
+from ehr_embed.sources.case_labels import read_case_labels
 from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.tokenized import Corpus
 from tests.test_conf import composed
 from tests.test_unpickle import Call
 
@@ -73,8 +85,6 @@ def overrides(root: Path, *more: str) -> list[str]:
 
 
 def opened(root: Path, *more: str) -> MedsSource:
-    from ehr_embed.instantiate import instantiate
-
     return instantiate(composed(*overrides(root, *more), name="embed").data.source)
 
 
@@ -107,6 +117,22 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus", splits, labels)
 
 
+@pytest.fixture
+def converted(monkeypatch) -> Callable[..., None]:
+    """`python -m ehr_embed.convert` in this process."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # Hydra raises, as under the command line's own error handling
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+        try:
+            convert.main()
+        finally:
+            logging.getLogger().handlers.clear()
+            GlobalHydra.instance().clear()
+
+    return call
+
+
 def test_events_keep_their_order_and_their_split(corpus):
     source = opened(corpus)
     assert source.name == "corpus"
@@ -137,6 +163,55 @@ def test_the_cut_off_is_by_calendar_months_and_spares_static_events_and_the_end_
     assert only_static == [(None, "<start>"), (None, "AGE: 45"), (None, "<end>")]
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    timed=st.lists(st.tuples(st.sampled_from(["Q3", "5.5", "LAB//CRP"]), st.floats(0.1, 200)), max_size=12),
+    diagnosed=st.none() | st.integers(0, 200),
+    months=st.none() | st.integers(1, 4),
+)
+def test_the_cut_off_agrees_with_the_rule_of_the_original(tmp_path, timed, diagnosed, months):
+    """The original's rule, written with the library it used: keep what is static, earlier, or the end mark."""
+    timed = sorted(timed, key=lambda event: event[1])
+    date = None if diagnosed is None else (START + timedelta(days=diagnosed)).date()
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"subject_id,is_case,cancerdate\n1,1,{date or ''}\n")
+    shard = tmp_path / "0.pkl"
+    original = record(1, timed)
+    shard.write_bytes(pickle.dumps([original]))
+    expected = []
+    for token, seconds in zip(original["tokens"], original["timestamps"], strict=True):
+        cut = None if date is None or months is None else pd.Timestamp(date) - pd.DateOffset(months=months)
+        if seconds == 0 or cut is None or seconds < cut.timestamp() or TOKENS[token] == "<end>":
+            expected.append(TOKENS[token])
+    corpus = Corpus(dict(enumerate(TOKENS)), read_case_labels(str(labels)), months)
+    events = corpus.events(shard)
+    assert events["code"].to_list() == expected
+    last = corpus.last_times()["last_time"][0]
+    assert events["time"].max() == last, "the end mark tells nothing of what was cut"
+
+
+def test_events_out_of_order_are_put_in_order_and_said(corpus, caplog):
+    shuffled = record(1, [("Q3", 5.0), ("5.5", 1.0), ("LAB//CRP", 1.0)]) | {"timestamps": None}
+    times = [
+        0,
+        (START + timedelta(days=5)).timestamp(),
+        *[(START + timedelta(days=1)).timestamp()] * 2,
+        0,
+        START.timestamp() + 9e5,
+    ]
+    (corpus / "train" / "0.pkl").write_bytes(pickle.dumps([shuffled | {"timestamps": times}]))
+    # AGE, second in the list, has day 5; LAB, fifth, is static.
+    assert [code for _, code in events_of(opened(corpus))[1]] == [
+        "<start>",
+        "LAB//CRP",
+        "Q3",
+        "5.5",
+        "AGE: 45",
+        "<end>",
+    ]
+    assert any("were not in order of time" in message for message in caplog.messages)
+
+
 def test_labels_are_those_of_the_original_at_the_last_event(corpus):
     source = opened(corpus)
     last = START.replace(tzinfo=None) + timedelta(days=80)
@@ -159,8 +234,6 @@ def test_labels_are_those_of_the_original_at_the_last_event(corpus):
 
 def test_the_import_is_valid_meds(corpus):
     source = opened(corpus)
-    import pyarrow.parquet as pq
-
     for shard in source.shards:
         DataSchema.validate(pq.read_table(shard))
     CodeMetadataSchema.validate(pq.read_table(source.root / "metadata" / "codes.parquet"))
@@ -188,9 +261,7 @@ def test_token_strings_become_text_by_their_prefix(corpus, tmp_path):
     assert (changed["DRUG//x"], changed["LAB//CRP"]) == ("Drug x", "Test: C-reactive protein")
 
 
-def test_it_trains_as_its_conversion_does(corpus, tmp_path):
-    from ehr_embed.experiment import convert
-
+def test_it_trains_as_its_conversion_does(corpus, tmp_path, converted, capsys):
     for split in ("train", "tuning", "held_out"):
         records = [record(100 * len(split) + i, [("MEDICAL//asthma", 1.0), ("Q3", 2.0)]) for i in range(8)]
         (corpus / split / "more.pkl").write_bytes(pickle.dumps(records))
@@ -198,7 +269,8 @@ def test_it_trains_as_its_conversion_does(corpus, tmp_path):
             file.writelines(f"{r['subject_id']},{i % 2},{'lung' if i % 2 else ''},\n" for i, r in enumerate(records))
     run(composed(*overrides(corpus, *TINY), "task.labels=is_case", f"run_dir={tmp_path}/pickles"))
     out = tmp_path / "meds"
-    convert(composed(*overrides(corpus), f"data.root={out}", name="embed"))
+    converted(*overrides(corpus), f"data.root={out}")
+    assert f"MEDS dataset {out} (7 shards, label sets: is_case, site)" in capsys.readouterr().out
     meds = ("data=meds", f"data.root={out}", f"cache_dir={tmp_path}/other", "data.values=none", "task.labels=is_case")
     run(composed(*meds, *TINY, f"run_dir={tmp_path}/meds_run"))
     pickles, converted = (
@@ -206,6 +278,18 @@ def test_it_trains_as_its_conversion_does(corpus, tmp_path):
     )
     assert pickles["held_out"] == converted["held_out"]
     assert pickles["held_out"]["n"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=meds", "data.root=x"], "this data is MEDS already"),
+        (["data=tokenized", "data.data_dir=x"], "data.root is not set"),
+    ],
+)
+def test_a_conversion_of_nothing_or_to_nowhere_is_refused(converted, arguments, message):
+    with pytest.raises(UserError, match=message):
+        converted(*arguments)
 
 
 def test_changed_files_are_refused_until_imported_again(corpus):

@@ -15,9 +15,35 @@ from filelock import FileLock
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_directory, digest, read_json, write_json
+from ehr_embed.sources.protocol import SPLITS
 
 log = logging.getLogger(__name__)
 MANIFEST = "import.json"
+
+
+def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
+    """The files with a suffix in each of the three split folders, by number and then by name.
+
+    Raises:
+        UserError: no folder given, or it lacks a split or files.
+    """
+    layout = f"{{{','.join(SPLITS)}}}/*{suffix}"
+    if data_dir is None:
+        raise UserError(f"data.data_dir is not set: expected the folder that holds {layout}. Type: {command}")
+    found = {}
+    for split in SPLITS:
+        folder = Path(data_dir) / split
+        files = [path for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")] if folder.is_dir() else []
+        if not files:
+            what = f"no {suffix} files in it" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {what}. Expected {layout} under data.data_dir={data_dir}. Type: {command}")
+        found[split] = sorted(files, key=_number)
+    return found
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = "".join(c if c.isdigit() else " " for c in path.stem).split()
+    return (int(digits[-1]) if digits else -1, path.name)
 
 
 def import_folder(*, root: str | None, cache_dir: str, data_dir: str | None, settings: Any = None) -> Path:

@@ -26,12 +26,11 @@ from tqdm import tqdm
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import digest, file_sha256, tail_digest
-from ehr_embed.sources.imported import import_folder, import_once
+from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.sources.token_texts import read_token_strings
-from ehr_embed.sources.tokenized import find_shards
 
 log = logging.getLogger(__name__)
 KEYS = ("embeddings", "token_ids", "label")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import digest, file_sha256, tail_digest
-from ehr_embed.sources.case_labels import read_case_labels
-from ehr_embed.sources.imported import import_folder, import_once
+from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
+from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
 from ehr_embed.sources.protocol import SPLITS
@@ -30,6 +30,7 @@ from ehr_embed.unpickle import load_pickle
 log = logging.getLogger(__name__)
 KEYS = ("subject_id", "tokens", "timestamps")
 END_TOKEN = "<end>"
+CODES: dict[str, Any] = {"code": pl.String, "description": pl.String}
 
 
 def tokenized_source(
@@ -86,7 +87,7 @@ def tokenized_source(
         writer.add_codes(
             pl.DataFrame({"code": list(texts), "description": list(texts.values())}, schema_overrides=CODES)
         )
-        corpus = _Corpus(strings, cases, cutoff_months)
+        corpus = Corpus(strings, cases, cutoff_months)
         for split, path in tqdm([(s, p) for s in SPLITS for p in shards[s]], desc="import", unit="shard", disable=None):
             writer.add_shard(split, corpus.events(path))
         for name, labels in cases.label_sets(corpus.last_times(), cutoff_months).items():
@@ -97,38 +98,10 @@ def tokenized_source(
     return MedsSource(root=str(folder), name=Path(str(data_dir)).resolve().name)
 
 
-CODES: dict[str, Any] = {"code": pl.String, "description": pl.String}
-
-
-def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
-    """The files with a suffix in each of the three split folders, by number and then by name.
-
-    Raises:
-        UserError: no folder given, or it lacks a split or files.
-    """
-    layout = f"{{{','.join(SPLITS)}}}/*{suffix}"
-    if data_dir is None:
-        raise UserError(f"data.data_dir is not set: expected the folder that holds {layout}. Type: {command}")
-    found = {}
-    for split in SPLITS:
-        folder = Path(data_dir) / split
-        files = [path for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")] if folder.is_dir() else []
-        if not files:
-            what = f"no {suffix} files in it" if folder.is_dir() else "no such folder"
-            raise UserError(f"{folder}: {what}. Expected {layout} under data.data_dir={data_dir}. Type: {command}")
-        found[split] = sorted(files, key=_number)
-    return found
-
-
-def _number(path: Path) -> tuple[int, str]:
-    digits = "".join(c if c.isdigit() else " " for c in path.stem).split()
-    return (int(digits[-1]) if digits else -1, path.name)
-
-
-class _Corpus:
+class Corpus:
     """Reads shards as events and remembers each subject's last time."""
 
-    def __init__(self, strings: dict[int, str], cases: Any, cutoff_months: int | None) -> None:
+    def __init__(self, strings: dict[int, str], cases: CaseLabels, cutoff_months: int | None) -> None:
         self.strings = pl.DataFrame({"token": list(strings), "code": list(strings.values())})
         self.cutoffs = cases.cutoffs(cutoff_months)
         self.seen: dict[int, Path] = {}
