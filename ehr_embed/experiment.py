@@ -22,6 +22,7 @@ from ehr_embed import __version__
 from ehr_embed.checkpoints import initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
@@ -30,6 +31,7 @@ from ehr_embed.runs import TABLE, VOCABULARY
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
 from ehr_embed.table import link_table
+from ehr_embed.tasks.labels import available_labels
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.trainer import Trainer
 from ehr_embed.vocabulary import VocabularySettings
@@ -71,13 +73,26 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 
 
 def embed(cfg: DictConfig) -> None:
-    """Prepare the dataset of a configuration and say what there is."""
-    _, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
+    """Prepare the dataset of a configuration, say what there is, and export it where the configuration asks for it."""
+    build = _builder(cfg)
+    export: Export | None = build(cfg.export) if cfg.get("export") else None
+    if export is not None:
+        export.check()  # before the embedding, which may take hours
+    source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
     report(prepared.store, cfg.data.min_text_coverage)
     n_tokens, width = prepared.table.shape
     print(
         f"store {prepared.store.folder}\ntable {prepared.table_path} ({n_tokens} x {width}, digest {prepared.table_digest})"
     )
+    if export is not None:
+        export.write(prepared, build(cfg.task), source.labels_dir)
+
+
+def convert(cfg: DictConfig) -> None:
+    """Open the source of a configuration, which imports its corpus as MEDS, and say what is there."""
+    source: Source = _builder(cfg)(cfg.data.source)
+    labels = ", ".join(available_labels(source.labels_dir))
+    print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")
 
 
 def run(cfg: DictConfig) -> float:

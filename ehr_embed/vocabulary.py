@@ -16,6 +16,7 @@ from ehr_embed.sources.protocol import Source
 from ehr_embed.texts import coverage, read_lookups, resolve_texts
 
 PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
+UNKNOWN_TEXT = "Unknown event"
 VALUE_MODES = ("bins", "continuous", "both", "none")
 MAX_VALUES_PER_CODE = 20_000
 """Values kept per code for its quantiles: exact below, a uniform sample above."""
@@ -304,7 +305,7 @@ class _Builder:
 
     def __init__(self, text_of: dict[str, str]) -> None:
         self.text_of = text_of
-        self.strings, self.texts = ["<padding>", "<unknown>"], ["", "Unknown event"]
+        self.strings, self.texts = ["<padding>", "<unknown>"], ["", UNKNOWN_TEXT]
         self.plain: dict[str, int] = {}
         self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
 

@@ -32,7 +32,7 @@ def test_every_yaml_says_what_it_is_and_how_to_run_it(path: Path):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
-    cfg = composed(f"{group}={option}")
+    cfg = composed(f"{group}={option}", name="embed")  # which takes everything that train takes
     OmegaConf.resolve(cfg)
 
 
@@ -50,9 +50,11 @@ def test_every_model_builds_and_runs(option):
     assert predictor(inputs).shape == (2, 5, 9)
 
 
-@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "task", "trainer")])
+@pytest.mark.parametrize(
+    ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
+)
 def test_every_member_builds(group, option):
-    instantiate(composed(f"{group}={option}")[group])
+    instantiate(composed(f"{group}={option}", name="embed")[group])
 
 
 def test_the_demo_brings_its_small_model_unless_told_otherwise():
@@ -72,6 +74,7 @@ def test_defaults_are_those_of_the_original():
     assert (model.model_dim, model.n_heads, model.n_layers, model.dropout, model.max_length) == (256, 8, 6, 0.1, 512)
     assert (trainer.batch_size, trainer.epochs, trainer.learning_rate, trainer.weight_decay) == (32, 50, 1e-4, 0.01)
     assert (trainer.patience, trainer.scheduler_patience, cfg.task.monitor) == (10, 3, "f1")
+    assert (trainer.min_learning_rate, trainer.save_every) == (1e-6, 10)
 
 
 def test_targets_outside_the_trusted_packages_are_refused():

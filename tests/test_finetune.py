@@ -64,10 +64,10 @@ def test_a_task_that_does_not_train_takes_the_head_too(tmp_path):
 
 def test_what_does_not_fit_is_refused_with_both_values(tmp_path):
     folder = saved(decoder(vocab_size=30), tmp_path)
+    other = {**CONFIG, "embedder": {"_target_": "x.Y", "model": "m"}}
     with pytest.raises(
         UserError, match=r"vectors of HashingEmbedder \(digest e1\), this run embeds with m \(digest e2\)"
     ):
-        other = {**CONFIG, "embedder": {"_target_": "x.Y", "model": "m"}}
         start(decoder(num_classes=2), folder, config=other, identity={**IDENTITY, "embedder": "e2"})
     wide = {**CONFIG, "model": {**CONFIG["model"], "model_dim": 32}}
     with pytest.raises(UserError, match=r"is \(16,\) there and \(32,\) here.*model\.model_dim=16 there, 32 here"):

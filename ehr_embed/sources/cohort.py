@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow.parquet as pq
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed import __version__
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_directory, write_json
+from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 
 LABELS = "hospitalisation_1y"
@@ -223,29 +222,22 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
 
     with atomic_directory(root) as folder:
         for split in SPLITS:
-            _write(
+            write_parquet(
                 folder / "data" / split / "0.parquet",
                 events.filter(split=split).select("subject_id", "time", "code", "numeric_value"),
                 DataSchema,
             )
-            _write(
+            write_parquet(
                 folder / "labels" / LABELS / split / "0.parquet",
                 people.filter(split=split).drop("risk", "split"),
                 LabelSchema,
             )
-        _write(folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"), SubjectSplitSchema)
-        _write(folder / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
-        write_json(
-            folder / "metadata" / "dataset.json",
-            {
-                "dataset_name": "ehr_embed demo",
-                "dataset_version": "1",
-                "etl_name": "ehr_embed",
-                "etl_version": __version__,
-                "meds_version": "0.4.1",
-            },
+        write_parquet(
+            folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"), SubjectSplitSchema
         )
-        _write(folder / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
+        write_parquet(folder / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
+        write_json(folder / "metadata" / "dataset.json", dataset_facts("ehr_embed demo"))
+        write_parquet(folder / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
         auroc = {
             str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
             for (split,), part in people.group_by("split")
@@ -373,10 +365,3 @@ def _code_metadata() -> pl.DataFrame:
     rows = [(code, text, None) for code, text in named] + [(code, text, [INJURY[0]]) for code, text in RARE]
     schema: dict[str, Any] = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
     return pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def _write(path: Path, frame: pl.DataFrame, schema: type | None = None) -> None:
-    """Parquet with the exact Arrow types of a MEDS schema (its strings are not Polars' large ones), where one is given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = frame.to_arrow()
-    pq.write_table(table if schema is None else schema.align(table), path)  # type: ignore[attr-defined]

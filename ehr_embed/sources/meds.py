@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import polars as pl
 
 from ehr_embed.errors import UserError
+from ehr_embed.files import tail_digest
 from ehr_embed.sources.protocol import SPLITS
 
 COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32}
-FOOTER_BYTES = 1 << 16
 
 
 class MedsSource:
@@ -53,11 +52,10 @@ class MedsSource:
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size and digest of the last 64 KiB of every file read: a parquet footer holds row counts, sizes and
-        statistics of every column, so any rewrite of the data shows there without reading them whole."""
+        """Size and digest of the last 64 KiB of every file read: any rewrite of the data shows there."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
-        return {str(path.relative_to(self.root)): _tail_digest(path) for path in files}
+        return {str(path.relative_to(self.root)): tail_digest(path) for path in files}
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
@@ -134,13 +132,6 @@ class MedsSource:
         missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
         frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
         return frame.filter(pl.col("code").is_not_null()).collect()
-
-
-def _tail_digest(path: Path) -> str:
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        handle.seek(max(0, size - FOOTER_BYTES))
-        return f"{size}:{hashlib.sha256(handle.read()).hexdigest()[:16]}"
 
 
 def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:

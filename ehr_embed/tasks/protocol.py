@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ehr_embed.batches import Batch, EventDataset
 from ehr_embed.errors import unknown_name
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.samples import Samples
 from ehr_embed.store import EventStore
 
 Outputs = npt.NDArray[np.float64]
@@ -37,6 +38,11 @@ class Task(Protocol):
     @property
     def n_outputs(self) -> int:
         """Numbers kept of each sample; known after `setup`."""
+        ...
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """Samples of each split as they are evaluated; known after `setup`."""
         ...
 
     @property

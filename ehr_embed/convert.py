@@ -1,0 +1,35 @@
+"""Convert a corpus of the original pipeline to a MEDS dataset, once and for good.
+
+    python -m ehr_embed.convert data=tokenized data.data_dir=DIR data.vocab_filepath=FILE data.labels_filepath=FILE data.root=OUT
+    python -m ehr_embed.convert data=patient_files data.data_dir=DIR data.root=OUT
+    python train.py data=meds data.root=OUT
+
+Takes every override of embed.py; the result is what `data=tokenized` and `data=patient_files` keep in their cache.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from ehr_embed.cli import CONF, run_main
+from ehr_embed.errors import UserError
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
+def main(cfg: DictConfig) -> None:
+    """Write the dataset and say what it holds."""
+    from ehr_embed.experiment import convert  # here, so that a misspelt override is refused before torch is loaded
+
+    if "data_dir" not in cfg.data:
+        raise UserError(
+            "this data is MEDS already. Expected a corpus in another format. "
+            "Type: python -m ehr_embed.convert data=tokenized data.data_dir=DIR data.root=OUT, or data=patient_files"
+        )
+    if cfg.data.root is None:
+        raise UserError("data.root is not set: expected the folder the MEDS dataset is written to. Type: data.root=OUT")
+    convert(cfg)
+
+
+if __name__ == "__main__":
+    run_main(main, "embed")

@@ -1,0 +1,136 @@
+"""The corpus as the original pipeline keeps it: one dense file a sample, {train,tuning,held_out}/patient_*.pt."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ehr_embed.errors import UserError
+from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder
+from ehr_embed.exports.vocab_pt import write_vocabulary
+from ehr_embed.files import atomic_directory, atomic_path
+from ehr_embed.prepare import Prepared
+from ehr_embed.samples import Samples
+from ehr_embed.store import SplitEvents
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import Task
+
+log = logging.getLogger(__name__)
+ID_BYTES, FILE_BYTES = 8, 2000
+"""Bytes of a token id, and of what a .pt file holds beside its numbers."""
+WHOLE_RECORD = 2**31
+
+
+class PatientFilesExport:
+    """Writes a file a sample, {'embeddings': (N, E), 'token_ids': (N,) int64, 'label': ()}, N events as the model sees them.
+
+    Beside them: samples.csv (split, file, subject_id, prediction_time, label), classes.csv (label, class), vocab.csv and
+    vocab_embeddings.pt. Numbers that a vocabulary with `data.values=continuous` or `both` carries beside the tokens have no
+    place in these files.
+
+    Args:
+        dir: the folder to write to, absent or empty.
+        dtype: of the embeddings, `float32` or `float16`.
+        max_length: events a file, the static ones and the last others; None = the whole visible record.
+    """
+
+    def __init__(self, *, dir: str | None = None, dtype: str = "float32", max_length: int | None = None) -> None:
+        self.dir, self.dtype, self.max_length = dir, export_dtype(dtype), max_length
+
+    def check(self) -> None:
+        export_folder(self.dir)
+
+    def write(self, prepared: Prepared, task: Task, labels_dir: Path) -> None:
+        folder = export_folder(self.dir)
+        task.setup(prepared.store, labels_dir, self.max_length or WHOLE_RECORD)
+        table = as_stored(prepared.table, self.dtype)
+        self._announce(folder, prepared, task.samples, table)
+        if prepared.store.manifest["has_values"]:
+            log.warning(
+                "the store carries numbers beside its tokens, and these files cannot: a model trained on them sees less. "
+                "Type: data.values=bins to put values into the tokens"
+            )
+        rows = []
+        for split, samples in task.samples.items():
+            events = prepared.store.split(split)
+            with atomic_directory(folder / split) as target:
+                for number in tqdm(range(len(samples)), desc=f"export {split}", unit="file", disable=None):
+                    record = sample_record(events, samples, number, table)
+                    torch.save(record, target / f"patient_{number}.pt")
+            rows.append(_sample_rows(split, samples))
+        with atomic_path(folder / "samples.csv") as path:
+            pl.concat(rows).write_csv(path)
+        if isinstance(task, Classification):
+            with atomic_path(folder / "classes.csv") as path:
+                pl.DataFrame({"label": range(task.num_classes), "class": task.class_names}).write_csv(path)
+        write_vocabulary(folder, prepared, self.dtype)
+        log.info("wrote %d files to %s", sum(map(len, task.samples.values())), folder)
+
+    def _announce(self, folder: Path, prepared: Prepared, samples: dict[str, Samples], table: Tensor) -> None:
+        """Say how large the export will be, beside what it is made from, before the first file.
+
+        Raises:
+            UserError: the disk has less room than that.
+        """
+        n_files = sum(map(len, samples.values()))
+        n_events = sum(int(split.lengths.sum()) for split in samples.values())
+        per_event = table.shape[1] * table.element_size() + ID_BYTES
+        n_bytes = n_events * per_event + n_files * FILE_BYTES
+        held = sum(path.stat().st_size for path in prepared.store.folder.rglob("*") if path.is_file())
+        log.warning(
+            "the export will take %s in %d files (%d events of %d bytes); the store and its tables hold the same in %s",
+            readable_size(n_bytes),
+            n_files,
+            n_events,
+            per_event,
+            readable_size(held),
+        )
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(parent).free
+        if n_bytes > free:
+            raise UserError(
+                f"export.dir={folder}: {readable_size(free)} are free, the export needs {readable_size(n_bytes)}. "
+                "Nothing was written. Type: export.dtype=float16, export.max_length=FEWER, or export.dir=ON_ANOTHER_DISK"
+            )
+
+
+def readable_size(n_bytes: float) -> str:
+    """A number of bytes in the unit that fits.
+
+    >>> readable_size(512), readable_size(3 * 2**30)
+    ('512.0 B', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
+
+
+def sample_record(events: SplitEvents, samples: Samples, number: int, table: Tensor) -> dict[str, Tensor]:
+    """The content of one file: the sample's static events and those up to its prediction time."""
+    parts = (
+        events.token_ids[samples.static_start[number] : samples.static_stop[number]],
+        events.token_ids[samples.start[number] : samples.stop[number]],
+    )
+    token_ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return {"embeddings": table[token_ids], "token_ids": token_ids, "label": torch.as_tensor(samples.labels[number])}
+
+
+def _sample_rows(split: str, samples: Samples) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "split": [split] * len(samples),
+            "file": [f"patient_{number}.pt" for number in range(len(samples))],
+            "subject_id": samples.subject_ids,
+            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
+            "label": [str(label) for label in samples.labels.tolist()],
+        }
+    )

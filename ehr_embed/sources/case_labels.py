@@ -1,0 +1,115 @@
+"""The original pipeline's labels.csv: who is a case, of which site, and from when on events are cut off."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+
+from ehr_embed.errors import UserError
+
+log = logging.getLogger(__name__)
+CONTROL = "Control"
+"""Class of a subject that is no case, as the original names it."""
+TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+EPOCH = datetime(1970, 1, 1)
+
+
+@dataclass(frozen=True)
+class CaseLabels:
+    """Rows of labels.csv.
+
+    Attributes:
+        frame: subject_id Int64, is_case Boolean, site String or null, cancerdate Datetime[us] or null.
+        has_site: whether the file has the column `site`.
+    """
+
+    frame: pl.DataFrame
+    has_site: bool
+
+    def cutoffs(self, months: int | None) -> pl.DataFrame:
+        """subject_id and cutoff of the subjects with a `cancerdate`: the moment `months` before it; empty for None.
+
+        >>> frame = pl.DataFrame({"subject_id": [1, 2], "cancerdate": [datetime(2020, 3, 31), None]})
+        >>> CaseLabels(frame, False).cutoffs(1).rows()
+        [(1, datetime.datetime(2020, 2, 29, 0, 0))]
+        """
+        dated = self.frame.filter(pl.col("cancerdate").is_not_null() & (months is not None))
+        cutoff = pl.col("cancerdate").cast(pl.Datetime("us")).dt.offset_by(f"-{months or 0}mo")
+        return dated.select("subject_id", cutoff=cutoff)
+
+    def label_sets(self, last_times: pl.DataFrame, months: int | None) -> dict[str, pl.DataFrame]:
+        """`is_case` (boolean) and, where the file has it, `site` (one class a site, and `Control`).
+
+        The prediction time is that of a subject's last event, for cases and controls alike: any other rule would let the
+        time since the last event tell them apart. A subject with static events only is predicted at its cut-off.
+
+        Args:
+            last_times: subject_id, last_time of every subject of the corpus.
+            months: the cut-off the events were cut with.
+        """
+        joined = last_times.join(self.frame, on="subject_id", how="inner").join(
+            self.cutoffs(months), on="subject_id", how="left"
+        )
+        time = pl.coalesce("last_time", "cutoff", pl.lit(EPOCH)).cast(pl.Datetime("us"))
+        rows = joined.select("subject_id", "is_case", "site", prediction_time=time)
+        log.info(
+            "labels: %d of the %d subjects in labels.csv are in the corpus, %d subjects of the corpus have no label",
+            len(rows),
+            len(self.frame),
+            len(last_times) - len(rows),
+        )
+        sets = {"is_case": rows.select("subject_id", "prediction_time", boolean_value="is_case")}
+        if self.has_site:
+            value = pl.when("is_case").then("site").otherwise(pl.lit(CONTROL))
+            classes = rows.select("subject_id", "prediction_time", categorical_value=value)
+            if nameless := classes["categorical_value"].null_count():
+                log.warning("labels: %d cases have no site; they are left out of the label set `site`", nameless)
+            sets["site"] = classes.drop_nulls()
+        return sets
+
+
+def read_case_labels(path: str | None) -> CaseLabels:
+    """Read labels.csv.
+
+    Raises:
+        UserError: no such file, a missing column, a subject twice, or a value that is no truth value or ISO date.
+    """
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"data.labels_filepath: no such file {path}. Expected the corpus' labels.csv with columns subject_id,is_case and, "
+            "where known, site,cancerdate."
+        )
+    frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy").with_columns(pl.all().str.strip_chars())
+    for column in ("subject_id", "is_case"):
+        if column not in frame.columns:
+            raise UserError(f"{path}: column `{column}` is missing, found {', '.join(frame.columns)}; labels need it.")
+    missing = [
+        pl.lit(None, dtype=pl.String).alias(name) for name in ("site", "cancerdate") if name not in frame.columns
+    ]
+    has_site = "site" in frame.columns
+    raw = frame.with_columns(missing).with_columns(pl.col("site", "cancerdate").replace("", None))
+    parsed = raw.select(
+        subject_id=pl.col("subject_id").cast(pl.Float64, strict=False).cast(pl.Int64, strict=False),
+        is_case=pl.col("is_case").str.to_lowercase().replace_strict(TRUTH, default=None, return_dtype=pl.Boolean),
+        site=pl.col("site"),
+        cancerdate=pl.col("cancerdate").str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
+    )
+    _refuse(path, raw, parsed["subject_id"].is_null(), "subject_id", "an integer")
+    _refuse(path, raw, parsed["subject_id"].is_duplicated(), "subject_id", "one row a subject; it stands twice")
+    _refuse(path, raw, parsed["is_case"].is_null(), "is_case", "0 or 1")
+    unread = parsed["cancerdate"].is_null() & raw["cancerdate"].is_not_null()
+    _refuse(path, raw, unread, "cancerdate", "a date as 2015-03-31 (other orders of day and month are ambiguous)")
+    return CaseLabels(parsed, has_site)
+
+
+def _refuse(path: str, raw: pl.DataFrame, bad: pl.Series, column: str, expected: str) -> None:
+    if bad.any():
+        row = int(bad.arg_true()[0])
+        raise UserError(
+            f"{path}, row {row}: {column} is {raw[column][row]!r}, expected {expected} ({int(bad.sum())} such rows). "
+            "Labels or the cut-off would be wrong; mend the file."
+        )

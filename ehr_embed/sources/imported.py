@@ -1,0 +1,94 @@
+"""Corpora in other formats are imported once: written as a MEDS dataset and read like any other from then on.
+
+A corpus of pickles or of one file a patient is slow to read and says little of itself. Its import costs one pass and a
+few bytes an event; the manifest beside it remembers the files it was made from, so that changed files are noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ehr_embed.errors import UserError
+from ehr_embed.files import atomic_directory, digest, read_json, write_json
+from ehr_embed.sources.protocol import SPLITS
+
+log = logging.getLogger(__name__)
+MANIFEST = "import.json"
+
+
+def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
+    """The files with a suffix in each of the three split folders, by number and then by name.
+
+    Raises:
+        UserError: no folder given, or it lacks a split or files.
+    """
+    layout = f"{{{','.join(SPLITS)}}}/*{suffix}"
+    if data_dir is None:
+        raise UserError(f"data.data_dir is not set: expected the folder that holds {layout}. Type: {command}")
+    found = {}
+    for split in SPLITS:
+        folder = Path(data_dir) / split
+        files = [path for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")] if folder.is_dir() else []
+        if not files:
+            what = f"no {suffix} files in it" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {what}. Expected {layout} under data.data_dir={data_dir}. Type: {command}")
+        found[split] = sorted(files, key=_number)
+    return found
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = "".join(c if c.isdigit() else " " for c in path.stem).split()
+    return (int(digits[-1]) if digits else -1, path.name)
+
+
+def import_folder(*, root: str | None, cache_dir: str, data_dir: str | None, settings: Any = None) -> Path:
+    """Where the import of a corpus lies: `root`, or a folder of the cache named by the corpus and the settings."""
+    if root is not None:
+        return Path(root).expanduser().resolve()
+    corpus = Path(str(data_dir)).expanduser().resolve()
+    return Path(cache_dir).resolve() / "imported" / f"{corpus.name}-{digest([str(corpus), settings], 10)}"
+
+
+def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Let `write` fill `folder` unless an import of the same files is there; one process at a time.
+
+    Args:
+        folder: where the MEDS dataset belongs; it appears whole or not at all.
+        made_from: JSON-able, flat; a fingerprint of every file and setting that determines the import.
+        write: called with the folder to fill.
+        overwrite: import again even if one is there.
+
+    Raises:
+        UserError: the import there was made from other files, or the folder holds something else.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not (folder / MANIFEST).exists():
+            if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+                raise UserError(
+                    f"{folder} exists and is no import of this kind (no {MANIFEST}); writing there would replace it. "
+                    "Type: data.root=ANOTHER_FOLDER"
+                )
+        elif not overwrite:
+            _refuse_other_files(folder, made_from)
+            return
+        log.info("importing as MEDS to %s", folder)
+        with atomic_directory(folder) as temporary:
+            write(temporary)
+            write_json(temporary / MANIFEST, made_from)
+
+
+def _refuse_other_files(folder: Path, made_from: dict[str, Any]) -> None:
+    known = read_json(folder / MANIFEST)
+    for key in sorted({*known, *made_from}):
+        if known.get(key) != made_from.get(key):
+            raise UserError(
+                f"{folder} was imported from other files: {key} was {known.get(key, 'absent')}, now "
+                f"{made_from.get(key, 'absent')}. Texts, labels or events would be out of date. "
+                "Type: python embed.py overwrite=true with the same overrides"
+            )
