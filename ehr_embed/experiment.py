@@ -24,6 +24,7 @@ from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
+from ehr_embed.search.trial import current_trial
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
 from ehr_embed.tasks.protocol import Task
@@ -110,9 +111,12 @@ def run(cfg: DictConfig) -> float:
         table_path=prepared.table_path,
     )
 
+    trial = current_trial(cfg.trusted_packages)
+
     def log_epoch(row: dict[str, float], epoch: int) -> None:
         tracker.log(row, step=epoch)
         _print_epoch(row, task.monitor)
+        trial.report(row[f"tuning/{task.monitor}"], step=epoch)
 
     with tracker:
         trainer = Trainer(
