@@ -37,8 +37,10 @@ class SearchCallback(Callback):
         from ehr_embed.search.outcome import outcome_of, write_outcome  # not needed by single runs
 
         returned = job_return._return_value
-        if job_return.status == JobStatus.FAILED:
-            log.debug("job failed", exc_info=returned)
+        is_trial = config.hydra.sweeper.get("_target_") == STUDY_SWEEPER
+        if is_trial and job_return.status == JobStatus.FAILED and type(returned).__name__ != "TrialPruned":
+            # Other sweepers raise it again; a study goes on, and this is the last that sees where it came from.
+            log.error("the job failed", exc_info=returned)
         folder = Path(config.hydra.runtime.output_dir)
         seconds = time.perf_counter() - self._began
         write_outcome(folder, outcome_of(returned, seconds=seconds, overrides=job_return.overrides or []))

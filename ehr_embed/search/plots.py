@@ -53,7 +53,8 @@ def _value_at(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:
 def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]) -> list[Path]:
     html, png = stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.png")
     try:
-        with warnings.catch_warnings():
+        # Optuna chooses a style for the whole process.
+        with warnings.catch_warnings(), matplotlib.rc_context():
             # Optuna marks its matplotlib plots as experimental, and notes trials that lack a conditional parameter.
             warnings.simplefilter("ignore")
             interactive = getattr(optuna.visualization, f"plot_{name}")(study, **arguments)

@@ -29,7 +29,7 @@ MAX_SHOWN = 20
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
 
-def report_study(shared: SharedStudy, folder: Path, *, command: str) -> pd.DataFrame:
+def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: bool = True) -> pd.DataFrame:
     """Report the trials of a study, those of other processes and hosts included.
 
     Returns:
@@ -49,7 +49,7 @@ def report_study(shared: SharedStudy, folder: Path, *, command: str) -> pd.DataF
         "fixed": study.user_attrs.get("fixed", []),
         "command": masked(command),
     }
-    return write_report(rows, folder, directions=directions, facts=facts, study=study)
+    return write_report(rows, folder, directions=directions, facts=facts, study=study, has_plots=has_plots)
 
 
 def report_folder(folder: Path) -> None:
@@ -83,6 +83,7 @@ def write_report(
     directions: Sequence[str],
     facts: Mapping[str, Any],
     study: optuna.Study | None = None,
+    has_plots: bool = True,
 ) -> pd.DataFrame:
     """Write summary.csv, study.json and plots/ into `folder`, and print the table.
 
@@ -116,7 +117,8 @@ def write_report(
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_json(folder / "study.json", _jsonable(report))
-    write_study_plots(folder / "plots", study or study_of(rows, directions), objectives)
+    if has_plots:
+        write_study_plots(folder / "plots", study or study_of(rows, directions), objectives)
     print_table(table, objectives, overrides, folder)
     return table
 

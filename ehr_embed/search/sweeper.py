@@ -61,6 +61,7 @@ class StudySweeper(Sweeper):
         dead_hosts: Sequence[str],
         sampler: DictConfig,
         pruner: DictConfig,
+        has_plots: bool,
         params: DictConfig | None,
     ) -> None:
         if n_jobs < 1 or (n_trials is not None and n_trials < 1):
@@ -70,7 +71,7 @@ class StudySweeper(Sweeper):
         self.study_name, self.storage, self.n_trials, self.n_jobs = study_name, storage, n_trials, n_jobs
         self.direction, self.objectives, self.seeds = direction, list(objectives or []), list(seeds or [])
         self.max_failure_rate, self.dead_hosts = max_failure_rate, list(dead_hosts)
-        self.sampler_config, self.pruner_config = sampler, pruner
+        self.sampler_config, self.pruner_config, self.has_plots = sampler, pruner, has_plots
         self.params: dict[str, Any] = dict(OmegaConf.to_container(params) or {}) if params is not None else {}  # type: ignore[arg-type]
         self.fixed: list[str] = []
 
@@ -108,7 +109,7 @@ class StudySweeper(Sweeper):
             # Here, because pandas and the plots take a second to load that `python train.py` has no use for.
             from ehr_embed.search.report import report_study
 
-            table = report_study(self.shared, self.folder, command=shlex.join(sys.argv))
+            table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
         if self.shared.is_over():
             from ehr_embed.search.tracking import log_search
 
