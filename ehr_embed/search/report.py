@@ -26,6 +26,9 @@ from ehr_embed.search.study import DISCARDED, SharedStudy
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 20
+LOG_WIDTH = 140
+"""Columns of the printed table where there is no terminal."""
+SHOWN_METRICS = ("auroc", "accuracy", "top1", "loss")
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
 
@@ -65,7 +68,9 @@ def report_folder(folder: Path) -> None:
 def trial_row(trial: optuna.trial.FrozenTrial, n_objectives: int) -> Row:
     """A trial as a row; the values of one that did not complete are empty, and its last report is its own column."""
     row: Row = {"run": str(trial.number), "state": STATES[trial.state.name]}
-    row |= objective_columns(trial.values or [None] * n_objectives)
+    # Optuna gives a pruned trial its last report as a value, which other trials had after other epochs.
+    is_complete = trial.state == optuna.trial.TrialState.COMPLETE
+    row |= objective_columns(trial.values if is_complete else [None] * n_objectives)
     if trial.intermediate_values:
         row["last_report"] = trial.intermediate_values[max(trial.intermediate_values)]
         row["n_reports"] = len(trial.intermediate_values)
@@ -196,25 +201,53 @@ def _number(text: str) -> float | None:
 
 
 def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
-    """The best rows: objectives, what differs, and the monitored metrics on held_out with their intervals."""
+    """The best rows: objectives, the first held-out metric with its interval, and what differs between the runs."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
-    metrics = [name for name in ("held_out/auroc", "held_out/auprc", "held_out/f1") if name in table.columns]
-    numbers = [name for name in ("seconds", "events_per_s", "n_parameters") if name in table.columns]
+    metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
     for name in ("run", "state"):
         shown.add_column(name)
-    for name in [*objectives, *overrides, *metrics, *numbers]:
-        shown.add_column(name, justify="right")
+    for name in [*objectives, *([metric] if metric else []), "s"]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("overrides", overflow="fold")
     for row in table.head(MAX_SHOWN).to_dict("records"):
         cells = [str(row["run"]), str(row["state"])]
         cells += [_cell(row.get(name), ".4f") for name in objectives]
-        cells += [_cell(row.get(name), ".4g") for name in overrides]
-        cells += [_interval(row, name) for name in metrics]
-        cells += [_cell(row.get(name), ",.0f") for name in numbers]
+        cells += [_interval(row, metric)] if metric else []
+        cells.append(_cell(row.get("seconds"), ",.0f"))
+        cells.append(
+            " ".join(f"{_short(name, overrides)}={_shown(row[name])}" for name in overrides if _is_set(row[name]))
+        )
         shown.add_row(*cells)
-    console = Console()
     console.print(shown)
     if len(table) > MAX_SHOWN:
         console.print(f"{len(table) - MAX_SHOWN} more rows in {folder / 'summary.csv'}", highlight=False)
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, where it is the only one of its name.
+
+    >>> _short("model.n_layers", ["model.n_layers", "seed"]), _short("a.x", ["a.x", "b.x"])
+    ('n_layers', 'a.x')
+    """
+    last = key.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in keys].count(last) == 1 else key
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _shown(value: Any) -> str:
+    """A number in four digits, any other text as it is.
+
+    >>> _shown("0.0011509493"), _shown("mpnet"), _shown("128")
+    ('0.001151', 'mpnet', '128')
+    """
+    number = _number(str(value))
+    return str(value) if number is None else f"{number:.4g}"
 
 
 def _interval(row: Mapping[Any, Any], name: str) -> str:

@@ -214,11 +214,11 @@ def parse_space(
     for key, value in params.items():
         if isinstance(value, str | int | float | bool) or value is None:
             line = f"{key}={'null' if value is None else value}"
-            found[key.lstrip("+~")] = _parsed(parser.parse_override(line))
+            found[key.lstrip("+~")] = _parsed(parser.parse_overrides([line])[0])
         else:
             found[key.lstrip("+~")] = _from_yaml(key, value)
     for line in arguments:
-        override = parser.parse_override(line)
+        (override,) = parser.parse_overrides([line])
         found[override.get_key_element().lstrip("+~")] = _parsed(override)
     parameters = [item for item in found.values() if isinstance(item, Parameter)]
     if not parameters:
