@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from wandb_offline import OfflineRun, read_offline_runs
 
 from ehr_embed.compare import compare
 from ehr_embed.compare import main as compare_main
-from ehr_embed.search.checks import example_overrides
+from ehr_embed.search.checks import chosen_directions, example_overrides
 from ehr_embed.search.plugin import SWEEPS, register
 from ehr_embed.search.space import parse_space
 from tests.conftest import ROOT
@@ -170,6 +171,29 @@ def test_every_sweep_says_what_it_asks_and_every_trial_composes(name):
         for overrides in example_overrides(space):
             compose("train", overrides=[*fixed, *overrides])
     assert cfg.hydra.sweeper.n_trials is not None or space.points() is not None
+
+
+def search_commands() -> list[str]:
+    """Every search that docs/search.md and the heads of the sweeper's YAMLs tell to type."""
+    documents = [ROOT / "docs" / "search.md", *(ROOT / "conf" / "hydra").rglob("*.yaml"), *SWEEPS.glob("*.yaml")]
+    lines = [line.removeprefix("#").strip() for path in documents for line in path.read_text().splitlines()]
+    return sorted({line.split("    ")[0] for line in lines if line.startswith("python train.py ")})
+
+
+@pytest.mark.parametrize("line", search_commands())
+def test_documented_searches_compose(line, tmp_path):
+    arguments = [argument for argument in shlex.split(line)[2:] if argument != "-m"]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        chosen = [a for a in arguments if a.startswith(("hydra.", "hydra/", "sweeps="))]
+        cfg = compose("train", overrides=chosen, return_hydra_config=True)
+        assert cfg.hydra.sweeper["_target_"].endswith("StudySweeper")
+        task = [a for a in arguments if not a.startswith(("hydra.", "hydra/"))]
+        loader = GlobalHydra.instance().config_loader()
+        space, fixed = parse_space(task, cfg.hydra.sweeper.params, loader)
+        example = compose("train", overrides=[*fixed, *next(example_overrides(space))])
+    directions = chosen_directions(cfg.hydra.sweeper.direction, cfg.hydra.sweeper.objectives or [], example)
+    assert len(directions) == len(cfg.hydra.sweeper.objectives or ["the monitored metric"])
 
 
 def test_a_misspelt_sweep_lists_the_sweeps_from_any_folder(tmp_path):

@@ -223,7 +223,7 @@ def readme_commands() -> list[str]:
     """Every `python ...` line of the README's shell blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python ")]
+    return [line for line in lines if line.startswith("python ") and not line.startswith("python -m ")]
 
 
 @pytest.mark.parametrize("line", readme_commands())
