@@ -17,8 +17,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from ehr_embed.errors import UserError
+from ehr_embed.files import write_json
 from ehr_embed.instantiate import instantiate
-from ehr_embed.search.outcome import Outcome
+from ehr_embed.search.outcome import Outcome, write_outcome
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import masked, open_storage, storage_url
 from ehr_embed.search.study import DISCARDED, Owner, SharedStudy, open_study
@@ -182,20 +183,34 @@ def test_the_dead_are_told_from_the_living(tmp_path):
     # The number of a process that ended may be given to another one, which started later.
     reused.set_user_attr("owner", vars(me) | {"started": "1"})
     elsewhere.set_user_attr("owner", vars(me) | {"host": "another", "pid": 1})
-    study.give_back_dead([])
+    study.end_running(lambda owner: owner is None or owner.is_dead([]))
     trials = study.study.trials
     assert states(trials) == ["RUNNING", "FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
     assert [t.user_attrs[DISCARDED] for t in trials[1:3]] == ["interrupted"] * 2
     assert [t.system_attrs["fixed_params"] for t in trials[4:]] == [dead.params, reused.params]
-    study.give_back_dead(["another"])
+    study.end_running(lambda owner: owner is None or owner.is_dead(["another"]))
     assert states(study.study.trials)[3] == "FAIL"
     assert mine.number == 0
+
+
+def test_what_a_dead_search_left_is_told_with_its_objectives(tmp_path):
+    study = shared(str(tmp_path / "j"), n_trials=1)
+    study.objectives = ["tuning.auroc"]
+    trial = study.ask()
+    trial.set_user_attr("folder", str(tmp_path / "0"))
+    (tmp_path / "0").mkdir()
+    write_outcome(tmp_path / "0", Outcome("finished", [0.1], seconds=1.0))
+    write_json(tmp_path / "0" / "metrics.json", {"tuning": {"auroc": {"value": 0.75, "low": 0.5, "high": 0.9}}})
+    study.end_running(lambda owner: True)
+    (told,) = study.study.trials
+    assert (told.state.name, told.value) == ("COMPLETE", 0.75)
+    assert told.user_attrs["results"]["tuning/auroc/low"] == 0.5
 
 
 def test_a_process_killed_while_it_took_a_trial_blocks_nobody(tmp_path):
     """Neither a trial without owner nor one without a point is left running or run again empty."""
     study = shared(str(tmp_path / "j"), n_trials=2)
     study.study.ask()
-    study.give_back_dead([])
+    study.end_running(lambda owner: owner is None or owner.is_dead([]))
     assert states(study.study.trials) == ["FAIL"]
     assert len(counted(run_all(study))) == 2

@@ -34,11 +34,14 @@ class SearchCallback(Callback):
         """Leave how the job ended, in the process that ran it, whichever launcher started it."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        from ehr_embed.search.outcome import outcome_of, write_outcome  # not needed by single runs
+        # Not needed by single runs.
+        from optuna import TrialPruned
+
+        from ehr_embed.search.outcome import outcome_of, write_outcome
 
         returned = job_return._return_value
         is_trial = config.hydra.sweeper.get("_target_") == STUDY_SWEEPER
-        if is_trial and job_return.status == JobStatus.FAILED and type(returned).__name__ != "TrialPruned":
+        if is_trial and job_return.status == JobStatus.FAILED and not isinstance(returned, TrialPruned):
             # Other sweepers raise it again; a study goes on, and this is the last that sees where it came from.
             log.error("the job failed", exc_info=returned)
         folder = Path(config.hydra.runtime.output_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,11 +145,13 @@ def last_words(log: Path, n_lines: int = 3) -> str:
 def visible_gpus() -> list[str]:
     """CUDA devices as CUDA_VISIBLE_DEVICES names them; empty without any.
 
-    Asks torch, which counts them through the driver's management library without opening one.
+    Asks the driver's own program: to load torch for this would take seconds, and open a device in this process.
     """
-    import torch
-
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
-    return [str(index) for index in range(torch.cuda.device_count())]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.split() if done.returncode == 0 else []

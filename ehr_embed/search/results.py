@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ehr_embed.errors import UserError
+from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.files import read_json
-from ehr_embed.search.outcome import FILE_NAME, read_outcome
+from ehr_embed.search.outcome import FILE_NAME, Outcome, message_of, read_outcome
 from ehr_embed.tasks.directions import LOWER_IS_BETTER
 
 Row = dict[str, Any]
@@ -39,6 +39,45 @@ def flat_metrics(metrics: Mapping[str, Any]) -> Row:
     train = metrics.get("train", {})
     names = {"total_seconds": "seconds"} | {n: n for n in ("events_per_s", "n_parameters", "best_epoch", "epochs")}
     return row | {shown: train[name] for name, shown in names.items() if name in train}
+
+
+def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_objectives: int) -> Outcome:
+    """Add what the job measured, take the objectives from it if they are named, and refuse a wrong number of them."""
+    if outcome.state == "failed":
+        return outcome
+    try:
+        outcome.results = read_results(folder)
+        if outcome.state == "finished" and objectives:
+            metrics = read_json(folder / "metrics.json")
+            outcome.values = [objective_of(metrics, name) for name in objectives]
+    except (UserError, OSError) as error:
+        return Outcome("failed", error=message_of(error), seconds=outcome.seconds, overrides=outcome.overrides)
+    n_values = len(outcome.values or [])
+    if outcome.state == "finished" and n_values != n_objectives:
+        outcome.state = "failed"
+        outcome.error = f"the job yields {n_values} values, but the study has {n_objectives} directions"
+    return outcome
+
+
+def objective_of(metrics: dict[str, Any], name: str) -> float:
+    """A number of `metrics.json` by its dotted name; a metric's value stands for the metric.
+
+    Raises:
+        UserError: there is none of this name.
+
+    >>> objective_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}}}, "tuning.auroc")
+    0.8
+    """
+    node: Any = metrics
+    for part in name.split("."):
+        if not isinstance(node, dict) or part not in node:
+            valid = node if isinstance(node, dict) else []
+            raise unknown_name(f"part of hydra.sweeper.objectives={name}:", part, valid)
+        node = node[part]
+    value = node["value"] if isinstance(node, dict) and "value" in node else node
+    if not isinstance(value, int | float):
+        raise UserError(f"hydra.sweeper.objectives={name}: expected the name of a number in metrics.json.")
+    return float(value)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import optuna
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import read_json
 from ehr_embed.search.jobs import Job
-from ehr_embed.search.outcome import Outcome, message_of
-from ehr_embed.search.results import read_results
+from ehr_embed.search.outcome import Outcome
+from ehr_embed.search.results import with_results
 
 
 class TrialRun:
@@ -55,45 +52,6 @@ class TrialRun:
     def outcome(self) -> Outcome:
         """That of the only job, or over the seeds."""
         return combine(self._outcomes, n_jobs=len(self.jobs))
-
-
-def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_objectives: int) -> Outcome:
-    """Add what the job measured, take the objectives from it if they are named, and refuse a wrong number of them."""
-    if outcome.state == "failed":
-        return outcome
-    try:
-        outcome.results = read_results(folder)
-        if outcome.state == "finished" and objectives:
-            metrics = read_json(folder / "metrics.json")
-            outcome.values = [objective_of(metrics, name) for name in objectives]
-    except (UserError, OSError) as error:
-        return Outcome("failed", error=message_of(error), seconds=outcome.seconds, overrides=outcome.overrides)
-    n_values = len(outcome.values or [])
-    if outcome.state == "finished" and n_values != n_objectives:
-        outcome.state = "failed"
-        outcome.error = f"the job yields {n_values} values, but the study has {n_objectives} directions"
-    return outcome
-
-
-def objective_of(metrics: dict[str, Any], name: str) -> float:
-    """A number of `metrics.json` by its dotted name; a metric's value stands for the metric.
-
-    Raises:
-        UserError: there is none of this name.
-
-    >>> objective_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}}}, "tuning.auroc")
-    0.8
-    """
-    node: Any = metrics
-    for part in name.split("."):
-        if not isinstance(node, dict) or part not in node:
-            valid = node if isinstance(node, dict) else []
-            raise unknown_name(f"part of hydra.sweeper.objectives={name}:", part, valid)
-        node = node[part]
-    value = node["value"] if isinstance(node, dict) and "value" in node else node
-    if not isinstance(value, int | float):
-        raise UserError(f"hydra.sweeper.objectives={name}: expected the name of a number in metrics.json.")
-    return float(value)
 
 
 def combine(outcomes: Sequence[Outcome], *, n_jobs: int) -> Outcome:

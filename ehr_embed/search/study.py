@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ehr_embed.errors import UserError
 from ehr_embed.search.grid import GridSampler
 from ehr_embed.search.outcome import Outcome, read_outcome
+from ehr_embed.search.results import with_results
 from ehr_embed.search.space import Space, point_key
 from ehr_embed.search.storage import StudyStorage, masked
 
@@ -79,12 +80,14 @@ class SharedStudy:
         storage: where it is kept.
         space: what is searched.
         n_trials: total over all processes and all times the command was run.
+        objectives: dotted names in `metrics.json`; empty = what the job returns.
     """
 
     study: optuna.Study
     storage: StudyStorage
     space: Space
     n_trials: int
+    objectives: Sequence[str] = ()
 
     def ask(self) -> optuna.Trial | None:
         """Take the next trial, at a point nobody has taken; None if the total is reached or no point is left."""
@@ -117,40 +120,43 @@ class SharedStudy:
         values = outcome.values if outcome.state == "finished" else None
         self.study.tell(number, values, state=states[outcome.state])
 
-    def give_back(self, number: int) -> None:
-        """Mark a trial that was stopped from outside, and put its point in the queue."""
-        params = self.study.get_trials(deepcopy=False)[number].params
-        self._discard(number, "interrupted", "its process was stopped; its point waits to be run again")
-        # A trial whose process died before it had drawn its point leaves nothing to run again.
-        if params.keys() >= {p.name for p in self.space.parameters if not p.conditions}:
-            self.study.enqueue_trial(params)
+    def end_running(self, is_gone: Callable[[Owner | None], bool]) -> None:
+        """End the running trials whose owner is gone: as their job's outcome says if it left one, else given back.
 
-    def give_back_dead(self, dead_hosts: Sequence[str]) -> None:
-        """End the running trials whose process is gone: as their outcome says if they left one, else given back."""
+        Args:
+            is_gone: by a trial's owner. Owners are set under the lock, so that a trial without one belongs to a process
+                that died holding it.
+        """
         with self.storage.lock(self.study.study_name):
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                owner = Owner.of(trial)
-                # Owners are set under the lock: a trial without one belongs to a process that died holding it.
-                if owner is not None and not owner.is_dead(dead_hosts):
+                if not is_gone(Owner.of(trial)):
                     continue
-                outcome = read_outcome(Path(trial.user_attrs["folder"])) if "folder" in trial.user_attrs else None
-                n_objectives = len(self.study.directions)
-                if outcome and (outcome.state != "finished" or len(outcome.values or []) == n_objectives):
+                outcome = self._left_outcome(trial)
+                if outcome is not None:
                     log.info("trial %d had ended (%s) before its search was stopped", trial.number, outcome.state)
                     self.finish(trial.number, outcome)
                 else:
                     log.info("trial %d was interrupted; its point is run again", trial.number)
-                    self.give_back(trial.number)
-
-    def failures(self) -> list[FrozenTrial]:
-        """Trials whose job failed by itself."""
-        failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        return [trial for trial in failed if DISCARDED not in trial.user_attrs]
+                    self._give_back(trial)
 
     def is_over(self) -> bool:
         """Whether no trial runs or waits anywhere."""
         states = (TrialState.RUNNING, TrialState.WAITING)
         return not self.study.get_trials(deepcopy=False, states=states)
+
+    def _left_outcome(self, trial: FrozenTrial) -> Outcome | None:
+        if "folder" not in trial.user_attrs:
+            return None
+        folder = Path(trial.user_attrs["folder"])
+        outcome = read_outcome(folder)
+        return outcome and with_results(outcome, folder, self.objectives, len(self.study.directions))
+
+    def _give_back(self, trial: FrozenTrial) -> None:
+        """Mark a trial that was stopped from outside, and put its point in the queue."""
+        self._discard(trial.number, "interrupted", "its process was stopped; its point waits to be run again")
+        # A trial whose process died before it had drawn its point leaves nothing to run again.
+        if trial.params.keys() >= {p.name for p in self.space.parameters if not p.conditions}:
+            self.study.enqueue_trial(trial.params)
 
     def _enqueue_next(self, tried: set[str]) -> bool:
         points = self.space.points() or []
@@ -245,7 +251,7 @@ def open_study(
             _refuse_another_search(study, storage.url, list(directions), settings)
             # A seeded sampler would draw the same points again, in a second process as on a later day.
             study.sampler.reseed_rng()
-    return SharedStudy(study, storage, space, total)
+    return SharedStudy(study, storage, space, total, list(facts.get("objectives", ())))
 
 
 def _refuse_another_search(study: optuna.Study, url: str, directions: list[str], settings: dict[str, Any]) -> None:

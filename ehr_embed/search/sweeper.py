@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from optuna.trial import TrialState
 
 from ehr_embed.errors import UserError
 from ehr_embed.instantiate import instantiate
@@ -31,7 +30,7 @@ from ehr_embed.search.results import split_overrides
 from ehr_embed.search.runs import TrialRun
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import open_storage, storage_url
-from ehr_embed.search.study import open_study
+from ehr_embed.search.study import Owner, open_study
 from ehr_embed.search.tracking import tracker_overrides
 from ehr_embed.search.trial import TRIAL_VARIABLE
 
@@ -98,7 +97,8 @@ class StudySweeper(Sweeper):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder = Path(self.config.hydra.runtime.cwd, self.config.hydra.sweep.dir)
         self._prepare(arguments)
-        self.shared.give_back_dead(self.dead_hosts)
+        self.shared.end_running(lambda owner: owner is None or owner.is_dead(self.dead_hosts))
+        self.n_failed = 0
         try:
             with sigterm_as_exit():
                 if self.launcher is None:
@@ -166,9 +166,9 @@ class StudySweeper(Sweeper):
                     self._finish(runs[slot])
                     del runs[slot]
         finally:
-            # With trials left only when the search is stopped: Ctrl-C, SIGTERM, too many failures.
+            # With jobs left only when the search is stopped: Ctrl-C, SIGTERM, too many failures.
             end_all([processes[slot] for slot in runs if slot in processes])
-            self._give_back(runs.values())
+            self._end_own()
 
     def _run_batches(self, launcher: Launcher) -> None:
         """Hand `n_jobs` trials at a time to a launcher, with all their seeds."""
@@ -184,7 +184,7 @@ class StudySweeper(Sweeper):
                     self._finish(runs[0])
                     del runs[0]
         finally:
-            self._give_back(runs)
+            self._end_own()
 
     def _launch(self, launcher: Launcher, jobs: Sequence[tuple[TrialRun, Job]]) -> None:
         message = "the launcher returned nothing for this job"
@@ -227,21 +227,18 @@ class StudySweeper(Sweeper):
         shown = " ".join(self.shared.space.overrides(run.trial.params))
         told = ", ".join(f"{value:.4g}" for value in outcome.values or []) if outcome.state == "finished" else ""
         log.info("trial %d %s %s (%s) %s", run.number, outcome.state, told, shown, outcome.error or "")
-        failures = self.shared.failures()
-        if len(failures) > self.max_failure_rate * self.shared.n_trials:
-            first = failures[0]
+        self.n_failed += outcome.state == "failed"
+        if self.n_failed > self.max_failure_rate * self.shared.n_trials:
             raise UserError(
-                f"{len(failures)} of {self.shared.n_trials} trials failed, more than "
-                f"hydra.sweeper.max_failure_rate={self.max_failure_rate} allows. Trial {first.number}: "
-                f"{first.user_attrs.get('error')} Mend the cause and type the same command again, or raise max_failure_rate."
+                f"{self.n_failed} of {self.shared.n_trials} trials failed, more than "
+                f"hydra.sweeper.max_failure_rate={self.max_failure_rate} allows. Trial {run.number}: {outcome.error} "
+                "Mend the cause and type the same command again for the trials that are left, or raise max_failure_rate."
             )
 
-    def _give_back(self, runs: Iterable[TrialRun]) -> None:
-        """Return unfinished trials; one that was told before the interruption stays as it is."""
-        trials = self.shared.study.get_trials(deepcopy=False)
-        for run in runs:
-            if trials[run.number].state == TrialState.RUNNING:
-                self.shared.give_back(run.number)
+    def _end_own(self) -> None:
+        """Give back what this process has not finished, also a trial that was taken as the interruption came."""
+        me = Owner.this_process()
+        self.shared.end_running(lambda owner: owner == me)
 
 
 @contextmanager
