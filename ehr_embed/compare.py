@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from ehr_embed.bootstrap import Floats
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_path
 from ehr_embed.paired import METRICS, Difference, Predictions, difference, holm, read_predictions, replicates
-from ehr_embed.search.report import best_first, write_report
+from ehr_embed.search.report import best_first, wide_console, write_report
 from ehr_embed.search.results import find_runs, read_rows
 
 MAX_PAIRS_SHOWN = 20
@@ -110,7 +109,7 @@ def print_tests(pairs: pd.DataFrame, reference: str, split: str, output: Path) -
     for row in pairs[pairs["run"] == reference].head(MAX_PAIRS_SHOWN * len(METRICS)).to_dict("records"):
         interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
         shown.add_row(row["metric"], row["other"], interval, f"{row['p']:.3f}", f"{row['p_holm']:.3f}")
-    Console().print(shown)
+    wide_console().print(shown)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

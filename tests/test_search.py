@@ -263,7 +263,7 @@ def test_a_failed_job_is_recorded_and_the_search_goes_on(tmp_path, key, message)
 def test_too_many_failures_stop_the_search(tmp_path):
     arguments = ("x=6,7,8,9,1", "hydra/sweeper/sampler=grid", "raise_above=5", "hydra.sweeper.max_failure_rate=0.2")
     output = search(*arguments, cwd=tmp_path, code=2)
-    assert "2 of 5 trials failed, more than hydra.sweeper.max_failure_rate=0.2 allows. Trial 0:" in output
+    assert "2 of 5 trials failed, more than hydra.sweeper.max_failure_rate=0.2 allows. Trial 1:" in output
     assert "CUDA out of memory" in output
     assert states(trials_of(tmp_path)) == ["FAIL"] * 2
     log = (tmp_path / "multirun" / "app" / "0" / "log.txt").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from wandb_offline import OfflineRun, read_offline_runs
@@ -23,7 +24,7 @@ from ehr_embed.search.space import parse_space
 from tests.conftest import ROOT
 from tests.search_app.run import trials_of
 
-SMALL = ("embedder=hashing", "model.n_layers=1", "model.model_dim=16", "data.n_subjects=600", "trainer.n_bootstrap=50")
+SMALL = ("embedder=hashing", "model.n_layers=1", "model.model_dim=16", "data.n_subjects=400", "trainer.n_bootstrap=50")
 GOOD, OTHER, BAD = "0.01", "0.005", "1e-08"
 
 
@@ -44,8 +45,17 @@ def train(*arguments: str, cwd: Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory) -> Path:
-    """Three learning rates, one of them hopeless, recorded by W&B without a network."""
-    folder = tmp_path_factory.mktemp("searched")
+    """Three learning rates, one of them hopeless, recorded by W&B without a network; once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "searched"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            search_rates(folder)
+    return folder
+
+
+def search_rates(folder: Path) -> None:
     output = train(
         "-m",
         "hydra/sweeper=study",
@@ -63,7 +73,6 @@ def searched(tmp_path_factory) -> Path:
         cwd=folder,
     )
     assert "3 runs, best first" in output
-    return folder
 
 
 def test_a_hopeless_training_is_pruned(searched):

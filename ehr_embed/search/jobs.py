@@ -65,7 +65,7 @@ class JobRunner:
         payload = cloudpickle.dumps(self._application | {"overrides": job.overrides, "number": job.number})
         with open(job.folder / LOG_NAME, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ehr_embed.search.worker"],
+                [sys.executable, "-m", "ehr_embed.search.worker", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

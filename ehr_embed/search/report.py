@@ -202,9 +202,7 @@ def _number(text: str) -> float | None:
 
 def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
     """The best rows: objectives, the first held-out metric with its interval, and what differs between the runs."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
+    console = wide_console()
     shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
     metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
     for name in ("run", "state"):
@@ -224,6 +222,12 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
     console.print(shown)
     if len(table) > MAX_SHOWN:
         console.print(f"{len(table) - MAX_SHOWN} more rows in {folder / 'summary.csv'}", highlight=False)
+
+
+def wide_console() -> Console:
+    """The terminal, or a log wide enough for a row."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -235,22 +235,21 @@ def open_study(
     }
     with storage.lock(name):
         names = {summary.study_name for summary in optuna.get_all_study_summaries(storage.storage, False)}
-        is_new = name not in names
-        study = optuna.create_study(
-            storage=storage.storage,
-            study_name=name,
-            directions=list(directions),  # type: ignore[arg-type]
-            load_if_exists=True,
-            sampler=sampler,
-            pruner=pruner,
-        )
-        if is_new:
-            study.set_user_attr("settings", settings)
-            study.set_user_attr("fixed", list(fixed))
-        else:
+        if name in names:
+            study = optuna.load_study(study_name=name, storage=storage.storage, sampler=sampler, pruner=pruner)
             _refuse_another_search(study, storage.url, list(directions), settings)
             # A seeded sampler would draw the same points again, in a second process as on a later day.
             study.sampler.reseed_rng()
+        else:
+            study = optuna.create_study(
+                storage=storage.storage,
+                study_name=name,
+                directions=list(directions),  # type: ignore[arg-type]
+                sampler=sampler,
+                pruner=pruner,
+            )
+            study.set_user_attr("settings", settings)
+            study.set_user_attr("fixed", list(fixed))
     return SharedStudy(study, storage, space, total, list(facts.get("objectives", ())))
 
 

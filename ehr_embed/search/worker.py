@@ -1,4 +1,4 @@
-"""`python -m ehr_embed.search.worker`: one job, read from standard input, run as Hydra runs it."""
+"""`python -m ehr_embed.search.worker PID`: one job of the search PID, read from standard input, run as Hydra runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARENT_CHECK_S = 0.5
 def main() -> None:
     """Run the job; its outcome is left by `SearchCallback`, its exit code says nothing."""
     signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     application = pickle.load(sys.stdin.buffer)  # written by the search that started this process
     setup_globals()
     Singleton.set_state(application["singletons"])
