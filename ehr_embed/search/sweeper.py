@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus, configure_log
+from hydra.core.utils import configure_log
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -187,11 +187,9 @@ class StudySweeper(Sweeper):
             self._end_own()
 
     def _launch(self, launcher: Launcher, jobs: Sequence[tuple[TrialRun, Job]]) -> None:
-        message = "the launcher returned nothing for this job"
+        message = "the launcher left no outcome for this job"
         try:
-            returns = launcher.launch([job.overrides for _, job in jobs], initial_job_idx=jobs[0][1].number)
-            failed = [r for r in returns if r.status == JobStatus.FAILED]
-            log.debug("%d of %d jobs ended with an exception", len(failed), len(returns))
+            launcher.launch([job.overrides for _, job in jobs], initial_job_idx=jobs[0][1].number)
         except Exception as error:  # of the launcher: a job of it that was killed, a queue that refused
             message = f"the launcher failed: {message_of(error)}"
             log.warning(message)
