@@ -13,7 +13,7 @@ from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import file_sha256
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import instantiate, trainable_of
 from ehr_embed.table import load_table
 from ehr_embed.vocabulary import Vocabulary
 
@@ -27,7 +27,7 @@ class TrainedRun:
     Attributes:
         config: its resolved configuration.
         model: with the best checkpoint's weights, in evaluation mode.
-        embedding: the vectors of its tokens.
+        embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
     """
 
@@ -60,4 +60,6 @@ def open_run(where: str | Path) -> TrainedRun:
     sizes: dict[str, Any] = checkpoint["sizes"]
     model: nn.Module = instantiate(config.model, **sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
-    return TrainedRun(config, model.eval(), EventEmbedding(table), Vocabulary.load(folder / VOCABULARY))
+    embedding = EventEmbedding(table, trainable_of(config.embedder))
+    embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
+    return TrainedRun(config, model.eval(), embedding.requires_grad_(False), Vocabulary.load(folder / VOCABULARY))

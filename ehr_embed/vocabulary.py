@@ -79,6 +79,11 @@ class Vocabulary:
         """Text of every token; row 0, padding, is empty."""
         return self.tokens["text"].to_list()
 
+    @property
+    def strings(self) -> list[str]:
+        """Name of every token: its code, with the value bin if it has one; distinct."""
+        return self.tokens["str"].to_list()
+
     def __len__(self) -> int:
         return len(self.tokens)
 
