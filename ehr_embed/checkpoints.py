@@ -34,7 +34,7 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({first_line}). Train it again, or use another.") from error
-    expected = {"model_state_dict", "config", "identity", "sizes"}
+    expected = {"model_state_dict", "config", "identity", "sizes", "class_names"}
     if not isinstance(checkpoint, dict) or not expected <= set(checkpoint):
         raise UserError(
             f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."

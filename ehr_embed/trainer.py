@@ -341,6 +341,7 @@ class Trainer:
                 name: state[name].state_dict() for name in ("scheduler", "plateau") if state[name] is not None
             },
             **self.about,
+            "class_names": self.task.class_names,
             "epoch": progress.epoch,
             "progress": dict(progress.__dict__),
             "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},

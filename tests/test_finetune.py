@@ -34,7 +34,7 @@ def decoder(**options) -> Decoder:
 
 def saved(model: torch.nn.Module, folder: Path, **changes) -> Path:
     content = {"model_state_dict": model.state_dict(), "config": CONFIG, "identity": IDENTITY, "sizes": {}, "epoch": 3}
-    torch.save({**content, **changes}, folder / "best_checkpoint.pt")
+    torch.save({**content, "class_names": [], **changes}, folder / "best_checkpoint.pt")
     return folder
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"best_checkpoint\.pt: (not a readable checkpoint|expected a checkpoint with config)"
+        UserError, match=r"best_checkpoint\.pt: (not a readable checkpoint|expected a checkpoint with class_names)"
     ):
         read_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"init_from=.*nowhere: expected a run's folder with best_checkpoint\.pt"):

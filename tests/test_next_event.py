@@ -21,11 +21,12 @@ from ehr_embed.batches import BatchDataset
 from ehr_embed.bootstrap import SubjectBootstrap
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events, prompts_of
+from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.generation import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import EventScores, time_bin
+from ehr_embed.runs import samples_to_predict
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, build_store, encode_split
@@ -107,7 +108,7 @@ def pretrained(planted, tmp_path_factory):
 def prompts(planted, split: str = "held_out", max_length: int = 12):
     store, root = planted
     events = encode_split(MedsSource(root=str(root)), store.vocabulary, split)
-    samples = prompts_of(events, None, root / "labels", max_length=max_length)
+    samples = samples_to_predict(events, None, root / "labels", max_length=max_length)
     return BatchDataset(events, samples)[np.arange(len(samples))], samples
 
 

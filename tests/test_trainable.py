@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,10 @@ def write_homonyms(root: Path) -> Path:
     return write_meds(root, splits, codes=codes, labels={"case": labels})
 
 
-def config(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
+LABELLED = ("task.labels=case", "task.monitor=auroc")
+
+
+def config(root: Path, run_dir: Path, *overrides: str, task: Sequence[str] = LABELLED) -> DictConfig:
     small = [
         "model.model_dim=16",
         "model.n_layers=1",
@@ -61,7 +65,7 @@ def config(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
     ]
     small += ["trainer.batch_size=8", "trainer.warmup_steps=2"]
     return composed(
-        "data=meds", f"data.root={root}", "data.min_count=1", "task.labels=case", "task.monitor=auroc",
+        "data=meds", f"data.root={root}", "data.min_count=1", *task,
         "model=encoder_small", "trainer=short", "trainer.learning_rate=1e-2", "trainer.precision=32-true", *small,
         f"run_dir={run_dir}", f"cache_dir={root.parent / 'cache'}", *overrides,
     )  # fmt: skip
