@@ -333,6 +333,23 @@ def test_metrics_equal_sums_by_hand(planted):
     assert metrics["loss"]["low"] == pytest.approx(np.nanquantile(losses, 0.025), rel=1e-5)
 
 
+def test_offsets_count_wherever_the_vectors_do(pretrained, planted):
+    """A text's vector and its offset are read, predicted and generated from as their sum."""
+    model, whole, trainer = pretrained
+    offsets = EventEmbedding(whole.table - 1, "residual")
+    assert offsets.learned is not None
+    torch.nn.init.ones_(offsets.learned)
+    batch, _ = prompts(planted)
+    sampling, drawn = Sampling(n_samples=2, max_new_events=6, horizon_days=100.0), []
+    for embedding in (whole, offsets):
+        inputs = trainer.task.inputs(embedding, batch, trainer.task.is_target(batch))
+        with torch.inference_mode():
+            scores = model(inputs)
+        drawn.append((scores, generate(model, embedding, batch, sampling, torch.Generator().manual_seed(0))))
+    torch.testing.assert_close(drawn[0][0], drawn[1][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(drawn[0][1].token_ids, drawn[1][1].token_ids)
+
+
 def test_targets_by_hand(planted):
     store, _ = planted
     task = NextEvent()

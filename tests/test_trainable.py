@@ -144,6 +144,16 @@ def test_a_run_that_starts_from_another_starts_from_its_vectors(runs, kind, tmp_
     assert torch.equal(before, after)
 
 
+def test_pretraining_hands_on_what_it_learned(runs, tmp_path):
+    """Both stages of one command have one `embedder.trainable`; what the second does not train is the first's."""
+    stages = ["experiment=pretrain_then_finetune", "model=decoder_small", "pretrain.trainer.epochs=1"]
+    run(config(runs.folder / "set", tmp_path / "run", *KINDS["residual"], *stages, "trainer.freeze=body"))
+    first, second = (open_run(folder).embedding for folder in (tmp_path / "run" / "pretrain", tmp_path / "run"))
+    assert first.learned is not None
+    assert first.learned.abs().max() > 0
+    assert torch.equal(first.table, second.table)
+
+
 def test_vectors_that_have_no_place_are_refused(runs):
     identity = torch.load(runs.folder / "residual" / "best_checkpoint.pt", weights_only=True)["identity"]
     opened = open_run(runs.folder / "residual")
