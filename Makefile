@@ -1,10 +1,10 @@
 # make demo: a virtual environment, then the demo cohort from data to held-out metrics.
-# make test: the whole suite with lint, types and doctests.
+# make test: the suite with lint, types and doctests; make test-slow: what takes longer, for CI and before a release.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ lint: $(VENV)/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 clean:
 	rm -rf $(VENV) cache runs multirun outputs

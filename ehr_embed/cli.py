@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.search.plugin import register
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 INTERRUPTED = 130
@@ -26,6 +27,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
+    register()
     try:
         main()
     except KeyboardInterrupt:

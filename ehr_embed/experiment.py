@@ -28,6 +28,7 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.runs import TABLE, VOCABULARY
+from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
 from ehr_embed.table import link_table
@@ -105,9 +106,9 @@ def run(cfg: DictConfig) -> float:
     """
     run_dir, init_from = run_directory(cfg), cfg.init_from
     if cfg.pretrain is not None:
-        run_stage(pretraining(cfg), run_dir / "pretrain", None)
+        run_stage(pretraining(cfg), run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
-    return run_stage(cfg, run_dir, init_from)
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
 
 
 def pretraining(cfg: DictConfig) -> DictConfig:
@@ -117,11 +118,14 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for group in cfg.pretrain:
             stage[group] = cfg.pretrain[group]
         stage.pretrain, stage.init_from = None, None
+        for key in ("name", "run_id"):
+            if stage.tracker.get(key):  # the two stages are two runs
+                stage.tracker[key] = f"{stage.tracker[key]}-pretrain"
     return stage
 
 
-def run_stage(cfg: DictConfig, run_dir: Path, init_from: str | Path | None) -> float:
-    """Train and evaluate in `run_dir`, starting from the checkpoint `init_from` if there is one."""
+def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> float:
+    """Train and evaluate in `run_dir`, starting from the checkpoint `init_from` if there is one; `trial` is told each epoch."""
     began = time.perf_counter()
     seed_everything(cfg.seed, verbose=False)
     build = _builder(cfg)
@@ -158,6 +162,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, init_from: str | Path | None) -> f
     def log_epoch(row: dict[str, float], epoch: int) -> None:
         tracker.log(row, step=epoch)
         _print_epoch(row, task.monitor)
+        trial.report(row[f"tuning/{task.monitor}"], step=epoch)
 
     with tracker:
         trainer = Trainer(

@@ -33,7 +33,7 @@ _MAX_POINTS = 2000
 
 
 def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
-    """Loss by epoch and, where there are any, the other tuning metrics beside it.
+    """Loss by epoch and, where there are any, the tuning metrics on a scale from 0 to 1 beside it.
 
     Args:
         history: one dict an epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
@@ -42,7 +42,11 @@ def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]
     keys = list(dict.fromkeys(key for row in history for key in row))
     losses = [key for key in keys if key.endswith("/loss") and _series(history, key)[0]]
     metrics = [
-        key for key in keys if key.startswith("tuning/") and not key.endswith("/loss") and _series(history, key)[0]
+        key
+        for key in keys
+        if key.startswith("tuning/")
+        and not key.endswith(("loss", "perplexity"))  # another scale would flatten the rest
+        and _series(history, key)[0]
     ]
     figure = Figure(figsize=(10.5 if metrics else 5.6, 4.2), layout="constrained")
     panels = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]

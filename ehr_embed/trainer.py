@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from tqdm import tqdm
@@ -20,10 +19,10 @@ from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path
 from ehr_embed.optimizer import body_of, parameter_groups
+from ehr_embed.precision import choose_precision, make_fabric
 from ehr_embed.tasks.protocol import Outputs, Task
 
 SCHEDULES = ("plateau", "cosine", "constant")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
 
@@ -57,8 +56,7 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
-        if self.precision not in PRECISIONS:
-            raise unknown_name("trainer.precision", self.precision, PRECISIONS)
+        choose_precision(self.precision, self.accelerator)
         if self.freeze not in (None, "body"):
             raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
         if not 0 < self.layer_decay <= 1:
@@ -68,21 +66,6 @@ class TrainerSettings:
         for name in ("epochs", "batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
-
-
-def choose_precision(wanted: str, accelerator: str) -> str:
-    """`auto` becomes bf16-mixed where the hardware multiplies bfloat16 natively (CPUs with AVX512-BF16 or AMX too)."""
-    if wanted != "auto":
-        return wanted
-    on_cuda = accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_multiplies_bf16()
-    return "bf16-mixed" if fast else "32-true"
-
-
-def _cpu_multiplies_bf16() -> bool:
-    # Private in torch, and absent from some versions; without it float32 is the safe answer.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in checks if check is not None)
 
 
 @dataclass
@@ -125,11 +108,11 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.about = {"config": config, "identity": identity, "sizes": sizes}
         self.precision = choose_precision(settings.precision, settings.accelerator)
-        self.fabric = Fabric(
+        self.fabric = make_fabric(
             accelerator=settings.accelerator,
             devices=settings.devices,
             strategy=settings.strategy,
-            precision=self.precision,  # type: ignore[arg-type]
+            precision=self.precision,
         )
         self.fabric.launch()
 

@@ -335,14 +335,14 @@ def test_metrics_equal_sums_by_hand(planted):
 
 def test_offsets_count_wherever_the_vectors_do(pretrained, planted):
     """A text's vector and its offset are read, predicted and generated from as their sum."""
-    model, whole, trainer = pretrained
+    (model, whole, _), task = pretrained, NextEvent()
     offsets = EventEmbedding(whole.table - 1, "residual")
     assert offsets.learned is not None
     torch.nn.init.ones_(offsets.learned)
     batch, _ = prompts(planted)
     sampling, drawn = Sampling(n_samples=2, max_new_events=6, horizon_days=100.0), []
     for embedding in (whole, offsets):
-        inputs = trainer.task.inputs(embedding, batch, trainer.task.is_target(batch))
+        inputs = task.inputs(embedding, batch, task.is_target(batch))
         with torch.inference_mode():
             scores = model(inputs)
         drawn.append((scores, generate(model, embedding, batch, sampling, torch.Generator().manual_seed(0))))

@@ -291,7 +291,8 @@ def readme_commands() -> list[str]:
     """Every `python ...` line of the README's shell blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python train.py", "python embed.py", "python -m ehr_embed."))]
+    entry_points = ("train.py", "embed.py", "-m ehr_embed.convert", "-m ehr_embed.generate")
+    return [line for line in lines if line.startswith(tuple(f"python {name}" for name in entry_points))]
 
 
 @pytest.mark.parametrize("line", readme_commands())

@@ -14,11 +14,12 @@ from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.encoder import Encoder
+from ehr_embed.precision import choose_precision
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.trainer import Trainer, TrainerSettings, choose_precision
+from ehr_embed.trainer import Trainer, TrainerSettings
 from ehr_embed.vocabulary import VocabularySettings
 from tests.conftest import Event, write_meds
 
@@ -110,6 +111,23 @@ def test_the_best_checkpoint_is_the_one_evaluated(planted, tmp_path):
     assert checkpoint["epoch"] == facts["best_epoch"]
     assert checkpoint["config"] == {"seed": 0}
     assert set(checkpoint) >= {"model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "rng_state"}
+
+
+def test_mixed_precision_rounds_no_time_and_no_value(planted, tmp_path, monkeypatch):
+    seen = []
+    forward = Encoder.forward
+
+    def spy(model, inputs):
+        seen.append({name: x.dtype for name, x in inputs.items() if x.is_floating_point()})
+        return forward(model, inputs)
+
+    monkeypatch.setattr(Encoder, "forward", spy)
+    _, rows, trainer, model, embedding = train(planted, tmp_path / "run", epochs=2, precision="bf16-mixed")
+    assert {"days", "gap_days", "elapsed_days", "rows"} <= set(seen[0])
+    assert {dtype for inputs in seen for dtype in inputs.values()} == {torch.float32}
+    tuning = trainer.task.evaluate("tuning", trainer.predict(model, embedding, "tuning"), n_bootstrap=0)
+    best = max(row["tuning/auroc"] for row in rows)
+    assert tuning["auroc"]["value"] == pytest.approx(best, abs=1e-3), "evaluation repeats what training saw"
 
 
 def test_training_stops_when_nothing_improves(planted, tmp_path):

@@ -25,6 +25,7 @@ class OfflineRun:
     config: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     name: str = ""
+    run_id: str = ""
     project: str = ""
     group: str = ""
     job_type: str = ""
@@ -65,6 +66,7 @@ def read_offline_run(path: Path) -> OfflineRun:
         run.kinds.add(str(kind))
         if kind == "run":
             run.name, run.project, run.host = record.run.display_name, record.run.project, record.run.host
+            run.run_id = record.run.run_id
             run.tags, run.group, run.job_type = list(record.run.tags), record.run.run_group, record.run.job_type
             merge(run.config, record.run.config.update)
         elif kind == "config":
@@ -77,7 +79,9 @@ def read_offline_run(path: Path) -> OfflineRun:
             run.files += [file.path for file in record.files.files]
         elif kind == "artifact":
             artifact = record.artifact
-            run.artifacts.append({"name": artifact.name, "type": artifact.type, **json.loads(artifact.metadata)})
+            run.artifacts.append(
+                {"name": artifact.name, "type": artifact.type, **json.loads(artifact.metadata or "{}")}
+            )
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run

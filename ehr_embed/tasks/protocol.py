@@ -15,6 +15,7 @@ from ehr_embed.errors import unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.samples import Samples
 from ehr_embed.store import EventStore
+from ehr_embed.tasks.directions import LOWER_IS_BETTER
 
 Outputs = npt.NDArray[np.float64]
 """What a task keeps of each sample for evaluation: probabilities, or sums over its events."""
@@ -82,9 +83,6 @@ class Task(Protocol):
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         """Binary labels and probabilities of each split for ROC, precision-recall and calibration plots; may be empty."""
         ...
-
-
-LOWER_IS_BETTER = ("loss", "perplexity", "time_loss", "value_loss", "brier", "ece")
 
 
 def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:

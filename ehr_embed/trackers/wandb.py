@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import pandas as pd
 import wandb
 
 from ehr_embed.errors import UserError, unknown_name
@@ -33,6 +34,7 @@ class WandbTracker:
         config: plain values; shown as the run's config, with `table_digest` added.
         tags: the chosen config groups, `group=option`.
         name: the run's name; None lets W&B choose.
+        run_id: the run's id, unique in the project; None lets W&B choose.
         project: the W&B project.
         entity: user or team; None = the account's default.
         group: runs shown together, such as a search's name.
@@ -53,6 +55,7 @@ class WandbTracker:
         config: Mapping[str, Any],
         tags: Sequence[str] = (),
         name: str | None = None,
+        run_id: str | None = None,
         project: str = "ehr_embed",
         entity: str | None = None,
         group: str | None = None,
@@ -75,6 +78,7 @@ class WandbTracker:
             "config": {**without_paths(config), "table_digest": table_digest},
             "tags": [tag[:MAX_TAG_LENGTH] for tag in tags],
             "name": name,
+            "id": run_id,
             "project": project,
             "entity": entity,
             "group": group,
@@ -100,6 +104,8 @@ class WandbTracker:
         self._jsonl.__exit__(exc_type, exc, traceback)
         state = state_of(exc_type)
         self._run.summary["state"] = state
+        if state != "finished":
+            self._run.tags = (*(self._run.tags or ()), state)
         self._run.finish(exit_code=int(state == "failed"))
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
@@ -115,6 +121,10 @@ class WandbTracker:
         self._jsonl.add_plots(paths)
         if paths:
             self._run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
+
+    def add_table(self, name: str, table: pd.DataFrame) -> None:
+        """A table of this run, such as the trials of a search."""
+        self._run.log({name: wandb.Table(dataframe=table.astype(object).where(table.notna(), None))})
 
     def _start(self) -> wandb.Run:
         """Online, else offline, else disabled; each step down is one warning."""

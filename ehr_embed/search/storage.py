@@ -1,0 +1,130 @@
+"""Where a study is kept: a journal file, SQLite or PostgreSQL; opening it, and one lock for all who share it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
+
+from ehr_embed.errors import UserError
+
+JOURNAL_NAME = "study.journal"
+FIRST_OPEN_ATTEMPTS = 20
+CONNECT_TIMEOUT_S = 10
+_RACE = re.compile(r"already exists|duplicate key|UniqueViolation|database is locked|UNIQUE constraint", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StudyStorage:
+    """An open storage, and what to lock so that one process at a time takes a trial.
+
+    Args:
+        storage: Optuna's.
+        url: as resolved by `storage_url`.
+    """
+
+    storage: BaseStorage
+    url: str
+
+    def lock(self, study_name: str) -> AbstractContextManager[object]:
+        """Exclude all other processes that take trials from `study_name`, on this host and others.
+
+        It falls with its holder: a killed process leaves nothing to clear away.
+        """
+        if isinstance(self.storage, RDBStorage) and self.storage.engine.dialect.name == "postgresql":
+            return _advisory_lock(self.storage.engine, study_name)
+        # `flock` on a file beside the journal or the database; network file systems that know no flock are refused.
+        path = self.storage.engine.url.database if isinstance(self.storage, RDBStorage) else self.url
+        return filelock.FileLock(f"{path}.ask.lock")
+
+
+def storage_url(storage: str | None, sweep_dir: Path) -> str:
+    """The storage to use: `storage`, else `OPTUNA_STORAGE`, else a journal file in `sweep_dir`.
+
+    Returns:
+        The path of a journal file, or a URL of SQLAlchemy's with the PostgreSQL driver that is installed.
+
+    Raises:
+        UserError: a kind of database on which trials cannot be taken one at a time.
+
+    >>> storage_url("postgresql://ann:secret@db/optuna", Path("."))
+    'postgresql+psycopg://ann:secret@db/optuna'
+    """
+    chosen = storage or os.environ.get("OPTUNA_STORAGE") or str(sweep_dir / JOURNAL_NAME)
+    if "://" not in chosen:
+        return str(Path(chosen.removeprefix("journal:")).absolute())
+    scheme = chosen.partition("://")[0]
+    if scheme in ("postgresql", "postgres"):
+        return f"postgresql+psycopg://{chosen.partition('://')[2]}"
+    if scheme.startswith(("sqlite", "postgresql+")):
+        return chosen
+    raise UserError(
+        f"hydra.sweeper.storage={masked(chosen)}: expected a journal file, sqlite:///FILE or postgresql://HOST/NAME. "
+        "Other databases have no lock here that keeps two processes from taking the same trial."
+    )
+
+
+def masked(url: str) -> str:
+    """A URL without its password, for messages and files.
+
+    >>> masked("postgresql://ann:secret@db:5432/optuna")
+    'postgresql://ann:***@db:5432/optuna'
+    """
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def open_storage(url: str) -> StudyStorage:
+    """Open a storage, making the file or the tables if they are missing.
+
+    Raises:
+        UserError: it cannot be reached or written.
+    """
+    if "://" not in url:
+        try:
+            Path(url).parent.mkdir(parents=True, exist_ok=True)
+            return StudyStorage(JournalStorage(JournalFileBackend(url)), url)
+        except (OSError, ValueError) as error:
+            raise _unreachable(url, error) from error
+    is_sqlite = url.startswith("sqlite")
+    if is_sqlite and (database := sqlalchemy.make_url(url).database):
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    arguments = {"timeout": 60} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
+    for attempt in range(FIRST_OPEN_ATTEMPTS):
+        try:
+            return StudyStorage(RDBStorage(url, {"connect_args": arguments, "pool_pre_ping": True}), url)
+        except (SQLAlchemyError, StorageInternalError, ImportError, OSError) as error:
+            # Two processes that make the tables at once trip over each other; the second look finds them made.
+            if attempt + 1 == FIRST_OPEN_ATTEMPTS or not _RACE.search(f"{error} {error.__cause__}"):
+                raise _unreachable(url, error) from error
+            time.sleep(0.1 * (attempt + 1))
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    reason = str(error.__cause__ or error).strip().splitlines()[0]
+    return UserError(
+        f"the storage {masked(url)} cannot be opened: {masked(reason)}. No trial was started. "
+        "Check that the server runs and the URL is right (hydra.sweeper.storage=URL or OPTUNA_STORAGE), "
+        "or leave both out for a journal file in the sweep's folder."
+    )
+
+
+@contextmanager
+def _advisory_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
+    """PostgreSQL's own lock on a number; it ends with the transaction, or with the connection of a killed process."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+        yield

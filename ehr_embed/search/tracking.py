@@ -1,0 +1,65 @@
+"""A search in Weights & Biases: one run a trial, in the study's group, and a last one with the table of all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from omegaconf import DictConfig
+
+from ehr_embed.files import read_json
+from ehr_embed.instantiate import instantiate
+from ehr_embed.search.space import choice_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def tracker_overrides(example: DictConfig, study_name: str, number: int, seed: int | None) -> list[str]:
+    """Overrides that make a job's tracker a run of the study; none for a tracker without run ids.
+
+    What the user has set stays, but for the id, which must be unique.
+    """
+    tracker = example.get("tracker")
+    if tracker is None or "run_id" not in tracker:
+        return []
+    name = f"{study_name}-{number}" if seed is None else f"{study_name}-{number}-seed{seed}"
+    wanted = {"run_id": run_id(name), "name": name, "group": study_name, "job_type": "trial"}
+    is_free: Mapping[str, bool] = {
+        "run_id": True,
+        "name": tracker.get("name") is None,
+        "group": tracker.get("group") is None,
+        "job_type": tracker.get("job_type") == "train",
+    }
+    return [f"tracker.{key}={choice_text(value)}" for key, value in wanted.items() if is_free[key]]
+
+
+def run_id(name: str) -> str:
+    r"""A name as a W&B run id, which may not hold / \ # ? % : or spaces.
+
+    >>> run_id("my study/2-7")
+    'my-study-2-7'
+    """
+    return re.sub(r"[^\w-]", "-", name)
+
+
+def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd.DataFrame) -> None:
+    """Record the search itself as a run: its facts as the config, the trials as a table, the best as the summary."""
+    tracker_config: Any = example.get("tracker")
+    if tracker_config is None or "run_id" not in tracker_config:
+        return
+    name = f"{study.study_name}-search"
+    chosen = {"run_id": run_id(name), "name": name, "job_type": "search"}
+    config = tracker_config.copy()
+    config.update(chosen | {"group": tracker_config.get("group") or study.study_name, "log_table": False})
+    facts = read_json(folder / "study.json")
+    tracker = instantiate(config, run_dir=folder, config=facts, tags=["search"], table_digest=None, table_path=None)
+    with tracker:
+        tracker.add_table("trials", table)
+        tracker.summarise({f"n_{state}": count for state, count in facts["n_by_state"].items()})
+        if facts["best"]:
+            best = facts["best"][0]
+            tracker.summarise({"best/trial": best["run"]} | {f"best/{k}": v for k, v in best["values"].items()})
