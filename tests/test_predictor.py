@@ -15,6 +15,8 @@ import torch
 import ehr_embed
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import run
+from ehr_embed.predictor import Predictor
+from ehr_embed.sources.meds import MedsSource
 from ehr_embed.store import encode_split
 from tests.conftest import ROOT, write_labels, write_meds
 from tests.test_trainable import BAD, GOOD, KINDS, config, write_homonyms
@@ -33,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predictor(folder) -> ehr_embed.predictor.Predictor:
+def predictor(folder) -> Predictor:
     return ehr_embed.load(folder / "runs" / "first")
 
 
@@ -44,7 +46,7 @@ def expected(folder) -> pl.DataFrame:
 
 def token_ids(folder: Path, predictor) -> np.ndarray:
     """(50, 5) of held_out, in the order of its subjects."""
-    source = ehr_embed.predictor.MedsSource(root=str(folder / "set"))
+    source = MedsSource(root=str(folder / "set"))
     return encode_split(source, predictor.run.vocabulary, "held_out").token_ids.reshape(SPLIT_SIZE, N_EVENTS)
 
 
@@ -65,6 +67,18 @@ def test_decoders_too(folder):
     found = predictor.predict_proba(folder / "set", labels="case")
     np.testing.assert_allclose(found["probability_true"], expected["predicted_boolean_probability"], atol=1e-6)
     assert predictor.predict_proba(["Result of the test", "N1"]).shape == (1, 2)
+
+
+def test_several_labels_each_have_their_own_probability(folder):
+    labels = pl.read_parquet(folder / "set" / "labels" / "case" / "0.parquet")
+    (folder / "set" / "labels" / "control").mkdir()
+    labels.with_columns(~pl.col("boolean_value")).write_parquet(folder / "set" / "labels" / "control" / "0.parquet")
+    run_dir = folder / "runs" / "several"
+    run(config(folder / "set", run_dir, *KINDS["full"], "trainer.epochs=1", task=["task=multilabel"]))
+    expected = pl.read_parquet(run_dir / "predictions" / "held_out.parquet")
+    found = ehr_embed.load(run_dir).predict_proba(folder / "set", labels="case")
+    for name in ("case", "control"):
+        np.testing.assert_allclose(found[f"probability_{name}"], expected[f"{name}/probability"], atol=1e-6)
 
 
 def test_vectors_and_texts_get_the_predictions_of_the_run(folder, predictor, expected):
