@@ -111,7 +111,7 @@ def difference(one: Floats, other: Floats) -> Difference:
     never 0 (Davison and Hinkley 1997, section 4.2). Draws in which a metric is undefined are left out.
 
     >>> difference(np.array([1.0, 0.75, 1.0, 0.75]), np.array([0.5, 0.5, 0.5, 0.5]))
-    Difference(difference=0.5, low=0.25, high=0.5, p=0.5)
+    Difference(difference=0.5, low=0.25, high=0.4875, p=0.5)
     """
     gaps = one - other
     draws = gaps[1:][np.isfinite(gaps[1:])]

@@ -31,6 +31,8 @@ def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[st
         return []
     # Drawn into files by any process, with or without a display.
     matplotlib.use("Agg")
+    # It remarks on choices such as 32 and 64, which are texts on purpose.
+    logging.getLogger("matplotlib.category").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for index, objective in enumerate(objectives):
