@@ -1,3 +1,26 @@
 """Text-embedded transformers for electronic-health-record event sequences."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ehr_embed.predictor import Predictor
+
 __version__ = "0.1.0"
+
+
+def load(run_dir: str | Path, *, device: str = "cpu") -> Predictor:
+    """A finished run, ready for `predict_proba` on vectors, texts or a MEDS dataset.
+
+    Args:
+        run_dir: the run's folder.
+        device: cpu, cuda or another of torch's.
+
+    Raises:
+        UserError: not a run's folder, or a run that predicts events.
+    """
+    from ehr_embed.predictor import Predictor  # here, so that the package is imported without torch
+
+    return Predictor(run_dir, device=device)

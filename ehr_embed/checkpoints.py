@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
@@ -33,7 +34,7 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({first_line}). Train it again, or use another.") from error
-    expected = {"model_state_dict", "config", "identity", "sizes"}
+    expected = {"model_state_dict", "config", "identity", "sizes", "class_names"}
     if not isinstance(checkpoint, dict) or not expected <= set(checkpoint):
         raise UserError(
             f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."
@@ -43,6 +44,7 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def initialise(
     model: nn.Module,
+    embedding: EventEmbedding,
     where: str | Path,
     *,
     config: dict[str, Any],
@@ -51,6 +53,9 @@ def initialise(
 ) -> None:
     """Start `model` from a checkpoint: its body, or with `whole` all of it. Says what is new and what was left out.
 
+    A checkpoint whose token vectors were learned gives them to `embedding`; after a frozen table, whatever this run does
+    with its own starts at the texts' vectors.
+
     Args:
         where: a run's folder or a checkpoint file.
         config: this run's configuration, to say what differs.
@@ -58,7 +63,8 @@ def initialise(
         whole: load the head too, for a task that does not train it.
 
     Raises:
-        UserError: another embedder, other names or shapes, or with `whole` a head that belongs to another vocabulary.
+        UserError: another embedder, other names or shapes, token vectors that were learned for another vocabulary or that
+            this run would treat otherwise, or with `whole` a head that belongs to another vocabulary.
     """
     path, checkpoint = read_checkpoint(where)
     theirs, ours = checkpoint["identity"]["embedder"], identity["embedder"]
@@ -77,10 +83,30 @@ def initialise(
             f"{path} has a vector for each token of another vocabulary ({checkpoint['identity']['vocab_sha256'][:12]}, here "
             f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."
         )
+    if learned := checkpoint.get("embedding_state_dict"):
+        _refuse_vectors(path, checkpoint, embedding, identity)
+        embedding.load_state_dict(learned)
     model.load_state_dict({name: saved[name] for name in wanted}, strict=whole)
     new, left_out = sorted(set(own) - wanted), sorted(set(saved) - given)
     log.info("init_from %s (epoch %d): %d tensors loaded", path, checkpoint["epoch"], len(wanted))
     log.info("new, to be learned: %s; left out: %s", ", ".join(new) or "nothing", ", ".join(left_out) or "nothing")
+
+
+def _refuse_vectors(
+    path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding, identity: dict[str, str]
+) -> None:
+    trainable, vocab_sha256 = checkpoint["config"]["embedder"]["trainable"], checkpoint["identity"]["vocab_sha256"]
+    if vocab_sha256 != identity["vocab_sha256"]:
+        raise UserError(
+            f"{path} learned its token vectors (embedder.trainable={trainable}) for another vocabulary ({vocab_sha256[:12]}, "
+            f"here {identity['vocab_sha256'][:12]}), and its body reads no others. Use its data, or a model pretrained with "
+            "embedder.trainable=frozen: that reads any vocabulary."
+        )
+    if trainable != embedding.trainable:
+        raise UserError(
+            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
+            f"for its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
+        )
 
 
 def _refuse_mismatch(

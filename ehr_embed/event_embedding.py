@@ -2,33 +2,69 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.batches import Batch
+from ehr_embed.errors import unknown_name
+
+TRAINABLE = ("frozen", "residual", "full")
 
 
 class EventEmbedding(nn.Module):
-    """The frozen table: token ids to vectors. Kept apart from the model, whose checkpoint stays free of it."""
+    """The table: token ids to vectors. Kept apart from the model, whose weights stay free of it.
 
-    table: Tensor
+    Its `state_dict` holds what is learned and nothing else: `learned` (V, E), or nothing when frozen.
 
-    def __init__(self, table: Tensor) -> None:
+    Args:
+        table: (V, E) vectors of the tokens' texts.
+        trainable: `frozen` (the vectors stay as they are), `residual` (each gets a learned offset, zero at the start), or
+            `full` (the vectors themselves are learned; these are the start).
+
+    Raises:
+        UserError: unknown `trainable`.
+
+    >>> embedding = EventEmbedding(torch.eye(3), "residual")
+    >>> torch.equal(embedding.table, torch.eye(3)), list(embedding.state_dict())
+    (True, ['learned'])
+    """
+
+    fixed: Tensor | None
+
+    def __init__(self, table: Tensor, trainable: str = "frozen") -> None:
         super().__init__()
-        self.register_buffer("table", table.float())
+        if trainable not in TRAINABLE:
+            raise unknown_name("embedder.trainable", trainable, TRAINABLE)
+        self.trainable, vectors = trainable, table.float()
+        learned = {"frozen": None, "residual": torch.zeros_like(vectors), "full": vectors.clone()}[trainable]
+        self.learned = None if learned is None else nn.Parameter(learned)
+        self.register_buffer("fixed", None if trainable == "full" else vectors, persistent=False)
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        """What a vector is the sum of."""
+        return [part for part in (self.fixed, self.learned) if part is not None]
+
+    @property
+    def table(self) -> Tensor:
+        """(V, E): every token's vector as it now is."""
+        return reduce(torch.add, self._parts)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """(...) ids -> (..., E)."""
-        return F.embedding(token_ids, self.table)
+        return reduce(torch.add, (F.embedding(token_ids, part) for part in self._parts))
 
-    @torch.no_grad()
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What a model takes, from a batch on the table's device: the table's rows in use, each event's row, and times."""
-        rows, row_ids = self.table, batch.token_ids
-        if len(rows) > row_ids.numel():
+        row_ids, n_tokens = batch.token_ids, len(self._parts[0])
+        if n_tokens > row_ids.numel():
             used, row_ids = batch.token_ids.unique(return_inverse=True)
             rows = self(used)
+        else:
+            rows = self.table
         inputs = {"rows": rows, "row_ids": row_ids, "padding_mask": batch.is_event, "days": batch.days}
         if batch.values is not None:
             inputs["values"] = batch.values

@@ -24,7 +24,7 @@ from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, write_json
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.runs import TABLE, VOCABULARY
@@ -58,7 +58,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
     settings = VocabularySettings(
         values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count, lookups=tuple(cfg.data.lookups)
     )
-    embedder = build(cfg.embedder)
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
     try:
         prepared = prepare(
             source,
@@ -138,10 +138,11 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build(cfg.model, **sizes)
+    embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
     settings = build(cfg.trainer)
     config = resolved(cfg, run_dir)
     if init_from is not None:
-        initialise(model, init_from, config=config, identity=prepared.identity, whole=not task.is_trained)
+        initialise(model, embedding, init_from, config=config, identity=prepared.identity, whole=not task.is_trained)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(run_dir / "config.yaml") as path:
@@ -174,8 +175,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             seed=cfg.seed,
             log=log_epoch,
         )
-        embedding = EventEmbedding(prepared.table)
-        facts = trainer.fit(model, embedding) if task.is_trained else trainer.facts(model)
+        facts = trainer.fit(model, embedding) if task.is_trained else trainer.facts(model, embedding)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
         task.fit_thresholds(outputs["tuning"])
         history = facts.pop("history")

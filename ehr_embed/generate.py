@@ -18,17 +18,16 @@ from tqdm import tqdm
 
 from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.cli import CONF, run_main
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import unknown_name
 from ehr_embed.event_set import EventSet
 from ehr_embed.files import atomic_path
 from ehr_embed.generation import Sampling, Trajectories, check_generates, check_lengths, generate
 from ehr_embed.instantiate import instantiate
-from ehr_embed.runs import open_run
-from ehr_embed.samples import Samples, build_samples
+from ehr_embed.runs import open_run, samples_to_predict
+from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
-from ehr_embed.store import STATIC_TIME, SplitEvents, encode_split
-from ehr_embed.tasks.labels import read_labels
+from ehr_embed.store import encode_split
 from ehr_embed.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     check_lengths(max(prompt_length, 1), cfg.max_new_events, max_length)
     source: Source = instantiate(run.config.data.source) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
-    samples = prompts_of(events, cfg.labels, source.labels_dir, max_length=prompt_length)
+    samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     device = torch.device(name)
@@ -94,27 +93,6 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
         paths.append(path)
     print(f"{len(paths)} files in {paths[0].parent}")
     return paths
-
-
-def prompts_of(events: SplitEvents, labels: str | None, labels_dir: Path, *, max_length: int) -> Samples:
-    """Records up to the prediction times of a label set, or up to each subject's last event.
-
-    Raises:
-        UserError: no label belongs to a subject of the split, or no subject has a timed event.
-    """
-    if labels is None:
-        last = events.times[events.offsets[1:] - 1]
-        timed = last != STATIC_TIME
-        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
-        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    else:
-        frame = read_labels(labels, labels_dir).frame
-        frame = frame.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
-    if not len(frame):
-        raise UserError(
-            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
-        )
-    return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
 
 
 def as_events(trajectories: Trajectories, samples: Samples, vocabulary: Vocabulary) -> pl.DataFrame:

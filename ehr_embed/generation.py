@@ -145,7 +145,7 @@ def generate(
         hidden_RD = sequences.hidden()
         logits_RV = F.linear(hidden_RD, weight_VD.to(hidden_RD.dtype), bias_V.to(hidden_RD.dtype)).float()
         token_R = draw_token(logits_RV, sampling, generator)
-        time_RQ, value = head.time_and_value(hidden_RD, embedding.table[token_R])
+        time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
         gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
         value_R = draw_value(value, sampling, generator) if value else torch.full_like(gap_R, float("nan"))
         sequences.advance(token_R, gap_R, value_R)

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import hydra.utils
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
@@ -66,6 +66,27 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         raise UserError(
             f"cannot build {config.get('_target_')}: {error}. Check the keys of its YAML under conf/."
         ) from error
+
+
+def trainable_of(embedder: DictConfig) -> str:
+    """What training does with the vectors of an embedder's config: its key `trainable`, `frozen` where it has none.
+
+    >>> trainable_of(OmegaConf.create({"_target_": "a.B", "trainable": "full"})), trainable_of(OmegaConf.create({}))
+    ('full', 'frozen')
+    """
+    return str(embedder.get("trainable", "frozen"))
+
+
+def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) -> Any:
+    """`instantiate` for an embedder, which makes vectors and knows nothing of `trainable`.
+
+    Raises:
+        UserError: as `instantiate`.
+    """
+    config = config.copy()
+    with open_dict(config):
+        config.pop("trainable", None)
+    return instantiate(config, trusted=trusted)
 
 
 def _check_types(config: DictConfig) -> None:

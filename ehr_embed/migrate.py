@@ -40,6 +40,8 @@ EMBEDDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BATCH_TOKENS = 16_384
 """Default of trainer.batch_tokens: a batch with more padded events is made smaller."""
+DEFAULT_EPOCHS = 50
+"""Default of trainer.epochs."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,13 @@ def migrate(config: dict[str, Any]) -> Migration:
     if stage != "create":
         result.values.setdefault("trainer.warmup_steps", 0)  # the original has no warm-up
     if stage == "pretrain":
-        result.values["trainer.schedule"] = "cosine"
+        # The original predicts the next token alone, by a matrix of its own, for all epochs of a cosine.
+        result.values |= {"model.vocabulary_head": "linear", "task.time_weight": 0, "trainer.schedule": "cosine"}
+        result.values["trainer.patience"] = result.values.get("trainer.epochs", DEFAULT_EPOCHS)
+    if stage == "decoder":
+        result.values.setdefault("model.pooling", "mean")
+    if result.groups.get("model") == "decoder":
+        result.values["model.times"] = False  # the original's reads the order of events only, and so do its files
     batch_size, max_length = (result.values.get(key, 0) for key in ("trainer.batch_size", "model.max_length"))
     if batch_size * max_length > BATCH_TOKENS:
         result.values["trainer.batch_tokens"] = batch_size * max_length

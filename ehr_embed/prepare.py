@@ -70,7 +70,8 @@ def prepare(
         path = folder / f"table-{about['embedder']}.safetensors"
         if overwrite or not path.exists():
             log.info("embedding %d texts for %s", len(vocabulary), path)
-            save_table(path, build_table(vocabulary.texts, embedder=embedder, cache_dir=cache_dir), about)
+            names = vocabulary.texts if embedder.reads_text else vocabulary.strings
+            save_table(path, build_table(names, embedder=embedder, cache_dir=cache_dir), about)
     table, _ = load_table(path, expected=about)
     return Prepared(store, table, path, file_sha256(path)[:16], about)
 

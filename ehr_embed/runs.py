@@ -1,4 +1,4 @@
-"""Opening the folder of a finished run: its model, its vocabulary and its table."""
+"""A finished run: opening its folder, and the samples it is asked about."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -13,8 +15,11 @@ from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import file_sha256
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import instantiate, trainable_of
+from ehr_embed.samples import Samples, build_samples
+from ehr_embed.store import STATIC_TIME, SplitEvents
 from ehr_embed.table import load_table
+from ehr_embed.tasks.labels import read_labels
 from ehr_embed.vocabulary import Vocabulary
 
 VOCABULARY, TABLE = "vocabulary", "table.safetensors"
@@ -27,14 +32,16 @@ class TrainedRun:
     Attributes:
         config: its resolved configuration.
         model: with the best checkpoint's weights, in evaluation mode.
-        embedding: the vectors of its tokens.
+        embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
+        class_names: what it predicts, in the order of its outputs; empty where it predicts events.
     """
 
     config: DictConfig
     model: nn.Module
     embedding: EventEmbedding
     vocabulary: Vocabulary
+    class_names: list[str]
 
 
 def open_run(where: str | Path) -> TrainedRun:
@@ -60,4 +67,33 @@ def open_run(where: str | Path) -> TrainedRun:
     sizes: dict[str, Any] = checkpoint["sizes"]
     model: nn.Module = instantiate(config.model, **sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
-    return TrainedRun(config, model.eval(), EventEmbedding(table), Vocabulary.load(folder / VOCABULARY))
+    embedding = EventEmbedding(table, trainable_of(config.embedder))
+    embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
+    return TrainedRun(
+        config=config,
+        model=model.eval(),
+        embedding=embedding.requires_grad_(False),
+        vocabulary=Vocabulary.load(folder / VOCABULARY),
+        class_names=checkpoint["class_names"],
+    )
+
+
+def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path, *, max_length: int) -> Samples:
+    """Records up to the prediction times of a label set, or up to each subject's last event; their labels are zeros.
+
+    Raises:
+        UserError: no label belongs to a subject of the split, or no subject has a timed event.
+    """
+    if labels is None:
+        last = events.times[events.offsets[1:] - 1]
+        timed = last != STATIC_TIME
+        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
+        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+    else:
+        frame = read_labels(labels, labels_dir).frame
+        frame = frame.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    if not len(frame):
+        raise UserError(
+            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+        )
+    return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)

@@ -18,6 +18,7 @@ from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path
+from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
 from ehr_embed.tasks.protocol import Outputs, Task
 
@@ -118,7 +119,7 @@ class Trainer:
     def fit(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
 
-        The model ends with the best epoch's weights.
+        Model and embedding end with the best epoch's weights.
 
         Returns:
             Facts of the run: epochs, best_epoch, seconds, events_per_s (real events, without padding), padding_share,
@@ -131,15 +132,21 @@ class Trainer:
         embedding.to(self.fabric.device)
         if settings.freeze == "body":
             body_of(model).requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings),
-            fused=self.fabric.device.type in ("cpu", "cuda"),
+            embedding.requires_grad_(False)  # what the body reads is part of what it learned
+        groups = parameter_groups(
+            model,
+            embedding,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay,
         )
+        optimizer = torch.optim.AdamW(groups, fused=self.fabric.device.type in ("cpu", "cuda"))
         wrapped, optimizer = self.fabric.setup(model, optimizer)
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
         scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)
         n_events, n_padded, train_seconds, history = 0, 0, 0.0, []
-        state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "plateau": plateau}
+        state = {"model": model, "embedding": embedding, "optimizer": optimizer}
+        state |= {"scheduler": scheduler, "plateau": plateau}
 
         for epoch in range(1, settings.epochs + 1):
             progress.epoch = epoch
@@ -172,7 +179,8 @@ class Trainer:
         self.fabric.barrier()
         best = torch.load(self.run_dir / "best_checkpoint.pt", map_location=self.fabric.device, weights_only=True)
         model.load_state_dict(best["model_state_dict"])
-        return self.facts(model) | {
+        embedding.load_state_dict(best.get("embedding_state_dict", {}))
+        return self.facts(model, embedding) | {
             "n": len(self.task.dataset("train")),
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
@@ -182,9 +190,9 @@ class Trainer:
             "history": history,
         }
 
-    def facts(self, model: nn.Module) -> dict[str, Any]:
+    def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
         """What can be said of a model that is not trained here: n_parameters, precision, and an empty history."""
-        n_parameters = sum(p.numel() for p in model.parameters())
+        n_parameters = sum(p.numel() for p in (*model.parameters(), *embedding.parameters()))
         return {"n_parameters": n_parameters, "precision": self.precision, "history": []}
 
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
@@ -214,6 +222,7 @@ class Trainer:
                 self.fabric.backward(loss / group)
             total += loss.detach()
             if steps:
+                self._synchronise(embedding)
                 if settings.clip_norm > 0:
                     self.fabric.clip_gradients(model, optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False)
                 optimizer.step()
@@ -247,6 +256,13 @@ class Trainer:
         result = self._reduce(result, "sum")
         loss_sum = self._reduce(loss_sum, "sum")
         return float(loss_sum) / n, result.cpu().numpy()
+
+    def _synchronise(self, embedding: EventEmbedding) -> None:
+        """Give every process the mean gradient of the embedding, which Fabric's wrapper of the model does not see."""
+        if self.fabric.world_size > 1:
+            for parameter in embedding.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self._reduce(parameter.grad, "mean")
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         reduced = self.fabric.all_reduce(x, reduce_op=how)
@@ -308,10 +324,13 @@ class Trainer:
                 name: state[name].state_dict() for name in ("scheduler", "plateau") if state[name] is not None
             },
             **self.about,
+            "class_names": self.task.class_names,
             "epoch": progress.epoch,
             "progress": dict(progress.__dict__),
             "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         }
+        if learned := state["embedding"].state_dict():
+            checkpoint["embedding_state_dict"] = learned
         names = ["latest_checkpoint.pt"]
         if progress.best_epoch == progress.epoch:
             names.append("best_checkpoint.pt")
@@ -320,50 +339,3 @@ class Trainer:
         for name in names:
             with atomic_path(self.run_dir / name) as path:
                 torch.save(checkpoint, path)
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
-
-    Raises:
-        UserError: the model has no such part.
-    """
-    body = getattr(model, "body", None)
-    if not isinstance(body, nn.Module):
-        raise UserError(
-            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
-        )
-    return body
-
-
-def parameter_groups(model: nn.Module, settings: TrainerSettings) -> list[dict[str, Any]]:
-    """Parameters with their learning rate and weight decay, the head's first.
-
-    Matrices decay; biases, norms and single vectors keep their size. With `layer_decay` d the block that is n from the top
-    learns at d^n times the head's rate, and the input at that of a block below the first (Clark et al. 2020,
-    arXiv:2003.10555, appendix A).
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in named:
-        depth = 0 if not name.startswith("body.") or name.startswith("body.norm.") else n_layers - _block(name)
-        groups.setdefault((depth, parameter.ndim >= 2), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": settings.learning_rate * settings.layer_decay**depth,
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
-        }
-        for (depth, is_matrix), parameters in sorted(groups.items(), key=lambda item: item[0][0])
-    ]
-
-
-def _block(name: str) -> int:
-    """Number of the block a parameter belongs to, -1 for none.
-
-    >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
-    (3, -1)
-    """
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["body", "blocks"] else -1

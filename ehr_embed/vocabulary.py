@@ -79,6 +79,11 @@ class Vocabulary:
         """Text of every token; row 0, padding, is empty."""
         return self.tokens["text"].to_list()
 
+    @property
+    def strings(self) -> list[str]:
+        """Name of every token: its code, with the value bin if it has one; distinct."""
+        return self.tokens["str"].to_list()
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -152,6 +157,24 @@ class Vocabulary:
     def with_counts(self, counts: npt.NDArray[np.int64]) -> Vocabulary:
         """The same vocabulary with the number of train events of each token, (V,)."""
         return Vocabulary(self.settings, self.tokens.with_columns(count=pl.Series(counts)), self.codes, self.report)
+
+    def with_codes(self, texts: pl.DataFrame) -> Vocabulary:
+        """The same vocabulary with a token more for each code of `texts` (code, text), none of which it has.
+
+        Their numbers have no scale in train, so they are left out.
+        """
+        new = np.arange(len(self), len(self) + len(texts))
+        tokens = texts.select(token=pl.Series(new), str="code", text="text", count=pl.lit(0, pl.Int64))
+        codes = texts.select(
+            code="code",
+            plain_token=pl.Series(new, dtype=pl.Int32),
+            bin_token=pl.lit(-1, pl.Int32),
+            edges=pl.lit([], pl.List(pl.Float32)),
+            loc=pl.lit(float("nan")),
+            scale=pl.lit(1.0),
+        )
+        tokens, codes = pl.concat([self.tokens, tokens]), pl.concat([self.codes, codes])
+        return Vocabulary(self.settings, tokens, codes, self.report)
 
     def save(self, folder: Path) -> None:
         """Write vocab.csv (token,str,text,count), codes.parquet and vocabulary.json to `folder`."""

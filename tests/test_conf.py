@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed.errors import UserError
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import instantiate, instantiate_embedder
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -55,7 +55,13 @@ def test_every_model_builds_and_runs(option):
     ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
 )
 def test_every_member_builds(group, option):
-    instantiate(composed(f"{group}={option}", name="embed")[group])
+    build = instantiate_embedder if group == "embedder" else instantiate
+    build(composed(f"{group}={option}", name="embed")[group])
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "embedder"])
+def test_every_embedder_says_what_training_does_with_its_vectors(option):
+    assert composed(f"embedder={option}").embedder.trainable == ("full" if option == "learned" else "frozen")
 
 
 def test_the_demo_brings_its_small_model_unless_told_otherwise():

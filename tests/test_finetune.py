@@ -10,13 +10,16 @@ import torch
 
 from ehr_embed.checkpoints import initialise, read_checkpoint
 from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.trainer import TrainerSettings, parameter_groups
+from ehr_embed.optimizer import parameter_groups
+from ehr_embed.trainer import TrainerSettings
 from tests.test_trainer import planted, train
 
 __all__ = ["planted"]  # the fixture
 SIZES = {"model_dim": 16, "n_heads": 2, "n_layers": 2}
+FROZEN = EventEmbedding(torch.zeros(30, 12))
 IDENTITY = {"embedder": "e1", "vocab_sha256": "v1"}
 CONFIG = {
     "model": {"_target_": "ehr_embed.models.decoder.Decoder", **SIZES},
@@ -31,12 +34,14 @@ def decoder(**options) -> Decoder:
 
 def saved(model: torch.nn.Module, folder: Path, **changes) -> Path:
     content = {"model_state_dict": model.state_dict(), "config": CONFIG, "identity": IDENTITY, "sizes": {}, "epoch": 3}
-    torch.save({**content, **changes}, folder / "best_checkpoint.pt")
+    torch.save({**content, "class_names": [], **changes}, folder / "best_checkpoint.pt")
     return folder
 
 
-def start(model: torch.nn.Module, where: Path, *, config=CONFIG, identity=IDENTITY, whole: bool = False) -> None:
-    initialise(model, where, config=config, identity=identity, whole=whole)
+def start(
+    model: torch.nn.Module, where: Path, *, embedding=FROZEN, config=CONFIG, identity=IDENTITY, whole: bool = False
+) -> None:
+    initialise(model, embedding, where, config=config, identity=identity, whole=whole)
 
 
 def test_the_body_is_loaded_by_name_and_the_head_is_new(tmp_path, caplog):
@@ -85,7 +90,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"best_checkpoint\.pt: (not a readable checkpoint|expected a checkpoint with config)"
+        UserError, match=r"best_checkpoint\.pt: (not a readable checkpoint|expected a checkpoint with class_names)"
     ):
         read_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"init_from=.*nowhere: expected a run's folder with best_checkpoint\.pt"):
@@ -109,17 +114,22 @@ def test_a_frozen_body_stays_as_it_is(planted, tmp_path):
 
 def test_lower_layers_learn_more_slowly():
     model = decoder(num_classes=2)
-    groups = parameter_groups(model, TrainerSettings(learning_rate=1.0, layer_decay=0.5))
+    offsets, vectors = (EventEmbedding(torch.zeros(30, 12), how) for how in ("residual", "full"))
+    groups = parameter_groups(model, offsets, learning_rate=1.0, weight_decay=0.01, layer_decay=0.5)
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
     rates = {name: rate_of[id(p)] for name, p in model.named_parameters()}
     assert rates["head.classes.weight"] == rates["body.norm.weight"] == 1.0
     assert rates["body.blocks.1.mlp.0.weight"] == 0.5
     assert rates["body.blocks.0.mlp.0.weight"] == 0.25
     assert rates["body.input.project.weight"] == rates["body.elapsed.project.weight"] == 0.125
+    assert rate_of[id(offsets.learned)] == 0.125
     assert groups[0]["lr"] == 1.0, "the rate that is logged is the head's"
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay_of[id(model.head.classes.weight)] == 0.01
     assert decay_of[id(model.body.norm.weight)] == 0.0
-    assert len(parameter_groups(model, TrainerSettings())) > 1
+    assert decay_of[id(offsets.learned)] == 0.01, "an offset decays towards the text's vector"
+    groups = parameter_groups(model, vectors, learning_rate=1.0, weight_decay=0.01, layer_decay=1.0)
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay_of[id(vectors.learned)] == 0.0, "a whole vector would decay to nothing"
     with pytest.raises(UserError, match=r"trainer\.layer_decay=1\.5"):
         TrainerSettings(layer_decay=1.5)

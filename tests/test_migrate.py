@@ -15,9 +15,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ehr_embed.errors import UserError
+from ehr_embed.experiment import embed, run
+from ehr_embed.files import read_json
 from ehr_embed.migrate import KEYS, STAGES, main, migrate
+from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import ROOT
 from tests.test_conf import CONF, composed
+from tests.test_tokenized import record, write_corpus
 
 CREATE = {
     "name": "embed",
@@ -72,11 +76,14 @@ def test_pretraining_and_the_decoder_become_their_tasks():
     pretrain, decoder = migrate(PRETRAIN), migrate(DECODER)
     assert pretrain.command[:3] == ["data=patient_files", "model=decoder", "task=next_event"]
     assert {"trainer.schedule=cosine", "trainer.min_learning_rate=1e-06", "run_dir=pre"} < set(pretrain.command)
+    assert {"model.times=false", "model.vocabulary_head=linear", "task.time_weight=0"} < set(pretrain.command)
+    assert "trainer.patience=50" in pretrain.command
+    assert {"model.times=false", "model.pooling=mean"} < set(decoder.command)
     assert decoder.command[:3] == ["data=patient_files", "model=decoder", "task=classification"]
     assert "init_from=pre/best_checkpoint.pt" in decoder.command
 
 
-@pytest.mark.parametrize("stage", ["create", "encoder"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_command_and_yaml_compose_to_the_same(stage, tmp_path, capsys):
     assert main([written(tmp_path, CONFIGS[stage])]) == 0
     output = capsys.readouterr().out
@@ -88,6 +95,40 @@ def test_command_and_yaml_compose_to_the_same(stage, tmp_path, capsys):
         search = f"hydra.searchpath=[file://{tmp_path}]"
         from_yaml = compose(program, overrides=[search, "experiment=old"])
     assert OmegaConf.to_container(composed(*overrides, name=program)) == OmegaConf.to_container(from_yaml)
+
+
+def test_the_four_configs_run_one_after_the_other(tmp_path):
+    """From pickled token lists to files, to a pretrained decoder, to classifiers; and all of it as one command."""
+    place, events = tmp_path / "place", [("MEDICAL//asthma", 0.0), ("LAB//CRP", 1.0), ("Q3", 1.0)]
+    subjects = {split: range(100 * number, 100 * number + 8) for number, split in enumerate(SPLITS)}
+    records = {split: [[record(s, events[s % 2 :]) for s in of_split]] for split, of_split in subjects.items()}
+    labels = [(s, s % 2, "", "") for of_split in subjects.values() for s in of_split]
+    corpus, files = write_corpus(place / "corpus", records, labels), place / "files"
+    tables = {f"{name}_filepath": f"{corpus}/{name}.csv" for name in ("vocab", "labels")}
+    small = ["model.n_layers=1", "model.model_dim=16", "model.n_heads=2", "model.max_length=32", "trainer.epochs=1",
+             "trainer.save_every=1", "trainer.n_bootstrap=0", "trainer.num_workers=0", "trainer.precision=32-true",
+             "trainer.accelerator=cpu", f"cache_dir={place}/cache"]  # fmt: skip
+    create = [
+        *migrate({"data": {"data_dir": str(corpus), **tables}}).command,
+        "embedder=hashing",
+        "task.labels=is_case",
+    ]
+    embed(composed(*create, *small, "export=patient_files", f"export.dir={files}", name="embed"))
+    for stage in STAGES[1:]:
+        old = {section: keys for section, keys in CONFIGS[stage].items() if section != "wandb"}
+        places = [f"data.data_dir={files}", f"run_dir={place}/{stage}"]
+        places += [f"init_from={place}/pretrain/checkpoint_epoch_1.pt"] if stage == "decoder" else []
+        run(composed(*migrate(old).command, *small, *places))
+        names = {path.name for path in (place / stage).iterdir()}
+        assert {"best_checkpoint.pt", "latest_checkpoint.pt", "checkpoint_epoch_1.pt", "metrics.json"} <= names
+    metrics = [read_json(place / stage / "metrics.json")["held_out"] for stage in ("pretrain", "encoder", "decoder")]
+    assert metrics[0].keys() >= {"perplexity"}
+    assert all(m.keys() >= {"f1", "auroc"} for m in metrics[1:])
+
+    whole = ["experiment=pretrain_then_finetune", "pretrain.trainer.epochs=1", f"run_dir={place}/whole"]
+    run(composed(*create, *whole, *small))
+    assert read_json(place / "whole" / "pretrain" / "metrics.json")["held_out"].keys() >= {"perplexity"}
+    assert read_json(place / "whole" / "metrics.json")["held_out"].keys() >= {"f1"}
 
 
 def test_values_arrive():
@@ -179,8 +220,7 @@ def test_every_place_exists(key):
     """The keys named in the table are keys of some composition here."""
     groups = ("tracker=wandb",) if key.new.startswith("tracker.") else ()
     cfg = composed(f"data={'tokenized' if key.stages == ('create',) else 'patient_files'}", *groups)
-    if key.new != "init_from":  # fine-tuning from a run comes with the decoder
-        assert OmegaConf.select(cfg, key.new, default=cfg) is not cfg
+    assert OmegaConf.select(cfg, key.new, default=cfg) is not cfg
 
 
 def test_unknown_types_raise_where_they_are_called():

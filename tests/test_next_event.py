@@ -21,11 +21,12 @@ from ehr_embed.batches import BatchDataset
 from ehr_embed.bootstrap import SubjectBootstrap
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events, prompts_of
+from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.generation import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import EventScores, time_bin
+from ehr_embed.runs import samples_to_predict
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, build_store, encode_split
@@ -107,7 +108,7 @@ def pretrained(planted, tmp_path_factory):
 def prompts(planted, split: str = "held_out", max_length: int = 12):
     store, root = planted
     events = encode_split(MedsSource(root=str(root)), store.vocabulary, split)
-    samples = prompts_of(events, None, root / "labels", max_length=max_length)
+    samples = samples_to_predict(events, None, root / "labels", max_length=max_length)
     return BatchDataset(events, samples)[np.arange(len(samples))], samples
 
 
@@ -330,6 +331,23 @@ def test_metrics_equal_sums_by_hand(planted):
     weights = np.concatenate(list(bootstrap.weights()))[1:, subjects][:, sample]
     losses = (weights @ scores.nll.numpy()) / weights.sum(axis=1)
     assert metrics["loss"]["low"] == pytest.approx(np.nanquantile(losses, 0.025), rel=1e-5)
+
+
+def test_offsets_count_wherever_the_vectors_do(pretrained, planted):
+    """A text's vector and its offset are read, predicted and generated from as their sum."""
+    (model, whole, _), task = pretrained, NextEvent()
+    offsets = EventEmbedding(whole.table - 1, "residual")
+    assert offsets.learned is not None
+    torch.nn.init.ones_(offsets.learned)
+    batch, _ = prompts(planted)
+    sampling, drawn = Sampling(n_samples=2, max_new_events=6, horizon_days=100.0), []
+    for embedding in (whole, offsets):
+        inputs = task.inputs(embedding, batch, task.is_target(batch))
+        with torch.inference_mode():
+            scores = model(inputs)
+        drawn.append((scores, generate(model, embedding, batch, sampling, torch.Generator().manual_seed(0))))
+    torch.testing.assert_close(drawn[0][0], drawn[1][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(drawn[0][1].token_ids, drawn[1][1].token_ids)
 
 
 def test_targets_by_hand(planted):

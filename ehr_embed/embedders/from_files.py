@@ -33,6 +33,8 @@ class FilesEmbedder:
         batch_size: texts a call.
     """
 
+    reads_text = True
+
     def __init__(
         self,
         *,

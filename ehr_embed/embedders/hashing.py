@@ -19,6 +19,8 @@ class HashingEmbedder:
         batch_size: texts a call.
     """
 
+    reads_text = True
+
     def __init__(self, *, embedding_dim: int = 64, batch_size: int = 4096) -> None:
         self.embedding_dim, self.batch_size = embedding_dim, batch_size
 

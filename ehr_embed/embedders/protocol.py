@@ -10,9 +10,12 @@ import numpy.typing as npt
 
 
 class Embedder(Protocol):
-    """A frozen map from texts to vectors."""
+    """A fixed map from texts to vectors; `embedder.trainable` says whether training moves them afterwards."""
 
     batch_size: int
+
+    reads_text: bool
+    """Whether a vector says something of its text; else `embed` is given the tokens' names, which are distinct."""
 
     @property
     def embedding_dim(self) -> int:

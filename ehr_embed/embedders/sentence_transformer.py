@@ -47,6 +47,8 @@ class SentenceTransformerEmbedder:
         UserError: unknown pooling or dtype, a folder or weights that cannot be had, a damaged bundled model.
     """
 
+    reads_text = True
+
     def __init__(
         self,
         *,

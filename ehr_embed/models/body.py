@@ -35,7 +35,8 @@ class EventInput(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, T, D) from `embeddings` (B, T, E), or from `rows` (U, E) and `row_ids` (B, T), and `values` (B, T), NaN = none.
 
-        Rows are projected once however many events share them: the same numbers, with fewer products.
+        Without `values` no event has a number. Rows are projected once however many events share them: the same vectors,
+        with fewer products.
         """
         if "rows" in inputs:
             self._check_width(inputs["rows"])
@@ -43,13 +44,9 @@ class EventInput(nn.Module):
         else:
             self._check_width(inputs["embeddings"])
             x_BTD = self.project(self.norm(inputs["embeddings"]))
-        if self.values is None:
-            return x_BTD
         values_BT = inputs.get("values")
-        if values_BT is None:
-            raise UserError(
-                "the model carries values, but the batch has none. Use a store with data.values=continuous or both."
-            )
+        if self.values is None or values_BT is None:
+            return x_BTD
         present_BT = ~values_BT.isnan()
         features = torch.stack([values_BT.nan_to_num(), present_BT.to(values_BT.dtype)], dim=-1)
         scale, shift = self.values(features.to(x_BTD.dtype)).chunk(2, dim=-1)

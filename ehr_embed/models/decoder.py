@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
 
         In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times=true` needs `gap_days` and
-        `elapsed_days` (B, T), a model that carries values needs `values` (B, T), NaN = none. Several sequences may share a
+        `elapsed_days` (B, T), a model that carries values takes `values` (B, T), NaN = none. Several sequences may share a
         row: `segments` (B, T), equal within a sequence, and `event_index` (B, T). A model built with `vocab_size` returns
         what `EventHead` does.
         """

@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event.
 
         In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `positions=time` needs `days`
-        (B, T), days before the prediction; a model that carries values needs `values` (B, T), NaN = none. A model built
+        (B, T), days before the prediction; a model that carries values takes `values` (B, T), NaN = none. A model built
         with `vocab_size` returns what `EventHead` does.
         """
         mask_BT, index_BT, x_BTD = inputs["padding_mask"], event_index(inputs), self.body.embed(inputs)

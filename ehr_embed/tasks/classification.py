@@ -112,7 +112,12 @@ class Classification:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs are class probabilities, rows sum to one."""
         logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), logits.detach().double().softmax(-1)
+        return self.loss(logits, batch.labels), self.probabilities(logits)
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """Of the classes, (B, C) float64, from a model's outputs."""
+        return logits.detach().double().softmax(-1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, logits (B, C) and classes (B,)."""

@@ -18,6 +18,7 @@ from ehr_embed.vocabulary import FIRST_TOKEN, PADDING
 class MaskedEvent(NextEvent):
     """As `NextEvent`, but a share of the timed events is blanked out and predicted from what stands on both sides
     (Devlin et al. 2019, arXiv:1810.04805). A blank event keeps its place and time; its text and value are gone.
+    It has the vector of padding, which no model looks at elsewhere: zero, or learned where vectors are.
 
     Args:
         mask_share: share of the timed events that is blanked out, in (0, 1).

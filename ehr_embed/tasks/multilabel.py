@@ -48,6 +48,10 @@ class Multilabel:
     is_trained = True
 
     @property
+    def class_names(self) -> list[str]:
+        return self.label_names
+
+    @property
     def num_classes(self) -> int:
         return len(self.label_names)
 
@@ -105,7 +109,12 @@ class Multilabel:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs are probabilities, each label on its own."""
         logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), logits.detach().double().sigmoid()
+        return self.loss(logits, batch.labels), self.probabilities(logits)
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """Of the labels, each on its own, (B, L) float64, from a model's outputs."""
+        return logits.detach().double().sigmoid()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean binary cross-entropy, logits and labels (B, L)."""

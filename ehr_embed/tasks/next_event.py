@@ -72,6 +72,10 @@ class NextEvent:
         return {"vocab_size": len(self._families.of_token)}
 
     @property
+    def class_names(self) -> list[str]:
+        return []
+
+    @property
     def n_outputs(self) -> int:
         return self._families.n_outputs
 

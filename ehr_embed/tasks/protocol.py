@@ -37,6 +37,11 @@ class Task(Protocol):
         ...
 
     @property
+    def class_names(self) -> list[str]:
+        """Classes or labels in the order of a model's outputs, empty where it predicts events; known after `setup`."""
+        ...
+
+    @property
     def n_outputs(self) -> int:
         """Numbers kept of each sample; known after `setup`."""
         ...

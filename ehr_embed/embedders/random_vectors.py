@@ -1,0 +1,41 @@
+"""Random vectors: the start of an embedding that is learned from the events alone, without any text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class RandomEmbedder:
+    """A vector drawn for each token's name from a normal distribution, of norm about one, as text vectors have.
+
+    A name has the same vector in every vocabulary.
+
+    Args:
+        embedding_dim: width E.
+        seed: draws other vectors.
+        batch_size: names a call.
+    """
+
+    reads_text = False
+
+    def __init__(self, *, embedding_dim: int = 256, seed: int = 0, batch_size: int = 4096) -> None:
+        self.embedding_dim, self.seed, self.batch_size = embedding_dim, seed, batch_size
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"class": "RandomEmbedder", "embedding_dim": self.embedding_dim, "seed": self.seed}
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        vectors = np.empty((len(texts), self.embedding_dim), np.float32)
+        for row, name in enumerate(texts):
+            hashed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+            vectors[row] = np.random.default_rng([self.seed, hashed]).standard_normal(self.embedding_dim)
+        return vectors / np.float32(np.sqrt(self.embedding_dim))
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -1,0 +1,72 @@
+"""Which parameters learn, how fast, and which of them decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import EventEmbedding
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    body = getattr(model, "body", None)
+    if not isinstance(body, nn.Module):
+        raise UserError(
+            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
+        )
+    return body
+
+
+def parameter_groups(
+    model: nn.Module,
+    embedding: EventEmbedding,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float,
+) -> list[dict[str, Any]]:
+    """Parameters with their learning rate and weight decay, the head's first.
+
+    Matrices decay; biases, norms and single vectors keep their size. With `layer_decay` d the block that is n from the top
+    learns at d^n times the head's rate, and the input at that of a block below the first (Clark et al. 2020,
+    arXiv:2003.10555, appendix A).
+
+    The embedding is part of the input and learns at its rate: an element of a vector of norm one is about 1/sqrt(E) large,
+    as is a weight of the projection that reads it, so a step changes both by the same share. An offset decays like a
+    matrix, towards the text's vector, which is where a token with few events should stay; a whole vector does not, since
+    towards zero it would forget its text.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = 0 if not name.startswith("body.") or name.startswith("body.norm.") else n_layers - _block(name)
+        groups.setdefault((depth, parameter.ndim >= 2), []).append(parameter)
+    for parameter in embedding.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((n_layers + 1, embedding.trainable == "residual"), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay**depth,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def _block(name: str) -> int:
+    """Number of the block a parameter belongs to, -1 for none.
+
+    >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
+    (3, -1)
+    """
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["body", "blocks"] else -1

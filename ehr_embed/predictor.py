@@ -1,0 +1,204 @@
+"""Probabilities from a finished run, for vectors, texts or a MEDS dataset it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
+from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.instantiate import instantiate, instantiate_embedder
+from ehr_embed.runs import open_run, samples_to_predict
+from ehr_embed.samples import Samples
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.store import SplitEvents, encode_split
+from ehr_embed.texts import read_lookups, resolve_texts
+from ehr_embed.vocabulary import Vocabulary
+
+Vectors = npt.NDArray[Any] | Tensor
+
+
+class Predictor:
+    """A finished run, ready to predict; `ehr_embed.load` makes one.
+
+    Args:
+        run_dir: the run's folder.
+        device: where the model runs.
+
+    Attributes:
+        class_names: what the columns of the probabilities are.
+        run: the model, the vectors of its tokens, its vocabulary and its configuration.
+
+    Raises:
+        UserError: not a run's folder, or a run that predicts events.
+    """
+
+    def __init__(self, run_dir: str | Path, *, device: str = "cpu") -> None:
+        self.run, self.device = open_run(run_dir), torch.device(device)
+        self.class_names = self.run.class_names
+        if not self.class_names:
+            raise UserError(
+                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
+                f"fine-tune it: python train.py task=classification init_from={run_dir}"
+            )
+        self.run.model.to(self.device)
+        self._task = instantiate(self.run.config.task)
+
+    @overload
+    def predict_proba(self, records: str | Path, *, labels: str | None = ..., split: str = ...) -> pl.DataFrame: ...
+
+    @overload
+    def predict_proba(self, records: Vectors | Sequence[Any]) -> npt.NDArray[np.float64]: ...
+
+    def predict_proba(
+        self, records: str | Path | Vectors | Sequence[Any], *, labels: str | None = None, split: str = "held_out"
+    ) -> npt.NDArray[np.float64] | pl.DataFrame:
+        """Probabilities of the classes, in float32 arithmetic.
+
+        Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
+        dataset where these matter. Of a long record the last `model.max_length` events are seen.
+
+        Args:
+            records: one of
+                vectors of the events of one record (N, E) or of several, (n, N, E) or a list of (N, E);
+                texts of the events of one record, a list, or of several, a list of lists. A text of the vocabulary has its
+                token's vector, any other is embedded by the run's embedder;
+                the root of a MEDS dataset, as str or Path. Codes the run never saw are embedded by the texts that the
+                dataset's own metadata gives them, without their numbers; where the run reads no texts they are the unknown event.
+            labels: for a MEDS dataset: a label set's name or path, whose prediction times to predict at; None = at each
+                subject's last event.
+            split: for a MEDS dataset: whose subjects.
+
+        Returns:
+            (n, C) float64 in the order of the records, columns as `class_names`; for a MEDS dataset a Polars frame of
+            subject_id, prediction_time and probability_<class> for each class.
+
+        Raises:
+            UserError: no record or an empty one, vectors of another width, a text that cannot be embedded, or what the
+                dataset's reader refuses.
+        """
+        if isinstance(records, str | Path):
+            return self._predict_dataset(str(records), labels, split)
+        if not len(records):
+            raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
+        if isinstance(records, list | tuple) and _has_texts(records):
+            token_ids, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        else:
+            is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
+            token_ids, embedding = _vector_tokens([records] if is_one else list(records))
+        return self._predict(*self._events(token_ids), embedding)
+
+    def _predict_dataset(self, root: str, labels: str | None, split: str) -> pl.DataFrame:
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        source = MedsSource(root=root)
+        vocabulary, embedding = self._extended(source, split)
+        events = encode_split(source, vocabulary, split)
+        samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
+        probabilities = self._predict(events, samples, embedding)
+        columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
+        columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
+        return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+    @torch.inference_mode()
+    def _predict(self, events: SplitEvents, samples: Samples, embedding: EventEmbedding) -> npt.NDArray[np.float64]:
+        """(n, C) of the samples."""
+        embedding.to(self.device)
+        dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
+        batches = BucketSampler(
+            dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
+        )
+        result = np.empty((len(samples), len(self.class_names)))
+        for rows in batches:
+            logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+            result[rows] = self._task.probabilities(logits).cpu().numpy()
+        return result
+
+    def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
+        """Records without times as events one day apart, and a sample of each whole record."""
+        lengths = np.array([len(tokens) for tokens in token_ids])
+        if not lengths.all():
+            raise UserError(f"record {int(lengths.argmin())} has no events, so there is nothing to predict from.")
+        days = np.concatenate([np.arange(n) for n in lengths])
+        values = np.full(len(days), np.nan, np.float32) if self.run.vocabulary.settings.has_values else None
+        events = SplitEvents(
+            token_ids=np.concatenate(token_ids),
+            times=days * MICROSECONDS_PER_DAY,
+            values=values,
+            subject_ids=np.arange(len(lengths)),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        )
+        return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
+
+    def _tokens(self, records: Sequence[Sequence[str]]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
+        """Token ids of texts, and the vectors of these tokens: the run's, then those of the texts it does not have."""
+        texts = self.run.vocabulary.texts
+        token_of = {text: token for token, text in reversed(list(enumerate(texts))) if text}
+        new = list(dict.fromkeys(text for record in records for text in record if text not in token_of))
+        if blank := [text for text in new if not text.strip()]:
+            raise UserError(
+                f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
+            )
+        token_of |= {text: len(texts) + i for i, text in enumerate(new)}
+        token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
+        if not new:
+            return token_ids, self.run.embedding
+        embedder = self._embedder()
+        if not embedder.reads_text:
+            raise UserError(
+                f"{new[0]!r} is not a text of this run's vocabulary, and the run learned a vector a token "
+                "(embedder=learned): no other text has one. Use texts of RUN_DIR/vocabulary/vocab.csv."
+            )
+        return token_ids, self._with_texts(embedder, new)
+
+    def _extended(self, source: MedsSource, split: str) -> tuple[Vocabulary, EventEmbedding]:
+        """The run's vocabulary and vectors, with those of the codes that it never saw."""
+        vocabulary, embedder = self.run.vocabulary, self._embedder()
+        known = vocabulary.codes["code"].implode()
+        parts = [source.read(shard).filter(split=split).select(pl.col("code").unique()) for shard in source.shards]
+        new = pl.concat(parts)["code"].unique().sort()
+        new = new.filter(~new.is_in(known))
+        if not len(new) or not embedder.reads_text:
+            return vocabulary, self.run.embedding
+        texts = resolve_texts(new, source.code_metadata(), read_lookups(())).select("code", "text")
+        return vocabulary.with_codes(texts), self._with_texts(embedder, texts["text"].to_list())
+
+    def _with_texts(self, embedder: Embedder, texts: list[str]) -> EventEmbedding:
+        try:
+            vectors = torch.from_numpy(embedder.embed(texts))
+        finally:
+            embedder.close()
+        # In the precision of a table on disk, so that a text has one vector wherever it comes from.
+        return EventEmbedding(torch.cat([self.run.embedding.table.cpu(), vectors.half().float()]))
+
+    def _embedder(self) -> Embedder:
+        embedder: Embedder = instantiate_embedder(self.run.config.embedder)
+        return embedder
+
+
+def _has_texts(records: Sequence[Any]) -> bool:
+    first = records[0]
+    return isinstance(first, str) or (isinstance(first, list | tuple) and all(isinstance(x, str) for x in first))
+
+
+def _vector_tokens(records: Sequence[Any]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
+    """A token for each vector, and the table of them; row 0, padding, is zero."""
+    vectors = [torch.as_tensor(record, dtype=torch.float32) for record in records]
+    if wrong := [tuple(record.shape) for record in vectors if record.ndim != 2]:
+        raise UserError(
+            f"expected the vectors of a record as (N, E), got {wrong[0]}. Texts are given as a list, or a list of lists."
+        )
+    table = torch.cat([torch.zeros(1, vectors[0].shape[1]), *vectors])
+    ends = np.cumsum([len(record) for record in vectors])
+    token_ids = [np.arange(end - len(v), end, dtype=np.int32) + 1 for end, v in zip(ends, vectors, strict=True)]
+    return token_ids, EventEmbedding(table)
