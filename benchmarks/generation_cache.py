@@ -29,10 +29,13 @@ def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:
     return Batch(
         token_ids=torch.randint(2, vocab_size, shape, dtype=torch.int32),
         days=torch.arange(length - 1, -1, -1.0).expand(shape),
+        gap_days=torch.ones(shape),
+        elapsed_days=torch.arange(float(length)).expand(shape),
         values=None,
         is_event=torch.ones(shape, dtype=torch.bool),
         is_next=torch.ones(shape, dtype=torch.bool),
         segments=None,
+        event_index=None,
         labels=torch.zeros(batch, dtype=torch.int64),
         sample=torch.arange(batch),
     )

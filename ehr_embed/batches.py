@@ -29,20 +29,25 @@ class Batch:
     Attributes:
         token_ids: (B, T) int32, 0 = padding.
         days: (B, T) float32, days before the prediction time; a static event has those of the first timed event.
+        gap_days, elapsed_days: (B, T) float32, since the previous and since the first event of the sequence.
         values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
         is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
         segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
+        event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
         labels: (B,) int64 or (B, L) float32.
         sample: (B,) int64, position in the split's samples (of a packed row: its number).
     """
 
     token_ids: Tensor
     days: Tensor
+    gap_days: Tensor
+    elapsed_days: Tensor
     values: Tensor | None
     is_event: Tensor
     is_next: Tensor
     segments: Tensor | None
+    event_index: Tensor | None
     labels: Tensor
     sample: Tensor
 
@@ -173,9 +178,17 @@ def gather(
     times_BT = np.where(is_timed_BT, times_BT, first_time[sample_BT])
     days_BT = (samples.prediction_times[sample_BT] - times_BT) / MICROSECONDS_PER_DAY
     days_BT[~is_event_BT] = 0
-    is_next_BT = is_timed_BT.copy()
-    is_next_BT[:, 0] = False
-    is_next_BT[:, 1:] &= (event_BT[:, 1:] == event_BT[:, :-1] + 1) & (sample_BT[:, 1:] == sample_BT[:, :-1])
+    continues_BT = is_event_BT.copy()
+    continues_BT[:, 0] = False
+    continues_BT[:, 1:] &= sample_BT[:, 1:] == sample_BT[:, :-1]
+    is_next_BT = continues_BT & is_timed_BT
+    is_next_BT[:, 1:] &= event_BT[:, 1:] == event_BT[:, :-1] + 1
+    # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
+    gap_BT = np.where(continues_BT, np.diff(times_BT, axis=1, prepend=times_BT[:, :1]), 0) / MICROSECONDS_PER_DAY
+    place_T = np.arange(event_BT.shape[1])
+    first_BT = np.maximum.accumulate(np.where(continues_BT, 0, place_T), axis=1)
+    elapsed_BT = (times_BT - np.take_along_axis(times_BT, first_BT, axis=1)) / MICROSECONDS_PER_DAY
+    elapsed_BT[~is_event_BT] = 0
     values_BT = None
     if events.values is not None:
         values_BT = events.values[event_BT]
@@ -183,10 +196,13 @@ def gather(
     return Batch(
         token_ids=torch.from_numpy(token_ids_BT),
         days=torch.from_numpy(days_BT.astype(np.float32)),
+        gap_days=torch.from_numpy(gap_BT.astype(np.float32)),
+        elapsed_days=torch.from_numpy(elapsed_BT.astype(np.float32)),
         values=None if values_BT is None else torch.from_numpy(values_BT),
         is_event=torch.from_numpy(is_event_BT),
         is_next=torch.from_numpy(is_next_BT),
         segments=None if segments_BT is None else torch.from_numpy(segments_BT),
+        event_index=None if segments_BT is None else torch.from_numpy(place_T - first_BT),
         labels=torch.from_numpy(samples.labels if segments_BT is None else np.zeros(len(sample), np.int64)),
         sample=torch.from_numpy(sample),
     )

@@ -15,6 +15,8 @@ from ehr_embed.event_embedding import EventEmbedding
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
+SHAPELESS = ("_target_", "n_heads", "positions")
+"""Keys of a model that change what its weights mean and no tensor's shape."""
 
 
 def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -119,9 +121,14 @@ def _refuse_mismatch(
     ]
     problems += [f"{name} is only there" for name in sorted(set(saved) - set(own))]
     problems += [f"{name} is only here" for name in sorted(set(own) - set(saved))]
+    there, here = their_config["model"], config["model"]
+    problems += [
+        f"model.{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in SHAPELESS
+        if there.get(key) != here.get(key)
+    ]
     if not problems:
         return
-    there, here = their_config["model"], config["model"]
     differ = [f"model.{key}={there.get(key)} there, {here.get(key)} here" for key in {**there, **here}
               if there.get(key) != here.get(key)]  # fmt: skip
     theirs, ours = their_config["data"]["values"], config["data"]["values"]

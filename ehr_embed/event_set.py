@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from meds import death_code
 
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.vocabulary import FIRST_TOKEN, Vocabulary
@@ -30,6 +31,9 @@ class EventSet:
     text_pattern: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.codes, str):
+            raise UserError(f"codes={self.codes}: expected a list, in brackets: [{self.codes}].")
+        object.__setattr__(self, "codes", tuple(self.codes))  # a list would equal no tuple
         for name in ("code_pattern", "text_pattern"):
             try:
                 re.compile(getattr(self, name) or "")
@@ -60,10 +64,19 @@ class EventSet:
         return cls(**found)
 
     def tokens(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """Token ids of the set's events, all value bins of a code included."""
+        """Token ids of the set's events, all value bins of a code included.
+
+        Raises:
+            UserError: a code has no token; MEDS' own code of death is forgiven, since not every dataset has deaths.
+        """
         n = len(vocabulary) - FIRST_TOKEN
         code_of = vocabulary.decode(np.arange(FIRST_TOKEN, len(vocabulary)), np.full(n, np.nan, np.float32))["code"]
         wanted = set(self.codes)
+        if absent := sorted(wanted - set(code_of) - {death_code}):
+            raise UserError(
+                f"code {absent[0]} and {len(absent) - 1} more have no token: train does not have them, or so rarely that they "
+                "were folded into their parent. The run's vocabulary/vocab.csv lists the codes; nothing would ever match these."
+            )
         found = []
         for token, (code, text) in enumerate(zip(code_of, vocabulary.texts[FIRST_TOKEN:], strict=True), FIRST_TOKEN):
             by_code = self.code_pattern is not None and re.search(self.code_pattern, code)

@@ -33,7 +33,7 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
 from ehr_embed.table import link_table
 from ehr_embed.tasks.labels import available_labels
-from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.protocol import Task, check_causality
 from ehr_embed.trainer import Trainer
 from ehr_embed.vocabulary import VocabularySettings
 
@@ -138,6 +138,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build(cfg.model, **sizes)
+    check_causality(task, model)
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
     settings = build(cfg.trainer)
     config = resolved(cfg, run_dir)
@@ -184,7 +185,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             for split in reversed(EVALUATED)
         }
         metrics["train"] = facts | {"total_seconds": time.perf_counter() - began}
-        if bayes := _bayes(source, task):
+        if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
             metrics["bayes_auroc"] = bayes
         write_json(run_dir / "metrics.json", metrics)
         for split in EVALUATED:
@@ -319,7 +320,7 @@ def _print_epoch(row: dict[str, float], monitor: str) -> None:
     )
 
 
-def _bayes(source: Source, task: Task) -> dict[str, float] | None:
+def _bayes(source: Source) -> dict[str, float] | None:
     """The demo's best possible AUROC of each evaluated split; None where the true risk is not known."""
     known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
     return {split: value for split, value in known.items() if value is not None} or None

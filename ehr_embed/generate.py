@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.cli import CONF, run_main
-from ehr_embed.errors import unknown_name
+from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_set import EventSet
 from ehr_embed.files import atomic_path
 from ehr_embed.generation import Sampling, Trajectories, check_generates, check_lengths, generate
@@ -46,7 +46,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """Sample futures as `cfg` (conf/generate.yaml) says, and write one file a sample.
 
     Raises:
-        UserError: a run that cannot generate, an unknown split or code, a horizon of 0, a prompt that leaves no room.
+        UserError: a run that cannot generate, an unknown split or stop code, a horizon of 0, a prompt that leaves no room.
     """
     if cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
@@ -62,7 +62,9 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
         stop_tokens=EventSet(codes=cfg.stop_codes).tokens(run.vocabulary),
     )
     prompt_length = max_length - cfg.max_new_events if cfg.prompt_length is None else cfg.prompt_length
-    check_lengths(max(prompt_length, 1), cfg.max_new_events, max_length)
+    check_lengths(prompt_length, cfg.max_new_events, max_length)
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
     source: Source = instantiate(run.config.data.source) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
@@ -84,8 +86,11 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
         len(samples), len(events_frame) / seconds,
     )  # fmt: skip
     paths = []
+    folder = Path(cfg.output) / cfg.split
+    for stale in folder.glob("[0-9]*.parquet"):  # a sampling with more samples would mix with this one
+        stale.unlink()
     for sample in range(sampling.n_samples):
-        path = Path(cfg.output) / cfg.split / f"{sample}.parquet"
+        path = folder / f"{sample}.parquet"
         with atomic_path(path) as temporary:
             # MEDS' strings are not Polars' large ones.
             table = DataSchema.align(events_frame.filter(sample=sample).drop("sample").to_arrow())

@@ -12,7 +12,7 @@ from ehr_embed.batches import Batch
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
-from ehr_embed.models.heads import EventHead, ValueDistribution, gap_of_bin, time_edges
+from ehr_embed.models.heads import EventHead, ValueDistribution, time_edges
 
 SHORTEST_WAIT_DAYS = 1 / 86_400
 """A second: the least that the first event comes after the prediction time."""
@@ -65,6 +65,7 @@ class Trajectories:
     """N generated events of all futures, those of a future in order of time.
 
     Attributes:
+        is_cut: (B, n_samples) bool, futures that ended by `max_new_events`, before their horizon.
         prompt: (N,) int64, row of the prompt in its batch.
         sample: (N,) int64, 0 ... n_samples - 1.
         token_ids: (N,) int64.
@@ -72,6 +73,7 @@ class Trajectories:
         values: (N,) float32, in robust standard deviations from the train median; NaN where the model predicts none.
     """
 
+    is_cut: Tensor
     prompt: Tensor
     sample: Tensor
     token_ids: Tensor
@@ -98,8 +100,13 @@ def check_lengths(n_prompt: int, max_new_events: int, max_length: int) -> None:
     """Refuse prompts that leave no room for the future.
 
     Raises:
-        UserError: prompt and future together exceed the model's `max_length`.
+        UserError: a prompt without events, or one that with its future exceeds the model's `max_length`.
     """
+    if n_prompt < 1:
+        raise UserError(
+            f"a prompt of {n_prompt} events: expected 1 or more. model.max_length={max_length} and max_new_events="
+            f"{max_new_events} leave {max_length - max_new_events}. Type: a smaller max_new_events"
+        )
     if n_prompt + max_new_events > max_length:
         raise UserError(
             f"a prompt of {n_prompt} events and max_new_events={max_new_events} exceed the model's max_length={max_length}; "
@@ -155,10 +162,14 @@ def generate(
         sequences.keep(happens & ~torch.isin(token_R, stop_tokens))
         if not len(sequences.future_R):
             break
+    is_cut = torch.zeros(len(prompts.token_ids) * sampling.n_samples, dtype=torch.bool, device=bias_V.device)
+    is_cut[sequences.future_R] = True
     future, token_ids, days, values = (torch.cat(parts) for parts in zip(*events, strict=True))
     order = torch.argsort(future, stable=True)
     prompt, sample = future[order] // sampling.n_samples, future[order] % sampling.n_samples
-    return Trajectories(prompt, sample, token_ids[order], days[order], values[order])
+    return Trajectories(
+        is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[order], days[order], values[order]
+    )
 
 
 class _Sequences:
@@ -176,10 +187,10 @@ class _Sequences:
         self.future_R = torch.arange(n_prompts * sampling.n_samples, device=last_B.device)
         prompt_R = self.future_R // sampling.n_samples
         self.lengths_R = lengths_B[prompt_R]
-        self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R]
+        self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R].double()
         # Days the record has been silent at the prediction time.
-        self.wait_R = prompts.days[rows, last_B][prompt_R]
-        self.days_R = -self.wait_R.double()
+        self.wait_R = prompts.days[rows, last_B][prompt_R].double()
+        self.days_R = -self.wait_R
         self.cache = None
         self.inputs: dict[str, Tensor] = {}
         if use_cache:
@@ -206,11 +217,11 @@ class _Sequences:
     def advance(self, token_R: Tensor, gap_R: Tensor, value_R: Tensor) -> None:
         """Add an event to every future."""
         self.elapsed_R = self.elapsed_R + gap_R
-        self.days_R = self.days_R + gap_R.double()
+        self.days_R = self.days_R + gap_R
         new = {
             "padding_mask": torch.ones_like(token_R, dtype=torch.bool),
-            "gap_days": gap_R,
-            "elapsed_days": self.elapsed_R,
+            "gap_days": gap_R.float(),
+            "elapsed_days": self.elapsed_R.float(),
             "values": value_R,
         }
         if self.cache is not None:
@@ -258,19 +269,36 @@ def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator
 
 
 def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Days since the previous event (R,), from scores of its bins (R, Q); with `wait_R` given that the gap exceeds it."""
+    """Days since the previous event (R,) float64, from scores of its bins (R, Q); with `wait_R`, given that the gap exceeds it.
+
+    Within a bin a gap is uniform in log. Of the bin that holds the wait only the part beyond it remains; the last bin has
+    no end and gives its beginning, or the least beyond the wait.
+
+    >>> scores = torch.zeros(1, 64).index_fill(1, torch.tensor([43]), 99)  # 94 to 127 days
+    >>> gap = draw_gap(scores, torch.tensor([100.0]), Sampling(temperature=0), torch.Generator())
+    >>> 100 < gap.item() < 130
+    True
+    """
+    edges = time_edges(time_RQ.device).double()
+    low_Q, high_Q = edges[:-1], edges[1:]  # of all bins but the first, no gap, and the last, which has no end
     if wait_R is not None:
-        upper = torch.cat([time_edges(time_RQ.device), torch.tensor([float("inf")], device=time_RQ.device)])
-        too_short = upper <= wait_R[:, None]
-        too_short[:, 0] = True  # no gap at all: the event would be at the prediction time or before
-        time_RQ = time_RQ.masked_fill(too_short, float("-inf"))
+        beyond_RQ = (high_Q.log() - torch.maximum(low_Q, wait_R[:, None].clamp(min=1e-9)).log()).clamp(min=0)
+        share_RQ = F.pad(beyond_RQ / (high_Q / low_Q).log(), (1, 0), value=0.0)
+        share_RQ = F.pad(share_RQ, (0, 1), value=1.0)
+        time_RQ = time_RQ + share_RQ.log().float()
     if sampling.temperature == 0:
         bin_R, position_R = time_RQ.argmax(-1), torch.full_like(time_RQ[:, 0], 0.5)
     else:
         bin_R = torch.multinomial(time_RQ.softmax(-1), 1, generator=generator)[:, 0]
         position_R = torch.rand(len(bin_R), generator=generator, device=time_RQ.device)
-    gap_R = gap_of_bin(bin_R, position_R)
-    return gap_R if wait_R is None else torch.maximum(gap_R, wait_R + SHORTEST_WAIT_DAYS)
+    start_R = edges[(bin_R - 1).clamp(min=0)]
+    end_R = edges[bin_R.clamp(max=len(edges) - 1)]
+    if wait_R is not None:
+        start_R = torch.maximum(start_R, wait_R)
+    gap_R = start_R * (end_R / start_R).clamp(min=1) ** position_R
+    if wait_R is None:
+        return torch.where(bin_R > 0, gap_R, 0.0)
+    return torch.maximum(gap_R, wait_R + SHORTEST_WAIT_DAYS)
 
 
 def draw_value(value: ValueDistribution, sampling: Sampling, generator: torch.Generator) -> Tensor:

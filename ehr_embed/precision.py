@@ -10,7 +10,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 
 from ehr_embed.errors import unknown_name
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:

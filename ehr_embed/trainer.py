@@ -63,6 +63,13 @@ class TrainerSettings:
             raise UserError(
                 f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
             )
+        if self.devices != 1 or self.strategy != "auto":
+            raise UserError(
+                f"trainer.devices={self.devices}, trainer.strategy={self.strategy}: a run trains on one device so far. Type: "
+                "trainer.devices=1 trainer.strategy=auto; several devices run several jobs: hydra.sweeper.n_jobs in docs/search.md"
+            )
+        if self.warmup_steps < 0:
+            raise UserError(f"trainer.warmup_steps={self.warmup_steps}: expected 0 or more.")
         for name in ("epochs", "batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
@@ -140,7 +147,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
         )
-        optimizer = torch.optim.AdamW(groups, fused=self.fabric.device.type in ("cpu", "cuda"))
+        optimizer = torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
         wrapped, optimizer = self.fabric.setup(model, optimizer)
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
         scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)

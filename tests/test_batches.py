@@ -41,6 +41,21 @@ def test_collate_by_hand(dataset):
     assert batch.token_ids.dtype == torch.int32
 
 
+def test_gaps_keep_their_minutes_however_long_the_record():
+    """Days before the end are float32 and would lose them: a five-minute gap, eighty years before the prediction."""
+    start, gap = -40 * 366 * DAY, 5 * DAY // 1440
+    times = np.array([STATIC_TIME, start, start + gap, start + gap, 40 * 366 * DAY], np.int64)
+    events = SplitEvents(np.arange(2, 7, dtype=np.int32), times, None, np.array([1]), np.array([0, 5]))
+    labels = pl.DataFrame({"subject_id": [1], "prediction_time": pl.Series([41 * 366 * DAY]).cast(pl.Datetime("us"))})
+    batch = BatchDataset(events, build_samples(events, labels, np.array([0]), max_length=16))[np.array([0])]
+    assert (batch.gap_days[0, :4] * 1440).tolist() == pytest.approx([0, 0, 5, 0], rel=1e-5)
+    assert batch.elapsed_days[0, 2].item() * 1440 == pytest.approx(5, rel=1e-5)
+    assert batch.gap_days[0, 4].item() == pytest.approx(80 * 366, rel=1e-6)
+    assert batch.elapsed_days[0, 4].item() == pytest.approx(80 * 366, rel=1e-6)
+    assert not batch.gap_days[0, 5:].any()
+    assert not batch.elapsed_days[0, 5:].any()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_yields_whole_batches(dataset, num_workers):
     sampler = BucketSampler(dataset.samples.lengths, batch_size=2, batch_tokens=64, shuffle=False)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from ehr_embed.errors import UserError
+from ehr_embed.generation import Sampling, draw_gap
 from ehr_embed.models import heads
 from ehr_embed.models.decoder import POOLINGS, POSITIONS, Decoder
-from ehr_embed.models.heads import EventHead, gap_of_bin, time_bin, token_scores
+from ehr_embed.models.heads import EventHead, time_bin, token_scores
 
 
 def decoder(**options) -> Decoder:
@@ -176,9 +177,10 @@ def test_gaps_fall_into_their_bins():
     bins = time_bin(days)
     assert bins[:2].tolist() == [0, 0]
     assert (bins.diff() >= 0).all()
-    for position in (0.0, 0.5, 0.999):
-        gap = gap_of_bin(bins, torch.full((len(days),), position))
-        assert time_bin(gap * 1.0001).tolist() == bins.tolist()
+    scores = F.one_hot(bins, heads.N_TIME_BINS).float() * 99
+    for temperature in (0, 1):
+        gaps = draw_gap(scores, None, Sampling(temperature=temperature), torch.Generator().manual_seed(0))
+        assert time_bin(gaps.float()).tolist() == bins.tolist()
 
 
 def test_values_enter_the_loss_without_their_gaps():

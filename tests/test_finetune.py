@@ -77,6 +77,10 @@ def test_what_does_not_fit_is_refused_with_both_values(tmp_path):
     wide = {**CONFIG, "model": {**CONFIG["model"], "model_dim": 32}}
     with pytest.raises(UserError, match=r"is \(16,\) there and \(32,\) here.*model\.model_dim=16 there, 32 here"):
         start(decoder(num_classes=2, model_dim=32), folder, config=wide)
+    for key, value in (("n_heads", 4), ("positions", "rope")):
+        other = {**CONFIG, "model": {**CONFIG["model"], key: value}}
+        with pytest.raises(UserError, match=rf"model\.{key} is \S+ there and {value} here"):
+            start(decoder(num_classes=2, **{key: value}), folder, config=other)
     encoder = {**CONFIG, "model": {"_target_": "ehr_embed.models.encoder.Encoder", **SIZES}}
     with pytest.raises(UserError, match=r"body\.elapsed\.project\.bias is only there.*Decoder there, .*Encoder here"):
         start(Encoder(embedding_dim=12, num_classes=2, **SIZES), folder, config=encoder)

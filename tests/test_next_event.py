@@ -34,6 +34,7 @@ from ehr_embed.tasks.event_outputs import Families, event_metrics, sum_by_sample
 from ehr_embed.tasks.masked_event import MaskedEvent
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.ngrams import NgramCounts
+from ehr_embed.tasks.protocol import check_causality
 from ehr_embed.tasks.zero_shot import ZeroShot
 from ehr_embed.trainer import Trainer, TrainerSettings
 from ehr_embed.vocabulary import VocabularySettings
@@ -182,8 +183,10 @@ def test_a_future_ends_at_horizon_stop_code_or_length(planted, pretrained):
     greedy = {"temperature": 0, "max_new_events": 16}
     far = generate(model, embedding, batch, Sampling(**greedy, horizon_days=1e4), torch.Generator())
     assert len(far.days) == 16 * len(samples)
+    assert far.is_cut.all()
     near = generate(model, embedding, batch, Sampling(**greedy, horizon_days=3.5), torch.Generator())
     assert near.days.max() <= 3.5
+    assert not near.is_cut.any()
     assert (near.days > 0).all(), "an event at or before the prediction time would be no future"
     token = store.vocabulary.tokens["str"].to_list().index("C")
     stopped = codes_of(
@@ -193,14 +196,27 @@ def test_a_future_ends_at_horizon_stop_code_or_length(planted, pretrained):
 
 
 def test_the_silence_before_the_prediction_time_counts():
-    wait = torch.tensor([0.0, 50.0])
+    wait = torch.tensor([0.0, 50.0], dtype=torch.float64)
     scores = torch.zeros(2, 64)
     scores[:, time_bin(torch.tensor(1.0))] = 9
     scores[:, time_bin(torch.tensor(100.0))] = 5
     first = draw_gap(scores, wait, Sampling(temperature=0), torch.Generator())
     assert 0.5 < first[0] < 1.5
-    assert first[1] > 50
+    assert first[1] > 90
     assert 0.5 < draw_gap(scores, None, Sampling(temperature=0), torch.Generator())[1] < 1.5
+
+
+def test_a_gap_beyond_the_silence_has_the_distribution_it_would_have_had():
+    """Rejection is the oracle: draws without a wait, those above it kept."""
+    generator = torch.Generator().manual_seed(0)
+    scores, wait = torch.randn(1, 64, generator=generator), 400.0
+    many = scores.expand(200_000, 64)
+    free = draw_gap(many, None, Sampling(), generator)
+    expected = free[free > wait].log()
+    found = draw_gap(many[:40_000], torch.full((40_000,), wait, dtype=torch.float64), Sampling(), generator).log()
+    assert (found > math.log(wait)).all()
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert found.quantile(share).item() == pytest.approx(expected.quantile(share).item(), abs=0.05)
 
 
 def test_top_k_and_top_p_leave_the_rest_out():
@@ -262,17 +278,53 @@ def test_risks_from_futures_are_the_planted_outcome(planted, pretrained):
     task.setup(store, root / "labels", 32)
     trainer.task = task
     outputs = trainer.predict(model, embedding, "held_out")
-    assert task.evaluate("held_out", outputs, n_bootstrap=0)["auroc"]["value"] > 0.95
+    metrics = task.evaluate("held_out", outputs, n_bootstrap=0)
+    assert metrics["auroc"]["value"] > 0.95
+    assert metrics["cut_share"] == 0
     assert np.array_equal(outputs, trainer.predict(model, embedding, "held_out")), "the seed repeats them"
     assert set(np.unique(outputs[:, 1] * 4)) <= {0, 1, 2, 3, 4}
-    with pytest.raises(UserError, match="needs one event set"):
-        ZeroShot()
+    for nothing in ({}, {"codes": []}):
+        with pytest.raises(UserError, match="needs one event set"):
+            ZeroShot(**nothing)
+    definition = root / "definition.yaml"
+    definition.write_text("code_pattern: ^B$\n")
+    by_file = ZeroShot(codes=[], definition=str(definition), max_new_events=8)
+    by_file.setup(store, root / "labels", 32)
+    assert torch.equal(by_file._tokens, task._tokens)
     wrong = ZeroShot(codes=["nowhere"])
-    with pytest.raises(UserError, match=r"model's max_length=32"):
+    with pytest.raises(UserError, match=r"a prompt of -32 events.*model.max_length=32"):
         wrong.setup(store, root / "labels", 32)
     wrong = ZeroShot(codes=["nowhere"], max_new_events=8)
+    with pytest.raises(UserError, match="code nowhere and 0 more have no token"):
+        wrong.setup(store, root / "labels", 32)
+    wrong = ZeroShot(text_pattern="nowhere", max_new_events=8)
     with pytest.raises(UserError, match="no token of the vocabulary is in EventSet"):
         wrong.setup(store, root / "labels", 32)
+    with pytest.raises(UserError, match=r"codes=B: expected a list, in brackets: \[B\]"):
+        ZeroShot(codes="B")
+
+
+def test_many_events_a_day_are_reported_as_cut(planted, pretrained, caplog):
+    store, root = planted
+    model, embedding, trainer = pretrained
+    task = ZeroShot(codes=["B"], n_samples=2, horizon_days=30.0, max_new_events=4, monitor="auroc")
+    task.setup(store, root / "labels", 32)
+    before, trainer.task = trainer.task, task
+    assert task.evaluate("tuning", trainer.predict(model, embedding, "tuning"), n_bootstrap=0)["cut_share"] == 1
+    trainer.task = before
+    assert "100% of the futures were cut at task.max_new_events=4" in caplog.text
+
+
+def test_a_model_that_sees_the_answer_is_refused():
+    small = {"embedding_dim": 12, "model_dim": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 9}
+    with pytest.raises(UserError, match=r"Encoder \(is_causal=False\) also sees those after.*model=decoder"):
+        check_causality(NextEvent(), Encoder(**small))
+    with pytest.raises(UserError, match=r"Decoder \(is_causal=True\) sees one.*model=encoder"):
+        check_causality(MaskedEvent(), Decoder(**small))
+    with pytest.raises(UserError, match=r"Linear \(is_causal=None\)"):
+        check_causality(NextEvent(), torch.nn.Linear(1, 1))
+    check_causality(NextEvent(), Decoder(**small))
+    check_causality(MaskedEvent(), Encoder(**small))
 
 
 def test_baselines_equal_counting_by_hand(planted):

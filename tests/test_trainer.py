@@ -176,6 +176,12 @@ def test_settings_are_checked():
         TrainerSettings(schedule="cosin")
     with pytest.raises(UserError, match=r"trainer\.epochs=0"):
         TrainerSettings(epochs=0)
+    with pytest.raises(UserError, match=r"trainer\.devices=2.*one device so far"):
+        TrainerSettings(devices=2)
+    with pytest.raises(UserError, match=r"trainer\.warmup_steps=-1"):
+        TrainerSettings(warmup_steps=-1)
+    with pytest.raises(UserError, match=r"unknown trainer\.precision 'bf16'"):
+        TrainerSettings(precision="bf16")
     assert choose_precision("32-true", "cpu") == "32-true"
     assert choose_precision("auto", "cpu") in ("bf16-mixed", "32-true")
 

@@ -32,6 +32,8 @@ class Decoder(nn.Module):
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
 
+    is_causal = True
+
     def __init__(
         self,
         *,

@@ -29,6 +29,8 @@ class Encoder(nn.Module):
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
 
+    is_causal = False
+
     def __init__(
         self,
         *,

@@ -229,19 +229,6 @@ def time_bin(gap_days: Tensor) -> Tensor:
     return torch.bucketize(gap_days.float(), time_edges(gap_days.device), right=True)
 
 
-def gap_of_bin(bin_N: Tensor, position_N: Tensor) -> Tensor:
-    """A gap in days inside its bin: `position` 0 ... 1 from the lower to the upper bound, in log. The last bin has no
-    upper bound and gives its lower one.
-
-    >>> gap_of_bin(torch.tensor([0, 47]), torch.tensor([0.5, 0.5])).round().tolist()
-    [0.0, 361.0]
-    """
-    edges = time_edges(bin_N.device).log()
-    low, high = edges[(bin_N - 1).clamp(min=0)], edges[bin_N.clamp(max=len(edges) - 1)]
-    gap = (low + position_N * (high - low)).exp()
-    return torch.where(bin_N > 0, gap, torch.zeros_like(gap))
-
-
 def build_head(
     *,
     num_classes: int | None,

@@ -10,8 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 
 from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import digest
 from ehr_embed.search.space import Space
+from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.directions import LOWER_IS_BETTER
+
+MEDS_SOURCE = "ehr_embed.sources.meds.MedsSource"
 
 
 def check_jobs(space: Space, fixed: Sequence[str], loader: ConfigLoader, config: DictConfig) -> DictConfig:
@@ -42,6 +46,17 @@ def example_overrides(space: Space) -> Iterator[list[str]]:
             if (key := " ".join(overrides)) not in seen:
                 seen.add(key)
                 yield overrides
+
+
+def data_identity(example: DictConfig) -> str | None:
+    """What tells a study's dataset from another one, wherever each host keeps it: a digest of its files.
+
+    None for data that are made or imported: there the overrides say what they are.
+    """
+    root = OmegaConf.select(example, "data.root")
+    if root is None or OmegaConf.select(example, "data.source._target_") != MEDS_SOURCE:
+        return None
+    return digest(MedsSource(root=root).fingerprint())
 
 
 def chosen_directions(direction: Any, objectives: Sequence[str], example: DictConfig) -> list[str]:

@@ -93,6 +93,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         folders = {file.parent for name in ("metrics.json", FILE_NAME) for file in path.rglob(name)}
         if not folders:
             raise UserError(f"{path}: no metrics.json and no {FILE_NAME} in it or below, so no run has ended here.")
+        # A run's own folder may hold the run of an earlier stage, which is no rival of it.
+        folders = {folder for folder in folders if not folders.intersection(folder.parents)}
         found += sorted(folders, key=_by_number)
     return list(dict.fromkeys(found))
 

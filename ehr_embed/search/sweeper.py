@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed.errors import UserError
 from ehr_embed.instantiate import instantiate
-from ehr_embed.search.checks import check_jobs, chosen_directions
+from ehr_embed.search.checks import check_jobs, chosen_directions, data_identity
 from ehr_embed.search.jobs import Job, JobProcess, JobRunner, end_all
 from ehr_embed.search.outcome import Outcome, message_of, read_outcome
 from ehr_embed.search.results import split_overrides
@@ -133,7 +133,7 @@ class StudySweeper(Sweeper):
             space=space,
             fixed=self.fixed,
             directions=directions,
-            facts={"objectives": self.objectives, "seeds": self.seeds},
+            facts={"objectives": self.objectives, "seeds": self.seeds, "data": data_identity(self.example)},
             n_trials=self.n_trials,
             sampler=instantiate(self.sampler_config, trusted=trusted),
             pruner=instantiate(self.pruner_config, trusted=trusted),

@@ -74,6 +74,7 @@ class Classification:
         return self.num_classes
 
     is_trained = True
+    needs_causal: bool | None = None
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         label_set = read_labels(self.labels, labels_dir)

@@ -25,6 +25,8 @@ class MaskedEvent(NextEvent):
         options: those of `NextEvent`; `windows=packed` is for causal models only.
     """
 
+    needs_causal = False
+
     def __init__(self, *, mask_share: float = 0.15, **options: Any) -> None:
         super().__init__(**options)
         if not 0 < mask_share < 1:

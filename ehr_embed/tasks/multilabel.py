@@ -46,6 +46,7 @@ class Multilabel:
         self.label_names: list[str] = []
 
     is_trained = True
+    needs_causal: bool | None = None
 
     @property
     def class_names(self) -> list[str]:

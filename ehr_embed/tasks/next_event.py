@@ -44,6 +44,7 @@ class NextEvent:
     """
 
     is_trained = True
+    needs_causal = True
 
     def __init__(
         self,
@@ -82,6 +83,10 @@ class NextEvent:
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         if max_length < 3:
             raise UserError(f"model.max_length={max_length}: expected 3 or more events, to predict one from another.")
+        if self.monitor == "value_loss" and not store.manifest["has_values"]:
+            raise UserError(
+                "task.monitor=value_loss needs events that carry values. Type: data.values=both, or another monitor"
+            )
         self._max_length = max_length
         self._families = Families.of(store.vocabulary)
         self._events: dict[str, SplitEvents] = {split: store.split(split) for split in SPLITS}
@@ -131,9 +136,7 @@ class NextEvent:
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
-            raise UserError(
-                f"{type(model).__name__} was not built to predict events. Type: model=decoder or model=encoder"
-            )
+            raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
         is_target_BT = inputs["targets"] > 0
         loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
         if scores.value_nll is not None:

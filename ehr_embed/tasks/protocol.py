@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.batches import Batch, EventDataset
-from ehr_embed.errors import unknown_name
+from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.samples import Samples
 from ehr_embed.store import EventStore
@@ -27,6 +27,9 @@ class Task(Protocol):
 
     monitor: str
     """Metric on tuning that chooses the best checkpoint."""
+
+    needs_causal: bool | None
+    """Whether the model must not see what comes after an event (True), must (False), or may be either (None)."""
 
     is_trained: bool
     """Whether there is anything to fit; else a trained model is only evaluated."""
@@ -83,6 +86,27 @@ class Task(Protocol):
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         """Binary labels and probabilities of each split for ROC, precision-recall and calibration plots; may be empty."""
         ...
+
+
+def check_causality(task: Task, model: nn.Module) -> None:
+    """Refuse a model that would see what it is to predict, or that cannot see what the task shows it.
+
+    Raises:
+        UserError: the model's `is_causal` is not what the task needs.
+    """
+    is_causal = getattr(model, "is_causal", None)
+    if task.needs_causal is None or is_causal == task.needs_causal:
+        return
+    name, task_name = type(model).__name__, type(task).__name__
+    if task.needs_causal:
+        raise UserError(
+            f"{task_name} predicts an event from those before it, and {name} (is_causal={is_causal}) also sees those after: it "
+            "would read off the answer. Type: model=decoder, or task=masked_event for an encoder"
+        )
+    raise UserError(
+        f"{task_name} predicts an event from both sides, and {name} (is_causal={is_causal}) sees one. "
+        "Type: model=encoder, or task=next_event for a decoder"
+    )
 
 
 def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:

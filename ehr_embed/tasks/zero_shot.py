@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from ehr_embed.event_set import EventSet
 from ehr_embed.generation import Sampling, check_lengths, generate
 from ehr_embed.store import EventStore
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import Outputs
+
+log = logging.getLogger(__name__)
+WORRYING_CUT_SHARE = 0.1
 
 
 class ZeroShot(Classification):
@@ -29,11 +35,13 @@ class ZeroShot(Classification):
         max_new_events: most events of a future.
         temperature: of the token's distribution.
         top_k, top_p: draw from the most probable tokens only.
+        stop_codes: a future ends with the first of these codes.
         sampling_seed: makes the futures repeatable.
         options: labels and monitor of `Classification`.
     """
 
     is_trained = False
+    needs_causal = True
 
     def __init__(
         self,
@@ -48,6 +56,7 @@ class ZeroShot(Classification):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        stop_codes: Sequence[str] = (),
         sampling_seed: int = 0,
         **options: Any,
     ) -> None:
@@ -67,7 +76,11 @@ class ZeroShot(Classification):
             top_k=top_k,
             top_p=top_p,
         )
-        self._seed = sampling_seed
+        self._stop, self._seed = EventSet(codes=stop_codes), sampling_seed
+
+    @property
+    def n_outputs(self) -> int:
+        return super().n_outputs + 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -75,7 +88,7 @@ class ZeroShot(Classification):
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         n_prompt = max_length - self._sampling.max_new_events
-        check_lengths(max(n_prompt, 1), self._sampling.max_new_events, max_length)
+        check_lengths(n_prompt, self._sampling.max_new_events, max_length)
         super().setup(store, labels_dir, n_prompt)
         if self.class_names != ["false", "true"]:
             raise UserError(f"task=zero_shot takes boolean labels, got classes {', '.join(self.class_names)}.")
@@ -86,9 +99,11 @@ class ZeroShot(Classification):
                 f"no token of the vocabulary is in {self._event_set}, so every risk would be 0. Check vocab.csv."
             )
         self._tokens = torch.tensor(tokens)
+        self._sampling = replace(self._sampling, stop_tokens=self._stop.tokens(store.vocabulary))
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are class probabilities; the loss is their cross-entropy, with half a future added to either side."""
+        """Outputs are class probabilities and the share of futures cut short by `max_new_events`; the loss is the
+        probabilities' cross-entropy, with half a future added to either side."""
         # Seeded by its first sample, so that a batch gives the same futures whatever came before it.
         generator = torch.Generator(batch.token_ids.device).manual_seed(self._seed * 1_000_003 + int(batch.sample[0]))
         futures = generate(model, embedding, batch, self._sampling, generator)
@@ -99,4 +114,17 @@ class ZeroShot(Classification):
         risk_B = has_event.mean(1)
         smoothed_B = (has_event.sum(1) + 0.5) / (n_samples + 1)
         loss = -torch.where(batch.labels == 1, smoothed_B, 1 - smoothed_B).log().mean()
-        return loss, torch.stack([1 - risk_B, risk_B], dim=-1)
+        return loss, torch.stack([1 - risk_B, risk_B, futures.is_cut.double().mean(1)], dim=-1)
+
+    def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
+        """As `Classification`, with `cut_share`: futures that ended by their number of events, in which nothing more can occur."""
+        cut_share = float(outputs[:, 2].mean())
+        if cut_share > WORRYING_CUT_SHARE:
+            log.warning(
+                "%s: %.0f%% of the futures were cut at task.max_new_events=%d, before their horizon: risks come out too low. "
+                "Type: a larger task.max_new_events, with model.max_length above it",
+                split,
+                100 * cut_share,
+                self._sampling.max_new_events,
+            )
+        return super().evaluate(split, outputs, n_bootstrap=n_bootstrap) | {"cut_share": cut_share}
