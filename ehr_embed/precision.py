@@ -39,15 +39,13 @@ class Autocast(MixedPrecision):
         return data
 
 
-def make_fabric(*, accelerator: str, devices: int, strategy: str, precision: str) -> Fabric:
-    """A Fabric that computes in `precision` (not `auto`) and rounds no input of a mixed one."""
-    if precision not in ("bf16-mixed", "16-mixed"):
-        return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+def make_fabric(accelerator: str, precision: str) -> Fabric:
+    """A Fabric on one device that computes in `precision` (not `auto`) and rounds no input of a mixed one."""
+    if precision == "32-true":
+        return Fabric(accelerator=accelerator, devices=1, precision="32-true")
     device = "cuda" if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available() else "cpu"
-    if accelerator == "mps":
-        device = "mps"
-    plugin = Autocast(precision=precision, device=device)  # type: ignore[arg-type]
-    return Fabric(accelerator=accelerator, devices=devices, strategy=strategy, plugins=[plugin])
+    plugin = Autocast(precision=precision, device="mps" if accelerator == "mps" else device)  # type: ignore[arg-type]
+    return Fabric(accelerator=accelerator, devices=1, plugins=[plugin])
 
 
 def _cpu_multiplies_bf16() -> bool:

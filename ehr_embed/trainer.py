@@ -47,8 +47,6 @@ class TrainerSettings:
     n_bootstrap: int = 1000
     num_workers: int = 0
     accelerator: str = "auto"
-    devices: int = 1
-    strategy: str = "auto"
     precision: str = "auto"
     freeze: str | None = None
     layer_decay: float = 1.0
@@ -62,11 +60,6 @@ class TrainerSettings:
         if not 0 < self.layer_decay <= 1:
             raise UserError(
                 f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
-            )
-        if self.devices != 1 or self.strategy != "auto":
-            raise UserError(
-                f"trainer.devices={self.devices}, trainer.strategy={self.strategy}: a run trains on one device so far. Type: "
-                "trainer.devices=1 trainer.strategy=auto; several devices run several jobs: hydra.sweeper.n_jobs in docs/search.md"
             )
         if self.warmup_steps < 0:
             raise UserError(f"trainer.warmup_steps={self.warmup_steps}: expected 0 or more.")
@@ -115,12 +108,7 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.about = {"config": config, "identity": identity, "sizes": sizes}
         self.precision = choose_precision(settings.precision, settings.accelerator)
-        self.fabric = make_fabric(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            strategy=settings.strategy,
-            precision=self.precision,
-        )
+        self.fabric = make_fabric(settings.accelerator, self.precision)
         self.fabric.launch()
 
     def fit(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:

@@ -176,8 +176,6 @@ def test_settings_are_checked():
         TrainerSettings(schedule="cosin")
     with pytest.raises(UserError, match=r"trainer\.epochs=0"):
         TrainerSettings(epochs=0)
-    with pytest.raises(UserError, match=r"trainer\.devices=2.*one device so far"):
-        TrainerSettings(devices=2)
     with pytest.raises(UserError, match=r"trainer\.warmup_steps=-1"):
         TrainerSettings(warmup_steps=-1)
     with pytest.raises(UserError, match=r"unknown trainer\.precision 'bf16'"):

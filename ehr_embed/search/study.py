@@ -25,7 +25,7 @@ from ehr_embed.search.storage import StudyStorage, masked
 log = logging.getLogger(__name__)
 DISCARDED = "discarded"
 """User attribute of a trial that stands for no result: interrupted, or a repetition of another one's point."""
-HOST_KEYS = ("cache_dir", "run_dir", "data.root", "tracker", "trainer.accelerator", "trainer.devices")
+HOST_KEYS = ("cache_dir", "run_dir", "data.root", "tracker", "trainer.accelerator")
 """Fixed overrides that may differ between the hosts of one study."""
 
 
