@@ -86,6 +86,29 @@ def test_an_export_read_back_trains_to_the_same_loss(place):
     assert min(unknown) > 0, "events that train does not know were part of the comparison"
 
 
+def test_a_corpus_of_files_goes_through_all_stages(place):
+    corpus = ("data=patient_files", f"data.data_dir={place}/files", f"cache_dir={place}/stages")
+    small = (
+        "model.model_dim=16",
+        "model.n_layers=1",
+        "model.n_heads=2",
+        "model.max_length=16",
+        "trainer.n_bootstrap=0",
+    )
+    first = ("task@pretrain.task=next_event", "pretrain.trainer.epochs=1", "pretrain.trainer.n_bootstrap=0")
+    stages = (
+        "experiment=pretrain_then_finetune",
+        *first,
+        "trainer=short",
+        "trainer.epochs=1",
+        f"run_dir={place}/staged",
+    )
+    assert 0 <= run(composed(*corpus, "model=decoder", *stages, *small)) <= 1
+    pretrained = json.loads((place / "staged" / "pretrain" / "metrics.json").read_text())
+    assert pretrained["held_out"]["perplexity"]["value"] > 1
+    assert (place / "staged" / "best_checkpoint.pt").exists()
+
+
 def test_an_export_has_the_layout_of_the_original(place):
     out = place / "files"
     samples = pl.read_csv(out / "samples.csv", try_parse_dates=True)
