@@ -66,6 +66,10 @@ def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]
             path.write_text(interactive.to_html(include_plotlyjs="directory"), encoding="utf-8")
         _write_plotly_script(stem.parent)
         figure = _figure_of(axes)
+        if name == "slice":  # names of choices would run into each other
+            figure.set_size_inches(max(6.0, 3.0 * len(figure.axes)), 5.0)
+            for panel in figure.axes:
+                panel.tick_params(axis="x", labelrotation=45)
         with atomic_path(png) as path:
             figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
