@@ -58,14 +58,15 @@ class EventEmbedding(nn.Module):
         return reduce(torch.add, (F.embedding(token_ids, part) for part in self._parts))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What a model takes, from a batch on the table's device: the table's rows in use, each event's row, and times."""
+        """What a model takes, from a batch on the table's device: the table's rows in use, each event's row and token, times."""
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
         if n_tokens > row_ids.numel():
             used, row_ids = batch.token_ids.unique(return_inverse=True)
             rows = self(used)
         else:
             rows = self.table
-        inputs = {"rows": rows, "row_ids": row_ids, "padding_mask": batch.is_event, "days": batch.days}
+        inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
+        inputs |= {"days": batch.days}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}
         looking_back = {"gap_days": batch.gap_days, "elapsed_days": batch.elapsed_days}
         return inputs | looking_back | {name: x for name, x in optional.items() if x is not None}

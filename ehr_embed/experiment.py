@@ -25,6 +25,7 @@ from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.models.protocol import build_model
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.runs import TABLE, VOCABULARY
@@ -137,7 +138,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
-    model = build(cfg.model, **sizes)
+    model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
     settings = build(cfg.trainer)

@@ -15,7 +15,8 @@ from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import file_sha256
-from ehr_embed.instantiate import instantiate, trainable_of
+from ehr_embed.instantiate import trainable_of
+from ehr_embed.models.protocol import build_model
 from ehr_embed.samples import Samples, build_samples
 from ehr_embed.store import STATIC_TIME, SplitEvents
 from ehr_embed.table import load_table
@@ -65,7 +66,8 @@ def open_run(where: str | Path) -> TrainedRun:
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
     config = OmegaConf.create(checkpoint["config"])
     sizes: dict[str, Any] = checkpoint["sizes"]
-    model: nn.Module = instantiate(config.model, **sizes)
+    vocabulary = Vocabulary.load(folder / VOCABULARY)
+    model = build_model(config.model, vocabulary, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
     embedding = EventEmbedding(table, trainable_of(config.embedder))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
@@ -73,7 +75,7 @@ def open_run(where: str | Path) -> TrainedRun:
         config=config,
         model=model.eval(),
         embedding=embedding.requires_grad_(False),
-        vocabulary=Vocabulary.load(folder / VOCABULARY),
+        vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
     )
 

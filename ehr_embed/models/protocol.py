@@ -1,0 +1,43 @@
+"""What a model must offer, and what it may offer beside that."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from ehr_embed.instantiate import instantiate
+from ehr_embed.vocabulary import Vocabulary
+
+
+class Model(Protocol):
+    """A module built with `embedding_dim`, `has_values` and `num_classes` or `vocab_size`, beside its own options."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        """Logits (B, num_classes) of what `EventEmbedding.inputs` gives."""
+        ...
+
+
+@runtime_checkable
+class ReadsVocabulary(Protocol):
+    """A model that needs the tokens' codes or texts, not only their vectors."""
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take the vocabulary whose `token_ids` (B, T) the coming inputs hold; called before the weights are loaded, and
+        again where a dataset brings new codes."""
+        ...
+
+
+def build_model(
+    config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
+) -> nn.Module:
+    """The model of a configuration, for events of `vocabulary`.
+
+    Raises:
+        UserError: as `instantiate`.
+    """
+    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    if isinstance(model, ReadsVocabulary):
+        model.set_vocabulary(vocabulary)
+    return model
