@@ -30,6 +30,7 @@ class Batch:
         token_ids: (B, T) int32, 0 = padding.
         days: (B, T) float32, days before the prediction time; a static event has those of the first timed event.
         gap_days, elapsed_days: (B, T) float32, since the previous and since the first event of the sequence.
+        age_days: (B, T) float32, since birth; NaN where the record does not tell it.
         values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
         is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
@@ -43,6 +44,7 @@ class Batch:
     days: Tensor
     gap_days: Tensor
     elapsed_days: Tensor
+    age_days: Tensor
     values: Tensor | None
     is_event: Tensor
     is_next: Tensor
@@ -189,6 +191,8 @@ def gather(
     first_BT = np.maximum.accumulate(np.where(continues_BT, 0, place_T), axis=1)
     elapsed_BT = (times_BT - np.take_along_axis(times_BT, first_BT, axis=1)) / MICROSECONDS_PER_DAY
     elapsed_BT[~is_event_BT] = 0
+    birth_BT = samples.birth_times[sample_BT]
+    age_BT = np.where(is_event_BT & (birth_BT != STATIC_TIME), (times_BT - birth_BT) / MICROSECONDS_PER_DAY, np.nan)
     values_BT = None
     if events.values is not None:
         values_BT = events.values[event_BT]
@@ -198,6 +202,7 @@ def gather(
         days=torch.from_numpy(days_BT.astype(np.float32)),
         gap_days=torch.from_numpy(gap_BT.astype(np.float32)),
         elapsed_days=torch.from_numpy(elapsed_BT.astype(np.float32)),
+        age_days=torch.from_numpy(age_BT.astype(np.float32)),
         values=None if values_BT is None else torch.from_numpy(values_BT),
         is_event=torch.from_numpy(is_event_BT),
         is_next=torch.from_numpy(is_next_BT),

@@ -188,6 +188,7 @@ class _Sequences:
         prompt_R = self.future_R // sampling.n_samples
         self.lengths_R = lengths_B[prompt_R]
         self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R].double()
+        self.age_R = inputs["age_days"][rows, last_B][prompt_R].double()
         # Days the record has been silent at the prediction time.
         self.wait_R = prompts.days[rows, last_B][prompt_R].double()
         self.days_R = -self.wait_R
@@ -217,11 +218,13 @@ class _Sequences:
     def advance(self, token_R: Tensor, gap_R: Tensor, value_R: Tensor) -> None:
         """Add an event to every future."""
         self.elapsed_R = self.elapsed_R + gap_R
+        self.age_R = self.age_R + gap_R
         self.days_R = self.days_R + gap_R
         new = {
             "padding_mask": torch.ones_like(token_R, dtype=torch.bool),
             "gap_days": gap_R.float(),
             "elapsed_days": self.elapsed_R.float(),
+            "age_days": self.age_R.float(),
             "values": value_R,
         }
         if self.cache is not None:
@@ -240,7 +243,7 @@ class _Sequences:
         if bool(goes_on.all()):
             return
         rows = goes_on.nonzero()[:, 0]
-        for name in ("future_R", "lengths_R", "elapsed_R", "wait_R", "days_R"):
+        for name in ("future_R", "lengths_R", "elapsed_R", "age_R", "wait_R", "days_R"):
             setattr(self, name, getattr(self, name)[rows])
         if self.cache is not None:
             self.cache.select(rows)

@@ -196,7 +196,7 @@ def migrate(config: dict[str, Any]) -> Migration:
     if stage == "decoder":
         result.values.setdefault("model.pooling", "mean")
     if result.groups.get("model") == "decoder":
-        result.values["model.times"] = False  # the original's reads the order of events only, and so do its files
+        result.values["model.times"] = []  # the original's reads the order of events only, and so do its files
     batch_size, max_length = (result.values.get(key, 0) for key in ("trainer.batch_size", "model.max_length"))
     if batch_size * max_length > BATCH_TOKENS:
         result.values["trainer.batch_tokens"] = batch_size * max_length

@@ -21,7 +21,7 @@ from ehr_embed.runs import open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import SplitEvents, encode_split
+from ehr_embed.store import STATIC_TIME, SplitEvents, encode_split
 from ehr_embed.texts import read_lookups, resolve_texts
 from ehr_embed.vocabulary import Vocabulary
 
@@ -137,6 +137,7 @@ class Predictor:
             values=values,
             subject_ids=np.arange(len(lengths)),
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            birth_times=np.full(len(lengths), STATIC_TIME),
         )
         return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
 

@@ -21,12 +21,14 @@ class Samples:
     Attributes:
         subject_ids: (n,) int64.
         prediction_times: (n,) int64, microseconds since 1970-01-01.
+        birth_times: (n,) int64, microseconds since 1970-01-01, `STATIC_TIME` where unknown.
         static_start, static_stop, start, stop: (n,) int64.
         labels: (n,) int64, or (n, L) float32 for multi-label tasks.
     """
 
     subject_ids: npt.NDArray[np.int64]
     prediction_times: npt.NDArray[np.int64]
+    birth_times: npt.NDArray[np.int64]
     static_start: npt.NDArray[np.int64]
     static_stop: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
@@ -98,7 +100,8 @@ def build_samples(events: SplitEvents, labels: pl.DataFrame, values: npt.NDArray
         )
     static_stop = np.minimum(static_stop, first + max_length)
     start = np.maximum(static_stop, stop - (max_length - (static_stop - first)))
-    return Samples(subject_ids, times, first, static_stop, start, np.maximum(stop, start), values)
+    birth_times = events.birth_times[rows]
+    return Samples(subject_ids, times, birth_times, first, static_stop, start, np.maximum(stop, start), values)
 
 
 def ragged_arange(start: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -150,7 +153,16 @@ def window_samples(
             "no record has two events, so no next event can be predicted. Use a dataset with longer records."
         )
     labels = np.zeros(len(row), np.int64)
-    return Samples(events.subject_ids[row], events.times[stop - 1], first[row], static_stop[row], start, stop, labels)
+    return Samples(
+        events.subject_ids[row],
+        events.times[stop - 1],
+        events.birth_times[row],
+        first[row],
+        static_stop[row],
+        start,
+        stop,
+        labels,
+    )
 
 
 def packed_samples(
@@ -176,5 +188,6 @@ def packed_samples(
     static_stop = ragged_searchsorted(events.times, start, stop, np.full_like(start, STATIC_TIME))
     times = np.where(stop > static_stop, events.times[stop - 1], 0)
     labels = np.zeros(len(row), np.int64)
-    samples = Samples(events.subject_ids[order][record], times, start, static_stop, static_stop, stop, labels)
+    subjects, births = events.subject_ids[order][record], events.birth_times[order][record]
+    samples = Samples(subjects, times, births, start, static_stop, static_stop, stop, labels)
     return samples, row

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from meds import birth_code
 from tqdm import tqdm
 
 from ehr_embed.errors import UserError
@@ -17,10 +18,11 @@ from ehr_embed.files import atomic_directory, digest, file_sha256, read_json, wr
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 
-FORMAT = 1
+FORMAT = 2
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
+SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class SplitEvents:
         values: (N,) float32 or None when the vocabulary carries no values.
         subject_ids: (S,) int64.
         offsets: (S + 1,) int64; subject s owns events offsets[s]:offsets[s + 1].
+        birth_times: (S,) int64, microseconds since 1970-01-01, `STATIC_TIME` where the record does not say.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -40,6 +43,7 @@ class SplitEvents:
     values: npt.NDArray[np.float32] | None
     subject_ids: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
+    birth_times: npt.NDArray[np.int64]
 
 
 class EventStore:
@@ -87,9 +91,8 @@ class EventStore:
         folder = self.folder / name
         arrays = {key: self._map(folder / f"{key}.bin", dtype, sizes["n_events"]) for key, dtype in DTYPES.items()
                   if key != "values" or self.manifest["has_values"]}  # fmt: skip
-        subject_ids = np.load(folder / "subject_ids.npy", allow_pickle=False)
-        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-        return SplitEvents(arrays["token_ids"], arrays["times"], arrays.get("values"), subject_ids, offsets)
+        subjects = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in SUBJECT_ARRAYS]
+        return SplitEvents(arrays["token_ids"], arrays["times"], arrays.get("values"), *subjects)
 
     def _map(self, path: Path, dtype: Any, length: int) -> npt.NDArray[Any]:
         expected = length * np.dtype(dtype).itemsize
@@ -137,26 +140,44 @@ def encode_split(source: Source, vocabulary: Vocabulary, split: str) -> SplitEve
     Raises:
         UserError: the source has no such split.
     """
-    tokens, times, values, subject_ids, lengths = [], [], [], [], []
+    tokens, times, values, subjects = [], [], [], []
     for shard in source.shards:
         part = source.read(shard).filter(split=split)
         token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
-        runs = part.group_by("subject_id", maintain_order=True).len()
         tokens.append(token_ids)
         values.append(normal)
         times.append(event_times(part))
-        subject_ids.append(runs["subject_id"].to_numpy())
-        lengths.append(runs["len"].to_numpy().astype(np.int64))
-    offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-    if not offsets[-1]:
+        subjects.append(subject_rows(part))
+    if not sum(map(len, tokens)):
         raise UserError(f"{source.name}: the split {split!r} has no events. Splits are {', '.join(SPLITS)}.")
     return SplitEvents(
         np.concatenate(tokens),
         np.concatenate(times),
         np.concatenate(values) if vocabulary.settings.has_values else None,
-        np.concatenate(subject_ids),
-        offsets,
+        *subject_arrays(subjects),
     )
+
+
+def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
+    """A row a subject, in order of appearance: subject_id, n_events, birth_time (microseconds, `STATIC_TIME` if unknown).
+
+    >>> from datetime import datetime
+    >>> events = {"subject_id": [7, 7, 3], "time": [None, datetime(1970, 1, 1), datetime(2020, 1, 1)],
+    ...     "code": ["SEX//F", "MEDS_BIRTH", "FEVER"]}
+    >>> subject_rows(pl.DataFrame(events)).select("subject_id", "n_events", pl.col("birth_time") == STATIC_TIME).rows()
+    [(7, 2, False), (3, 1, True)]
+    """
+    birth = pl.col("time").filter(pl.col("code") == birth_code).cast(pl.Int64).min()
+    return events.group_by("subject_id", maintain_order=True).agg(
+        pl.len().cast(pl.Int64).alias("n_events"), birth.fill_null(STATIC_TIME).alias("birth_time")
+    )
+
+
+def subject_arrays(parts: list[pl.DataFrame]) -> list[npt.NDArray[np.int64]]:
+    """The arrays of `SUBJECT_ARRAYS`, from the rows of `subject_rows`."""
+    rows = pl.concat(parts)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows["n_events"].to_numpy())])
+    return [rows["subject_id"].to_numpy(), offsets, rows["birth_time"].to_numpy()]
 
 
 def event_times(events: pl.DataFrame) -> npt.NDArray[np.int64]:
@@ -202,24 +223,21 @@ class _SplitWriter:
         self.folder = folder
         keys = [key for key in DTYPES if key != "values" or has_values]
         self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
-        self.subject_ids: list[npt.NDArray[np.int64]] = []
-        self.lengths: list[npt.NDArray[np.int64]] = []
+        self.subjects: list[pl.DataFrame] = []
         self.n_unknown = 0
 
     def append(self, events: pl.DataFrame, token_ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> None:
         for key, array in {"token_ids": token_ids, "times": event_times(events), "values": values}.items():
             if key in self.files:
                 self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
-        runs = events.group_by("subject_id", maintain_order=True).len()
-        self.subject_ids.append(runs["subject_id"].to_numpy())
-        self.lengths.append(runs["len"].to_numpy().astype(np.int64))
+        self.subjects.append(subject_rows(events))
         self.n_unknown += int((token_ids == UNKNOWN).sum())
 
     def finish(self) -> dict[str, int]:
         for file in self.files.values():
             file.close()
-        lengths = np.concatenate([np.zeros(1, np.int64), *self.lengths])
-        subject_ids = np.concatenate([np.empty(0, np.int64), *self.subject_ids])
-        np.save(self.folder / "subject_ids.npy", subject_ids)
-        np.save(self.folder / "offsets.npy", np.cumsum(lengths))
-        return {"n_subjects": len(subject_ids), "n_events": int(lengths.sum()), "n_unknown": self.n_unknown}
+        arrays = dict(zip(SUBJECT_ARRAYS, subject_arrays(self.subjects), strict=True))
+        for name, array in arrays.items():
+            np.save(self.folder / f"{name}.npy", array)
+        n_subjects = len(arrays["subject_ids"])
+        return {"n_subjects": n_subjects, "n_events": int(arrays["offsets"][-1]), "n_unknown": self.n_unknown}

@@ -22,7 +22,8 @@ def dataset() -> BatchDataset:
     """Subject 1: one static event and days 0, 2. Subject 2: day 1 only. Predictions at day 3."""
     times = np.array([STATIC_TIME, 0, 2 * DAY, DAY], np.int64)
     values = np.array([np.nan, 1.5, np.nan, -2.0], np.float32)
-    events = SplitEvents(np.array([5, 6, 7, 8], np.int32), times, values, np.array([1, 2]), np.array([0, 3, 4]))
+    births = np.array([-10 * DAY, STATIC_TIME])
+    events = SplitEvents(np.array([5, 6, 7, 8], np.int32), times, values, np.array([1, 2]), np.array([0, 3, 4]), births)
     labels = pl.DataFrame({"subject_id": [1, 2], "prediction_time": pl.Series([3 * DAY] * 2).cast(pl.Datetime("us"))})
     return BatchDataset(events, build_samples(events, labels, np.array([0, 1]), max_length=16))
 
@@ -39,13 +40,17 @@ def test_collate_by_hand(dataset):
     assert batch.values[1, 1] == 1.5
     assert batch.values.isnan().sum() == 14
     assert batch.token_ids.dtype == torch.int32
+    assert batch.age_days[1, :3].tolist() == [10, 10, 12], "a static event has the time of the first timed one"
+    assert batch.age_days.isnan().sum() == 13, "padding, and the subject whose birth is not known"
 
 
 def test_gaps_keep_their_minutes_however_long_the_record():
     """Days before the end are float32 and would lose them: a five-minute gap, eighty years before the prediction."""
     start, gap = -40 * 366 * DAY, 5 * DAY // 1440
     times = np.array([STATIC_TIME, start, start + gap, start + gap, 40 * 366 * DAY], np.int64)
-    events = SplitEvents(np.arange(2, 7, dtype=np.int32), times, None, np.array([1]), np.array([0, 5]))
+    events = SplitEvents(
+        np.arange(2, 7, dtype=np.int32), times, None, np.array([1]), np.array([0, 5]), np.array([STATIC_TIME])
+    )
     labels = pl.DataFrame({"subject_id": [1], "prediction_time": pl.Series([41 * 366 * DAY]).cast(pl.Datetime("us"))})
     batch = BatchDataset(events, build_samples(events, labels, np.array([0]), max_length=16))[np.array([0])]
     assert (batch.gap_days[0, :4] * 1440).tolist() == pytest.approx([0, 0, 5, 0], rel=1e-5)

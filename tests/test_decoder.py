@@ -93,13 +93,13 @@ def test_time_is_seen_and_may_be_left_out():
     later = batch | {"gap_days": batch["gap_days"] * 3}
     assert not torch.allclose(decoder()(batch), decoder()(later), atol=1e-4)
     timeless = {name: x for name, x in batch.items() if not name.endswith("_days")}
-    torch.testing.assert_close(decoder(times=False)(batch), decoder(times=False)(timeless))
-    with pytest.raises(UserError, match=r"model\.times=true needs gap_days and elapsed_days"):
+    torch.testing.assert_close(decoder(times=[])(batch), decoder(times=[])(timeless))
+    with pytest.raises(UserError, match=r"model\.times=\[gap,elapsed\] needs gap_days and elapsed_days"):
         decoder()(timeless)
 
 
 def test_what_a_causal_model_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"unknown model\.positions 'time'.*none, rope, sinusoidal"):
+    with pytest.raises(UserError, match=r"unknown model\.positions 'time'.*none, rope, rope_time, sinusoidal"):
         decoder(positions="time")
     with pytest.raises(UserError, match=r"unknown model\.pooling 'cls'"):
         decoder(pooling="cls")

@@ -10,6 +10,8 @@ from ehr_embed.errors import UserError
 from ehr_embed.models.encoder import POSITIONS, Encoder
 from ehr_embed.models.heads import POOLINGS
 
+TIMES = ("days", "gap_days", "elapsed_days", "age_days")
+
 
 def encoder(**options) -> Encoder:
     torch.manual_seed(0)
@@ -23,8 +25,8 @@ def inputs(lengths: list[int], width: int, *, values: bool = False) -> dict[str,
     found = {
         "embeddings": torch.randn(len(lengths), width, 12, generator=generator),
         "padding_mask": mask,
-        "days": torch.rand(len(lengths), width, generator=generator) * 100,
     }
+    found |= {name: torch.rand(len(lengths), width, generator=generator) * 100 for name in TIMES}
     if values:
         found["values"] = torch.randn(len(lengths), width, generator=generator)
     return found
@@ -49,6 +51,37 @@ def test_order_matters_only_with_positions(positions):
     shuffled = dict(batch, embeddings=batch["embeddings"][:, [3, 0, 5, 1, 4, 2]])
     same = torch.allclose(model(batch), model(shuffled), atol=1e-5)
     assert same == (positions == "none")
+
+
+def test_rope_time_sees_time_between_events_and_nothing_else_of_it():
+    model, batch = encoder(positions="rope_time"), inputs([6], 6)
+    later = dict(batch, elapsed_days=batch["elapsed_days"] + 30)
+    torch.testing.assert_close(model(batch), model(later), atol=1e-4, rtol=1e-4)
+    slower = dict(batch, elapsed_days=batch["elapsed_days"] * 2)
+    assert not torch.allclose(model(batch), model(slower), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gap", "elapsed", "age"])
+def test_each_time_is_a_pathway_of_its_own(kind):
+    model, batch = encoder(times=[kind]), inputs([6], 6)
+    others = {f"{other}_days": torch.zeros(1, 6) for other in ("gap", "elapsed", "age") if other != kind}
+    torch.testing.assert_close(model(batch), model(batch | others))
+    assert not torch.allclose(model(batch), model(batch | {f"{kind}_days": batch[f"{kind}_days"] + 1}), atol=1e-5)
+    unknown = model(batch | {f"{kind}_days": torch.full((1, 6), float("nan"))})
+    assert unknown.isfinite().all(), "an unknown age is no age"
+    with pytest.raises(UserError, match=r"unknown model\.times 'agee'.*did you mean 'age'"):
+        encoder(times=["agee"])
+
+
+@pytest.mark.parametrize("how", ["film", "add", "none"])
+def test_values_enter_as_asked(how):
+    model, batch = encoder(has_values=True, values=how), inputs([6], 6, values=True)
+    if how == "none":
+        assert model.body.input.values is None
+        return
+    assert model.body.input.values is not None
+    torch.nn.init.normal_(model.body.input.values[2].weight)
+    assert not torch.allclose(model(batch), model(batch | {"values": batch["values"] + 1}))
 
 
 def test_the_embeddings_reach_the_logits():

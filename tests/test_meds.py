@@ -30,6 +30,28 @@ def test_splits_come_from_the_file_or_the_folders(tmp_path, subject_splits):
     assert len(events) == 5
 
 
+def test_splits_of_ones_own_replace_the_datasets(tmp_path):
+    root = write_meds(tmp_path / "set", {"train": [*GOOD, (4, 0.0, "A", None)], **OTHER})
+    other = tmp_path / "folds.parquet"
+    folds = {
+        "subject_id": [1, 2, 3],
+        "fold1": ["held_out", "train", "tuning"],
+        "fold2": ["train", "tuning", "held_out"],
+    }
+    pl.DataFrame(folds).write_parquet(other)
+    for column in ("fold1", "fold2"):
+        meds = MedsSource(root=str(root), splits=str(other), split_column=column)
+        found = dict(read_all(meds).select("subject_id", "split").unique().iter_rows())
+        assert found == dict(zip(folds["subject_id"], folds[column], strict=True)), "subject 4 is left out"
+    first, second = (MedsSource(root=str(root), splits=str(other), split_column=name) for name in ("fold1", "fold2"))
+    assert first.name != second.name, "their stores are two"
+    assert first.fingerprint() != MedsSource(root=str(root)).fingerprint()
+    with pytest.raises(UserError, match="column `fold3` is missing; found subject_id, fold1, fold2"):
+        read_all(MedsSource(root=str(root), splits=str(other), split_column="fold3"))
+    with pytest.raises(UserError, match=r"data\.splits=none\.parquet: no such file"):
+        MedsSource(root=str(root), splits="none.parquet")
+
+
 def test_one_mixed_shard_is_divided_by_subject_splits(tmp_path):
     root = write_meds(tmp_path / "set", {"train": GOOD, **OTHER})
     frames = [pl.read_parquet(shard) for shard in MedsSource(root=str(root)).shards]

@@ -76,9 +76,9 @@ def test_pretraining_and_the_decoder_become_their_tasks():
     pretrain, decoder = migrate(PRETRAIN), migrate(DECODER)
     assert pretrain.command[:3] == ["data=patient_files", "model=decoder", "task=next_event"]
     assert {"trainer.schedule=cosine", "trainer.min_learning_rate=1e-06", "run_dir=pre"} < set(pretrain.command)
-    assert {"model.times=false", "model.vocabulary_head=linear", "task.time_weight=0"} < set(pretrain.command)
+    assert {"model.times=[]", "model.vocabulary_head=linear", "task.time_weight=0"} < set(pretrain.command)
     assert "trainer.patience=50" in pretrain.command
-    assert {"model.times=false", "model.pooling=mean"} < set(decoder.command)
+    assert {"model.times=[]", "model.pooling=mean"} < set(decoder.command)
     assert decoder.command[:3] == ["data=patient_files", "model=decoder", "task=classification"]
     assert "init_from=pre/best_checkpoint.pt" in decoder.command
 

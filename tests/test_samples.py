@@ -26,7 +26,9 @@ def make_events(records: list[tuple[int, list[int]]]) -> tuple[SplitEvents, list
     flat = np.array([time for record in times for time in record], np.int64)
     offsets = np.cumsum([0, *map(len, times)])
     ids = np.arange(len(records))[::-1].astype(np.int64) * 7
-    return SplitEvents(np.arange(2, 2 + len(flat), dtype=np.int32), flat, None, ids, offsets), times
+    return SplitEvents(
+        np.arange(2, 2 + len(flat), dtype=np.int32), flat, None, ids, offsets, np.full(len(ids), STATIC_TIME)
+    ), times
 
 
 def label_frame(events: SplitEvents, rows: list[int], days: list[float]) -> pl.DataFrame:

@@ -84,9 +84,16 @@ def refused(prepared, rows, message, labels="bad"):
         setup(prepared, Classification(labels=labels))
 
 
+def test_labels_of_subjects_without_events_are_left_out_and_said(prepared, caplog):
+    write_labels(prepared[1] / "more", [*((s, 2.0, s % 2 == 1) for s in SUBJECTS), (99, 2.0, True)])
+    task = setup(prepared, Classification(labels="more"))
+    assert 99 not in np.concatenate([samples.subject_ids for samples in task.samples.values()])
+    assert "1 subjects (such as 99) have labels but no events" in caplog.text
+
+
 def test_labels_that_cannot_be_used_are_refused(prepared):
     good = [(s, 2.0, s % 2 == 1) for s in SUBJECTS]
-    refused(prepared, [*good, (99, 2.0, True)], "subject 99 and 0 more have labels but no events")
+    refused(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
     refused(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: one class only")
     refused(prepared, good[:6], "no labels for the held_out split")
     refused(prepared, [*good, (10, 2.0, True)], "subject 10 at .* rows among repeated ones")

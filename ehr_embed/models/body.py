@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,24 +12,31 @@ from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.models.blocks import Block, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 
+ROTARY = ("rope", "rope_time")
+"""Positions by rotation: attention sees how many events, or how much time, lie between two."""
+TIMES = ("gap", "elapsed", "age")
+VALUES = ("film", "add", "none")
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 
 
 class EventInput(nn.Module):
-    """Projects event vectors to the model's width; where values are carried, each scales and shifts its event.
+    """Projects event vectors to the model's width; where values are carried, each changes its event.
 
-    Text vectors have norm one whatever their width, so they are brought to unit variance first. The scale and shift
-    come from a small MLP of (value, has value) and start at zero: FiLM (Perez et al. 2018, arXiv:1709.07871).
+    Text vectors have norm one whatever their width, so they are brought to unit variance first. A small MLP of (value, has
+    value) gives, with `values=film`, a scale and a shift of the vector (Perez et al. 2018, arXiv:1709.07871), with `add` a
+    shift alone; both start at zero. `none` leaves the values out.
     """
 
-    def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool) -> None:
+    def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool, values: str = "film") -> None:
         super().__init__()
+        if values not in VALUES:
+            raise unknown_name("model.values", values, VALUES)
         self.norm = nn.LayerNorm(embedding_dim)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
-        if has_values:
-            last = nn.Linear(model_dim, 2 * model_dim)
+        if has_values and values != "none":
+            last = nn.Linear(model_dim, 2 * model_dim if values == "film" else model_dim)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.values = nn.Sequential(nn.Linear(2, model_dim), nn.GELU(), last)
@@ -49,8 +58,9 @@ class EventInput(nn.Module):
             return x_BTD
         present_BT = ~values_BT.isnan()
         features = torch.stack([values_BT.nan_to_num(), present_BT.to(values_BT.dtype)], dim=-1)
-        scale, shift = self.values(features.to(x_BTD.dtype)).chunk(2, dim=-1)
-        return torch.where(present_BT.unsqueeze(-1), x_BTD * (1 + scale) + shift, x_BTD)
+        shift, *scale = self.values(features.to(x_BTD.dtype)).split(x_BTD.shape[-1], dim=-1)
+        scaled = x_BTD * (1 + scale[0]) if scale else x_BTD
+        return torch.where(present_BT.unsqueeze(-1), scaled + shift, x_BTD)
 
     def _check_width(self, vectors: Tensor) -> None:
         expected = self.project.in_features
@@ -61,22 +71,34 @@ class EventInput(nn.Module):
             )
 
 
-class ElapsedTime(nn.Module):
-    """Days since the previous event and since the first one, as sines and cosines.
+class TimeInput(nn.Module):
+    """Times of an event as sines and cosines, each kind a pathway of its own.
 
-    Both look back only, so that a causal model cannot read from them how long the record goes on.
+    `gap` (since the previous event), `elapsed` (since the first one) and `age` look back only, so that a causal model cannot
+    read from them how long the record goes on.
     """
 
-    def __init__(self, *, model_dim: int) -> None:
+    def __init__(self, *, kinds: Sequence[str], model_dim: int) -> None:
         super().__init__()
-        self.model_dim = model_dim
-        self.project = nn.Linear(2 * model_dim, model_dim)
+        for kind in kinds:
+            if kind not in TIMES:
+                raise unknown_name("model.times", kind, TIMES, "[] leaves times out.")
+        self.kinds, self.model_dim = tuple(kinds), model_dim
+        self.project = nn.Linear(len(kinds) * model_dim, model_dim)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) from `gap_days` and `elapsed_days`, (B, T) each."""
-        if "gap_days" not in inputs or "elapsed_days" not in inputs:
-            raise UserError("model.times=true needs gap_days and elapsed_days (B, T) beside the events. Give both.")
-        features = [time_features(inputs[name], self.model_dim) for name in ("gap_days", "elapsed_days")]
+        """(B, T, D) from `gap_days`, `elapsed_days` and `age_days`, (B, T) each, as far as they are asked for; NaN = unknown.
+
+        Without `age_days` no age is known.
+        """
+        names = [f"{kind}_days" for kind in self.kinds]
+        if missing := [name for name in names if name not in inputs and name != "age_days"]:
+            raise UserError(
+                f"model.times=[{','.join(self.kinds)}] needs {' and '.join(missing)} (B, T) beside the events, and it is not "
+                "there. Give each, or build the model with times=[]."
+            )
+        unknown_BT = torch.full(inputs["padding_mask"].shape, float("nan"), device=inputs["padding_mask"].device)
+        features = [time_features(inputs.get(name, unknown_BT), self.model_dim).nan_to_num() for name in names]
         return self.project(torch.cat(features, dim=-1).to(self.project.weight.dtype))
 
 
@@ -93,7 +115,8 @@ class Body(nn.Module):
         max_length: longest sequence, in events.
         positions: one of `valid_positions`.
         valid_positions: what the model that owns this body can do.
-        times: whether the days since the previous and the first event are added to each event.
+        times: which of `TIMES` are added to each event.
+        values: one of `VALUES`, how a number enters its event.
     """
 
     def __init__(
@@ -108,14 +131,15 @@ class Body(nn.Module):
         max_length: int,
         positions: str,
         valid_positions: tuple[str, ...],
-        times: bool = False,
+        times: Sequence[str],
+        values: str,
     ) -> None:
         super().__init__()
         check_sizes(model_dim, n_heads, positions, valid_positions)
         self.max_length, self.positions, self.n_heads = max_length, positions, n_heads
-        self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
+        self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, values=values)
         self.time = nn.Linear(model_dim, model_dim) if positions == "time" else None
-        self.elapsed = ElapsedTime(model_dim=model_dim) if times else None
+        self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         self.blocks = nn.ModuleList(
             Block(model_dim=model_dim, n_heads=n_heads, dropout=dropout) for _ in range(n_layers)
         )
@@ -131,15 +155,20 @@ class Body(nn.Module):
             x_BTD = x_BTD + sinusoids(event_index(inputs), x_BTD.shape[-1]).to(x_BTD.dtype)
         elif self.time is not None:
             x_BTD = x_BTD + self.time(time_features(inputs["days"], x_BTD.shape[-1]).to(x_BTD.dtype))
-        if self.elapsed is not None:
-            x_BTD = x_BTD + self.elapsed(inputs)
+        if self.times is not None:
+            x_BTD = x_BTD + self.times(inputs)
         return x_BTD
 
+    def rotary(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """What queries and keys are rotated by, (B, T): the event's number, or the hours since the first; None = no rotation."""
+        if self.positions == "rope_time":
+            return inputs["elapsed_days"] * 24
+        return event_index(inputs) if self.positions == "rope" else None
+
     def attend(
-        self, x_BTD: Tensor, mask: Tensor | None, index_BT: Tensor, cache: KeyValueCache | None = None
+        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
-        """Blocks and final norm, (B, T, D) -> (B, T, D); `mask` as in `Attention`, `index_BT` for rope."""
-        rope_BT = index_BT if self.positions == "rope" else None
+        """Blocks and final norm, (B, T, D) -> (B, T, D); `mask` as in `Attention`, `rope_BT` as `rotary` gives it."""
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, mask, rope_BT, None if cache is None else cache.extend_of(number))
         return self.norm(x_BTD)
@@ -167,5 +196,7 @@ def check_sizes(model_dim: int, n_heads: int, positions: str, valid_positions: t
             f"model.n_heads={n_heads} does not divide model.model_dim={model_dim}; every head needs the same width. "
             f"Valid with this model_dim: {', '.join(map(str, good))}."
         )
-    if positions == "rope" and (model_dim // n_heads) % 2:
-        raise UserError(f"model.positions=rope needs an even head width, model_dim/n_heads is {model_dim // n_heads}.")
+    if positions in ROTARY and (model_dim // n_heads) % 2:
+        raise UserError(
+            f"model.positions={positions} needs an even head width, model_dim/n_heads is {model_dim // n_heads}."
+        )

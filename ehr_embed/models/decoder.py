@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.models.body import Body, event_index
+from ehr_embed.models.body import ROTARY, Body
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, build_head
 
-POSITIONS = ("sinusoidal", "rope", "none")
+POSITIONS = ("sinusoidal", *ROTARY, "none")
 POOLINGS = ("last", "mean", "max", "attention")
 
 
@@ -26,8 +28,10 @@ class Decoder(nn.Module):
         n_layers: blocks.
         dropout: probability, on what each block adds and on the pooled vector.
         max_length: longest sequence, in events; longer records keep their last events.
-        positions: `sinusoidal` or `rope` (order), `none`. Days before the prediction would tell how long a record goes on.
-        times: whether the days since the previous and since the first event are added to each event.
+        positions: `sinusoidal` or `rope` (order), `rope_time` (hours between events), `none`. Days before the prediction would
+            tell how long a record goes on.
+        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
+        values: how a number enters its event: `film` (scale and shift), `add`, `none`.
         pooling: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
@@ -47,7 +51,8 @@ class Decoder(nn.Module):
         dropout: float = 0.1,
         max_length: int = 512,
         positions: str = "sinusoidal",
-        times: bool = True,
+        times: Sequence[str] = ("gap", "elapsed"),
+        values: str = "film",
         pooling: str = "last",
         vocabulary_head: str = "text_tied",
     ) -> None:
@@ -63,6 +68,7 @@ class Decoder(nn.Module):
             positions=positions,
             valid_positions=POSITIONS,
             times=times,
+            values=values,
         )
         self.head = build_head(
             num_classes=num_classes,
@@ -79,8 +85,8 @@ class Decoder(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times=true` needs `gap_days` and
-        `elapsed_days` (B, T), a model that carries values takes `values` (B, T), NaN = none. Several sequences may share a
+        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times` need `gap_days` and
+        the like (B, T), a model that carries values takes `values` (B, T), NaN = none. Several sequences may share a
         row: `segments` (B, T), equal within a sequence, and `event_index` (B, T). A model built with `vocab_size` returns
         what `EventHead` does.
         """
@@ -98,7 +104,7 @@ class Decoder(nn.Module):
             mask: Tensor | None = cache.mask(T)
         else:
             mask = segment_mask(inputs["segments"]) if "segments" in inputs else None
-        x_BTD = self.body.attend(self.body.embed(inputs), mask, event_index(inputs), cache)
+        x_BTD = self.body.attend(self.body.embed(inputs), mask, self.body.rotary(inputs), cache)
         if cache is not None:
             cache.lengths += inputs["padding_mask"].sum(1)
         return x_BTD

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.models.body import Body, event_index
+from ehr_embed.models.body import ROTARY, Body
 from ehr_embed.models.heads import POOLINGS, EventScores, build_head
 
-POSITIONS = ("sinusoidal", "rope", "time", "none")
+POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
 
 class Encoder(nn.Module):
@@ -24,7 +27,10 @@ class Encoder(nn.Module):
         n_layers: blocks.
         dropout: probability, on what each block adds and on the pooled vector.
         max_length: longest sequence, in events; longer records keep their last events.
-        positions: `sinusoidal` or `rope` (order), `time` (days before the prediction), `none`.
+        positions: `sinusoidal` or `rope` (order), `rope_time` (hours between events), `time` (days before the prediction),
+            `none`.
+        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
+        values: how a number enters its event: `film` (scale and shift), `add`, `none`.
         pooling: `mean`, `cls`, `max`, `last`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
@@ -44,6 +50,8 @@ class Encoder(nn.Module):
         dropout: float = 0.1,
         max_length: int = 512,
         positions: str = "sinusoidal",
+        times: Sequence[str] = (),
+        values: str = "film",
         pooling: str = "mean",
         vocabulary_head: str = "text_tied",
     ) -> None:
@@ -58,6 +66,8 @@ class Encoder(nn.Module):
             max_length=max_length,
             positions=positions,
             valid_positions=POSITIONS,
+            times=times,
+            values=values,
         )
         self.head = build_head(
             num_classes=num_classes,
@@ -76,15 +86,15 @@ class Encoder(nn.Module):
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event.
 
         In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `positions=time` needs `days`
-        (B, T), days before the prediction; a model that carries values takes `values` (B, T), NaN = none. A model built
-        with `vocab_size` returns what `EventHead` does.
+        (B, T), days before the prediction, and `times` need `gap_days` and the like; a model that carries values takes
+        `values` (B, T), NaN = none. A model built with `vocab_size` returns what `EventHead` does.
         """
-        mask_BT, index_BT, x_BTD = inputs["padding_mask"], event_index(inputs), self.body.embed(inputs)
+        mask_BT, rope_BT, x_BTD = inputs["padding_mask"], self.body.rotary(inputs), self.body.embed(inputs)
         if self.cls is not None:
-            B, T, D = x_BTD.shape
+            B, _, D = x_BTD.shape
             x_BTD = torch.cat([self.cls.to(x_BTD.dtype).expand(B, 1, D), x_BTD], dim=1)
             mask_BT = torch.cat([mask_BT.new_ones(B, 1), mask_BT], dim=1)
-            index_BT = torch.arange(T + 1, device=x_BTD.device).expand(B, T + 1)
+            rope_BT = None if rope_BT is None else F.pad(rope_BT + 1, (1, 0))  # it stands a step before the first event
         return self.head(
-            self.body.attend(x_BTD, mask_BT[:, None, None, :], index_BT), {**inputs, "padding_mask": mask_BT}
+            self.body.attend(x_BTD, mask_BT[:, None, None, :], rope_BT), {**inputs, "padding_mask": mask_BT}
         )

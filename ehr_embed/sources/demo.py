@@ -9,12 +9,14 @@ from ehr_embed.sources.cohort import write_demo_cohort
 from ehr_embed.sources.meds import MedsSource
 
 
-def demo_source(*, root: str, n_subjects: int, seed: int) -> MedsSource:
+def demo_source(
+    *, root: str, n_subjects: int, seed: int, splits: str | None = None, split_column: str = "split"
+) -> MedsSource:
     """Write the cohort to `root` unless it is there, and open it as MEDS."""
     folder = Path(root)
     if not (folder / "data").is_dir():
         write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
-    return MedsSource(root=root, name="demo")
+    return MedsSource(root=root, name="demo", splits=splits, split_column=split_column)
 
 
 def bayes_auroc(root: Path, split: str) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from ehr_embed.errors import UserError
-from ehr_embed.files import tail_digest
+from ehr_embed.files import file_sha256, tail_digest
 from ehr_embed.sources.protocol import SPLITS
 
 COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32}
@@ -18,14 +18,20 @@ COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String,
 class MedsSource:
     """A folder in MEDS 0.4 layout: `data/**/*.parquet` and `metadata/`.
 
-    Splits come from `metadata/subject_splits.parquet`, or from the folder under `data/` when that file is absent.
+    Splits come from `metadata/subject_splits.parquet`, or from the folder under `data/` when that file is absent, or else
+    from a file of one's own.
 
     Args:
         root: the dataset's folder.
         name: short name for file names and tags; the folder's name by default.
+        splits: a parquet file with subject_id and a column of split names to use in place of the dataset's own splits;
+            subjects it does not name are left out.
+        split_column: that column.
     """
 
-    def __init__(self, *, root: str | None, name: str | None = None) -> None:
+    def __init__(
+        self, *, root: str | None, name: str | None = None, splits: str | None = None, split_column: str = "split"
+    ) -> None:
         if root is None:
             raise UserError(
                 "data.root is not set: expected the folder of a MEDS dataset (with data/ and metadata/). "
@@ -33,12 +39,21 @@ class MedsSource:
             )
         self.root = Path(root).expanduser().resolve()
         self.name = name or self.root.name
+        self.splits = None if splits is None else Path(splits).expanduser().resolve()
+        self.split_column = split_column
         if not (self.root / "data").is_dir():
             found = "a folder without data/" if self.root.is_dir() else "no such folder"
             raise UserError(
                 f"data.root={root}: expected a MEDS dataset with data/**/*.parquet inside, found {found}. "
                 "Type: python train.py data=meds data.root=DIR with the folder that holds data/ and metadata/."
             )
+        if self.splits is not None:
+            if not self.splits.is_file():
+                raise UserError(
+                    f"data.splits={splits}: no such file. Expected a parquet file with subject_id and a column of split names "
+                    f"({', '.join(SPLITS)}); data.splits=null takes the dataset's own splits."
+                )
+            self.name += f"-{split_column}-{file_sha256(self.splits)[:6]}"
 
     @property
     def labels_dir(self) -> Path:
@@ -55,15 +70,19 @@ class MedsSource:
         """Size and digest of the last 64 KiB of every file read: any rewrite of the data shows there."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
-        return {str(path.relative_to(self.root)): tail_digest(path) for path in files}
+        found = {str(path.relative_to(self.root)): tail_digest(path) for path in files}
+        return (
+            found if self.splits is None else found | {f"data.splits ({self.split_column})": tail_digest(self.splits)}
+        )
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
         """subject_id, split; None when the dataset leaves the splits to its folders."""
-        path = self.root / "metadata" / "subject_splits.parquet"
+        path = self.splits or self.root / "metadata" / "subject_splits.parquet"
         if not path.exists():
             return None
-        splits = _scan(path, {"subject_id": pl.Int64, "split": pl.String}).collect()
+        column = "split" if self.splits is None else self.split_column
+        splits = _scan(path, {"subject_id": pl.Int64, column: pl.String}).collect().rename({column: "split"})
         if splits.null_count().sum_horizontal().item():
             raise UserError(f"{path}: null subject_id or split. Every subject needs one split; mend the file.")
         conflicts = splits.unique().filter(pl.col("subject_id").is_duplicated()).sort("subject_id", "split")
@@ -97,6 +116,8 @@ class MedsSource:
                 )
             return events.with_columns(split=pl.lit(folder))
         events = events.join(self.subject_splits, on="subject_id", how="left", maintain_order="left")
+        if self.splits is not None:
+            return events.filter(pl.col("split").is_not_null())
         homeless = events.filter(pl.col("split").is_null())
         if len(homeless):
             raise UserError(

@@ -52,6 +52,8 @@ def patient_files_source(
     root: str | None = None,
     cache_dir: str = "cache",
     overwrite: bool = False,
+    splits: str | None = None,
+    split_column: str = "split",
 ) -> MedsSource:
     """Import the corpus unless it is there, and open it as MEDS.
 
@@ -62,6 +64,7 @@ def patient_files_source(
         root: where the MEDS dataset is kept; None = in the cache.
         cache_dir: folder of the cache.
         overwrite: import again.
+        splits, split_column: as for `MedsSource`.
 
     Raises:
         UserError: a file is missing, damaged or not what the layout says, or a token has two vectors.
@@ -79,7 +82,7 @@ def patient_files_source(
         _Import(MedsWriter(target, base.resolve().name), strings).run(files)
 
     import_once(folder, made_from, write, overwrite=overwrite)
-    return MedsSource(root=str(folder), name=base.resolve().name)
+    return MedsSource(root=str(folder), name=base.resolve().name, splits=splits, split_column=split_column)
 
 
 def _fingerprint(paths: list[Path]) -> str:

@@ -45,6 +45,8 @@ def tokenized_source(
     root: str | None = None,
     cache_dir: str = "cache",
     overwrite: bool = False,
+    splits: str | None = None,
+    split_column: str = "split",
 ) -> MedsSource:
     """Import the corpus unless it is there, and open it as MEDS.
 
@@ -59,6 +61,7 @@ def tokenized_source(
         root: where the MEDS dataset is kept; None = in the cache.
         cache_dir: folder of the cache.
         overwrite: import again.
+        splits, split_column: as for `MedsSource`.
 
     Raises:
         UserError: a file is missing, damaged or not what the layout says, or the import was made from other files.
@@ -95,7 +98,9 @@ def tokenized_source(
         writer.finish()
 
     import_once(folder, made_from, write, overwrite=overwrite)
-    return MedsSource(root=str(folder), name=Path(str(data_dir)).resolve().name)
+    return MedsSource(
+        root=str(folder), name=Path(str(data_dir)).resolve().name, splits=splits, split_column=split_column
+    )
 
 
 class Corpus:

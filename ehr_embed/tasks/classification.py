@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, SplitEvents
 from ehr_embed.tasks.labels import LabelSet, read_labels
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, monitored
+
+log = logging.getLogger(__name__)
 
 
 class Classification:
@@ -181,15 +184,22 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
     """The label rows of each split's subjects.
 
     Raises:
-        UserError: a labelled subject has no events in any split, or a split has no labels.
+        UserError: no labelled subject has events, or a split has no labels.
     """
     parts = {}
     known = pl.concat([pl.Series(split.subject_ids) for split in events.values()])
-    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))
-    if len(absent):
+    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))["subject_id"].unique()
+    if len(absent) == labels.frame["subject_id"].n_unique():
         raise UserError(
-            f"label set {labels.name}: subject {absent['subject_id'][0]} and {absent['subject_id'].n_unique() - 1} more have "
-            "labels but no events in the dataset. Remove these rows, or point task.labels and data.root at the same dataset."
+            f"label set {labels.name}: none of its {len(absent)} subjects (such as {absent[0]}) has events in the dataset. "
+            "Point task.labels and data.root at the same dataset."
+        )
+    if len(absent):
+        log.warning(
+            "label set %s: %d subjects (such as %d) have labels but no events in any split; their labels are left out",
+            labels.name,
+            len(absent),
+            absent.min(),
         )
     for split, arrays in events.items():
         frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))
