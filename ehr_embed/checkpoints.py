@@ -12,6 +12,7 @@ from torch import nn
 
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.optimizer import body_of
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
@@ -65,9 +66,11 @@ def initialise(
         whole: load the head too, for a task that does not train it.
 
     Raises:
-        UserError: another embedder, other names or shapes, token vectors that were learned for another vocabulary or that
-            this run would treat otherwise, or with `whole` a head that belongs to another vocabulary.
+        UserError: a model without a body to start, another embedder, other names or shapes, token vectors that were learned for
+            another vocabulary or that this run would treat otherwise, or with `whole` a head that belongs to another vocabulary.
     """
+    if not whole:
+        body_of(model)
     path, checkpoint = read_checkpoint(where)
     theirs, ours = checkpoint["identity"]["embedder"], identity["embedder"]
     if theirs != ours:

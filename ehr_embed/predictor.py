@@ -17,6 +17,7 @@ from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.instantiate import instantiate, instantiate_embedder
+from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.runs import open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
@@ -84,8 +85,8 @@ class Predictor:
             subject_id, prediction_time and probability_<class> for each class.
 
         Raises:
-            UserError: no record or an empty one, vectors of another width, a text that cannot be embedded, or what the
-                dataset's reader refuses.
+            UserError: no record or an empty one, vectors of another width or for a model that reads codes, a text that cannot
+                be embedded, or what the dataset's reader refuses.
         """
         if isinstance(records, str | Path):
             return self._predict_dataset(str(records), labels, split)
@@ -93,6 +94,11 @@ class Predictor:
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
             token_ids, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        elif isinstance(self.run.model, ReadsVocabulary):
+            raise UserError(
+                f"{type(self.run.model).__name__} reads the codes or texts of events, and vectors carry none. Give texts, or the "
+                "root of a MEDS dataset."
+            )
         else:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
@@ -103,6 +109,7 @@ class Predictor:
             raise unknown_name("split", split, SPLITS)
         source = MedsSource(root=root)
         vocabulary, embedding = self._extended(source, split)
+        self._show(vocabulary)
         events = encode_split(source, vocabulary, split)
         samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
         probabilities = self._predict(events, samples, embedding)
@@ -152,6 +159,7 @@ class Predictor:
             )
         token_of |= {text: len(texts) + i for i, text in enumerate(new)}
         token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
+        self._show(self.run.vocabulary)
         if not new:
             return token_ids, self.run.embedding
         embedder = self._embedder()
@@ -160,6 +168,7 @@ class Predictor:
                 f"{new[0]!r} is not a text of this run's vocabulary, and the run learned a vector a token "
                 "(embedder=learned): no other text has one. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
+        self._show(self.run.vocabulary.with_codes(pl.DataFrame({"code": new, "text": new})))
         return token_ids, self._with_texts(embedder, new)
 
     def _extended(self, source: MedsSource, split: str) -> tuple[Vocabulary, EventEmbedding]:
@@ -173,6 +182,11 @@ class Predictor:
             return vocabulary, self.run.embedding
         texts = resolve_texts(new, source.code_metadata(), read_lookups(())).select("code", "text")
         return vocabulary.with_codes(texts), self._with_texts(embedder, texts["text"].to_list())
+
+    def _show(self, vocabulary: Vocabulary) -> None:
+        """Tell a model that reads codes or texts what the coming token ids mean."""
+        if isinstance(self.run.model, ReadsVocabulary):
+            self.run.model.set_vocabulary(vocabulary)
 
     def _with_texts(self, embedder: Embedder, texts: list[str]) -> EventEmbedding:
         try:

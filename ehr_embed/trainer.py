@@ -18,6 +18,8 @@ from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path
+from ehr_embed.fit_at_once import fit_at_once
+from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
 from ehr_embed.tasks.protocol import Outputs, Task
@@ -123,6 +125,8 @@ class Trainer:
         Raises:
             UserError: the loss became NaN or infinite.
         """
+        if isinstance(model, FitsAtOnce):
+            return fit_at_once(self, model, embedding)
         settings, progress = self.settings, Progress()
         embedding.to(self.fabric.device)
         if settings.freeze == "body":

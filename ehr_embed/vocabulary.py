@@ -84,6 +84,25 @@ class Vocabulary:
         """Name of every token: its code, with the value bin if it has one; distinct."""
         return self.tokens["str"].to_list()
 
+    @property
+    def token_codes(self) -> list[str | None]:
+        """Code of every token: that of a bin without the bin, the parent where rare codes were folded; None for the
+        special tokens."""
+        names: list[str | None] = [None] * FIRST_TOKEN + self.strings[FIRST_TOKEN:]
+        for code, first, edges in self.codes.select("code", "bin_token", "edges").iter_rows():
+            if first >= 0:
+                names[first : first + len(edges) + 1] = [code] * (len(edges) + 1)
+        return names
+
+    @property
+    def token_bins(self) -> npt.NDArray[np.float32]:
+        """Number of every token's value bin, from 1, NaN for a token without one, (V,)."""
+        bins = np.full(len(self), np.nan, np.float32)
+        for first, edges in self.codes.select("bin_token", "edges").iter_rows():
+            if first >= 0:
+                bins[first : first + len(edges) + 1] = np.arange(1, len(edges) + 2)
+        return bins
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -133,11 +152,7 @@ class Vocabulary:
             code String: the bin is left out, a rare code comes back as the parent it was folded into; numeric_value
             Float32: null where the value is NaN.
         """
-        strings = self.tokens["str"].to_list()
-        code_of = {token: strings[token] for token in range(FIRST_TOKEN, len(strings))}
-        for code, first, edges in self.codes.select("code", "bin_token", "edges").iter_rows():
-            if first >= 0:
-                code_of |= dict.fromkeys(range(first, first + len(edges) + 1), code)
+        code_of = self.token_codes
         codes = pl.Series("code", [code_of[token] for token in token_ids.tolist()], dtype=pl.String)
         scales = self.codes.select("code", "loc", "scale")
         table = pl.DataFrame({"code": codes, "value": values}).join(

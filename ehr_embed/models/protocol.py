@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -26,6 +30,50 @@ class ReadsVocabulary(Protocol):
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take the vocabulary whose `token_ids` (B, T) the coming inputs hold; called before the weights are loaded, and
         again where a dataset brings new codes."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A split as a table.
+
+    Attributes:
+        features: (n, F) float32, NaN = missing.
+        labels: (n,) int64, classes.
+        weights: (n,) float64, of each sample in the loss.
+    """
+
+    features: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64]
+
+
+@runtime_checkable
+class FitsAtOnce(Protocol):
+    """A model that is fitted to a table of features in one go, instead of batch by batch along gradients."""
+
+    def n_fitted(self) -> int:
+        """Numbers that were fitted."""
+        ...
+
+    def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """Decide from train's inputs, each seen once, what the features are."""
+        ...
+
+    def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, F) float32, the chosen features of a batch."""
+        ...
+
+    def fit(
+        self,
+        train: FeatureSet,
+        tuning: FeatureSet,
+        *,
+        score: Callable[[npt.NDArray[np.float64]], float],
+        is_higher_better: bool,
+        seed: int,
+    ) -> None:
+        """Fit to train; `score` of tuning's probabilities (n, C) may choose how much is fitted, and nothing else."""
         ...
 
 

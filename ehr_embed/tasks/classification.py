@@ -110,6 +110,11 @@ class Classification:
             )
         return as_tensor(self.class_weights)
 
+    def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
+        """(n,) class weight of each sample of a split."""
+        labels = self.samples[split].labels
+        return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
+
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
         return BatchDataset(self._events[split], self.samples[split])
 

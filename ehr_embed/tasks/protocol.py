@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,18 @@ class Task(Protocol):
 
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         """Binary labels and probabilities of each split for ROC, precision-recall and calibration plots; may be empty."""
+        ...
+
+
+@runtime_checkable
+class WeighsSamples(Protocol):
+    """A task whose loss is a weighted mean over samples of one class each."""
+
+    label_smoothing: float
+    """Share of probability spread over all classes."""
+
+    def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
+        """(n,) weight of each sample of a split in the loss."""
         ...
 
 

@@ -1,0 +1,94 @@
+"""A recurrent network over event vectors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.models.body import ElapsedTime, EventInput
+from ehr_embed.models.heads import PooledHead, check_classifies
+
+POOLINGS = ("last", "mean", "max", "attention")
+
+
+class GRUBody(nn.Module):
+    """Event input, elapsed time, gated recurrent units (Cho et al. 2014, arXiv:1406.1078)."""
+
+    def __init__(
+        self, *, embedding_dim: int, has_values: bool, model_dim: int, n_layers: int, dropout: float, times: bool
+    ) -> None:
+        super().__init__()
+        self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
+        self.elapsed = ElapsedTime(model_dim=model_dim) if times else None
+        # torch drops between layers, of which there must be two for it.
+        between = dropout if n_layers > 1 else 0.0
+        self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The state after each event, (B, T, D); zero at padding, which is last."""
+        x_BTD, mask_BT = self.input(inputs), inputs["padding_mask"]
+        if self.elapsed is not None:
+            x_BTD = x_BTD + self.elapsed(inputs)
+        packed = pack_padded_sequence(x_BTD, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=mask_BT.shape[1])[0]
+
+
+class GRU(nn.Module):
+    """Each event updates a state; the last one, or all of them pooled, is the prediction's input.
+
+    Args:
+        embedding_dim: width E of the event vectors; the embedder says it.
+        num_classes: outputs; the task says it.
+        vocab_size: refused: classes only.
+        has_values: whether batches carry a number beside each event; the data say it.
+        model_dim: width D of the state.
+        n_layers: recurrent layers.
+        dropout: probability, between layers and on the pooled state.
+        max_length: longest sequence, in events; longer records keep their last events.
+        times: whether the days since the previous and since the first event are added to each event.
+        pooling: `last`, `mean`, `max`, `attention`.
+
+    Raises:
+        UserError: a task that predicts events, an unknown pooling or a number out of range.
+    """
+
+    is_causal = True
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_classes: int | None = None,
+        vocab_size: int | None = None,
+        has_values: bool = False,
+        model_dim: int = 256,
+        n_layers: int = 2,
+        dropout: float = 0.1,
+        max_length: int = 512,
+        times: bool = True,
+        pooling: str = "last",
+    ) -> None:
+        super().__init__()
+        n_outputs = check_classifies("model=gru", num_classes, vocab_size)
+        if pooling not in POOLINGS:
+            raise unknown_name("model.pooling", pooling, POOLINGS)
+        if n_layers < 1:
+            raise UserError(f"model.n_layers={n_layers}: expected 1 or more.")
+        self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
+        self.body = GRUBody(
+            embedding_dim=embedding_dim,
+            has_values=has_values,
+            model_dim=model_dim,
+            n_layers=n_layers,
+            dropout=dropout,
+            times=times,
+        )
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
+
+        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times=true` needs `gap_days` and
+        `elapsed_days` (B, T); a model that carries values takes `values` (B, T), NaN = none.
+        """
+        return self.head(self.body(inputs), inputs)
