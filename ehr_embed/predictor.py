@@ -156,8 +156,8 @@ class Predictor:
         embedder = self._embedder()
         if not embedder.reads_text:
             raise UserError(
-                f"{new[0]!r} is not a text of this run's vocabulary, and the run learned a vector a token "
-                "(embedder=learned): no other text has one. Use texts of RUN_DIR/vocabulary/vocab.csv."
+                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (learned, random_frozen, shuffled_text) "
+                "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
         return token_ids, self._with_texts(embedder, new)
 
