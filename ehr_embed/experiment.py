@@ -285,7 +285,9 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
         if isinstance(entry, dict) and "value" in entry
     }
     transfer = {
-        f"transfer/{name}_{what}": value for name, of in metrics.get("transfer", {}).items() for what, value in of.items()
+        f"transfer/{name}_{what}": value
+        for name, of in metrics.get("transfer", {}).items()
+        for what, value in of.items()
     }
     return best | transfer | {f"train/{name}": value for name, value in metrics["train"].items()}
 

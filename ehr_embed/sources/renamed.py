@@ -91,7 +91,9 @@ class RenamedSource:
         lacking = codes.filter(~codes.is_in(self._with_text.implode())).sort()
         if not len(lacking):
             return
-        remedy = "" if self.missing == "keep" else ", or type: data.renamed_missing=keep for codes that have a description"
+        remedy = (
+            "" if self.missing == "keep" else ", or type: data.renamed_missing=keep for codes that have a description"
+        )
         raise UserError(
             f"{self.path} has no paraphrase for {len(lacking)} of {len(codes)} codes in {where}, such as "
             f"{', '.join(lacking.head(3))}: under a new id nothing would say what they are. Add rows code,term{remedy}"
