@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.batches import Batch
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import unknown_name
 
 TRAINABLE = ("frozen", "residual", "full")
 
@@ -23,12 +23,9 @@ class EventEmbedding(nn.Module):
         table: (V, E) vectors of the tokens' texts.
         trainable: `frozen` (the vectors stay as they are), `residual` (each gets a learned offset, zero at the start), or
             `full` (the vectors themselves are learned; these are the start).
-        noise: while gradients are wanted, each token's vector is moved by a random one, anew in every batch, whose length is
-            this share of the vectors' mean length (Bishop 1995, doi:10.1162/neco.1995.7.1.108). A model that has to
-            tolerate it reads a neighbourhood of each text, not the one vector by which it could know the token.
 
     Raises:
-        UserError: unknown `trainable`, negative noise.
+        UserError: unknown `trainable`.
 
     >>> embedding = EventEmbedding(torch.eye(3), "residual")
     >>> torch.equal(embedding.table, torch.eye(3)), list(embedding.state_dict())
@@ -37,11 +34,8 @@ class EventEmbedding(nn.Module):
 
     fixed: Tensor | None
 
-    def __init__(self, table: Tensor, trainable: str = "frozen", *, noise: float = 0.0) -> None:
+    def __init__(self, table: Tensor, trainable: str = "frozen") -> None:
         super().__init__()
-        if noise < 0:
-            raise UserError(f"trainer.vector_noise={noise}: expected a share of the vectors' length, 0 or more.")
-        self.noise = noise
         if trainable not in TRAINABLE:
             raise unknown_name("embedder.trainable", trainable, TRAINABLE)
         self.trainable, vectors = trainable, table.float()
@@ -71,9 +65,6 @@ class EventEmbedding(nn.Module):
             rows = self(used)
         else:
             rows = self.table
-        if self.noise and torch.is_grad_enabled():
-            length = self.noise * rows.detach().norm(dim=-1).mean()
-            rows = rows + length * F.normalize(torch.randn_like(rows), dim=-1)
         inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
         inputs |= {"days": batch.days}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}

@@ -160,7 +160,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
-    embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder), noise=settings.vector_noise)
+    embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
     config = resolved(cfg, run_dir)
     if init_from is not None:
         initialise(

@@ -50,7 +50,6 @@ class TrainerSettings:
     precision: str = "auto"
     freeze: str | None = None
     layer_decay: float = 1.0
-    vector_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -12,12 +12,10 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from ehr_embed.batches import Batch
 from ehr_embed.checkpoints import by_name
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedders.shuffled_text import ShuffledTextEmbedder, deranged
 from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.experiment import open_source, run
 from ehr_embed.files import read_json
 from ehr_embed.runs import open_run
@@ -321,23 +319,3 @@ def test_from_one_hospital_to_another(real_data, tmp_path, end):
     metrics = read_json(tmp_path / "demo" / "metrics.json")
     assert 0 <= metrics["held_out"]["auroc"]["value"] <= 1
     assert ("transfer" in metrics) == (end == "trainer=evaluate")
-
-
-def test_noise_moves_each_vector_by_its_share_in_training_alone():
-    table = torch.nn.functional.normalize(torch.randn(50, 64), dim=-1)
-    ids = torch.arange(50).view(2, 25)
-    zeros = torch.zeros(2, 25)
-    batch = Batch(
-        token_ids=ids, days=zeros, gap_days=zeros, elapsed_days=zeros, values=None, is_event=ids > 0, is_next=ids > 0,
-        segments=None, event_index=None, labels=torch.zeros(2).long(), sample=torch.arange(2),
-    )  # fmt: skip
-    noisy = EventEmbedding(table, noise=0.5)
-    first, second = (noisy.inputs(batch)["rows"] for _ in range(2))
-    torch.testing.assert_close((first - table).norm(dim=-1), torch.full((50,), 0.5))
-    assert not torch.equal(first, second), "anew in every batch"
-    with torch.inference_mode():
-        assert torch.equal(noisy.inputs(batch)["rows"], table)
-    assert torch.equal(EventEmbedding(table).inputs(batch)["rows"], table)
-    assert torch.equal(noisy.table, table), "what a run keeps is free of it"
-    with pytest.raises(UserError, match=r"trainer\.vector_noise=-1"):
-        EventEmbedding(table, noise=-1)
