@@ -156,7 +156,7 @@ class Predictor:
         embedder = self._embedder()
         if not embedder.reads_text:
             raise UserError(
-                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (learned, random_frozen, shuffled_text) "
+                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
                 "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
         return token_ids, self._with_texts(embedder, new)
