@@ -7,12 +7,15 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.files import file_sha256
 from ehr_embed.optimizer import body_of
+from ehr_embed.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
@@ -52,23 +55,28 @@ def initialise(
     *,
     config: dict[str, Any],
     identity: dict[str, str],
-    whole: bool,
+    vocabulary: Vocabulary,
+    class_names: list[str] | None = None,
 ) -> None:
-    """Start `model` from a checkpoint: its body, or with `whole` all of it. Says what is new and what was left out.
+    """Start `model` from a checkpoint: its body, or with `class_names` all of it. Says what is new and what was left out.
 
-    A checkpoint whose token vectors were learned gives them to `embedding`; after a frozen table, whatever this run does
-    with its own starts at the texts' vectors.
+    A checkpoint whose token vectors were learned gives them to `embedding`: to another vocabulary by the tokens' names,
+    where a name that it never saw has the unknown event's vector (`full`) or its text's (`residual`). After a frozen
+    table, whatever this run does with its own starts at the texts' vectors.
 
     Args:
         where: a run's folder or a checkpoint file.
         config: this run's configuration, to say what differs.
         identity: digests of this run's embedder and vocabulary.
-        whole: load the head too, for a task that does not train it.
+        vocabulary: this run's, with counts of train's events.
+        class_names: what this run predicts, where it does not train the head and takes that of the checkpoint.
 
     Raises:
-        UserError: a model without a body to start, another embedder, other names or shapes, token vectors that were learned for
-            another vocabulary or that this run would treat otherwise, or with `whole` a head that belongs to another vocabulary.
+        UserError: a model without a body to start, another embedder, other names or shapes, learned token vectors that this run
+            would treat otherwise or whose names are not beside the checkpoint, or with `class_names` other ones, or a head that
+            belongs to another vocabulary.
     """
+    whole = class_names is not None
     if not whole:
         body_of(model)
     path, checkpoint = read_checkpoint(where)
@@ -77,6 +85,11 @@ def initialise(
         raise UserError(
             f"{path} was trained on vectors of {_embedder(checkpoint['config'])} (digest {theirs}), this run embeds with "
             f"{_embedder(config)} (digest {ours}): its weights would read another language. Use the same embedder options."
+        )
+    if class_names is not None and (there := checkpoint["class_names"]) and there != class_names:
+        raise UserError(
+            f"{path} predicts {', '.join(there)}, this run's labels are {', '.join(class_names) or 'no classes'}: a head that is "
+            "not trained again can answer its own question only. Set task.labels as there, or train: trainer=short"
         )
     saved, own = checkpoint["model_state_dict"], model.state_dict()
     wanted = {name for name in own if whole or name.startswith("body.")}
@@ -89,24 +102,70 @@ def initialise(
             f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."
         )
     if learned := checkpoint.get("embedding_state_dict"):
-        _refuse_vectors(path, checkpoint, embedding, identity)
-        embedding.load_state_dict(learned)
+        _refuse_other_training(path, checkpoint, embedding)
+        if checkpoint["identity"]["vocab_sha256"] == identity["vocab_sha256"]:
+            embedding.load_state_dict(learned)
+        else:
+            names = _names_beside(path, checkpoint)
+            vectors = by_name(learned["learned"], names, vocabulary, unknown_as_known=embedding.trainable == "full")
+            embedding.load_state_dict({"learned": vectors})
     model.load_state_dict({name: saved[name] for name in wanted}, strict=whole)
     new, left_out = sorted(set(own) - wanted), sorted(set(saved) - given)
     log.info("init_from %s (epoch %d): %d tensors loaded", path, checkpoint["epoch"], len(wanted))
     log.info("new, to be learned: %s; left out: %s", ", ".join(new) or "nothing", ", ".join(left_out) or "nothing")
 
 
-def _refuse_vectors(
-    path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding, identity: dict[str, str]
-) -> None:
-    trainable, vocab_sha256 = checkpoint["config"]["embedder"]["trainable"], checkpoint["identity"]["vocab_sha256"]
-    if vocab_sha256 != identity["vocab_sha256"]:
+def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknown_as_known: bool) -> Tensor:
+    """What was learned for tokens of one vocabulary, for those of another that have the same name; logs how many these are.
+
+    Args:
+        learned: (V, E) of the tokens `names`.
+        names: (V,) strings of the tokens it was learned for.
+        vocabulary: the other one.
+        unknown_as_known: a token without a namesake has the row of the unknown event, else zeros.
+
+    Returns:
+        (V', E) for the tokens of `vocabulary`.
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    rows = torch.tensor([row_of.get(name, UNKNOWN) for name in vocabulary.strings])
+    found = torch.tensor([name in row_of for name in vocabulary.strings])
+    counts = torch.from_numpy(vocabulary.tokens["count"].to_numpy().copy())
+    n_events = int(counts.sum())
+    share = int(counts[found].sum()) / max(n_events, 1)
+    what = "the vector of the unknown event" if unknown_as_known else "no learned offset, so their text's vector"
+    log.log(
+        logging.INFO if share else logging.WARNING,
+        "learned vectors matched by name: %d of %d tokens, %.1f%% of train's %d events; the others have %s",
+        int(found[UNKNOWN + 1 :].sum()),
+        len(vocabulary) - UNKNOWN - 1,
+        100 * share,
+        n_events,
+        what,
+    )
+    vectors = learned[rows]
+    if not unknown_as_known:
+        vectors[~found] = 0.0
+    vectors[PADDING] = learned[PADDING]
+    return vectors
+
+
+def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Names of the tokens of a checkpoint, from the vocabulary in its run's folder."""
+    file = path.parent / "vocabulary" / "vocab.csv"
+    expected = checkpoint["identity"]["vocab_sha256"]
+    if not file.is_file() or file_sha256(file) != expected:
+        found = f"one with sha256 {file_sha256(file)[:12]}" if file.is_file() else "none"
         raise UserError(
-            f"{path} learned its token vectors (embedder.trainable={trainable}) for another vocabulary ({vocab_sha256[:12]}, "
-            f"here {identity['vocab_sha256'][:12]}), and its body reads no others. Use its data, or a model pretrained with "
-            "embedder.trainable=frozen: that reads any vocabulary."
+            f"{path} learned a vector for each token of another vocabulary. To carry them over by name, the one it was trained "
+            f"with (sha256 {expected[:12]}) must be beside it as vocabulary/vocab.csv; found {found}. Type: init_from=RUN_DIR "
+            "with the run's whole folder"
         )
+    return pl.read_csv(file, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
+
+
+def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
+    trainable = checkpoint["config"]["embedder"]["trainable"]
     if trainable != embedding.trainable:
         raise UserError(
             f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "

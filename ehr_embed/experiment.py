@@ -31,11 +31,14 @@ from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.runs import TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
+from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.table import link_table
 from ehr_embed.tasks.labels import available_labels
 from ehr_embed.tasks.protocol import Task, check_causality
 from ehr_embed.trainer import Trainer
+from ehr_embed.transfer import kept
 from ehr_embed.vocabulary import VocabularySettings
 
 log = logging.getLogger(__name__)
@@ -54,10 +57,13 @@ PACKAGES = (
 
 def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
     """Open the source of a configuration, and its store and table, building what is missing."""
-    build = _builder(cfg)
-    source: Source = build(cfg.data.source)
+    source = open_source(cfg)
     settings = VocabularySettings(
-        values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count, lookups=tuple(cfg.data.lookups)
+        values=cfg.data["values"],
+        n_bins=cfg.data.n_bins,
+        min_count=cfg.data.min_count,
+        lookups=tuple(cfg.data.lookups),
+        describe_unseen=cfg.data.describe_unseen,
     )
     embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
     try:
@@ -72,6 +78,16 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
     finally:
         embedder.close()
     return source, prepared
+
+
+def open_source(cfg: DictConfig) -> Source:
+    """The source of a configuration, with codes hidden from train and renamed where it says so."""
+    source: Source = _builder(cfg)(cfg.data.source)
+    if cfg.data.hidden_codes:
+        source = HiddenCodes(source, share=cfg.data.hidden_codes, seed=cfg.data.hidden_seed)
+    if cfg.data.renamed is not None:
+        source = RenamedSource(source, table=cfg.data.renamed, missing=cfg.data.renamed_missing)
+    return source
 
 
 def embed(cfg: DictConfig) -> None:
@@ -113,11 +129,12 @@ def run(cfg: DictConfig) -> float:
 
 
 def pretraining(cfg: DictConfig) -> DictConfig:
-    """The configuration of the stage before fine-tuning: `cfg` with the groups that `pretrain` names in place of its own."""
+    """The configuration of the stage before this one: `cfg` with the groups that `pretrain` names in place of its own; of
+    `data`, the keys that it names."""
     stage = cfg.copy()
     with open_dict(stage):
-        for group in cfg.pretrain:
-            stage[group] = cfg.pretrain[group]
+        for group, chosen in cfg.pretrain.items():
+            stage[group] = OmegaConf.merge(cfg[group], chosen) if group == "data" else chosen
         stage.pretrain, stage.init_from = None, None
         for key in ("name", "run_id"):
             if stage.tracker.get(key):  # the two stages are two runs
@@ -131,9 +148,12 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     seed_everything(cfg.seed, verbose=False)
     build = _builder(cfg)
     task: Task = build(cfg.task)
-    if init_from is None and not task.is_trained:
+    settings = build(cfg.trainer)
+    is_trained = task.is_trained and settings.epochs > 0
+    if init_from is None and not is_trained:
         raise UserError(
-            "this task evaluates a trained model and there is none. Type: init_from=RUN_DIR or a checkpoint"
+            "this run evaluates a trained model (a task or trainer that trains nothing) and there is none. "
+            "Type: init_from=RUN_DIR or a checkpoint"
         )
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
@@ -141,10 +161,17 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
-    settings = build(cfg.trainer)
     config = resolved(cfg, run_dir)
     if init_from is not None:
-        initialise(model, embedding, init_from, config=config, identity=prepared.identity, whole=not task.is_trained)
+        initialise(
+            model,
+            embedding,
+            init_from,
+            config=config,
+            identity=prepared.identity,
+            vocabulary=prepared.store.vocabulary,
+            class_names=None if is_trained else task.class_names,
+        )
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(run_dir / "config.yaml") as path:
@@ -177,7 +204,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             seed=cfg.seed,
             log=log_epoch,
         )
-        facts = trainer.fit(model, embedding) if task.is_trained else trainer.facts(model, embedding)
+        facts = trainer.fit(model, embedding) if is_trained else trainer.facts(model, embedding)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
         task.fit_thresholds(outputs["tuning"])
         history = facts.pop("history")
@@ -186,6 +213,8 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             for split in reversed(EVALUATED)
         }
         metrics["train"] = facts | {"total_seconds": time.perf_counter() - began}
+        if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
+            metrics["transfer"] = share
         if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
             metrics["bayes_auroc"] = bayes
         write_json(run_dir / "metrics.json", metrics)
@@ -255,7 +284,12 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
         for name, entry in metrics.get(split, {}).items()
         if isinstance(entry, dict) and "value" in entry
     }
-    return best | {f"train/{name}": value for name, value in metrics["train"].items()}
+    transfer = {
+        f"transfer/{name}_{what}": value
+        for name, of in metrics.get("transfer", {}).items()
+        for what, value in of.items()
+    }
+    return best | transfer | {f"train/{name}": value for name, value in metrics["train"].items()}
 
 
 def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
@@ -294,6 +328,11 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
     console.print(table)
+    for name, of in metrics.get("transfer", {}).items():
+        console.print(
+            f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
+            highlight=False,
+        )
     train = metrics["train"]
     trained = ""
     if "epochs" in train:

@@ -78,14 +78,16 @@ def trainable_of(embedder: DictConfig) -> str:
 
 
 def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) -> Any:
-    """`instantiate` for an embedder, which makes vectors and knows nothing of `trainable`.
+    """`instantiate` for an embedder, which makes vectors and knows nothing of `trainable`; nor does one inside it.
 
     Raises:
         UserError: as `instantiate`.
     """
     config = config.copy()
-    with open_dict(config):
-        config.pop("trainable", None)
+    for node in (config, config.get("inner")):
+        if isinstance(node, DictConfig):
+            with open_dict(node):
+                node.pop("trainable", None)
     return instantiate(config, trusted=trusted)
 
 

@@ -165,8 +165,8 @@ class Predictor:
         embedder = self._embedder()
         if not embedder.reads_text:
             raise UserError(
-                f"{new[0]!r} is not a text of this run's vocabulary, and the run learned a vector a token "
-                "(embedder=learned): no other text has one. Use texts of RUN_DIR/vocabulary/vocab.csv."
+                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
+                "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
         self._show(self.run.vocabulary.with_codes(pl.DataFrame({"code": new, "text": new})))
         return token_ids, self._with_texts(embedder, new)

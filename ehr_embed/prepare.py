@@ -70,8 +70,8 @@ def prepare(
         path = folder / f"table-{about['embedder']}.safetensors"
         if overwrite or not path.exists():
             log.info("embedding %d texts for %s", len(vocabulary), path)
-            names = vocabulary.texts if embedder.reads_text else vocabulary.strings
-            save_table(path, build_table(names, embedder=embedder, cache_dir=cache_dir), about)
+            table = build_table(embedder.names(vocabulary), embedder=embedder, cache_dir=cache_dir)
+            save_table(path, table, about)
     table, _ = load_table(path, expected=about)
     return Prepared(store, table, path, file_sha256(path)[:16], about)
 

@@ -65,7 +65,9 @@ class TrainerSettings:
             )
         if self.warmup_steps < 0:
             raise UserError(f"trainer.warmup_steps={self.warmup_steps}: expected 0 or more.")
-        for name in ("epochs", "batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
+        if self.epochs < 0:
+            raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
+        for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
 

@@ -33,12 +33,15 @@ class VocabularySettings:
         n_bins: quantile bins per code.
         min_count: a code with fewer train events folds into its parent's token, or keeps a token of its plain text.
         lookups: CSV files with columns code,term whose texts win over the dataset's descriptions.
+        describe_unseen: a code that a description or lookup names and train never has gets a token of its own text, without
+            its numbers; else it has its parent's token or is unknown.
     """
 
     values: str = "bins"
     n_bins: int = 10
     min_count: int = 5
     lookups: tuple[str, ...] = ()
+    describe_unseen: bool = False
 
     def __post_init__(self) -> None:
         if self.values not in VALUE_MODES:
@@ -159,7 +162,7 @@ class Vocabulary:
             scales, on="code", how="left", maintain_order="left"
         )
         number = pl.col("value").fill_nan(None) * pl.col("scale").fill_null(1.0) + pl.col("loc").fill_null(0.0)
-        return table.select("code", number.cast(pl.Float32).alias("numeric_value"))
+        return table.select("code", number.fill_nan(None).cast(pl.Float32).alias("numeric_value"))
 
     @property
     def _edges(self) -> npt.NDArray[np.float32]:
@@ -247,8 +250,13 @@ def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 
         builder.add(code, np.empty(0), by_code.get(code))
     for code, parent in folded.select("code", "parent").iter_rows():
         builder.fold(code, parent, by_code.get(code))
-    # Codes of the other splits are never counted; those whose parent has a token can still use it.
-    unseen = useful.filter(~pl.col("code").is_in(counts["code"].implode()))
+    # Codes of the other splits are never counted. What metadata say of them is no statistic, so they may be described;
+    # of the others, those whose parent has a token can still use it.
+    own_text = texts.filter(pl.col("step").is_in(["lookup", "description"]) & settings.describe_unseen)
+    described_unseen = own_text.filter(~pl.col("code").is_in(counts["code"].implode()))["code"]
+    for code in described_unseen:
+        builder.describe(code)
+    unseen = useful.filter(~pl.col("code").is_in([*counts["code"], *described_unseen]))
     unseen = unseen.filter(pl.col("parent").is_in(list(builder.plain)))
     for code, parent in unseen.iter_rows():
         builder.fold(code, parent, None)
@@ -260,6 +268,7 @@ def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 
         "rare_codes_folded_into_parent": len(folded),
         "rare_codes_kept_as_plain_text": len(plain),
         "unseen_codes_mapped_to_parent": len(unseen),
+        "unseen_codes_described": len(described_unseen),
         "tokens": len(builder.strings),
     }
     return Vocabulary(settings, builder.tokens(), builder.codes(), report)
@@ -367,6 +376,10 @@ class _Builder:
             ]
             first = bins[0]
         self.rows[code] = (plain, first, [float(edge) for edge in edges], *robust_scale(values))
+
+    def describe(self, code: str) -> None:
+        """A token of the code's text alone: without events in train its numbers have no scale."""
+        self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
 
     def fold(self, code: str, parent: str, values: npt.NDArray[np.float32] | None) -> None:
         self.rows[code] = (self._plain_token(parent), -1, [], *robust_scale(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
@@ -15,10 +16,13 @@ from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.optimizer import parameter_groups
 from ehr_embed.trainer import TrainerSettings
+from ehr_embed.vocabulary import Vocabulary, VocabularySettings
 from tests.test_trainer import planted, train
 
 __all__ = ["planted"]  # the fixture
 SIZES = {"model_dim": 16, "n_heads": 2, "n_layers": 2}
+NO_VOCABULARY = Vocabulary(VocabularySettings(), pl.DataFrame(), pl.DataFrame(), {})
+"""Vectors that are not learned are not matched by name."""
 FROZEN = EventEmbedding(torch.zeros(30, 12))
 IDENTITY = {"embedder": "e1", "vocab_sha256": "v1"}
 CONFIG = {
@@ -41,7 +45,8 @@ def saved(model: torch.nn.Module, folder: Path, **changes) -> Path:
 def start(
     model: torch.nn.Module, where: Path, *, embedding=FROZEN, config=CONFIG, identity=IDENTITY, whole: bool = False
 ) -> None:
-    initialise(model, embedding, where, config=config, identity=identity, whole=whole)
+    names = [] if whole else None
+    initialise(model, embedding, where, config=config, identity=identity, vocabulary=NO_VOCABULARY, class_names=names)
 
 
 def test_the_body_is_loaded_by_name_and_the_head_is_new(tmp_path, caplog):

@@ -15,7 +15,7 @@ from ehr_embed.errors import UserError
 from ehr_embed.files import file_sha256
 from ehr_embed.sources.imported import import_folder
 from ehr_embed.sources.patient_files import VECTORS
-from ehr_embed.vocabulary import UNKNOWN_TEXT
+from ehr_embed.vocabulary import UNKNOWN_TEXT, Vocabulary
 
 UNKNOWN_TOKEN = "<unknown>"
 """String of the token that stands for unknown ones in both this project's and the original's vocabularies."""
@@ -55,6 +55,9 @@ class FilesEmbedder:
         """The vectors' own digest: two corpora never share cached vectors."""
         self._refuse_missing()
         return {"class": "FilesEmbedder", "sha256": file_sha256(self.path)}
+
+    def names(self, vocabulary: Vocabulary) -> list[str]:
+        return vocabulary.texts
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         rows = []

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.vocabulary import Vocabulary
+
 
 class HashingEmbedder:
     """Signed hashes of words and character trigrams (Weinberger et al. 2009, arXiv:0902.2206), of norm one.
@@ -27,6 +29,9 @@ class HashingEmbedder:
     @property
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "HashingEmbedder", "embedding_dim": self.embedding_dim}
+
+    def names(self, vocabulary: Vocabulary) -> list[str]:
+        return vocabulary.texts
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         vectors = np.zeros((len(texts), self.embedding_dim), np.float32)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.vocabulary import Vocabulary
+
 
 class Embedder(Protocol):
     """A fixed map from texts to vectors; `embedder.trainable` says whether training moves them afterwards."""
@@ -15,7 +17,7 @@ class Embedder(Protocol):
     batch_size: int
 
     reads_text: bool
-    """Whether a vector says something of its text; else `embed` is given the tokens' names, which are distinct."""
+    """Whether the vector of a text that no vocabulary has says something of it."""
 
     @property
     def embedding_dim(self) -> int:
@@ -25,6 +27,10 @@ class Embedder(Protocol):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able; everything that determines the vectors."""
+        ...
+
+    def names(self, vocabulary: Vocabulary) -> list[str]:
+        """What `embed` is given for each token, (V,): the texts, or the distinct strings where no text is read."""
         ...
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Random vectors: the start of an embedding that is learned from the events alone, without any text."""
+"""Random vectors, which know no text: the start of an embedding learned from the events alone, or a control."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ehr_embed.vocabulary import Vocabulary
 
 
 class RandomEmbedder:
@@ -29,6 +31,9 @@ class RandomEmbedder:
     @property
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "RandomEmbedder", "embedding_dim": self.embedding_dim, "seed": self.seed}
+
+    def names(self, vocabulary: Vocabulary) -> list[str]:
+        return vocabulary.strings
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         vectors = np.empty((len(texts), self.embedding_dim), np.float32)

