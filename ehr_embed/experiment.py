@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
+from ehr_embed.audit import audit
 from ehr_embed.checkpoints import initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
@@ -137,6 +138,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         )
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    audited = audit(prepared.store, task.samples, task.class_names, mode=cfg.audit)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
@@ -150,6 +152,8 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     with atomic_path(run_dir / "config.yaml") as path:
         path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
     write_json(run_dir / "environment.json", environment())
+    if audited is not None:
+        write_json(run_dir / "audit.json", audited)
     prepared.store.vocabulary.save(run_dir / VOCABULARY)
     link_table(prepared.table_path, run_dir / VOCABULARY / TABLE)
     tracker = build(

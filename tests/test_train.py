@@ -104,6 +104,7 @@ def test_a_run_leaves_what_the_readme_says(demo):
     assert files - {"checkpoint_epoch_10.pt"} == plots | {
         "metrics.json",
         "metrics.jsonl",
+        "audit.json",
         "summary.json",
         "environment.json",
         "config.yaml",
