@@ -166,11 +166,11 @@ def duplicate_subjects(events: Mapping[str, SplitEvents]) -> list[Finding]:
     id_S, split_S, hash_S = np.concatenate(ids), np.concatenate(splits), np.concatenate(hashes)
     order = np.lexsort((id_S, split_S, hash_S))
     id_S, split_S, hash_S = id_S[order], split_S[order], hash_S[order]
-    starts = np.flatnonzero(np.r_[True, hash_S[1:] != hash_S[:-1]]) if len(hash_S) else np.empty(0, np.int64)
-    stops = np.r_[starts[1:], len(hash_S)]
+    _, starts, counts = np.unique(hash_S, return_index=True, return_counts=True)
     groups: dict[tuple[str, ...], list[list[int]]] = {}
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        if stop - start > 1 and len(own := np.unique(id_S[start:stop])) > 1:
+    for start, count in zip(starts[counts > 1].tolist(), counts[counts > 1].tolist(), strict=True):
+        stop = start + count
+        if len(own := np.unique(id_S[start:stop])) > 1:
             where = tuple(names[number] for number in np.unique(split_S[start:stop]))
             groups.setdefault(where, []).append(own.tolist())
     findings = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.audit import audit, record_hashes, split_overlap
+from ehr_embed.audit import audit, duplicate_subjects, record_hashes, split_overlap
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import run
 from ehr_embed.features import COUNT, LAST_VALUE, PRESENCE, Entries, aurocs, code_groups, sample_features
@@ -161,6 +161,12 @@ def write_changed(folder: Path, plant: Plant) -> Path:
         (s, day, code, s / 100 if code == "N0" and s > 2 else value) for s, day, code, value in plant(s, case, e)
     ]
     return write_set(folder / "changed" / "set", change)
+
+
+def test_short_records_are_equal_by_chance_and_no_copies(tiny, tmp_path):
+    source = MedsSource(root=str(tiny))
+    store = build_store(tmp_path / "store", source, VocabularySettings(min_count=1))
+    assert duplicate_subjects({split: store.split(split) for split in SPLITS}) == []
 
 
 def test_records_that_differ_in_order_only_have_other_hashes():
