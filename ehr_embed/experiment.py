@@ -29,13 +29,14 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.models.protocol import build_model
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.runs import TABLE, VOCABULARY
+from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import Source
 from ehr_embed.table import link_table
 from ehr_embed.tasks.labels import available_labels
 from ehr_embed.tasks.protocol import Task, check_causality
+from ehr_embed.texts import read_lookups
 from ehr_embed.trainer import Trainer
 from ehr_embed.vocabulary import VocabularySettings
 
@@ -156,6 +157,9 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         write_json(run_dir / "audit.json", audited)
     prepared.store.vocabulary.save(run_dir / VOCABULARY)
     link_table(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
+        with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
+            read_lookups(paths).write_csv(path)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,

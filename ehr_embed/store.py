@@ -131,15 +131,16 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     return EventStore(folder)
 
 
-def encode_split(source: Source, vocabulary: Vocabulary, split: str) -> SplitEvents:
-    """The events of one split of any source under a vocabulary that was fitted elsewhere, in memory.
+def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
+    """The events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
 
     Raises:
         UserError: the source has no such split.
     """
     tokens, times, values, subject_ids, lengths = [], [], [], [], []
     for shard in source.shards:
-        part = source.read(shard).filter(split=split)
+        part = source.read(shard)
+        part = part if split is None else part.filter(split=split)
         token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
         runs = part.group_by("subject_id", maintain_order=True).len()
         tokens.append(token_ids)
@@ -149,7 +150,8 @@ def encode_split(source: Source, vocabulary: Vocabulary, split: str) -> SplitEve
         lengths.append(runs["len"].to_numpy().astype(np.int64))
     offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
     if not offsets[-1]:
-        raise UserError(f"{source.name}: the split {split!r} has no events. Splits are {', '.join(SPLITS)}.")
+        what = "the dataset" if split is None else f"the split {split!r}"
+        raise UserError(f"{source.name}: {what} has no events. Splits are {', '.join(SPLITS)}.")
     return SplitEvents(
         np.concatenate(tokens),
         np.concatenate(times),

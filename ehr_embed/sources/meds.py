@@ -23,16 +23,17 @@ class MedsSource:
     Args:
         root: the dataset's folder.
         name: short name for file names and tags; the folder's name by default.
+        needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
     """
 
-    def __init__(self, *, root: str | None, name: str | None = None) -> None:
+    def __init__(self, *, root: str | None, name: str | None = None, needs_splits: bool = True) -> None:
         if root is None:
             raise UserError(
                 "data.root is not set: expected the folder of a MEDS dataset (with data/ and metadata/). "
                 "Type: python train.py data=meds data.root=DIR"
             )
         self.root = Path(root).expanduser().resolve()
-        self.name = name or self.root.name
+        self.name, self.needs_splits = name or self.root.name, needs_splits
         if not (self.root / "data").is_dir():
             found = "a folder without data/" if self.root.is_dir() else "no such folder"
             raise UserError(
@@ -89,6 +90,8 @@ class MedsSource:
         return events
 
     def _with_split(self, events: pl.DataFrame, shard: Path, folder: str | None) -> pl.DataFrame:
+        if not self.needs_splits:
+            return events.with_columns(split=pl.lit(None, dtype=pl.String))
         if self.subject_splits is None:
             if folder is None:
                 raise UserError(
