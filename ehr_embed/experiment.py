@@ -26,6 +26,7 @@ from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import build_model
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
@@ -199,7 +200,18 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         write_json(run_dir / "metrics.json", metrics)
         for split in EVALUATED:
             task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
-        plots = write_plots(run_dir / "plots", history, task.curves(outputs))
+        curves = task.curves(outputs)
+        plots = write_plots(run_dir / "plots", history, curves)
+        write_model_card(
+            run_dir,
+            config=config,
+            metrics=metrics,
+            store=prepared.store,
+            samples=task.samples,
+            curves=curves,
+            audited=audited,
+            n_bootstrap=settings.n_bootstrap,
+        )
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)

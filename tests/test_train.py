@@ -105,6 +105,7 @@ def test_a_run_leaves_what_the_readme_says(demo):
         "metrics.json",
         "metrics.jsonl",
         "audit.json",
+        "model_card.md",
         "summary.json",
         "environment.json",
         "config.yaml",
