@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,21 @@ from ehr_embed.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
+
+
+class Dataset(NamedTuple):
+    """A MEDS dataset under a run's vocabulary.
+
+    Attributes:
+        vocabulary, embedding: the run's, with the codes it did not have.
+        events: of the subjects asked for.
+        samples: what is visible at each prediction time; their labels are zeros.
+    """
+
+    vocabulary: Vocabulary
+    embedding: EventEmbedding
+    events: SplitEvents
+    samples: Samples
 
 
 class Predictor:
@@ -117,16 +132,21 @@ class Predictor:
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
         return self._predict(*self._events(token_ids), embedding)
 
-    def _predict_dataset(
-        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
-    ) -> pl.DataFrame:
+    def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
+        """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
         if split is not None and split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         source = MedsSource(root=root, needs_splits=split is not None)
         vocabulary, embedding = self._extended(source, split, lookups)
         events = encode_split(source, vocabulary, split)
         samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
-        probabilities = self._predict(events, samples, embedding)
+        return Dataset(vocabulary, embedding, events, samples)
+
+    def _predict_dataset(
+        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
+    ) -> pl.DataFrame:
+        data = self.read(root, labels=labels, split=split, lookups=lookups)
+        samples, probabilities = data.samples, self._predict(data.events, data.samples, data.embedding)
         columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
         columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
         return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
