@@ -19,16 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
+from ehr_embed.audit import audit
 from ehr_embed.checkpoints import initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import build_model
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.runs import TABLE, VOCABULARY
+from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.hidden_codes import HiddenCodes
@@ -37,6 +39,7 @@ from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.table import link_table
 from ehr_embed.tasks.labels import available_labels
 from ehr_embed.tasks.protocol import Task, check_causality
+from ehr_embed.texts import read_lookups
 from ehr_embed.trainer import Trainer
 from ehr_embed.transfer import kept
 from ehr_embed.vocabulary import VocabularySettings
@@ -157,6 +160,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         )
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    audited = audit(prepared.store, task.samples, task.class_names, mode=cfg.audit)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
@@ -177,8 +181,13 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     with atomic_path(run_dir / "config.yaml") as path:
         path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
     write_json(run_dir / "environment.json", environment())
+    if audited is not None:
+        write_json(run_dir / "audit.json", audited)
     prepared.store.vocabulary.save(run_dir / VOCABULARY)
     link_table(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
+        with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
+            read_lookups(paths).write_csv(path)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -220,7 +229,18 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         write_json(run_dir / "metrics.json", metrics)
         for split in EVALUATED:
             task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
-        plots = write_plots(run_dir / "plots", history, task.curves(outputs))
+        curves = task.curves(outputs)
+        plots = write_plots(run_dir / "plots", history, curves)
+        write_model_card(
+            run_dir,
+            config=config,
+            metrics=metrics,
+            store=prepared.store,
+            samples=task.samples,
+            curves=curves,
+            audited=audited,
+            n_bootstrap=settings.n_bootstrap,
+        )
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)

@@ -23,7 +23,7 @@ from ehr_embed.event_set import EventSet
 from ehr_embed.files import atomic_path
 from ehr_embed.generation import Sampling, Trajectories, check_generates, check_lengths, generate
 from ehr_embed.instantiate import instantiate
-from ehr_embed.runs import open_run, samples_to_predict
+from ehr_embed.runs import device_named, open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
@@ -69,8 +69,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    device = torch.device(name)
+    device = device_named(cfg.device)
     model, embedding = run.model.to(device), run.embedding.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     dataset, frames, began = BatchDataset(events, samples), [], time.perf_counter()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +19,32 @@ from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.instantiate import instantiate, instantiate_embedder
 from ehr_embed.models.protocol import ReadsVocabulary
-from ehr_embed.runs import open_run, samples_to_predict
+from ehr_embed.runs import LOOKUPS, VOCABULARY, open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import STATIC_TIME, SplitEvents, encode_split
+from ehr_embed.tasks.classification import Classification
 from ehr_embed.texts import read_lookups, resolve_texts
 from ehr_embed.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
+
+
+class Dataset(NamedTuple):
+    """A MEDS dataset under a run's vocabulary.
+
+    Attributes:
+        vocabulary, embedding: the run's, with the codes it did not have.
+        events: of the subjects asked for.
+        samples: what is visible at each prediction time; their labels are zeros.
+    """
+
+    vocabulary: Vocabulary
+    embedding: EventEmbedding
+    events: SplitEvents
+    samples: Samples
 
 
 class Predictor:
@@ -54,15 +72,29 @@ class Predictor:
             )
         self.run.model.to(self.device)
         self._task = instantiate(self.run.config.task)
+        lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
+        self._lookups = [str(lookups)] if lookups.is_file() else []
+
+    @property
+    def has_exclusive_classes(self) -> bool:
+        """Whether a sample has one of the classes, as against several labels of its own."""
+        return isinstance(self._task, Classification)
 
     @overload
-    def predict_proba(self, records: str | Path, *, labels: str | None = ..., split: str = ...) -> pl.DataFrame: ...
+    def predict_proba(
+        self, records: str | Path, *, labels: str | None = ..., split: str | None = ..., lookups: Sequence[str] = ...
+    ) -> pl.DataFrame: ...
 
     @overload
     def predict_proba(self, records: Vectors | Sequence[Any]) -> npt.NDArray[np.float64]: ...
 
     def predict_proba(
-        self, records: str | Path | Vectors | Sequence[Any], *, labels: str | None = None, split: str = "held_out"
+        self,
+        records: str | Path | Vectors | Sequence[Any],
+        *,
+        labels: str | None = None,
+        split: str | None = "held_out",
+        lookups: Sequence[str] = (),
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
         """Probabilities of the classes, in float32 arithmetic.
 
@@ -78,7 +110,9 @@ class Predictor:
                 dataset's own metadata gives them, without their numbers; where the run reads no texts they are the unknown event.
             labels: for a MEDS dataset: a label set's name or path, whose prediction times to predict at; None = at each
                 subject's last event.
-            split: for a MEDS dataset: whose subjects.
+            split: for a MEDS dataset: whose subjects; None = all, and the dataset needs no splits.
+            lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes win over the dataset's, and
+                over those of the lookups that the run was trained with.
 
         Returns:
             (n, C) float64 in the order of the records, columns as `class_names`; for a MEDS dataset a Polars frame of
@@ -89,7 +123,7 @@ class Predictor:
                 be embedded, or what the dataset's reader refuses.
         """
         if isinstance(records, str | Path):
-            return self._predict_dataset(str(records), labels, split)
+            return self._predict_dataset(str(records), labels, split, lookups)
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
@@ -104,15 +138,22 @@ class Predictor:
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
         return self._predict(*self._events(token_ids), embedding)
 
-    def _predict_dataset(self, root: str, labels: str | None, split: str) -> pl.DataFrame:
-        if split not in SPLITS:
+    def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
+        """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
+        if split is not None and split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
-        source = MedsSource(root=root)
-        vocabulary, embedding = self._extended(source, split)
+        source = MedsSource(root=root, needs_splits=split is not None)
+        vocabulary, embedding = self._extended(source, split, lookups)
         self._show(vocabulary)
         events = encode_split(source, vocabulary, split)
         samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
-        probabilities = self._predict(events, samples, embedding)
+        return Dataset(vocabulary, embedding, events, samples)
+
+    def _predict_dataset(
+        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
+    ) -> pl.DataFrame:
+        data = self.read(root, labels=labels, split=split, lookups=lookups)
+        samples, probabilities = data.samples, self._predict(data.events, data.samples, data.embedding)
         columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
         columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
         return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
@@ -171,16 +212,24 @@ class Predictor:
         self._show(self.run.vocabulary.with_codes(pl.DataFrame({"code": new, "text": new})))
         return token_ids, self._with_texts(embedder, new)
 
-    def _extended(self, source: MedsSource, split: str) -> tuple[Vocabulary, EventEmbedding]:
+    def _extended(
+        self, source: MedsSource, split: str | None, lookups: Sequence[str]
+    ) -> tuple[Vocabulary, EventEmbedding]:
         """The run's vocabulary and vectors, with those of the codes that it never saw."""
-        vocabulary, embedder = self.run.vocabulary, self._embedder()
+        vocabulary = self.run.vocabulary
         known = vocabulary.codes["code"].implode()
-        parts = [source.read(shard).filter(split=split).select(pl.col("code").unique()) for shard in source.shards]
+        is_wanted = pl.lit(True) if split is None else pl.col("split") == split
+        parts = [source.read(shard).filter(is_wanted).select(pl.col("code").unique()) for shard in source.shards]
         new = pl.concat(parts)["code"].unique().sort()
         new = new.filter(~new.is_in(known))
-        if not len(new) or not embedder.reads_text:
+        if not len(new):
             return vocabulary, self.run.embedding
-        texts = resolve_texts(new, source.code_metadata(), read_lookups(())).select("code", "text")
+        embedder = self._embedder()
+        log.info("%d codes were not in train; %s", len(new), "embedded" if embedder.reads_text else "unknown events")
+        if not embedder.reads_text:
+            return vocabulary, self.run.embedding
+        merged = read_lookups([*self._lookups, *lookups])
+        texts = resolve_texts(new, source.code_metadata(), merged).select("code", "text")
         return vocabulary.with_codes(texts), self._with_texts(embedder, texts["text"].to_list())
 
     def _show(self, vocabulary: Vocabulary) -> None:

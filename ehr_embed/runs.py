@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -23,7 +24,7 @@ from ehr_embed.table import load_table
 from ehr_embed.tasks.labels import read_labels
 from ehr_embed.vocabulary import Vocabulary
 
-VOCABULARY, TABLE = "vocabulary", "table.safetensors"
+VOCABULARY, TABLE, LOOKUPS = "vocabulary", "table.safetensors", "lookups.csv"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,24 @@ def open_run(where: str | Path) -> TrainedRun:
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
     )
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a name, `auto` being a GPU if there is one.
+
+    Raises:
+        UserError: torch does not know or have it.
+
+    >>> device_named("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"device={name}: expected auto, cpu or cuda ({str(error).splitlines()[0]}).") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch finds no GPU here. Type: device=cpu")
+    return device
 
 
 def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path, *, max_length: int) -> Samples:

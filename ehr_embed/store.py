@@ -134,22 +134,24 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     return EventStore(folder)
 
 
-def encode_split(source: Source, vocabulary: Vocabulary, split: str) -> SplitEvents:
-    """The events of one split of any source under a vocabulary that was fitted elsewhere, in memory.
+def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
+    """The events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
 
     Raises:
         UserError: the source has no such split.
     """
     tokens, times, values, subjects = [], [], [], []
     for shard in source.shards:
-        part = source.read(shard).filter(split=split)
+        part = source.read(shard)
+        part = part if split is None else part.filter(split=split)
         token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
         tokens.append(token_ids)
         values.append(normal)
         times.append(event_times(part))
         subjects.append(subject_rows(part))
     if not sum(map(len, tokens)):
-        raise UserError(f"{source.name}: the split {split!r} has no events. Splits are {', '.join(SPLITS)}.")
+        what = "the dataset" if split is None else f"the split {split!r}"
+        raise UserError(f"{source.name}: {what} has no events. Splits are {', '.join(SPLITS)}.")
     return SplitEvents(
         np.concatenate(tokens),
         np.concatenate(times),

@@ -42,7 +42,7 @@ def test_padding_and_batch_order_change_nothing(kind, pooling):
 
 @pytest.mark.parametrize(("kind", "pooling"), MODELS)
 def test_order_matters_to_the_gru_only(kind, pooling):
-    model, batch = build(kind, pooling=pooling, **({"times": False} if kind is GRU else {})), inputs((6,))
+    model, batch = build(kind, pooling=pooling, **({"times": []} if kind is GRU else {})), inputs((6,))
     shuffled = {name: x[:, [3, 0, 5, 1, 4, 2]] for name, x in batch.items()}
     assert torch.allclose(model(batch), model(shuffled), atol=1e-5) == (kind is MeanPool)
 

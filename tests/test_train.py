@@ -104,6 +104,8 @@ def test_a_run_leaves_what_the_readme_says(demo):
     assert files - {"checkpoint_epoch_10.pt"} == plots | {
         "metrics.json",
         "metrics.jsonl",
+        "audit.json",
+        "model_card.md",
         "summary.json",
         "environment.json",
         "config.yaml",
@@ -291,14 +293,20 @@ def readme_commands() -> list[str]:
     """Every `python ...` line of the README's shell blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    entry_points = ("train.py", "embed.py", "-m ehr_embed.convert", "-m ehr_embed.generate")
+    entry_points = (
+        "train.py",
+        "embed.py",
+        *(f"-m ehr_embed.{name}" for name in ("convert", "generate", "predict", "explain")),
+    )
     return [line for line in lines if line.startswith(tuple(f"python {name}" for name in entry_points))]
 
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands_compose(line, tiny, tmp_path, inside):
     """Every key and option the README names exists; the commands themselves run above and in `make demo`."""
-    arguments = [a.replace("NAME", "outcome") for a in shlex.split(line.removeprefix("python "))]
+    arguments = [
+        a.replace("NAME", "outcome").replace("SUBJECT_ID", "20") for a in shlex.split(line.removeprefix("python "))
+    ]
     arguments = [f"data.root={tiny}" if a.startswith("data.root=") else a for a in arguments]
     flags = [] if "--help" in arguments else ["--cfg", "job"]
     inside(*arguments, *flags, cwd=tmp_path)

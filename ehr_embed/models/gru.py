@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.models.body import ElapsedTime, EventInput
+from ehr_embed.models.body import EventInput, TimeInput
 from ehr_embed.models.heads import PooledHead, check_classifies
 
 POOLINGS = ("last", "mean", "max", "attention")
@@ -16,11 +18,18 @@ class GRUBody(nn.Module):
     """Event input, elapsed time, gated recurrent units (Cho et al. 2014, arXiv:1406.1078)."""
 
     def __init__(
-        self, *, embedding_dim: int, has_values: bool, model_dim: int, n_layers: int, dropout: float, times: bool
+        self,
+        *,
+        embedding_dim: int,
+        has_values: bool,
+        model_dim: int,
+        n_layers: int,
+        dropout: float,
+        times: Sequence[str],
     ) -> None:
         super().__init__()
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
-        self.elapsed = ElapsedTime(model_dim=model_dim) if times else None
+        self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         # torch drops between layers, of which there must be two for it.
         between = dropout if n_layers > 1 else 0.0
         self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)
@@ -28,8 +37,8 @@ class GRUBody(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """The state after each event, (B, T, D); zero at padding, which is last."""
         x_BTD, mask_BT = self.input(inputs), inputs["padding_mask"]
-        if self.elapsed is not None:
-            x_BTD = x_BTD + self.elapsed(inputs)
+        if self.times is not None:
+            x_BTD = x_BTD + self.times(inputs)
         packed = pack_padded_sequence(x_BTD, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=mask_BT.shape[1])[0]
 
@@ -46,7 +55,7 @@ class GRU(nn.Module):
         n_layers: recurrent layers.
         dropout: probability, between layers and on the pooled state.
         max_length: longest sequence, in events; longer records keep their last events.
-        times: whether the days since the previous and since the first event are added to each event.
+        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
         pooling: `last`, `mean`, `max`, `attention`.
 
     Raises:
@@ -66,7 +75,7 @@ class GRU(nn.Module):
         n_layers: int = 2,
         dropout: float = 0.1,
         max_length: int = 512,
-        times: bool = True,
+        times: Sequence[str] = ("gap", "elapsed", "age"),
         pooling: str = "last",
     ) -> None:
         super().__init__()
@@ -88,7 +97,7 @@ class GRU(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times=true` needs `gap_days` and
+        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times` need `gap_days` and
         `elapsed_days` (B, T); a model that carries values takes `values` (B, T), NaN = none.
         """
         return self.head(self.body(inputs), inputs)

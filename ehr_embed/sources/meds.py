@@ -27,10 +27,17 @@ class MedsSource:
         splits: a parquet file with subject_id and a column of split names to use in place of the dataset's own splits;
             subjects it does not name are left out.
         split_column: that column.
+        needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
     """
 
     def __init__(
-        self, *, root: str | None, name: str | None = None, splits: str | None = None, split_column: str = "split"
+        self,
+        *,
+        root: str | None,
+        name: str | None = None,
+        splits: str | None = None,
+        split_column: str = "split",
+        needs_splits: bool = True,
     ) -> None:
         if root is None:
             raise UserError(
@@ -38,7 +45,7 @@ class MedsSource:
                 "Type: python train.py data=meds data.root=DIR"
             )
         self.root = Path(root).expanduser().resolve()
-        self.name = name or self.root.name
+        self.name, self.needs_splits = name or self.root.name, needs_splits
         self.splits = None if splits is None else Path(splits).expanduser().resolve()
         self.split_column = split_column
         if not (self.root / "data").is_dir():
@@ -108,6 +115,8 @@ class MedsSource:
         return events
 
     def _with_split(self, events: pl.DataFrame, shard: Path, folder: str | None) -> pl.DataFrame:
+        if not self.needs_splits:
+            return events.with_columns(split=pl.lit(None, dtype=pl.String))
         if self.subject_splits is None:
             if folder is None:
                 raise UserError(

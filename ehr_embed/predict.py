@@ -1,0 +1,103 @@
+"""`python -m ehr_embed.predict`: a finished run's probabilities for the subjects of a MEDS dataset, as a parquet file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import hydra
+import polars as pl
+from omegaconf import DictConfig
+
+from ehr_embed.cli import CONF, run_main
+from ehr_embed.errors import UserError
+from ehr_embed.files import atomic_path, read_json
+from ehr_embed.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.predictor import Predictor
+from ehr_embed.runs import device_named
+from ehr_embed.tasks.classification import encode_classes
+from ehr_embed.tasks.labels import LabelSet, read_labels
+
+log = logging.getLogger(__name__)
+
+
+def predict(cfg: DictConfig) -> Path:
+    """Predict as `cfg` (conf/predict.yaml) says, and write the table.
+
+    Raises:
+        UserError: what `Predictor` refuses; labels that are not the run's classes; a run without metrics.json where a
+            threshold is needed.
+    """
+    predictor, began = Predictor(cfg.run, device=str(device_named(cfg.device))), time.perf_counter()
+    found = predictor.predict_proba(
+        cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)
+    )
+    log.info(
+        "%d predictions for %d subjects in %.1f s",
+        len(found), found["subject_id"].n_unique(), time.perf_counter() - began,
+    )  # fmt: skip
+    path = Path(cfg.output).expanduser()
+    labels = None if cfg.task.labels is None else read_labels(cfg.task.labels, Path(cfg.data.root) / "labels")
+    if labels is None or not predictor.has_exclusive_classes:
+        with atomic_path(path) as temporary:
+            found.write_parquet(temporary)
+    else:
+        write_labelled(path, found, labels, predictor.class_names, run_dir=Path(cfg.run).expanduser())
+    print(f"{len(found)} predictions in {path}")
+    return path
+
+
+def write_labelled(path: Path, found: pl.DataFrame, labels: LabelSet, class_names: list[str], *, run_dir: Path) -> None:
+    """Predictions beside their labels, as the run itself writes them.
+
+    Args:
+        path: the file.
+        found: subject_id, prediction_time, probability_<class>.
+        labels: what the predictions were asked for.
+        class_names: the run's.
+        run_dir: where the decision threshold is read from, which tuning chose.
+    """
+    rows = found.join(labels.frame, on=["subject_id", "prediction_time"], how="left", maintain_order="left")
+    classes = encode_classes(rows["value"], class_names, f"label set {labels.name}")
+    ids, times = rows["subject_id"].to_numpy(), rows["prediction_time"].to_numpy()
+    p = rows.select(f"probability_{name}" for name in class_names).to_numpy()
+    if len(class_names) == 2:
+        write_predictions(
+            path,
+            subject_ids=ids,
+            prediction_times=times,
+            labels=classes,
+            probabilities=p[:, 1],
+            threshold=threshold_of(run_dir),
+        )
+    else:
+        write_multiclass_predictions(
+            path, subject_ids=ids, prediction_times=times, labels=classes, probabilities=p, class_names=class_names
+        )
+
+
+def threshold_of(run_dir: Path) -> float:
+    """The probability from which a run of a binary task predicts the positive class.
+
+    Raises:
+        UserError: the run has no metrics.json with one.
+    """
+    path = run_dir / "metrics.json"
+    threshold = read_json(path)["tuning"].get("threshold") if path.is_file() else None
+    if threshold is None:
+        raise UserError(
+            f"{path}: expected the threshold that tuning chose; the run was stopped before its evaluation. Leave task.labels "
+            "out to get probabilities alone, or train again."
+        )
+    return float(threshold)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="predict")
+def main(cfg: DictConfig) -> None:
+    """Predict and write."""
+    predict(cfg)
+
+
+if __name__ == "__main__":
+    run_main(main, "predict")
