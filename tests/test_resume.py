@@ -242,7 +242,8 @@ def test_other_settings_are_refused_with_both_values_and_the_way_on(dataset, sto
     changed = settings(dataset, stopped, "trainer.learning_rate=0.5", "seed=3", "trainer.checkpoint_every=7")
     before = (stopped / "latest_checkpoint.pt").read_bytes()
     message = (
-        r"run holds a run with other settings: seed was 0, now 3; task\.fraction_seed was 0, now 3; trainer\.learning_rate was 0\.0001, now 0\.5\. "
+        r"run holds a run with other settings: seed was 0, now 3; task\.fraction_seed was 0, now 3; "
+        r"trainer\.learning_rate was 0\.0001, now 0\.5\. "
         r"To go on .*resume=force; .*resume=overwrite; .*run_dir=ANOTHER"
     )
     with pytest.raises(UserError, match=message):
