@@ -41,6 +41,10 @@ HARMLESS = (
 LEFT_BY_RUNS = ("metrics.*", "summary.json", "*checkpoint*.pt", "predictions", "plots", "wandb_id.txt")
 
 
+CLAIM_TIMEOUT_S = 5.0
+"""A job whose search was killed sees it within a second, and ends."""
+
+
 @dataclass(frozen=True)
 class FoundRun:
     """What there is in a run's folder.
@@ -187,7 +191,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=CLAIM_TIMEOUT_S)
     except Timeout:
         raise UserError(
             f"{run_dir}: another process is at work there, and two would overwrite each other's checkpoints. "

@@ -145,9 +145,10 @@ class Trainer:
         progress, rng = state.progress, None if run is None else run.checkpoint["rng_state"]
 
         with stop_requests(is_deferred=True) as stop:
-            if progress.history:  # the kill may have come before these
-                self._keep(state)
-                self.log(progress.history[-1], len(progress.history))
+            if progress.history and not progress.batch:
+                self._keep(state)  # a kill may have come before it
+            for row in progress.history:  # to whoever keeps them now, and may not have the last
+                self.log(row, row["epoch"])
             while progress.batch or (
                 progress.epoch < settings.epochs and progress.epochs_without_improvement < settings.patience
             ):

@@ -197,7 +197,7 @@ def test_killed_while_searching(tmp_path, capsys):
     rates = ",".join(f"{1 + i}e-3" for i in range(8))
     arguments = ("train.py", "-m", "hydra/sweeper=study", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=none")
     arguments += ("hydra.sweeper.study_name=app", "hydra.sweeper.has_plots=false", "hydra.sweeper.n_jobs=2")
-    arguments += (f"trainer.learning_rate={rates}", *SMALL, "trainer.epochs=3")
+    arguments += (f"trainer.learning_rate={rates}", *SMALL, *SLOW)
     finished = ("multirun/app/*/metrics.json", "multirun/app/*/outcome.json")
     n_kills, artefacts, done = 0, 0, set()
     folder = tmp_path / "multirun" / "app"
@@ -220,11 +220,16 @@ def test_killed_while_searching(tmp_path, capsys):
     trials = trials_of(tmp_path)
     told = counted(trials)
     n_again = len([trial for trial in trials if DISCARDED in trial.user_attrs])
+    n_continued = sum("continuing" in path.read_text() for path in folder.glob("*/log.txt"))
     with capsys.disabled():
         print(
             f"\nsearch: {n_kills} kills, {len(told)} trials finished, {n_again} unfinished ones given back, "
+            f"{n_continued} finished ones had gone on from a checkpoint, "
             f"{artefacts} finished ones lost, {len(told) - distinct(told)} repeated"
         )
     assert states(told) == ["COMPLETE"] * 8
     assert distinct(told) == 8
+    assert sorted(folder.glob("*/metrics.json")) == sorted(
+        folder / str(trial.number) / "metrics.json" for trial in told
+    )
     assert artefacts == 0

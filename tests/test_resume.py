@@ -20,10 +20,12 @@ import torch
 from filelock import FileLock
 
 from ehr_embed import training_state
+from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
+from ehr_embed.experiment import embed, run
 from ehr_embed.files import read_json
 from ehr_embed.stopping import REQUEUE, Stopped, stop_requests
+from ehr_embed.store import EventStore
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 
@@ -40,6 +42,13 @@ KINDS = {
     "packed next event": ("task=next_event", "task.windows=packed", "model=decoder_small", "trainer.epochs=9"),
     "masked event": ("task=masked_event", "model=encoder_small"),
 }
+
+
+SLOW_KINDS = ("packed next event", "masked event")
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 class Killed(BaseException):
@@ -120,7 +129,7 @@ def uninterrupted(dataset) -> Callable[[str], dict[str, Any]]:
     return find
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["plateau", "cosine and learned vectors", "next event", *map(slow, SLOW_KINDS)])
 def test_stopped_anywhere_a_run_ends_as_if_it_had_not_been(dataset, uninterrupted, kind, tmp_path, monkeypatch):
     """Killed and stopped by turns, in the middle of an epoch and at its end, with a checkpoint every third step."""
     expected = uninterrupted(kind)
@@ -155,8 +164,8 @@ def test_killed_between_two_writes(dataset, uninterrupted, place, tmp_path, monk
 
 def test_stopped_in_the_evaluation_of_an_epoch(dataset, uninterrupted, tmp_path, monkeypatch):
     """No step comes for a while: the run is saved and left at once, and goes on with the evaluation."""
-    expected = uninterrupted("masked event")
-    cfg = settings(dataset, tmp_path / "run", *KINDS["masked event"], "trainer.checkpoint_every=null")
+    expected = uninterrupted("next event")
+    cfg = settings(dataset, tmp_path / "run", *KINDS["next event"], "trainer.checkpoint_every=null")
     from ehr_embed.trainer import Trainer
 
     predict = Trainer._predict
@@ -290,7 +299,8 @@ def test_other_labels_are_refused(dataset, stopped):
         path.write_bytes(before)
 
 
-def test_two_processes_do_not_share_a_folder(dataset, tmp_path):
+def test_two_processes_do_not_share_a_folder(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("ehr_embed.resume.CLAIM_TIMEOUT_S", 0)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match=r"run: another process is at work there"):
         run(settings(dataset, tmp_path / "run"))
@@ -309,6 +319,41 @@ def test_a_finished_stage_is_not_repeated(dataset, tmp_path, monkeypatch):
     run(cfg)
     assert pretrained.stat().st_mtime_ns == before
     assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("place", ["store", "embedding"])
+def test_stopped_while_preparing(dataset, tmp_path, monkeypatch, place):
+    """On the spot; nothing half-written stays, and what a batch of texts cost is kept."""
+    arguments = ("data=meds", f"data.root={dataset}", "data.min_count=1", "embedder=hashing", "embedder.batch_size=4")
+    cfg = composed(*arguments, f"cache_dir={tmp_path / 'cache'}", name="embed")
+    embedded: list[str] = []
+    whole = HashingEmbedder.embed
+
+    def embed_and_stop(self, texts):
+        embedded.extend(texts)
+        if len(embedded) == 8:
+            terminate()
+        return whole(self, texts)
+
+    monkeypatch.setattr(HashingEmbedder, "embed", embed_and_stop)
+    with monkeypatch.context() as patch:
+        if place == "store":
+            patch.setattr("ehr_embed.store._SplitWriter.finish", lambda *_: terminate())
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM; what was finished is kept"):
+            embed(cfg)
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in left if ".tmp" in str(path)]
+    assert any(path.name == "manifest.json" for path in left) == (place == "embedding")
+    embedded.clear()
+    monkeypatch.setattr(HashingEmbedder, "embed", lambda self, texts: embedded.extend(texts) or whole(self, texts))
+    embed(cfg)
+    n_texts = len(open_store(tmp_path).vocabulary) - 1
+    assert len(embedded) == len(set(embedded)) == (n_texts if place == "store" else n_texts - 4)
+
+
+def open_store(folder: Path) -> EventStore:
+    (manifest,) = folder.glob("cache/stores/*/manifest.json")
+    return EventStore(manifest.parent)
 
 
 def test_handlers_of_others_stay():
@@ -332,7 +377,7 @@ def test_the_second_ctrl_c_waits_for_nothing():
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGUSR1)])
 def test_a_process_that_is_asked_to_stop_can_be_requeued(dataset, tmp_path, number):
     arguments = ["data=meds", f"data.root={dataset}", f"cache_dir={dataset.parent / 'cache'}", "run_dir=run", *SMALL]
     arguments += [*SHORT, "trainer.epochs=500", "trainer.patience=500", "trainer.checkpoint_every=null"]
