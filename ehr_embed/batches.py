@@ -254,12 +254,12 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
                 f"Type: trainer.batch_tokens={self.padded.max()} or more, or a smaller model.max_length"
             )
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.first = shuffle, seed, 0, 0
         self.rank, self.world_size = rank, world_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order is drawn next."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch whose order is drawn next, and the first of this rank's batches to be taken."""
+        self.epoch, self.first = epoch, first
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
         """All batches of the epoch, over all ranks."""
@@ -283,14 +283,17 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         return batches
 
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        return iter(self._own()[self.first :])
+
+    def __len__(self) -> int:
+        """Batches of this rank in the current epoch, those before `first` included."""
+        return len(self._own())
+
+    def _own(self) -> list[npt.NDArray[np.int64]]:
         batches = self.batches()
         if self.shuffle and self.world_size > 1:
             batches = batches[: len(batches) // self.world_size * self.world_size]
-        return iter(batches[self.rank :: self.world_size])
-
-    def __len__(self) -> int:
-        """Batches of this rank in the current epoch."""
-        return sum(1 for _ in self)
+        return batches[self.rank :: self.world_size]
 
 
 def batch_loader(

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.search.plugin import register
+from ehr_embed.stopping import REQUEUE, Stopped
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 INTERRUPTED = 130
@@ -30,6 +31,9 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     register()
     try:
         main()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; what was finished before is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)

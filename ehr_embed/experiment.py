@@ -24,19 +24,20 @@ from ehr_embed.checkpoints import initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.exports.protocol import Export
-from ehr_embed.files import atomic_path, write_json
+from ehr_embed.files import atomic_path, link_file, read_json, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import build_model
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
+from ehr_embed.resume import FINISHED, claimed, find_run, samples_digest
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
-from ehr_embed.table import link_table
+from ehr_embed.stopping import stop_requests
 from ehr_embed.tasks.labels import available_labels
 from ehr_embed.tasks.protocol import Task, check_causality
 from ehr_embed.texts import read_lookups
@@ -93,6 +94,7 @@ def open_source(cfg: DictConfig) -> Source:
     return source
 
 
+@stop_requests(is_deferred=False)
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, say what there is, and export it where the configuration asks for it."""
     build = _builder(cfg)
@@ -109,6 +111,7 @@ def embed(cfg: DictConfig) -> None:
         export.write(prepared, build(cfg.task), source.labels_dir)
 
 
+@stop_requests(is_deferred=False)
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and say what is there."""
     source: Source = _builder(cfg)(cfg.data.source)
@@ -116,10 +119,12 @@ def convert(cfg: DictConfig) -> None:
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")
 
 
+@stop_requests(is_deferred=False)
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration; everything it leaves is in the run directory.
 
-    With `pretrain` set, a run of its options comes first, in `RUN_DIR/pretrain`, and this one starts from it.
+    A run that was stopped there goes on; a finished one is left as it is. With `pretrain` set, a run of its options comes
+    first, in `RUN_DIR/pretrain`, and this one starts from it.
 
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
@@ -158,6 +163,12 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             "this run evaluates a trained model (a task or trainer that trains nothing) and there is none. "
             "Type: init_from=RUN_DIR or a checkpoint"
         )
+    config = resolved(cfg, run_dir)
+    found = find_run(run_dir, config, how=cfg.resume)
+    if found.is_finished:
+        log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
+        print_metrics(done := read_json(run_dir / FINISHED), run_dir)
+        return float(done["tuning"][task.monitor]["value"])
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
     audited = audit(prepared.store, task.samples, task.class_names, mode=cfg.audit)
@@ -165,8 +176,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
-    config = resolved(cfg, run_dir)
-    if init_from is not None:
+    if init_from is not None and found.checkpoint is None:
         initialise(
             model,
             embedding,
@@ -176,18 +186,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             vocabulary=prepared.store.vocabulary,
             class_names=None if is_trained else task.class_names,
         )
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_path(run_dir / "config.yaml") as path:
-        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
-    write_json(run_dir / "environment.json", environment())
-    if audited is not None:
-        write_json(run_dir / "audit.json", audited)
-    prepared.store.vocabulary.save(run_dir / VOCABULARY)
-    link_table(prepared.table_path, run_dir / VOCABULARY / TABLE)
-    if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
-        with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
-            read_lookups(paths).write_csv(path)
+    start = found.load(prepared.identity, samples_digest(task.samples))
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -202,7 +201,10 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         _print_epoch(row, task.monitor)
         trial.report(row[f"tuning/{task.monitor}"], step=epoch)
 
-    with tracker:
+    with claimed(run_dir, is_new=cfg.resume == "overwrite"), tracker:
+        write_inputs(run_dir, config, prepared)
+        if audited is not None:
+            write_json(run_dir / "audit.json", audited)
         trainer = Trainer(
             settings,
             task=task,
@@ -213,7 +215,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             seed=cfg.seed,
             log=log_epoch,
         )
-        facts = trainer.fit(model, embedding) if is_trained else trainer.facts(model, embedding)
+        facts = trainer.fit(model, embedding, start) if is_trained else trainer.facts(model, embedding)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
         task.fit_thresholds(outputs["tuning"])
         history = facts.pop("history")
@@ -221,12 +223,11 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             split: task.evaluate(split, outputs[split], n_bootstrap=settings.n_bootstrap)
             for split in reversed(EVALUATED)
         }
-        metrics["train"] = facts | {"total_seconds": time.perf_counter() - began}
+        metrics["train"] = facts | {"total_seconds": time.perf_counter() - began + (start.seconds if start else 0)}
         if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
             metrics["transfer"] = share
         if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
             metrics["bayes_auroc"] = bayes
-        write_json(run_dir / "metrics.json", metrics)
         for split in EVALUATED:
             task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
         curves = task.curves(outputs)
@@ -244,6 +245,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)
+        write_json(run_dir / FINISHED, metrics)
     print_metrics(metrics, run_dir)
     return objective
 
@@ -252,6 +254,18 @@ CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
 #
 #   python train.py --config-path {run_dir} --config-name config run_dir=DIR
 """
+
+
+def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
+    """What the run starts from: configuration, versions and hardware, vocabulary and table."""
+    with atomic_path(run_dir / "config.yaml") as path:
+        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
+    write_json(run_dir / "environment.json", environment())
+    prepared.store.vocabulary.save(run_dir / VOCABULARY)
+    link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
+        with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
+            read_lookups(paths).write_csv(path)
 
 
 def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:

@@ -67,6 +67,27 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def link_file(path: Path, target: Path) -> None:
+    """Give a file a second name; a copy only where that cannot be done (another file system)."""
+    with atomic_path(target) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in `folder`, of files and folders whose name begins with `name`.
+
+    Only where no other process can be writing: under the lock that guards them.
+    """
+    for path in folder.glob(f".{name}*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused (they are not JSON)."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

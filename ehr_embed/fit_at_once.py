@@ -17,6 +17,7 @@ from ehr_embed.files import atomic_path
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce
 from ehr_embed.optimizer import body_of
 from ehr_embed.tasks.protocol import WeighsSamples
+from ehr_embed.training_state import Progress
 
 if TYPE_CHECKING:
     from ehr_embed.trainer import Trainer
@@ -133,9 +134,8 @@ def _save(trainer: Trainer, model: nn.Module, *, best_value: float) -> None:
         "optimizer_state_dict": {},
         "scheduler_state_dict": {},
         **trainer.about,
-        "class_names": trainer.task.class_names,
         "epoch": 1,
-        "progress": {"epoch": 1, "step": 1, "best_value": best_value, "best_epoch": 1, "epochs_without_improvement": 0},
+        "progress": dict(Progress(epoch=1, step=1, best_value=best_value, best_epoch=1).__dict__),
         "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     for name in CHECKPOINTS:

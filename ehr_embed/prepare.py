@@ -10,7 +10,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ehr_embed.embedders.protocol import Embedder
-from ehr_embed.files import digest, file_sha256
+from ehr_embed.files import digest, file_sha256, remove_leftovers
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.table import build_table, load_table, save_table
@@ -55,6 +55,8 @@ def prepare(
     folder = store_folder(cache_dir, source, settings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
+        remove_leftovers(folder.parent, f"{folder.name}.")
+        remove_leftovers(folder)
         if overwrite or not (folder / "manifest.json").exists():
             log.info("building the event store %s", folder)
             store = build_store(folder, source, settings)

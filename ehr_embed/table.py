@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +26,6 @@ def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
     """Write the table as float16 safetensors with `about` as its metadata."""
     with atomic_path(path) as temporary:
         save_file({"embeddings": table.half()}, temporary, metadata=about)
-
-
-def link_table(path: Path, target: Path) -> None:
-    """Give the table a second name; a copy only where that cannot be done (another file system)."""
-    with atomic_path(target) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
 
 
 def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[str, str]]:

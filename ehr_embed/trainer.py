@@ -17,12 +17,14 @@ from tqdm import tqdm
 from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.files import atomic_path
 from ehr_embed.fit_at_once import fit_at_once
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
+from ehr_embed.resume import samples_digest
+from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.tasks.protocol import Outputs, Task
+from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
 
 SCHEDULES = ("plateau", "cosine", "constant")
 PROGRESS_EVERY = 20
@@ -46,6 +48,7 @@ class TrainerSettings:
     clip_norm: float = 1.0
     patience: int = 10
     save_every: int = 10
+    checkpoint_every: int | None = 500
     n_bootstrap: int = 1000
     num_workers: int = 0
     accelerator: str = "auto"
@@ -70,17 +73,8 @@ class TrainerSettings:
         for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
-
-
-@dataclass
-class Progress:
-    """Where a training run stands; part of every checkpoint."""
-
-    epoch: int = 0
-    step: int = 0
-    best_value: float | None = None
-    best_epoch: int = 0
-    epochs_without_improvement: int = 0
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
 
 
 class Trainer:
@@ -110,26 +104,36 @@ class Trainer:
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
-        self.about = {"config": config, "identity": identity, "sizes": sizes}
+        self.about = {
+            "config": config,
+            "identity": identity,
+            "sizes": sizes,
+            "class_names": task.class_names,
+            "samples_digest": samples_digest(task.samples),
+        }
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.fabric = make_fabric(settings.accelerator, self.precision)
         self.fabric.launch()
 
-    def fit(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
+    def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
 
         Model and embedding end with the best epoch's weights.
+
+        Args:
+            run: what to go on from; on a CPU the result is that of a run that was never stopped.
 
         Returns:
             Facts of the run: epochs, best_epoch, seconds, events_per_s (real events, without padding), padding_share,
             n_parameters, precision, history (a row an epoch).
 
         Raises:
-            UserError: the loss became NaN or infinite.
+            UserError: the loss became NaN or infinite, or `run` does not fit the model.
+            Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
         if isinstance(model, FitsAtOnce):
             return fit_at_once(self, model, embedding)
-        settings, progress = self.settings, Progress()
+        settings = self.settings
         embedding.to(self.fabric.device)
         if settings.freeze == "body":
             body_of(model).requires_grad_(False)
@@ -145,37 +149,50 @@ class Trainer:
         wrapped, optimizer = self.fabric.setup(model, optimizer)
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
         scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)
-        n_events, n_padded, train_seconds, history = 0, 0, 0.0, []
-        state = {"model": model, "embedding": embedding, "optimizer": optimizer}
-        state |= {"scheduler": scheduler, "plateau": plateau}
+        scaling = self.fabric.strategy.precision
+        state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about)
+        if run is not None:
+            state.restore(run)
+        progress, rng = state.progress, None if run is None else run.checkpoint["rng_state"]
 
-        for epoch in range(1, settings.epochs + 1):
-            progress.epoch = epoch
-            began = time.perf_counter()
-            loss, events, padded = self._train_epoch(wrapped, embedding, optimizer, scheduler, progress)
-            seconds = time.perf_counter() - began
-            n_events, n_padded, train_seconds = n_events + events, n_padded + padded, train_seconds + seconds
-            tuning_loss, outputs = self._predict(wrapped, embedding, "tuning")
-            self.task.fit_thresholds(outputs)
-            tuning = self.task.evaluate("tuning", outputs, n_bootstrap=0)
-            value = float(tuning[self.task.monitor]["value"])
-            if plateau is not None and progress.step >= settings.warmup_steps:
-                plateau.step(value)
-            row = {
-                "epoch": epoch,
-                "step": progress.step,
-                "train/loss": loss,
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
-                "train/events_per_s": events / seconds,
-                "tuning/loss": tuning_loss,
-            }
-            row |= {f"tuning/{name}": m["value"] for name, m in tuning.items() if isinstance(m, dict) and "value" in m}
-            history.append(row)
-            self._judge(progress, value)
-            self._save(state, progress)
-            self.log(row, epoch)
-            if progress.epochs_without_improvement >= settings.patience:
-                break
+        with stop_requests(is_deferred=True) as stop:
+            if progress.history and not progress.batch:
+                self._keep(state)  # a kill may have come before it
+            for row in progress.history:  # to whoever keeps them now, and may not have the last
+                self.log(row, row["epoch"])
+            while progress.batch or (
+                progress.epoch < settings.epochs and progress.epochs_without_improvement < settings.patience
+            ):
+                loss = self._train_epoch(wrapped, state, stop, rng)
+                rng = rng_state()
+                try:
+                    tuning_loss, outputs = self._predict(wrapped, embedding, "tuning", stop)
+                except Stopped:
+                    self._save(state, rng)
+                    self._leave_if_asked(stop, progress)
+                    raise
+                rng = None
+                self.task.fit_thresholds(outputs)
+                tuning = self.task.evaluate("tuning", outputs, n_bootstrap=0)
+                value = float(tuning[self.task.monitor]["value"])
+                if plateau is not None and progress.step >= settings.warmup_steps:
+                    plateau.step(value)
+                row = {
+                    "epoch": progress.epoch,
+                    "step": progress.step,
+                    "train/loss": loss,
+                    "train/learning_rate": optimizer.param_groups[0]["lr"],
+                    "train/events_per_s": progress.n_events / progress.seconds,
+                    "tuning/loss": tuning_loss,
+                }
+                row |= {
+                    f"tuning/{name}": m["value"] for name, m in tuning.items() if isinstance(m, dict) and "value" in m
+                }
+                progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
+                self._save(state)
+                self._keep(state)
+                self.log(row, progress.epoch)
+                self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
         best = torch.load(self.run_dir / "best_checkpoint.pt", map_location=self.fabric.device, weights_only=True)
@@ -185,10 +202,10 @@ class Trainer:
             "n": len(self.task.dataset("train")),
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
-            "seconds": train_seconds,
-            "events_per_s": n_events / train_seconds,
-            "padding_share": 1 - n_events / n_padded,
-            "history": history,
+            "seconds": progress.total_seconds,
+            "events_per_s": progress.total_events / progress.total_seconds,
+            "padding_share": 1 - progress.total_events / progress.total_padded,
+            "history": progress.history,
         }
 
     def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
@@ -201,48 +218,89 @@ class Trainer:
         embedding.to(self.fabric.device)
         return self._predict(model.to(self.fabric.device), embedding, split)[1]
 
-    def _train_epoch(
-        self, model: Any, embedding: EventEmbedding, optimizer: Any, scheduler: Any, progress: Progress
-    ) -> tuple[float, int, int]:
-        """One pass over train: mean loss, real events and padded events of this process."""
+    def _train_epoch(self, model: Any, state: TrainingState, stop: StopRequest, rng: dict[str, Any] | None) -> float:
+        """The next pass over train, or what is left of one that was begun: its mean loss.
+
+        Args:
+            rng: state of the generators to go on with; None = as they are.
+        """
         model.train()
-        settings = self.settings
+        settings, progress = self.settings, state.progress
         if settings.freeze == "body":
             body_of(model.module).eval()
-        loader = self._loader("train", progress.epoch)
-        n_batches = len(loader.sampler)
-        total, n_events, n_padded, began = torch.zeros((), device=self.fabric.device), 0, 0, time.perf_counter()
-        bar = tqdm(loader, total=n_batches, desc=f"epoch {progress.epoch}", leave=False, disable=None, unit="batch")
-        for number, batch in enumerate(bar):
-            n_events, n_padded = n_events + int(batch.is_event.sum()), n_padded + batch.is_event.numel()
+        progress.epoch += not progress.batch
+        loader = self._loader("train", progress.epoch, progress.batch)
+        first, n_batches = progress.batch, len(loader.sampler)
+        total = torch.tensor(progress.loss_sum, device=self.fabric.device)
+        began = time.perf_counter() - progress.seconds
+        if rng is not None and not first:
+            set_rng_state(rng)
+        batches = iter(loader)
+        if rng is not None and first:
+            set_rng_state(rng)  # the iterator has drawn a number, as it had before
+        bar = tqdm(
+            batches,
+            total=n_batches,
+            initial=first,
+            desc=f"epoch {progress.epoch}",
+            leave=False,
+            disable=None,
+            unit="batch",
+        )
+        for number, batch in enumerate(bar, first):
+            progress.n_events += int(batch.is_event.sum())
+            progress.n_padded += batch.is_event.numel()
             # The last group of an epoch may be smaller; its gradient is still a mean.
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
             with self.fabric.no_backward_sync(model, enabled=not steps):
-                loss = self.task.step(model, embedding, batch.to(self.fabric.device))[0]
+                loss = self.task.step(model, state.embedding, batch.to(self.fabric.device))[0]
                 self.fabric.backward(loss / group)
             total += loss.detach()
-            if steps:
-                self._synchronise(embedding)
-                if settings.clip_norm > 0:
-                    self.fabric.clip_gradients(model, optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                progress.step += 1
             if number % PROGRESS_EVERY == 0 and not bar.disable:
-                rate = n_events / (time.perf_counter() - began)
+                rate = progress.n_events / (time.perf_counter() - began)
                 bar.set_postfix(loss=f"{float(loss):.4f}", events_per_s=f"{rate:,.0f}")
-        mean = float(self._reduce(total / n_batches, "mean"))
-        if not np.isfinite(mean):
+            if not steps:
+                continue
+            self._synchronise(state.embedding)
+            if settings.clip_norm > 0:
+                self.fabric.clip_gradients(
+                    model, state.optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
+                )
+            state.optimizer.step()
+            state.scheduler.step()
+            state.optimizer.zero_grad()
+            progress.step += 1
+            is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
+            if stop.name or is_due or number + 1 == n_batches:
+                progress.batch, progress.seconds = number + 1, time.perf_counter() - began
+                progress.loss_sum = self._finite(float(self._reduce(total, "mean")), progress)
+            if stop.name or is_due:
+                self._save(state)
+                self._leave_if_asked(stop, progress)
+        return progress.loss_sum / n_batches
+
+    @staticmethod
+    def _finite(loss_sum: float, progress: Progress) -> float:
+        """Refuse a loss from which nothing can be learned; no checkpoint holds such weights."""
+        if not np.isfinite(loss_sum):
             raise UserError(
-                f"the training loss became {mean} in epoch {progress.epoch}, so nothing can be learned from here on. "
-                "Type: trainer.learning_rate=LOWER, or trainer.precision=32-true"
+                f"the training loss became {loss_sum} in epoch {progress.epoch}, so nothing can be learned from here on. "
+                "Type: resume=overwrite trainer.learning_rate=LOWER, or resume=overwrite trainer.precision=32-true"
             )
-        return mean, n_events, n_padded
+        return loss_sum
+
+    def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
+        if stop.name:
+            raise Stopped(
+                f"stopped by {stop.name} in epoch {progress.epoch}, step {progress.step}, and saved in {self.run_dir}; "
+                "the same command with this run_dir continues"
+            )
 
     @torch.inference_mode()
-    def _predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> tuple[float, Outputs]:
+    def _predict(
+        self, model: nn.Module, embedding: EventEmbedding, split: str, stop: StopRequest | None = None
+    ) -> tuple[float, Outputs]:
         """Mean loss and outputs (n, n_outputs) of a split, in sample order, whatever the batches were."""
         model.eval()
         loader = self._loader(split)
@@ -250,6 +308,8 @@ class Trainer:
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         loss_sum = torch.zeros((), device=self.fabric.device)
         for batch in loader:
+            if stop is not None and stop.name:
+                raise Stopped
             moved = batch.to(self.fabric.device)
             with self.fabric.autocast():
                 loss, result[moved.sample] = self.task.step(model, embedding, moved)
@@ -270,8 +330,8 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _loader(self, split: str, epoch: int | None = None) -> Any:
-        """Batches of a split: in random order in an epoch of training, else in order of length."""
+    def _loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
+        """Batches of a split: in random order in an epoch of training, from its `first`, else in order of length."""
         settings = self.settings
         dataset = self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
         sampler = BucketSampler(
@@ -283,7 +343,7 @@ class Trainer:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
         )
-        sampler.set_epoch(epoch or 0)
+        sampler.set_epoch(epoch or 0, first)
         pin = self.fabric.device.type == "cuda"
         return batch_loader(dataset, sampler, num_workers=settings.num_workers, pin_memory=pin)
 
@@ -308,35 +368,10 @@ class Trainer:
         )
         return SequentialLR(optimizer, [warmup, after], milestones=[settings.warmup_steps]), None
 
-    def _judge(self, progress: Progress, value: float) -> None:
-        sign = 1 if self.task.is_higher_better else -1
-        if progress.best_value is None or sign * value > sign * progress.best_value:
-            progress.best_value, progress.best_epoch, progress.epochs_without_improvement = value, progress.epoch, 0
-        else:
-            progress.epochs_without_improvement += 1
+    def _save(self, state: TrainingState, rng: dict[str, Any] | None = None) -> None:
+        if self.fabric.is_global_zero:
+            state.save(self.run_dir, rng)
 
-    def _save(self, state: dict[str, Any], progress: Progress) -> None:
-        if not self.fabric.is_global_zero:
-            return
-        checkpoint = {
-            "model_state_dict": state["model"].state_dict(),
-            "optimizer_state_dict": state["optimizer"].state_dict(),
-            "scheduler_state_dict": {
-                name: state[name].state_dict() for name in ("scheduler", "plateau") if state[name] is not None
-            },
-            **self.about,
-            "class_names": self.task.class_names,
-            "epoch": progress.epoch,
-            "progress": dict(progress.__dict__),
-            "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-        }
-        if learned := state["embedding"].state_dict():
-            checkpoint["embedding_state_dict"] = learned
-        names = ["latest_checkpoint.pt"]
-        if progress.best_epoch == progress.epoch:
-            names.append("best_checkpoint.pt")
-        if progress.epoch % self.settings.save_every == 0:
-            names.append(f"checkpoint_epoch_{progress.epoch}.pt")
-        for name in names:
-            with atomic_path(self.run_dir / name) as path:
-                torch.save(checkpoint, path)
+    def _keep(self, state: TrainingState) -> None:
+        if self.fabric.is_global_zero:
+            state.keep(self.run_dir, save_every=self.settings.save_every)

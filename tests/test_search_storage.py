@@ -23,7 +23,7 @@ from ehr_embed.instantiate import instantiate
 from ehr_embed.search.outcome import Outcome, write_outcome
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import masked, open_storage, storage_url
-from ehr_embed.search.study import DISCARDED, Owner, SharedStudy, open_study
+from ehr_embed.search.study import CONTINUES, DISCARDED, Owner, SharedStudy, open_study
 from tests.conftest import ROOT
 from tests.search_app.run import counted, distinct, search, start, states, trials_of
 
@@ -184,6 +184,7 @@ def test_the_dead_are_told_from_the_living(tmp_path):
     mine, dead, reused, elsewhere = (study.ask() for _ in range(4))
     me = Owner.this_process()
     dead.set_user_attr("owner", vars(me) | {"pid": 2**22 + 1})
+    dead.set_user_attr("folder", str(tmp_path / "1"))
     # The number of a process that ended may be given to another one, which started later.
     reused.set_user_attr("owner", vars(me) | {"started": "1"})
     elsewhere.set_user_attr("owner", vars(me) | {"host": "another", "pid": 1})
@@ -192,6 +193,7 @@ def test_the_dead_are_told_from_the_living(tmp_path):
     assert states(trials) == ["RUNNING", "FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
     assert [t.user_attrs[DISCARDED] for t in trials[1:3]] == ["interrupted"] * 2
     assert [t.system_attrs["fixed_params"] for t in trials[4:]] == [dead.params, reused.params]
+    assert [t.user_attrs.get(CONTINUES) for t in trials[4:]] == [str(tmp_path / "1"), None]
     study.end_running(lambda owner: owner is None or owner.is_dead(["another"]))
     assert states(study.study.trials)[3] == "FAIL"
     assert mine.number == 0

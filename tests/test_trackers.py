@@ -53,8 +53,8 @@ def test_jsonl_rows_and_summary(tmp_path):
         tracker.log({"epoch": 2, "train/loss": float("nan")}, step=2)
         tracker.summarise({"best/tuning/auroc": 0.8, "best/tuning/auprc": float("inf")})
     assert rows(tmp_path / "run") == [
-        {"step": 1, "epoch": 1, "train/loss": 0.5},
-        {"step": 2, "epoch": 2, "train/loss": None},
+        {"epoch": 1, "train/loss": 0.5},
+        {"epoch": 2, "train/loss": None},
     ]
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
         "state": "finished",
@@ -67,13 +67,13 @@ def test_jsonl_rows_and_summary(tmp_path):
 def test_jsonl_resume_replaces_the_rows_it_repeats(tmp_path):
     with JsonlTracker(run_dir=tmp_path) as tracker:
         for epoch in (1, 2, 3):
-            tracker.log({"loss": 1.0}, step=epoch)
+            tracker.log({"step": 100 * epoch, "loss": 1.0}, step=epoch)
     with open(tmp_path / "metrics.jsonl", "a") as handle:
-        handle.write('{"step": 4, "lo')
+        handle.write('{"epoch": 4, "lo')
     with JsonlTracker(run_dir=tmp_path) as tracker:
         for epoch in (3, 4):
             tracker.log({"loss": 0.5}, step=epoch)
-    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)]
+    assert [(row["epoch"], row["loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)]
 
 
 @pytest.mark.parametrize(("error", "state"), [(optuna.TrialPruned, "pruned"), (ValueError, "failed")])
@@ -141,7 +141,7 @@ def test_everything_lands_in_the_offline_file(tmp_path):
     assert {images[f"plots/{name}"]["path"] for name in ("roc", "loss")} == set(run.files)
     assert all((path.parent / "files" / file).exists() for path in offline_files(run_dir) for file in run.files)
     assert run.artifacts == [{"name": "embedding_table", "type": "embeddings", "digest": "abc123"}]
-    assert [row["step"] for row in rows(run_dir)] == [1, 2]
+    assert [row["epoch"] for row in rows(run_dir)] == [1, 2]
 
 
 def test_neither_machine_nor_code_is_recorded(tmp_path):

@@ -25,6 +25,8 @@ from ehr_embed.search.storage import StudyStorage, masked
 log = logging.getLogger(__name__)
 DISCARDED = "discarded"
 """User attribute of a trial that stands for no result: interrupted, or a repetition of another one's point."""
+CONTINUES = "continues"
+"""User attribute of a trial whose point was given back: the folder of the interrupted one, from which its job goes on."""
 HOST_KEYS = ("cache_dir", "run_dir", "data.root", "tracker", "trainer.accelerator")
 """Fixed overrides that may differ between the hosts of one study."""
 
@@ -156,7 +158,8 @@ class SharedStudy:
         self._discard(trial.number, "interrupted", "its process was stopped; its point waits to be run again")
         # A trial whose process died before it had drawn its point leaves nothing to run again.
         if trial.params.keys() >= {p.name for p in self.space.parameters if not p.conditions}:
-            self.study.enqueue_trial(trial.params)
+            continues = {CONTINUES: trial.user_attrs["folder"]} if "folder" in trial.user_attrs else {}
+            self.study.enqueue_trial(trial.params, user_attrs=continues)
 
     def _enqueue_next(self, tried: set[str]) -> bool:
         points = self.space.points() or []

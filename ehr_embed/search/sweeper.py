@@ -30,7 +30,7 @@ from ehr_embed.search.results import split_overrides
 from ehr_embed.search.runs import TrialRun
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import open_storage, storage_url
-from ehr_embed.search.study import Owner, open_study
+from ehr_embed.search.study import CONTINUES, Owner, open_study
 from ehr_embed.search.tracking import tracker_overrides
 from ehr_embed.search.trial import TRIAL_VARIABLE
 
@@ -205,7 +205,11 @@ class StudySweeper(Sweeper):
         overrides = [*self.fixed, *self.shared.space.overrides(trial.params)]
         trial.set_user_attr("overrides", overrides)
         # Where a later search finds what this trial left, should this one be killed.
-        trial.set_user_attr("folder", str(self.folder / str(trial.number)))
+        folder = self.folder / str(trial.number)
+        trial.set_user_attr("folder", str(folder))
+        interrupted = Path(trial.user_attrs.get(CONTINUES, folder))
+        if interrupted.parent == self.folder and interrupted.is_dir() and not folder.exists():
+            interrupted.rename(folder)
         jobs = [self._job(trial.number, seed, overrides) for seed in (*self.seeds,) or (None,)]
         n_objectives = len(self.shared.study.directions)
         return TrialRun(trial, jobs, objectives=self.objectives, n_objectives=n_objectives)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ehr_embed.files import read_json
+from filelock import FileLock
+
+from ehr_embed.files import read_json, remove_leftovers
 from ehr_embed.sources.cohort import write_demo_cohort
 from ehr_embed.sources.meds import MedsSource
 
@@ -15,7 +17,11 @@ def demo_source(
     """Write the cohort to `root` unless it is there, and open it as MEDS."""
     folder = Path(root)
     if not (folder / "data").is_dir():
-        write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            remove_leftovers(folder.parent, f"{folder.name}.")
+            if not (folder / "data").is_dir():  # another process may have written it meanwhile
+                write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
     return MedsSource(root=root, name="demo", splits=splits, split_column=split_column)
 
 

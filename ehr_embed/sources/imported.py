@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, digest, read_json, write_json
+from ehr_embed.files import atomic_directory, digest, read_json, remove_leftovers, write_json
 from ehr_embed.sources.protocol import SPLITS
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
             _refuse_other_files(folder, made_from)
             return
         log.info("importing as MEDS to %s", folder)
+        remove_leftovers(folder.parent, f"{folder.name}.")
         with atomic_directory(folder) as temporary:
             write(temporary)
             write_json(temporary / MANIFEST, made_from)

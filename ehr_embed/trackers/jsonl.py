@@ -53,7 +53,7 @@ class JsonlTracker:
         if not self._has_logged:
             self._forget_from(step)
             self._has_logged = True
-        line = json.dumps({"step": step} | json_ready(metrics), allow_nan=False)
+        line = json.dumps({"epoch": step} | json_ready(metrics), allow_nan=False)
         with open(self._history, "a", encoding="utf-8") as handle:
             handle.write(line + "\n")
 
@@ -63,18 +63,18 @@ class JsonlTracker:
     def add_plots(self, paths: Sequence[Path]) -> None:
         """Nothing to do: they are in the run directory already."""
 
-    def _forget_from(self, step: int) -> None:
-        """Drop the rows an earlier run in this folder left from `step` on: a resumed run writes them again."""
+    def _forget_from(self, epoch: int) -> None:
+        """Drop the rows an earlier run in this folder left from `epoch` on: a resumed run writes them again."""
         if not self._history.exists():
             return
         with atomic_path(self._history) as temporary:
-            kept = [line for line in self._history.read_text("utf-8").splitlines() if _step(line) < step]
+            kept = [line for line in self._history.read_text("utf-8").splitlines() if _epoch(line) < epoch]
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _step(line: str) -> float:
-    """A row's step; infinite for a line that a killed run left half-written."""
+def _epoch(line: str) -> float:
+    """A row's epoch; infinite for a line that a killed run left half-written."""
     try:
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)["epoch"])
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")

@@ -37,13 +37,15 @@ class Tracker(Protocol):
 
 
 def state_of(exc_type: type[BaseException] | None) -> str:
-    """How a run ended: `finished`, `pruned` (its search gave it up) or `failed`.
+    """How a run ended: `finished`, `pruned` (its search gave it up), `stopped` (by a signal; it may go on) or `failed`.
 
-    >>> state_of(None), state_of(optuna.TrialPruned), state_of(ValueError)
-    ('finished', 'pruned', 'failed')
+    >>> state_of(None), state_of(optuna.TrialPruned), state_of(KeyboardInterrupt), state_of(ValueError)
+    ('finished', 'pruned', 'stopped', 'failed')
     """
     if exc_type is None:
         return "finished"
+    if issubclass(exc_type, KeyboardInterrupt):
+        return "stopped"
     return "pruned" if issubclass(exc_type, optuna.TrialPruned) else "failed"
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import wandb
 
 from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import atomic_path
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
+ID_FILE = "wandb_id.txt"
+"""In the run's folder: which W&B run a later start in it goes on with."""
 MAX_TAG_LENGTH = 64  # W&B refuses longer ones
 
 
@@ -34,7 +37,7 @@ class WandbTracker:
         config: plain values; shown as the run's config, with `table_digest` added.
         tags: the chosen config groups, `group=option`.
         name: the run's name; None lets W&B choose.
-        run_id: the run's id, unique in the project; None lets W&B choose.
+        run_id: the run's id, unique in the project; None lets W&B choose. In a folder with a run that was stopped, its id.
         project: the W&B project.
         entity: user or team; None = the account's default.
         group: runs shown together, such as a search's name.
@@ -104,7 +107,7 @@ class WandbTracker:
         self._jsonl.__exit__(exc_type, exc, traceback)
         state = state_of(exc_type)
         self._run.summary["state"] = state
-        if state != "finished":
+        if state in ("pruned", "failed"):  # a tag would stay on a run that goes on
             self._run.tags = (*(self._run.tags or ()), state)
         self._run.finish(exit_code=int(state == "failed"))
 
@@ -166,9 +169,16 @@ class WandbTracker:
         log.warning("%s: this run is recorded offline; to upload it, type: wandb sync %s/offline-run-*", reason, folder)
 
     def _init(self, mode: Mode) -> wandb.Run:
-        run = wandb.init(
-            **self._init_arguments, mode=mode, dir=str(self._run_dir), reinit="finish_previous", settings=_settings()
-        )
+        path = self._run_dir / ID_FILE
+        arguments = dict(self._init_arguments)
+        if path.exists():
+            arguments["id"] = path.read_text(encoding="utf-8").strip()
+            # Offline there is nothing to ask: `wandb sync --append` joins the parts.
+            arguments["resume"] = "allow" if mode == "online" else None
+        run = wandb.init(**arguments, mode=mode, dir=str(self._run_dir), reinit="finish_previous", settings=_settings())
+        if mode != "disabled":
+            with atomic_path(path) as temporary:
+                temporary.write_text(f"{run.id}\n", encoding="utf-8")
         if mode == "online":
             log.info("W&B: %s", run.url)
         return run

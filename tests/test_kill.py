@@ -1,0 +1,235 @@
+"""kill -9 at random moments: what is lost is counted, and nothing that was finished is. Each prints its count (-s)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ehr_embed.search.study import DISCARDED
+from ehr_embed.table import load_table
+from tests.conftest import ROOT, Event, write_meds
+from tests.search_app.run import counted, distinct, states, trials_of
+from tests.test_resume import latest_step, what_is_left
+
+N_KILLS = int(os.environ.get("EHR_EMBED_KILLS", "20"))
+WATCHED = str(ROOT / "tests" / "watched.py")
+SMALL = ("embedder=hashing", "data.n_subjects=300", "model.n_layers=1", "model.model_dim=16", "trainer.n_bootstrap=20")
+SLOW = ("trainer.epochs=24", "trainer.patience=99", "trainer.batch_size=4", "trainer.precision=32-true")
+EVERY = 20
+
+
+class Watched:
+    """A process of an entry point and what it said of itself."""
+
+    def __init__(self, script: str, *arguments: str, cwd: Path) -> None:
+        self.log = cwd / f"watched-{len(list(cwd.glob('watched-*')))}"
+        self.log.touch()
+        self.output = open(self.log.with_suffix(".out"), "w+b")  # noqa: SIM115 (read when it has ended)
+        command = [sys.executable, WATCHED, str(self.log), str(ROOT / script), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def count(self, mark: str) -> int:
+        return self.log.read_bytes().count(mark.encode())
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+    def wait_for(self, is_there: Callable[[], bool], seconds: float = 120) -> None:
+        """Until something is there or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while not is_there() and self.process.poll() is None:
+            assert time.monotonic() < deadline, f"waited in vain: {self.said()}"
+            time.sleep(0.002)
+
+    def kill(self) -> bool:
+        """Kill the process and all it started; False if it had ended by itself."""
+        was_alive = self.process.poll() is None
+        if was_alive:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        assert was_alive or code == 0, self.said()
+        return was_alive
+
+    def finish(self) -> str:
+        assert self.process.wait(timeout=300) == 0, self.said()
+        return self.said()
+
+
+def stamps(folder: Path, *patterns: str) -> dict[str, tuple[int, int]]:
+    """Inode and time of the files that match: a file that was written again has others."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def n_lost(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """Finished things that are gone or were made again."""
+    return sum(after.get(name) != stamp for name, stamp in before.items())
+
+
+@pytest.mark.slow
+def test_killed_while_training(tmp_path, capsys):
+    rng = random.Random(0)
+    arguments = ("train.py", "run_dir=run", *SMALL, *SLOW, f"trainer.checkpoint_every={EVERY}")
+    Watched(*arguments[:1], *[a.replace("=run", "=whole") for a in arguments[1:]], cwd=tmp_path).finish()
+    finished = ("cache/stores/*/manifest.json", "cache/stores/*/*.safetensors", "run/checkpoint_epoch_*.pt")
+    run, steps, artefacts, n_kills, n_steps = tmp_path / "run", [], 0, 0, 0
+    while n_kills < N_KILLS:
+        start, before = latest_step(run), stamps(tmp_path, *finished)
+        process = Watched(*arguments, cwd=tmp_path)
+        process.wait_for(lambda process=process: process.count("s") > 0)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.kill(), f"finished after {n_kills} kills: give it more epochs"
+        n_kills, taken = n_kills + 1, process.count("s")
+        n_steps += taken
+        steps.append(start + taken - latest_step(run))
+        artefacts += n_lost(before, stamps(tmp_path, *finished))
+    output = Watched(*arguments, cwd=tmp_path).finish()
+    assert "continuing run at epoch" in output
+    again = Watched(*arguments, cwd=tmp_path)
+    assert "is finished already" in again.finish()
+    assert again.count("s") == 0
+    with capsys.disabled():
+        print(
+            f"\ntraining: {n_kills} kills in {n_steps} steps, {sum(steps)} steps lost, at most {max(steps)} a kill "
+            f"(checkpoint_every={EVERY}), {artefacts} finished artefacts lost"
+        )
+    assert 0 <= min(steps) <= max(steps) <= EVERY
+    assert artefacts == 0
+    assert not list(run.rglob("*.tmp"))
+    assert what_is_left(run) == what_is_left(tmp_path / "whole")
+
+
+@pytest.fixture
+def many_texts(tmp_path) -> Path:
+    """3,000 codes with a text each, in events of many subjects."""
+    rng = random.Random(0)
+    codes = [(f"C//{i}", f"Finding number {i} of the left or right side", None) for i in range(3000)]
+    splits: dict[str, list[Event]] = {}
+    for number, split in enumerate(("train", "tuning", "held_out")):
+        subjects = range(10_000 * number, 10_000 * number + (3000 if split == "train" else 500))
+        splits[split] = [
+            (subject, float(day), codes[(subject + 50 * day) % 3000 if day < 3 else rng.randrange(3000)][0], None)
+            for subject in subjects
+            for day in range(20)
+        ]
+    labels = {
+        "any": [
+            (subject, 99.0, subject % 2 == 0)
+            for number in range(3)
+            for subject in (10_000 * number, 10_000 * number + 1)
+        ]
+    }
+    return write_meds(tmp_path / "set", splits, codes=codes, labels=labels)
+
+
+def cached(tmp_path: Path) -> int:
+    """Vectors in the cache."""
+    total = 0
+    for path in tmp_path.glob("cache/embeddings/*.sqlite"):
+        with closing(sqlite3.connect(path)) as database:
+            tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'vectors'").fetchall()
+            total += database.execute("SELECT count(*) FROM vectors").fetchone()[0] if tables else 0
+    return total
+
+
+@pytest.mark.slow
+def test_killed_while_building_and_embedding(many_texts, tmp_path, capsys):
+    rng = random.Random(1)
+    arguments = ("embed.py", "data=meds", f"data.root={many_texts}", "data.min_count=1", "embedder=hashing")
+    arguments += ("embedder.batch_size=8",)
+    finished = ("cache/stores/*/manifest.json", "cache/stores/*/*.safetensors")
+    n_kills, artefacts, vectors, n_embedded, places, n_rounds = 0, 0, 0, 0, [0, 0], 0
+    longest = 1.0
+    while n_kills < N_KILLS:
+        before, n_before = stamps(tmp_path, *finished), cached(tmp_path)
+        process = Watched(*arguments, cwd=tmp_path)
+        process.wait_for(lambda process=process: process.count("p") > 0)
+        time.sleep(rng.uniform(0, longest))
+        was_killed = process.kill()
+        n_embedded += process.count("t")
+        after = stamps(tmp_path, *finished)
+        artefacts += n_lost(before, after)
+        vectors += max(0, n_before + process.count("t") - 8 - cached(tmp_path))
+        if was_killed:
+            n_kills += 1
+            places[any("manifest" in name for name in after)] += 1
+        if not was_killed or len(after) == 2:  # all is there: from the start, in another cache
+            n_rounds += 1
+            assert not list(tmp_path.glob("cache/stores/*/.*.tmp"))
+            (tmp_path / "cache").rename(tmp_path / f"cache-{n_rounds}")
+    Watched(*arguments, cwd=tmp_path).finish()
+    Watched(*arguments, "cache_dir=whole", cwd=tmp_path).finish()
+    with capsys.disabled():
+        print(
+            f"\npreparing: {n_kills} kills, {places[0]} before a store was whole and {places[1]} after, {n_embedded} "
+            f"texts embedded; lost: {vectors} vectors beyond the batch at hand, {artefacts} finished stores or tables"
+        )
+    assert artefacts == vectors == 0
+    assert min(places) > 0, "the kills came all in one place"
+    assert not list(tmp_path.glob("cache/stores/**/*.tmp"))
+    for path in (tmp_path / "whole" / "stores").rglob("*"):
+        other = tmp_path / "cache" / path.relative_to(tmp_path / "whole")
+        if path.suffix == ".safetensors":  # whose header has no order
+            assert torch.equal(load_table(path, expected={})[0], load_table(other, expected={})[0])
+        elif path.is_file() and path.suffix != ".lock":
+            assert path.read_bytes() == other.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_killed_while_searching(tmp_path, capsys):
+    rng = random.Random(2)
+    rates = ",".join(f"{1 + i}e-3" for i in range(8))
+    arguments = ("train.py", "-m", "hydra/sweeper=study", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=none")
+    arguments += ("hydra.sweeper.study_name=app", "hydra.sweeper.has_plots=false", "hydra.sweeper.n_jobs=2")
+    arguments += (f"trainer.learning_rate={rates}", *SMALL, *SLOW)
+    finished = ("multirun/app/*/metrics.json", "multirun/app/*/outcome.json")
+    n_kills, artefacts, done = 0, 0, set()
+    folder = tmp_path / "multirun" / "app"
+    while n_kills < N_KILLS:
+        before = stamps(tmp_path, *finished)
+        n_folders = len(list(folder.glob("*/log.txt")))
+        process = Watched(*arguments, cwd=tmp_path)
+        process.wait_for(lambda n=n_folders: len(list(folder.glob("*/log.txt"))) > n)
+        time.sleep(rng.uniform(0, 12))
+        was_killed = process.kill()
+        time.sleep(0.7)  # its jobs see that it is gone, and end
+        artefacts += n_lost(before, stamps(tmp_path, *finished))
+        trials = trials_of(tmp_path)
+        now = {trial.number for trial in trials if trial.state.name == "COMPLETE"}
+        artefacts += len(done - now)
+        done, n_kills = now, n_kills + was_killed
+        if not was_killed:
+            break
+    Watched(*arguments, cwd=tmp_path).finish()
+    trials = trials_of(tmp_path)
+    told = counted(trials)
+    n_again = len([trial for trial in trials if DISCARDED in trial.user_attrs])
+    n_continued = sum("continuing" in path.read_text() for path in folder.glob("*/log.txt"))
+    with capsys.disabled():
+        print(
+            f"\nsearch: {n_kills} kills, {len(told)} trials finished, {n_again} unfinished ones given back, "
+            f"{n_continued} finished ones had gone on from a checkpoint, "
+            f"{artefacts} finished ones lost, {len(told) - distinct(told)} repeated"
+        )
+    assert states(told) == ["COMPLETE"] * 8
+    assert distinct(told) == 8
+    assert sorted(folder.glob("*/metrics.json")) == sorted(
+        folder / str(trial.number) / "metrics.json" for trial in told
+    )
+    assert artefacts == 0
