@@ -17,7 +17,7 @@ from ehr_embed.files import read_json
 from ehr_embed.sources.demo import demo_source
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore, SplitEvents, build_store
+from ehr_embed.store import STATIC_TIME, EventStore, SplitEvents, build_store
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.multilabel import Multilabel
 from ehr_embed.vocabulary import VocabularySettings
