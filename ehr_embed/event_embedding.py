@@ -66,7 +66,7 @@ class EventEmbedding(nn.Module):
         else:
             rows = self.table
         inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
-        inputs |= {"days": batch.days}
+        inputs |= {"days": batch.days, "is_static": batch.is_static}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}
         looking_back = {"gap_days": batch.gap_days, "elapsed_days": batch.elapsed_days}
         return inputs | looking_back | {name: x for name, x in optional.items() if x is not None}

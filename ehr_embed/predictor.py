@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,6 +18,7 @@ from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.instantiate import instantiate, instantiate_embedder
+from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.runs import open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
@@ -84,19 +86,25 @@ class Predictor:
             subject_id, prediction_time and probability_<class> for each class.
 
         Raises:
-            UserError: no record or an empty one, vectors of another width, a text that cannot be embedded, or what the
-                dataset's reader refuses.
+            UserError: no record or an empty one, vectors of another width or for a model that reads codes or texts, a text that
+                cannot be embedded, or what the dataset's reader refuses.
         """
         if isinstance(records, str | Path):
             return self._predict_dataset(str(records), labels, split)
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
-            token_ids, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+            token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        elif isinstance(self.run.model, ReadsVocabulary):
+            raise UserError(
+                f"{type(self.run.model).__name__} reads the codes or texts of events, and vectors carry none. Give texts, or the "
+                "root of a MEDS dataset."
+            )
         else:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
-        return self._predict(*self._events(token_ids), embedding)
+            vocabulary = self.run.vocabulary
+        return self._predict(*self._events(token_ids), vocabulary, embedding)
 
     def _predict_dataset(self, root: str, labels: str | None, split: str) -> pl.DataFrame:
         if split not in SPLITS:
@@ -105,24 +113,40 @@ class Predictor:
         vocabulary, embedding = self._extended(source, split)
         events = encode_split(source, vocabulary, split)
         samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
-        probabilities = self._predict(events, samples, embedding)
+        probabilities = self._predict(events, samples, vocabulary, embedding)
         columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
         columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
         return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
 
     @torch.inference_mode()
-    def _predict(self, events: SplitEvents, samples: Samples, embedding: EventEmbedding) -> npt.NDArray[np.float64]:
-        """(n, C) of the samples."""
+    def _predict(
+        self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
+    ) -> npt.NDArray[np.float64]:
+        """(n, C) of the samples, whose token ids are those of `vocabulary`."""
         embedding.to(self.device)
         dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
         batches = BucketSampler(
             dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
-        for rows in batches:
-            logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
+        with self._reading(vocabulary):
+            for rows in batches:
+                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
+
+    @contextmanager
+    def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
+        """Show a model that reads codes or texts what the token ids mean, and the run's own vocabulary again afterwards."""
+        model = self.run.model
+        if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
+            yield
+            return
+        model.set_vocabulary(vocabulary)
+        try:
+            yield
+        finally:
+            model.set_vocabulary(self.run.vocabulary)
 
     def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
         """Records without times as events one day apart, and a sample of each whole record."""
@@ -140,8 +164,10 @@ class Predictor:
         )
         return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
 
-    def _tokens(self, records: Sequence[Sequence[str]]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
-        """Token ids of texts, and the vectors of these tokens: the run's, then those of the texts it does not have."""
+    def _tokens(
+        self, records: Sequence[Sequence[str]]
+    ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
+        """Token ids of texts, and the vocabulary and vectors of these tokens: the run's, then the texts it does not have."""
         texts = self.run.vocabulary.texts
         token_of = {text: token for token, text in reversed(list(enumerate(texts))) if text}
         new = list(dict.fromkeys(text for record in records for text in record if text not in token_of))
@@ -151,35 +177,49 @@ class Predictor:
             )
         token_of |= {text: len(texts) + i for i, text in enumerate(new)}
         token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
-        if not new:
-            return token_ids, self.run.embedding
-        embedder = self._embedder()
-        if not embedder.reads_text:
+        if new and not self._reads_text:
             raise UserError(
                 f"{new[0]!r} is not a text of this run's vocabulary, and the run learned a vector a token "
                 "(embedder=learned): no other text has one. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
-        return token_ids, self._with_texts(embedder, new)
+        # A text without a code gets a name that no code has.
+        return token_ids, *self._with_texts(pl.DataFrame({"code": [f"TEXT//{text}" for text in new], "text": new}))
 
     def _extended(self, source: MedsSource, split: str) -> tuple[Vocabulary, EventEmbedding]:
-        """The run's vocabulary and vectors, with those of the codes that it never saw."""
-        vocabulary, embedder = self.run.vocabulary, self._embedder()
-        known = vocabulary.codes["code"].implode()
+        """The run's vocabulary and vectors, with those of the dataset's codes that it never saw."""
+        known = self.run.vocabulary.codes["code"].implode()
         parts = [source.read(shard).filter(split=split).select(pl.col("code").unique()) for shard in source.shards]
         new = pl.concat(parts)["code"].unique().sort()
         new = new.filter(~new.is_in(known))
-        if not len(new) or not embedder.reads_text:
-            return vocabulary, self.run.embedding
+        if not len(new) or not self._reads_text:
+            return self.run.vocabulary, self.run.embedding
         texts = resolve_texts(new, source.code_metadata(), read_lookups(())).select("code", "text")
-        return vocabulary.with_codes(texts), self._with_texts(embedder, texts["text"].to_list())
+        return self._with_texts(texts)
 
-    def _with_texts(self, embedder: Embedder, texts: list[str]) -> EventEmbedding:
-        try:
-            vectors = torch.from_numpy(embedder.embed(texts))
-        finally:
-            embedder.close()
-        # In the precision of a table on disk, so that a text has one vector wherever it comes from.
-        return EventEmbedding(torch.cat([self.run.embedding.table.cpu(), vectors.half().float()]))
+    def _with_texts(self, texts: pl.DataFrame) -> tuple[Vocabulary, EventEmbedding]:
+        """The run's vocabulary and vectors, with a token more for each row of `texts` (code, text)."""
+        if not len(texts):
+            return self.run.vocabulary, self.run.embedding
+        table = self.run.embedding.table.cpu()
+        if self._reads_vectors:
+            embedder = self._embedder()
+            try:
+                # In the precision of a table on disk, so that a text has one vector wherever it comes from.
+                vectors = torch.from_numpy(embedder.embed(texts["text"].to_list())).half().float()
+            finally:
+                embedder.close()
+        else:
+            vectors = table.new_zeros(len(texts), table.shape[1])
+        return self.run.vocabulary.with_codes(texts), EventEmbedding(torch.cat([table, vectors]))
+
+    @property
+    def _reads_vectors(self) -> bool:
+        return getattr(self.run.model, "reads_vectors", True)
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether a text that the vocabulary does not have can mean something to the run."""
+        return not self._reads_vectors or self._embedder().reads_text
 
     def _embedder(self) -> Embedder:
         embedder: Embedder = instantiate_embedder(self.run.config.embedder)

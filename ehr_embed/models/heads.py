@@ -229,6 +229,20 @@ def time_bin(gap_days: Tensor) -> Tensor:
     return torch.bucketize(gap_days.float(), time_edges(gap_days.device), right=True)
 
 
+def check_classifies(name: str, num_classes: int | None, vocab_size: int | None) -> int:
+    """`num_classes`, for a model that predicts classes only.
+
+    Raises:
+        UserError: the task predicts events, or says neither size.
+    """
+    if num_classes is None or vocab_size is not None:
+        raise UserError(
+            f"{name} predicts classes, and this task predicts events (num_classes={num_classes}, vocab_size={vocab_size}). "
+            "Type: model=decoder for task=next_event, model=encoder for task=masked_event, or task=classification"
+        )
+    return num_classes
+
+
 def build_head(
     *,
     num_classes: int | None,
