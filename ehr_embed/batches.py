@@ -33,6 +33,7 @@ class Batch:
         age_days: (B, T) float32, since birth; NaN where the record does not tell it.
         values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
+        is_static: (B, T) bool, an event without a time, which stands before the timed ones.
         is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
         segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
@@ -47,6 +48,7 @@ class Batch:
     age_days: Tensor
     values: Tensor | None
     is_event: Tensor
+    is_static: Tensor
     is_next: Tensor
     segments: Tensor | None
     event_index: Tensor | None
@@ -205,6 +207,7 @@ def gather(
         age_days=torch.from_numpy(age_BT.astype(np.float32)),
         values=None if values_BT is None else torch.from_numpy(values_BT),
         is_event=torch.from_numpy(is_event_BT),
+        is_static=torch.from_numpy(is_event_BT & ~is_timed_BT),
         is_next=torch.from_numpy(is_next_BT),
         segments=None if segments_BT is None else torch.from_numpy(segments_BT),
         event_index=None if segments_BT is None else torch.from_numpy(place_T - first_BT),

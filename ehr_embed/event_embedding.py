@@ -66,6 +66,7 @@ class EventEmbedding(nn.Module):
         else:
             rows = self.table
         inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
+        inputs |= {"is_static": batch.is_static}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}
         times = {name: getattr(batch, name) for name in ("days", "gap_days", "elapsed_days", "age_days")}
         return inputs | times | {name: x for name, x in optional.items() if x is not None}

@@ -27,7 +27,7 @@ from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, link_file, read_json, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.model_card import write_model_card
-from ehr_embed.models.protocol import build_model
+from ehr_embed.models.protocol import build_model, check_vectors
 from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.resume import FINISHED, claimed, find_run, samples_digest
@@ -175,6 +175,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
+    check_vectors(model, trainable_of(cfg.embedder))
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
     if init_from is not None and found.checkpoint is None:
         initialise(
@@ -223,7 +224,8 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             split: task.evaluate(split, outputs[split], n_bootstrap=settings.n_bootstrap)
             for split in reversed(EVALUATED)
         }
-        metrics["train"] = facts | {"total_seconds": time.perf_counter() - began + (start.seconds if start else 0)}
+        metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
+        metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
         if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
             metrics["transfer"] = share
         if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+
+BLOCK = re.compile(r"body\.(?:\w+\.)*?(?:blocks|layers?|h)\.(\d+)\.")
+LAST_NORMS = ("body.norm.", "body.final_norm.")
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -42,12 +46,20 @@ def parameter_groups(
     as is a weight of the projection that reads it, so a step changes both by the same share. An offset decays like a
     matrix, towards the text's vector, which is where a token with few events should stay; a whole vector does not, since
     towards zero it would forget its text.
+
+    Raises:
+        UserError: `layer_decay` below 1 for a model without blocks, or whose blocks are frozen.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    if layer_decay < 1 and not n_layers:
+        raise UserError(
+            f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
+            "is nothing to decay over. Type: trainer.layer_decay=1"
+        )
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        depth = 0 if not name.startswith("body.") or name.startswith("body.norm.") else n_layers - _block(name)
+        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
         groups.setdefault((depth, parameter.ndim >= 2), []).append(parameter)
     for parameter in embedding.parameters():
         if parameter.requires_grad:
@@ -63,10 +75,12 @@ def parameter_groups(
 
 
 def _block(name: str) -> int:
-    """Number of the block a parameter belongs to, -1 for none.
+    """Number of the block a parameter belongs to, in this project's models and those of Hugging Face; -1 for none.
 
     >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
     (3, -1)
+    >>> _block("body.encoder.layer.5.output.dense.bias"), _block("body.embeddings.LayerNorm.bias"), _block("head.layers.0.w")
+    (5, -1, -1)
     """
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["body", "blocks"] else -1
+    found = BLOCK.match(name)
+    return int(found[1]) if found else -1

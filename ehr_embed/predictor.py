@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -119,15 +120,15 @@ class Predictor:
             subject_id, prediction_time and probability_<class> for each class.
 
         Raises:
-            UserError: no record or an empty one, vectors of another width or for a model that reads codes, a text that cannot
-                be embedded, or what the dataset's reader refuses.
+            UserError: no record or an empty one, vectors of another width or for a model that reads codes or texts, a text that
+                cannot be embedded, or what the dataset's reader refuses.
         """
         if isinstance(records, str | Path):
             return self._predict_dataset(str(records), labels, split, lookups)
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
-            token_ids, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+            token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
         elif isinstance(self.run.model, ReadsVocabulary):
             raise UserError(
                 f"{type(self.run.model).__name__} reads the codes or texts of events, and vectors carry none. Give texts, or the "
@@ -136,7 +137,8 @@ class Predictor:
         else:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
-        return self._predict(*self._events(token_ids), embedding)
+            vocabulary = self.run.vocabulary
+        return self._predict(*self._events(token_ids), vocabulary, embedding)
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
@@ -144,7 +146,6 @@ class Predictor:
             raise unknown_name("split", split, SPLITS)
         source = MedsSource(root=root, needs_splits=split is not None)
         vocabulary, embedding = self._extended(source, split, lookups)
-        self._show(vocabulary)
         events = encode_split(source, vocabulary, split)
         samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
         return Dataset(vocabulary, embedding, events, samples)
@@ -153,24 +154,41 @@ class Predictor:
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> pl.DataFrame:
         data = self.read(root, labels=labels, split=split, lookups=lookups)
-        samples, probabilities = data.samples, self._predict(data.events, data.samples, data.embedding)
+        samples = data.samples
+        probabilities = self._predict(data.events, samples, data.vocabulary, data.embedding)
         columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
         columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
         return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
 
     @torch.inference_mode()
-    def _predict(self, events: SplitEvents, samples: Samples, embedding: EventEmbedding) -> npt.NDArray[np.float64]:
-        """(n, C) of the samples."""
+    def _predict(
+        self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
+    ) -> npt.NDArray[np.float64]:
+        """(n, C) of the samples, whose token ids are those of `vocabulary`."""
         embedding.to(self.device)
         dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
         batches = BucketSampler(
             dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
-        for rows in batches:
-            logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
+        with self._reading(vocabulary):
+            for rows in batches:
+                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
+
+    @contextmanager
+    def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
+        """Show a model that reads codes or texts what the token ids mean, and the run's own vocabulary again afterwards."""
+        model = self.run.model
+        if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
+            yield
+            return
+        model.set_vocabulary(vocabulary)
+        try:
+            yield
+        finally:
+            model.set_vocabulary(self.run.vocabulary)
 
     def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
         """Records without times as events one day apart, and a sample of each whole record."""
@@ -189,8 +207,10 @@ class Predictor:
         )
         return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
 
-    def _tokens(self, records: Sequence[Sequence[str]]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
-        """Token ids of texts, and the vectors of these tokens: the run's, then those of the texts it does not have."""
+    def _tokens(
+        self, records: Sequence[Sequence[str]]
+    ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
+        """Token ids of texts, and the vocabulary and vectors of these tokens: the run's, then the texts it does not have."""
         texts = self.run.vocabulary.texts
         token_of = {text: token for token, text in reversed(list(enumerate(texts))) if text}
         new = list(dict.fromkeys(text for record in records for text in record if text not in token_of))
@@ -200,50 +220,56 @@ class Predictor:
             )
         token_of |= {text: len(texts) + i for i, text in enumerate(new)}
         token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
-        self._show(self.run.vocabulary)
-        if not new:
-            return token_ids, self.run.embedding
-        embedder = self._embedder()
-        if not embedder.reads_text:
+        if new and not self._reads_text:
             raise UserError(
                 f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
                 "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
-        self._show(self.run.vocabulary.with_codes(pl.DataFrame({"code": new, "text": new})))
-        return token_ids, self._with_texts(embedder, new)
+        # A text without a code gets a name that no code has.
+        return token_ids, *self._with_texts(pl.DataFrame({"code": [f"TEXT//{text}" for text in new], "text": new}))
 
     def _extended(
         self, source: MedsSource, split: str | None, lookups: Sequence[str]
     ) -> tuple[Vocabulary, EventEmbedding]:
-        """The run's vocabulary and vectors, with those of the codes that it never saw."""
-        vocabulary = self.run.vocabulary
-        known = vocabulary.codes["code"].implode()
+        """The run's vocabulary and vectors, with those of the dataset's codes that it never saw."""
+        known = self.run.vocabulary.codes["code"].implode()
         is_wanted = pl.lit(True) if split is None else pl.col("split") == split
         parts = [source.read(shard).filter(is_wanted).select(pl.col("code").unique()) for shard in source.shards]
         new = pl.concat(parts)["code"].unique().sort()
         new = new.filter(~new.is_in(known))
         if not len(new):
-            return vocabulary, self.run.embedding
-        embedder = self._embedder()
-        log.info("%d codes were not in train; %s", len(new), "embedded" if embedder.reads_text else "unknown events")
-        if not embedder.reads_text:
-            return vocabulary, self.run.embedding
+            return self.run.vocabulary, self.run.embedding
+        reads_text = self._reads_text
+        log.info("%d codes were not in train; %s", len(new), "their texts are read" if reads_text else "unknown events")
+        if not reads_text:
+            return self.run.vocabulary, self.run.embedding
         merged = read_lookups([*self._lookups, *lookups])
-        texts = resolve_texts(new, source.code_metadata(), merged).select("code", "text")
-        return vocabulary.with_codes(texts), self._with_texts(embedder, texts["text"].to_list())
+        return self._with_texts(resolve_texts(new, source.code_metadata(), merged).select("code", "text"))
 
-    def _show(self, vocabulary: Vocabulary) -> None:
-        """Tell a model that reads codes or texts what the coming token ids mean."""
-        if isinstance(self.run.model, ReadsVocabulary):
-            self.run.model.set_vocabulary(vocabulary)
+    def _with_texts(self, texts: pl.DataFrame) -> tuple[Vocabulary, EventEmbedding]:
+        """The run's vocabulary and vectors, with a token more for each row of `texts` (code, text)."""
+        if not len(texts):
+            return self.run.vocabulary, self.run.embedding
+        table = self.run.embedding.table.cpu()
+        if self._reads_vectors:
+            embedder = self._embedder()
+            try:
+                # In the precision of a table on disk, so that a text has one vector wherever it comes from.
+                vectors = torch.from_numpy(embedder.embed(texts["text"].to_list())).half().float()
+            finally:
+                embedder.close()
+        else:
+            vectors = table.new_zeros(len(texts), table.shape[1])
+        return self.run.vocabulary.with_codes(texts), EventEmbedding(torch.cat([table, vectors]))
 
-    def _with_texts(self, embedder: Embedder, texts: list[str]) -> EventEmbedding:
-        try:
-            vectors = torch.from_numpy(embedder.embed(texts))
-        finally:
-            embedder.close()
-        # In the precision of a table on disk, so that a text has one vector wherever it comes from.
-        return EventEmbedding(torch.cat([self.run.embedding.table.cpu(), vectors.half().float()]))
+    @property
+    def _reads_vectors(self) -> bool:
+        return getattr(self.run.model, "reads_vectors", True)
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether a text that the vocabulary does not have can mean something to the run."""
+        return not self._reads_vectors or self._embedder().reads_text
 
     def _embedder(self) -> Embedder:
         embedder: Embedder = instantiate_embedder(self.run.config.embedder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Prepared:
         table_path: its file.
         table_digest: changes with the texts or the embedder.
         identity: digests of the embedder and the vocabulary, which trained weights depend on.
+        embedding_seconds: spent on the table; 0 where it was there.
     """
 
     store: EventStore
@@ -36,6 +38,7 @@ class Prepared:
     table_path: Path
     table_digest: str
     identity: dict[str, str]
+    embedding_seconds: float
 
 
 def prepare(
@@ -70,12 +73,14 @@ def prepare(
             "embedder": digest(embedder.fingerprint),
         }
         path = folder / f"table-{about['embedder']}.safetensors"
-        if overwrite or not path.exists():
+        began, is_there = time.perf_counter(), path.exists() and not overwrite
+        if not is_there:
             log.info("embedding %d texts for %s", len(vocabulary), path)
             table = build_table(embedder.names(vocabulary), embedder=embedder, cache_dir=cache_dir)
             save_table(path, table, about)
+        embedding_seconds = 0.0 if is_there else time.perf_counter() - began
     table, _ = load_table(path, expected=about)
-    return Prepared(store, table, path, file_sha256(path)[:16], about)
+    return Prepared(store, table, path, file_sha256(path)[:16], about, embedding_seconds)
 
 
 def report(store: EventStore, min_text_coverage: float) -> None:

@@ -18,6 +18,7 @@ from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.fit_at_once import fit_at_once
+from ehr_embed.memory import peak_memory_mib
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
@@ -124,8 +125,8 @@ class Trainer:
             run: what to go on from; on a CPU the result is that of a run that was never stopped.
 
         Returns:
-            Facts of the run: epochs, best_epoch, seconds, events_per_s (real events, without padding), padding_share,
-            n_parameters, precision, history (a row an epoch).
+            Facts of the run: epochs, steps (of the optimizer), best_epoch, seconds, events_per_s (real events, without
+            padding), padding_share, history (a row an epoch), and those of `facts`.
 
         Raises:
             UserError: the loss became NaN or infinite, or `run` does not fit the model.
@@ -201,6 +202,7 @@ class Trainer:
         return self.facts(model, embedding) | {
             "n": len(self.task.dataset("train")),
             "epochs": progress.epoch,
+            "steps": progress.step,
             "best_epoch": progress.best_epoch,
             "seconds": progress.total_seconds,
             "events_per_s": progress.total_events / progress.total_seconds,
@@ -209,9 +211,16 @@ class Trainer:
         }
 
     def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
-        """What can be said of a model that is not trained here: n_parameters, precision, and an empty history."""
-        n_parameters = sum(p.numel() for p in (*model.parameters(), *embedding.parameters()))
-        return {"n_parameters": n_parameters, "precision": self.precision, "history": []}
+        """What can be said of a model that is not trained here: n_parameters, n_trained of them, peak_memory_mib so far (of the
+        GPU, else of this process), precision, and an empty history."""
+        parameters = [*model.parameters(), *embedding.parameters()]
+        return {
+            "n_parameters": sum(p.numel() for p in parameters),
+            "n_trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "peak_memory_mib": peak_memory_mib(self.fabric.device),
+            "precision": self.precision,
+            "history": [],
+        }
 
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
         """The task's outputs of all samples of a split, in sample order."""

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from ehr_embed.embedders import sentence_transformer
+from ehr_embed import pretrained
 from ehr_embed.embedders.cache import check_informative, embed_texts
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.embedders.sentence_transformer import BUNDLED, SentenceTransformerEmbedder
+from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
 from ehr_embed.errors import UserError
+from ehr_embed.pretrained import BUNDLED
 from ehr_embed.table import build_table, load_table, save_table
 
 GOLDEN = [0, 0.70710677, 0, -0.70710677, 0, 0, 0, 0]
@@ -81,7 +82,7 @@ def test_options_change_vectors_and_fingerprint(bundled):
 
 
 def test_damaged_bundled_weights_are_refused(monkeypatch):
-    monkeypatch.setattr(sentence_transformer, "BUNDLED_SHA256", "0" * 64)
+    monkeypatch.setattr(pretrained, "BUNDLED_SHA256", "0" * 64)
     with pytest.raises(UserError, match="not the published weights"):
         SentenceTransformerEmbedder(model=BUNDLED).embed(["fever"])
 

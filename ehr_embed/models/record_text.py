@@ -1,0 +1,139 @@
+"""Records written out as text: from token ids to word pieces, without a loop over events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.errors import UserError
+from ehr_embed.models.body import LENGTH_MULTIPLE
+
+DAYS_A_MONTH, DAYS_A_YEAR = 30.4375, 365.25
+GAPS = (
+    "",
+    "1 day later:",
+    *(f"{n} days later:" for n in range(2, 60)),
+    *(f"{n} months later:" for n in range(2, 24)),
+    *(f"{n} years later:" for n in range(2, 121)),
+)
+"""What stands before an event, by the time since the one before it; nothing below a day."""
+
+
+def gap_number(days: Tensor) -> Tensor:
+    """Number in `GAPS` of the time since the previous event, (...) days -> (...) int64.
+
+    >>> [GAPS[i] for i in gap_number(torch.tensor([0.9, 1.0, 59.5, 60.0, 729.0, 731.0, 1e6]))]
+    ['', '1 day later:', '59 days later:', '2 months later:', '23 months later:', '2 years later:', '120 years later:']
+    """
+    months = 58 + (days / DAYS_A_MONTH).round().clamp(2, 23)
+    years = 80 + (days / DAYS_A_YEAR).round().clamp(2, 120)
+    return torch.where(days < 60, days.floor(), torch.where(days < 730, months, years)).long()
+
+
+class RecordText(nn.Module):
+    """Writes records as `[CLS] text; text; 3 days later: text; [SEP]` in the word pieces of a tokenizer.
+
+    Args:
+        tokenizer: of Hugging Face's transformers.
+        max_pieces: longest record, with its special pieces. Of a longer one static events are kept first and then the most
+            recent ones, whole events only; a single text longer than that is cut.
+        times: write the time between events where it is a day or more.
+
+    Raises:
+        UserError: `max_pieces` leaves no room for an event.
+    """
+
+    # The pieces of all gaps and texts one after the other, and where each of these units starts and how long it is.
+    texts: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    def __init__(self, tokenizer: Any, *, max_pieces: int, times: bool) -> None:
+        super().__init__()
+        self.tokenizer, self.times, self.n_texts = tokenizer, times, 0
+        special: list[int] = tokenizer("")["input_ids"]
+        n_first = min(1, len(special) - 1) if special else 0
+        self.first, self.last = special[:n_first], special[n_first:]
+        self.padding = tokenizer.pad_token_id or 0
+        self._gaps = self._split(list(GAPS)) if times else []
+        self.budget = max_pieces - len(special)
+        self._longest_text = self.budget - max((len(pieces) for pieces in self._gaps), default=0)
+        if self._longest_text < 1:
+            raise UserError(
+                f"model.max_pieces={max_pieces} leaves no room for an event: expected 16 word pieces or more."
+            )
+        for name in ("texts", "starts", "lengths"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.long), persistent=False)
+
+    def set_texts(self, texts: list[str]) -> None:
+        """Split the text of every token, (V,), once; the empty text of padding has no pieces."""
+        long = self._split([f"{text};" if text else "" for text in texts])
+        pieces = [*self._gaps, *(piece[: self._longest_text] for piece in long)]
+        self.n_texts, device = len(texts), self.lengths.device
+        self.lengths = torch.tensor([len(piece) for piece in pieces], device=device)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.texts = torch.tensor([number for piece in pieces for number in piece], device=device)
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Word pieces (B, L) int64 and which of them are no padding (B, L) bool.
+
+        Args:
+            inputs: `token_ids` (B, T), 0 = padding; `is_static` (B, T), none where it is missing; `gap_days` (B, T) where
+                times are written.
+
+        Raises:
+            UserError: no vocabulary was set, or an input is missing.
+        """
+        token_BT = self._tokens(inputs)
+        # A unit is a gap or a text: two an event, or one where times are not written. U units in the tables, N pieces.
+        unit_BTK = (len(self._gaps) + token_BT).unsqueeze(-1)
+        if self.times:
+            unit_BTK = torch.cat([gap_number(inputs["gap_days"]).unsqueeze(-1), unit_BTK], dim=-1)
+        is_kept_BT = self._fitting(self.lengths[unit_BTK].sum(-1), token_BT, inputs.get("is_static"))
+        count_BTK = self.lengths[unit_BTK] * is_kept_BT.unsqueeze(-1)
+        n_B = count_BTK.sum((1, 2))
+
+        count_F = count_BTK.flatten()
+        place_N = torch.repeat_interleave(torch.arange(len(count_F), device=count_F.device), count_F)
+        index_N = torch.arange(len(place_N), device=count_F.device)
+        within_N = index_N - (count_F.cumsum(0) - count_F)[place_N]
+        row_N = place_N // (count_F.numel() // len(n_B))
+        column_N = index_N - (n_B.cumsum(0) - n_B)[row_N] + len(self.first)
+
+        total_B = n_B + len(self.first) + len(self.last)
+        width = -(-int(total_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        pieces_BL = torch.full((len(n_B), width), self.padding, device=count_F.device)
+        pieces_BL[row_N, column_N] = self.texts[self.starts[unit_BTK.flatten()[place_N]] + within_N]
+        pieces_BL[:, : len(self.first)] = torch.tensor(self.first, dtype=torch.long, device=count_F.device)
+        for offset, piece in enumerate(self.last):
+            pieces_BL.scatter_(1, (n_B + len(self.first) + offset).unsqueeze(1), piece)
+        return pieces_BL, torch.arange(width, device=count_F.device) < total_B.unsqueeze(1)
+
+    def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        if not self.n_texts:
+            raise UserError("the model reads texts and knows none: call set_vocabulary(vocabulary) first.")
+        needed = ["token_ids", *(["gap_days"] if self.times else [])]
+        if missing := [name for name in needed if name not in inputs]:
+            raise UserError(
+                f"the model reads the texts of events and was given no {missing[0]} (B, T); vectors carry no text. Give the "
+                "token ids of its vocabulary, or texts to ehr_embed.load(RUN_DIR).predict_proba."
+            )
+        return inputs["token_ids"].long()
+
+    def _fitting(self, cost_BT: Tensor, token_BT: Tensor, is_static_BT: Tensor | None) -> Tensor:
+        """Which events fit the budget, (B, T): static ones from the first on, then timed ones from the last on."""
+        is_event_BT = token_BT > 0
+        is_static_BT = torch.zeros_like(is_event_BT) if is_static_BT is None else is_static_BT & is_event_BT
+        static_BT = is_static_BT & ((cost_BT * is_static_BT).cumsum(1) <= self.budget)
+        room_B1 = self.budget - (cost_BT * static_BT).sum(1, keepdim=True)
+        is_timed_BT = is_event_BT & ~is_static_BT
+        from_here_BT = (cost_BT * is_timed_BT).flip(1).cumsum(1).flip(1)
+        return static_BT | (is_timed_BT & (from_here_BT <= room_B1))
+
+    def _split(self, texts: list[str]) -> list[list[int]]:
+        # A blank in front, since tokenizers of some models give the first word of a text other pieces.
+        split = self.tokenizer([f" {text}" if text else "" for text in texts], add_special_tokens=False)
+        pieces: list[list[int]] = split["input_ids"]
+        return pieces

@@ -1,0 +1,133 @@
+"""A published text encoder, fine-tuned end to end on records written out as text."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.models.heads import PooledHead, check_classifies
+from ehr_embed.models.record_text import RecordText
+from ehr_embed.pretrained import load_pretrained
+from ehr_embed.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+POOLINGS = ("mean", "cls")
+
+
+class TextEncoder(nn.Module):
+    """The texts of a record's events one after the other, `[CLS] text; text; 3 days later: text; [SEP]`, read as a whole.
+
+    It reads `token_ids`, by the texts of the vocabulary that `set_vocabulary` gives, and no event vectors: the embedder has no
+    part in it. Value bins stand in the tokens' texts; numbers beside the tokens (`data.values=continuous`) are not written.
+
+    Args:
+        embedding_dim: width E of the event vectors, which are not read.
+        num_classes: outputs; the task says it.
+        vocab_size: set by tasks that predict events, which this model cannot.
+        has_values: whether batches carry a number beside each event; not read.
+        backbone: `bundled` (all-MiniLM-L6-v2), a folder, or a hub id of an encoder.
+        revision: commit, branch or tag on the hub; None takes the copy at hand, else the newest.
+        max_pieces: longest record in word pieces; a longer one keeps its static events and then the last ones.
+        max_length: longest sequence in events, before any is written.
+        times: write the time between two events where it is a day or more.
+        pooling: `mean` of the pieces, or `cls`, the first.
+        dropout: probability, on the pooled vector; the backbone keeps its own.
+        lora_rank: train only low-rank updates of the backbone's matrices (Hu et al. 2021, arXiv:2106.09685), scaled by 2;
+            None trains all of it.
+
+    Raises:
+        UserError: a task that predicts events; unknown pooling; weights that cannot be had, or are no encoder; `max_pieces`
+            beyond what the backbone can read; `lora_rank` without peft.
+    """
+
+    is_causal = False
+    reads_vectors = False
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_classes: int | None = None,
+        vocab_size: int | None = None,
+        has_values: bool = False,
+        backbone: str = "bundled",
+        revision: str | None = None,
+        max_pieces: int = 256,
+        max_length: int = 128,
+        times: bool = True,
+        pooling: str = "mean",
+        dropout: float = 0.1,
+        lora_rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        n_classes = check_classifies("model=text_encoder", num_classes, vocab_size)
+        if pooling not in POOLINGS:
+            raise unknown_name("model.pooling", pooling, POOLINGS)
+        tokenizer, body = load_pretrained(
+            _load, backbone, revision, key="model.backbone", offline="model.backbone=bundled"
+        )
+        _check_encoder(backbone, body.config, max_pieces)
+        body.pooler = None  # of next-sentence prediction; its weights would never get a gradient
+        self.body = body if lora_rank is None else with_lora(body, lora_rank)
+        self.text = RecordText(tokenizer, max_pieces=max_pieces, times=times)
+        self.head = PooledHead(
+            pooling=pooling, model_dim=body.config.hidden_size, num_classes=n_classes, dropout=dropout
+        )
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        if vocabulary.settings.values == "continuous":
+            log.warning(
+                "data.values=continuous keeps numbers beside the tokens, and model=text_encoder reads texts only: it sees no "
+                "number. Type: data.values=bins"
+            )
+        self.text.set_texts(vocabulary.texts)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, num_classes) from `token_ids` (B, T), 0 = padding; `gap_days` (B, T) where times are written; `is_static`
+        (B, T), none where it is missing."""
+        pieces_BL, is_piece_BL = self.text(inputs)
+        x_BLD = self.body(input_ids=pieces_BL, attention_mask=is_piece_BL.long()).last_hidden_state
+        return self.head(x_BLD, {"padding_mask": is_piece_BL})
+
+
+def with_lora(body: nn.Module, rank: int) -> nn.Module:
+    """`body` with trainable low-rank updates beside its linear maps, everything else frozen.
+
+    Raises:
+        UserError: a rank below 1; peft is not installed.
+    """
+    if rank < 1:
+        raise UserError(f"model.lora_rank={rank}: expected 1 or more; null = train the whole backbone.")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(
+            f"model.lora_rank={rank}: peft is not installed. Type: pip install -c constraints.txt -e '.[lora]'"
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    adapted: nn.Module = inject_adapter_in_model(config, body)
+    return adapted
+
+
+def _load(name: str, revision: str | None) -> tuple[Any, Any]:
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    return tokenizer, AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32)
+
+
+def _check_encoder(backbone: str, config: Any, max_pieces: int) -> None:
+    if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+        raise UserError(
+            f"model.backbone={backbone} is a {config.model_type} model, not an encoder. Use one like BERT, or: bundled"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_pieces > longest:
+        raise UserError(
+            f"model.max_pieces={max_pieces}, but {backbone} has {longest} positions. Type: model.max_pieces={longest} or less"
+        )
