@@ -298,10 +298,15 @@ def write_table(tabulated: Tabulated, stem: Path) -> None:
 
 
 def print_table(tabulated: Tabulated) -> None:
-    """The table and its notes."""
+    """The table and its notes; with more metrics than rows it is turned, since a terminal is longer than wide."""
     titles, rows = cells(tabulated)
     shown = Table(title="mean ± SD [95 % interval of the mean] over runs", title_justify="left")
     n_keys = len(tabulated.groups[0].keys)
+    if len(tabulated.metrics) > len(rows):
+        names = [" ".join(row[:n_keys]) for row in rows]
+        columns = [titles[n_keys:], *(row[n_keys:] for row in rows)]
+        titles, n_keys = [" ".join(titles[:n_keys]), *names], 1
+        rows = [list(row) for row in zip(*columns, strict=True)]
     for number, title in enumerate(titles):
         shown.add_column(title, justify="left" if number < n_keys else "right")
     for row in rows:

@@ -272,3 +272,14 @@ def test_token_vectors_that_nothing_reads_are_not_learned(folder, backbone):
     with pytest.raises(UserError, match=r"embedder\.trainable=full: TextEncoder reads texts and no token vectors"):
         run(config(folder, backbone, "refused", "embedder=learned"))
     assert not (folder / "refused").exists()
+
+
+def test_a_fine_tuned_backbone_starts_another_task(folder, backbone):
+    start = [f"init_from={folder / 'run'}", "trainer.freeze=body", "trainer.epochs=1", "task.shuffle_labels=1"]
+    run(config(folder, backbone, "second", *start))
+    first, second = (
+        torch.load(folder / name / "best_checkpoint.pt", weights_only=True)["model_state_dict"]
+        for name in ("run", "second")
+    )
+    assert all(torch.equal(second[key], first[key]) for key in first if key.startswith("body."))
+    assert not torch.equal(second["head.classes.weight"], first["head.classes.weight"])

@@ -61,6 +61,7 @@ class StudySweeper(Sweeper):
         sampler: DictConfig,
         pruner: DictConfig,
         has_plots: bool,
+        table: Sequence[str] | None,
         params: DictConfig | None,
     ) -> None:
         if n_jobs < 1 or (n_trials is not None and n_trials < 1):
@@ -71,6 +72,7 @@ class StudySweeper(Sweeper):
         self.direction, self.objectives, self.seeds = direction, list(objectives or []), list(seeds or [])
         self.max_failure_rate, self.dead_hosts = max_failure_rate, list(dead_hosts)
         self.sampler_config, self.pruner_config, self.has_plots = sampler, pruner, has_plots
+        self.columns = list(table or [])
         self.params: dict[str, Any] = dict(OmegaConf.to_container(params) or {}) if params is not None else {}  # type: ignore[arg-type]
         self.fixed: list[str] = []
 
@@ -114,6 +116,17 @@ class StudySweeper(Sweeper):
             from ehr_embed.search.tracking import log_search
 
             log_search(self.example, self.shared.study, self.folder, table)
+            if self.columns:
+                self._tabulate()
+
+    def _tabulate(self) -> None:
+        """A row a trial, with means over its seeds."""
+        from ehr_embed.tabulate import print_table, tabulate, write_table
+
+        names = [parameter.name for parameter in self.shared.space.parameters]
+        tabulated = tabulate([self.folder], metrics=self.columns, by=names)
+        write_table(tabulated, self.folder / self.study_name)
+        print_table(tabulated)
 
     def _prepare(self, arguments: list[str]) -> None:
         """Everything that can be refused, before anything is started or written."""
