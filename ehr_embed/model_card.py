@@ -188,7 +188,9 @@ def limits_of(
     wide = [
         f"{name} ({entry['high'] - entry['low']:.2f})"
         for name, entry in held_out.items()
-        if isinstance(entry, dict) and entry.get("low") is not None and entry["high"] - entry["low"] > WIDE_INTERVAL
+        if isinstance(entry, dict)
+        and isinstance(entry.get("low"), float)
+        and entry["high"] - entry["low"] > WIDE_INTERVAL
     ]
     if wide:
         lines.append(f"Intervals wider than {WIDE_INTERVAL} on held_out: {', '.join(wide)}.")

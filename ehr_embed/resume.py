@@ -29,6 +29,7 @@ HARMLESS = (
     "run_dir",
     "cache_dir",
     "resume",
+    "audit",
     "trusted_packages",
     "tracker",
     "hydra",
@@ -38,7 +39,16 @@ HARMLESS = (
     "trainer.num_workers",
 )
 """Keys, or whole groups, that change nothing in what a run computes."""
-LEFT_BY_RUNS = ("metrics.*", "summary.json", "*checkpoint*.pt", "predictions", "plots", "wandb_id.txt")
+LEFT_BY_RUNS = (
+    "metrics.*",
+    "summary.json",
+    "audit.json",
+    "model_card.md",
+    "*checkpoint*.pt",
+    "predictions",
+    "plots",
+    "wandb_id.txt",
+)
 
 
 CLAIM_TIMEOUT_S = 5.0

@@ -305,12 +305,14 @@ def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.fl
     [2.0, 4.0, 6.0, 8.0]
     >>> bin_edges(np.array([0., 0., 0., 1.]), 10).tolist()
     [1.0]
-    >>> bin_edges(np.array([3., 3.]), 10).tolist()
-    []
+    >>> bin_edges(np.array([3., 3.]), 10).tolist(), bin_edges(np.array([0., 0., 0., 1., 2.]), 2).tolist()
+    ([], [1.0])
     """
     distinct = np.unique(values)
     if len(distinct) <= n_bins:
         return distinct[1:]
+    if n_bins < 2:
+        return distinct[:0]
     edges = np.quantile(values, np.arange(1, n_bins) / n_bins, method="higher")
     edges = np.unique(edges[edges > distinct[0]])
     if not len(edges):  # nearly all values are the minimum: bin what lies above it

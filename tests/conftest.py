@@ -21,6 +21,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def _quiet_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point that ran in this process leaves no switch on for the processes that later tests start."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+
+
 def day(days: float | None) -> datetime | None:
     """A time `days` after the start of 2020; None stays None (a static event)."""
     return None if days is None else datetime(2020, 1, 1) + timedelta(days=days)

@@ -268,11 +268,11 @@ def test_a_leak_stops_a_run_that_asks_for_it_and_is_written_down_otherwise(tmp_p
         run(composed(*arguments(root, "audit=eror")))
     run(composed(*arguments(root, "audit=off")))
     assert not (tmp_path / "run" / "audit.json").exists()
-    run(composed(*arguments(root)))
+    run(composed(*arguments(root, "resume=overwrite")))
     assert any("BILLED" in record.message and record.levelname == "WARNING" for record in caplog.records)
     (finding,) = read_json(tmp_path / "run" / "audit.json")["findings"]
     assert finding["details"]["name"] == "BILLED"
-    run(composed(*arguments(root, "task=next_event", "model=decoder_small")))
+    run(composed(*arguments(root, "resume=overwrite", "task=next_event", "model=decoder_small")))
     assert read_json(tmp_path / "run" / "audit.json")["findings"] == [], "there is no label to tell"
 
 

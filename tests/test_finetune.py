@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused_with_both_values(tmp_path):
         with pytest.raises(UserError, match=rf"model\.{key} is \S+ there and {value} here"):
             start(decoder(num_classes=2, **{key: value}), folder, config=other)
     encoder = {**CONFIG, "model": {"_target_": "ehr_embed.models.encoder.Encoder", **SIZES}}
-    with pytest.raises(UserError, match=r"body\.elapsed\.project\.bias is only there.*Decoder there, .*Encoder here"):
+    with pytest.raises(UserError, match=r"body\.times\.project\.bias is only there.*Decoder there, .*Encoder here"):
         start(Encoder(embedding_dim=12, num_classes=2, **SIZES), folder, config=encoder)
 
 
@@ -130,7 +130,7 @@ def test_lower_layers_learn_more_slowly():
     assert rates["head.classes.weight"] == rates["body.norm.weight"] == 1.0
     assert rates["body.blocks.1.mlp.0.weight"] == 0.5
     assert rates["body.blocks.0.mlp.0.weight"] == 0.25
-    assert rates["body.input.project.weight"] == rates["body.elapsed.project.weight"] == 0.125
+    assert rates["body.input.project.weight"] == rates["body.times.project.weight"] == 0.125
     assert rate_of[id(offsets.learned)] == 0.125
     assert groups[0]["lr"] == 1.0, "the rate that is logged is the head's"
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

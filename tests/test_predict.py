@@ -114,7 +114,7 @@ def test_several_classes_and_labels(tmp_path):
 
 def test_the_command_line(folder, new, inside):  # noqa: F811
     output = inside("-m", "ehr_embed.predict", "run=moved", "data.root=new", "output=by/cli.parquet", cwd=folder)
-    assert "2 codes were not in train; embedded" in output
+    assert "2 codes were not in train; their texts are read" in output
     assert "3 predictions in by/cli.parquet" in output
     for arguments, message in (
         (["run=nowhere", "data.root=new", "output=x"], "run=nowhere: expected the folder of a finished run"),

@@ -174,8 +174,8 @@ def test_a_diverging_loss_is_refused(planted, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(UserError, match=r"unknown trainer\.schedule 'cosin': did you mean 'cosine'"):
         TrainerSettings(schedule="cosin")
-    with pytest.raises(UserError, match=r"trainer\.epochs=0"):
-        TrainerSettings(epochs=0)
+    with pytest.raises(UserError, match=r"trainer\.epochs=-1"):
+        TrainerSettings(epochs=-1)
     with pytest.raises(UserError, match=r"trainer\.warmup_steps=-1"):
         TrainerSettings(warmup_steps=-1)
     with pytest.raises(UserError, match=r"unknown trainer\.precision 'bf16'"):

@@ -16,10 +16,10 @@ import torch
 from ehr_embed import experiment
 from ehr_embed.embedders.hashing import HashingEmbedder
 
-log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-
-def told(function: Callable[..., Any], mark: Callable[..., bytes], *, before: bool = False) -> Callable[..., Any]:
+def told(
+    log: int, function: Callable[..., Any], mark: Callable[..., bytes], *, before: bool = False
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if before:
             os.write(log, mark(*args))
@@ -31,10 +31,10 @@ def told(function: Callable[..., Any], mark: Callable[..., bytes], *, before: bo
     return call
 
 
-experiment.prepare = told(experiment.prepare, lambda *_: b"p", before=True)
-HashingEmbedder.embed = told(HashingEmbedder.embed, lambda _, texts: b"t" * len(texts))  # type: ignore[method-assign]
-torch.optim.AdamW.step = told(torch.optim.AdamW.step, lambda *_: b"s")  # type: ignore[method-assign]
-
 if __name__ == "__main__":
+    file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    experiment.prepare = told(file, experiment.prepare, lambda *_: b"p", before=True)
+    HashingEmbedder.embed = told(file, HashingEmbedder.embed, lambda _, texts: b"t" * len(texts))  # type: ignore[method-assign]
+    torch.optim.AdamW.step = told(file, torch.optim.AdamW.step, lambda *_: b"s")  # type: ignore[method-assign]
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
