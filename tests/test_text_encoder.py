@@ -17,6 +17,7 @@ import ehr_embed
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.experiment import run
+from ehr_embed.files import read_json
 from ehr_embed.models.record_text import GAPS, RecordText, gap_number
 from ehr_embed.models.text_encoder import TextEncoder
 from ehr_embed.optimizer import parameter_groups
@@ -283,3 +284,14 @@ def test_a_fine_tuned_backbone_starts_another_task(folder, backbone):
     )
     assert all(torch.equal(second[key], first[key]) for key in first if key.startswith("body."))
     assert not torch.equal(second["head.classes.weight"], first["head.classes.weight"])
+
+
+def test_a_lora_run_says_what_it_trained_and_loads_again(folder, backbone):
+    pytest.importorskip("peft")
+    run(config(folder, backbone, "lora", "model.lora_rank=2", "trainer.layer_decay=0.5"))
+    facts = read_json(folder / "lora" / "metrics.json")["train"]
+    assert 0 < facts["n_trained"] < 0.1 * facts["n_parameters"]
+    assert facts["steps"] == 2 * 7, "50 subjects in batches of 8, two epochs"
+    expected = pl.read_parquet(folder / "lora" / "predictions" / "held_out.parquet")["predicted_boolean_probability"]
+    found = ehr_embed.load(folder / "lora").predict_proba(folder / "set", labels="case")["probability_true"]
+    np.testing.assert_allclose(found, expected, atol=0.02)
