@@ -100,9 +100,10 @@ def terminate() -> None:
 
 
 def what_is_left(run_dir: Path) -> dict[str, Any]:
-    """Everything a run leaves that is not a time."""
+    """Everything a run leaves that is neither a time nor the memory it took."""
     metrics = read_json(run_dir / "metrics.json")
-    metrics["train"] = {k: v for k, v in metrics["train"].items() if "second" not in k and not k.endswith("_s")}
+    measured = ("_s", "_mib")
+    metrics["train"] = {k: v for k, v in metrics["train"].items() if "second" not in k and not k.endswith(measured)}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = torch.load(run_dir / "best_checkpoint.pt", weights_only=True)
     weights = {**best["model_state_dict"], **best.get("embedding_state_dict", {})}
