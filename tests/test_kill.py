@@ -72,8 +72,16 @@ class Watched:
 
 
 def stamps(folder: Path, *patterns: str) -> dict[str, tuple[int, int]]:
-    """Inode and time of the files that match: a file that was written again has others."""
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    """Inode and time of the files that match: a file that was written again has others.
+
+    What lies in a folder that is still being written is not finished, and may go; pathlib's `*` matches its hidden name too.
+    """
+    found = [
+        path
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if not any(part.startswith(".") or part.endswith(".tmp") for part in path.relative_to(folder).parts)
+    ]
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
