@@ -169,6 +169,30 @@ class CodeFeatures(nn.Module):
         self.column_of_token, self.value_column_of_token, self.time_column_of_token = columns
 
 
+class ReadsCodeFeatures(nn.Module):
+    """The part that estimators on `CodeFeatures` share: how they meet a vocabulary and get their table.
+
+    Args:
+        has_values, max_codes, times: as in `CodeFeatures`.
+    """
+
+    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+        super().__init__()
+        self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean."""
+        self.features.set_vocabulary(vocabulary)
+
+    def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """Choose the codes that are summarised."""
+        self.features.choose(train)
+
+    def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, F) float32."""
+        return self.features(inputs)
+
+
 class _Groups:
     """The N events of a batch that belong to a column, grouped by sample and column (B x K groups)."""
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.models.code_features import CodeFeatures
+from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
-from ehr_embed.vocabulary import Vocabulary
 
 STOPS = ("loss", "metric")
 
 
-class GBM(nn.Module):
+class GBM(ReadsCodeFeatures):
     """LightGBM (Ke et al. 2017) on `CodeFeatures`; reads codes, values and times, not the event vectors.
 
     The trees are part of the `state_dict`, as LightGBM's own text.
@@ -66,7 +65,7 @@ class GBM(nn.Module):
         sample_share: float = 0.7,
         l2: float = 5.0,
     ) -> None:
-        super().__init__()
+        super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
         for name, count, least in (("n_trees", n_trees, 1), ("patience", patience, 1), ("n_leaves", n_leaves, 2)):
             if count < least:
@@ -74,7 +73,6 @@ class GBM(nn.Module):
         for name, share in (("feature_share", feature_share), ("sample_share", sample_share)):
             if not 0 < share <= 1:
                 raise UserError(f"model.{name}={share}: expected a share in (0, 1].")
-        self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
         if stop_on not in STOPS:
             raise unknown_name("model.stop_on", stop_on, STOPS)
         self.n_trees, self.stop_on, self.patience = n_trees, stop_on, patience
@@ -89,10 +87,6 @@ class GBM(nn.Module):
         }
         self.booster: Any = None
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean."""
-        self.features.set_vocabulary(vocabulary)
-
     def get_extra_state(self) -> str:
         """The trees, empty before they are fitted."""
         return "" if self.booster is None else self.booster.model_to_string()
@@ -105,14 +99,6 @@ class GBM(nn.Module):
         """Leaves of all trees."""
         trees = self.booster.dump_model()["tree_info"]
         return sum(int(tree["num_leaves"]) for tree in trees)
-
-    def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """Choose the codes that are summarised."""
-        self.features.choose(train)
-
-    def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, F) float32."""
-        return self.features(inputs)
 
     def fit(
         self,

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
+from torch import Tensor
 
 from ehr_embed.errors import UserError
-from ehr_embed.models.code_features import CodeFeatures
+from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
-from ehr_embed.vocabulary import Vocabulary
 
 LIMIT = 10.0
 """Standardised features are clipped here: of a rare code one event may be a hundred standard deviations."""
 
 
-class Logistic(nn.Module):
+class Logistic(ReadsCodeFeatures):
     """Logistic regression on `CodeFeatures`; reads codes, values and times, not the event vectors.
 
     A missing feature counts as its train median; each is standardised by train's mean and standard deviation. Penalties are
@@ -54,19 +53,14 @@ class Logistic(nn.Module):
         penalties: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
         max_iterations: int = 200,
     ) -> None:
-        super().__init__()
+        super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         self.num_classes = check_classifies("model=logistic", num_classes, vocab_size)
         if not penalties or min(penalties) <= 0:
             raise UserError(f"model.penalties={list(penalties)}: expected one or more positive numbers.")
         if max_iterations < 1:
             raise UserError(f"model.max_iterations={max_iterations}: expected 1 or more.")
-        self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
         self.penalties, self.max_iterations = tuple(penalties), max_iterations
         self.fitted: dict[str, Tensor] = {}
-
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean."""
-        self.features.set_vocabulary(vocabulary)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """median, mean and scale (F,), weight (C, F), bias (C,), float64; their sizes are known once they are fitted."""
@@ -79,14 +73,6 @@ class Logistic(nn.Module):
     def n_fitted(self) -> int:
         """Coefficients and intercepts, of every class or of the second of two."""
         return (self.fitted["weight"].numel() + self.num_classes) // (2 if self.num_classes == 2 else 1)
-
-    def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """Choose the codes that are summarised."""
-        self.features.choose(train)
-
-    def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, F) float32."""
-        return self.features(inputs)
 
     def fit(
         self,
