@@ -11,18 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.files import atomic_path
+from ehr_embed.files import link_file
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce
 from ehr_embed.optimizer import body_of
-from ehr_embed.tasks.protocol import WeighsSamples
-from ehr_embed.training_state import Progress
+from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
+from ehr_embed.training_state import LATEST, Progress, write_latest
 
 if TYPE_CHECKING:
     from ehr_embed.trainer import Trainer
-
-CHECKPOINTS = ("best_checkpoint.pt", "latest_checkpoint.pt")
 
 
 def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
@@ -48,8 +47,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     train, tuning = (_feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
     def score(outputs: npt.NDArray[np.float64]) -> float:
-        task.fit_thresholds(outputs)
-        return float(task.evaluate("tuning", outputs, n_bootstrap=0)[task.monitor]["value"])
+        return float(tuning_values(task, outputs)[task.monitor])
 
     model.fit(train, tuning, score=score, is_higher_better=task.is_higher_better, seed=trainer.seed)
     seconds = time.perf_counter() - began
@@ -58,12 +56,16 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     losses = {}
     for split in ("train", "tuning"):
         losses[split], outputs = trainer._predict(model, embedding, split)
-    task.fit_thresholds(outputs)
-    metrics = task.evaluate("tuning", outputs, n_bootstrap=0)
+    tuning_metrics = tuning_values(task, outputs)
     row = {"epoch": 1, "step": 1, "train/loss": losses["train"], "train/events_per_s": n_events / seconds}
     row |= {"tuning/loss": losses["tuning"]}
-    row |= {f"tuning/{name}": m["value"] for name, m in metrics.items() if isinstance(m, dict) and "value" in m}
-    _save(trainer, model, best_value=row[f"tuning/{task.monitor}"])
+    row |= {f"tuning/{name}": metric for name, metric in tuning_metrics.items()}
+    progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
+    # There is no optimizer and no schedule, whose state readers of a checkpoint look for.
+    write_latest(
+        trainer.run_dir, model, progress, trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}}
+    )
+    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
     trainer.log(row, 1)
     return {
         "n_parameters": model.n_fitted(),
@@ -125,19 +127,3 @@ def _events(trainer: Trainer) -> tuple[int, int]:
     sampler = trainer._loader("train").sampler
     lengths = trainer.task.dataset("train").lengths
     return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())
-
-
-def _save(trainer: Trainer, model: nn.Module, *, best_value: float) -> None:
-    """Checkpoints with the keys of the trainer's, whose optimizer and scheduler have no state."""
-    checkpoint = {
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": {},
-        "scheduler_state_dict": {},
-        **trainer.about,
-        "epoch": 1,
-        "progress": dict(Progress(epoch=1, step=1, best_value=best_value, best_epoch=1).__dict__),
-        "rng_state": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-    }
-    for name in CHECKPOINTS:
-        with atomic_path(trainer.run_dir / name) as path:
-            torch.save(checkpoint, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,25 @@ from ehr_embed.bootstrap import Booleans, Floats, Integers, Ranking, SubjectBoot
 from ehr_embed.errors import UserError
 
 METRICS = ("auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece")
+
+
+def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Point value of each metric of a split, counts and the like left out.
+
+    >>> values_of({"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10})
+    {'auroc': 0.8}
+    """
+    return {name: entry["value"] for name, entry in metrics.items() if isinstance(entry, dict) and "value" in entry}
+
+
+def with_interval(entry: Mapping[str, float | None]) -> str:
+    """A metric's value with its interval, if it has one.
+
+    >>> with_interval({"value": 0.8, "low": 0.71, "high": 0.9}), with_interval({"value": 0.8, "low": None, "high": None})
+    ('0.800 [0.710, 0.900]', '0.800')
+    """
+    tail = "" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]"
+    return f"{entry['value']:.3f}{tail}"
 
 
 def check_binary(

@@ -15,6 +15,7 @@ import numpy as np
 
 from ehr_embed import __version__
 from ehr_embed.files import atomic_path
+from ehr_embed.metrics import values_of, with_interval
 from ehr_embed.samples import Samples
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore
@@ -94,16 +95,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def interval(entry: dict[str, float | None]) -> str:
-    """A value with its interval, if it has one.
-
-    >>> interval({"value": 0.8, "low": 0.71, "high": 0.9}), interval({"value": 0.8, "low": None, "high": None})
-    ('0.800 [0.710, 0.900]', '0.800')
-    """
-    tail = "" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]"
-    return f"{entry['value']:.3f}{tail}"
-
-
 def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
     def kind(node: dict[str, Any]) -> str:
         return str(node["_target_"]).rpartition(".")[2]
@@ -148,8 +139,8 @@ def _texts(store: EventStore) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    names = [name for name, entry in metrics["held_out"].items() if isinstance(entry, dict) and "value" in entry]
-    rows = [[name, *(interval(metrics[split][name]) for split in EVALUATED)] for name in names]
+    names = values_of(metrics["held_out"])
+    rows = [[name, *(with_interval(metrics[split][name]) for split in EVALUATED)] for name in names]
     return "With 95 % bootstrap intervals over subjects.\n\n" + table(["metric", *EVALUATED], rows)
 
 
@@ -160,7 +151,7 @@ def _subgroups(groups: list[Subgroup]) -> str:
             n = f"fewer than {MIN_SUBJECTS} subjects" if group.n is None else f"{group.n:,}"
             rows.append([group.name, n, "", "too few", "too few"])
         else:
-            areas = (interval(group.metrics[name]) for name in ("auroc", "auprc"))
+            areas = (with_interval(group.metrics[name]) for name in ("auroc", "auprc"))
             rows.append([group.name, f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
     more = len(groups) - MAX_SUBGROUPS
     tail = f"\n\n{more} more groups are left out." if more > 0 else ""

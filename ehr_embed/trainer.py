@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlat
 from tqdm import tqdm
 
 from ehr_embed.batches import BucketSampler, batch_loader
+from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.fit_at_once import fit_at_once
@@ -24,7 +25,7 @@ from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
 from ehr_embed.resume import samples_digest
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
-from ehr_embed.tasks.protocol import Outputs, Task
+from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
 
 SCHEDULES = ("plateau", "cosine", "constant")
@@ -173,9 +174,8 @@ class Trainer:
                     self._leave_if_asked(stop, progress)
                     raise
                 rng = None
-                self.task.fit_thresholds(outputs)
-                tuning = self.task.evaluate("tuning", outputs, n_bootstrap=0)
-                value = float(tuning[self.task.monitor]["value"])
+                tuning = tuning_values(self.task, outputs)
+                value = float(tuning[self.task.monitor])
                 if plateau is not None and progress.step >= settings.warmup_steps:
                     plateau.step(value)
                 row = {
@@ -186,9 +186,7 @@ class Trainer:
                     "train/events_per_s": progress.n_events / progress.seconds,
                     "tuning/loss": tuning_loss,
                 }
-                row |= {
-                    f"tuning/{name}": m["value"] for name, m in tuning.items() if isinstance(m, dict) and "value" in m
-                }
+                row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
                 progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
                 self._save(state)
                 self._keep(state)
@@ -196,7 +194,7 @@ class Trainer:
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
-        best = torch.load(self.run_dir / "best_checkpoint.pt", map_location=self.fabric.device, weights_only=True)
+        best = torch.load(self.run_dir / BEST, map_location=self.fabric.device, weights_only=True)
         model.load_state_dict(best["model_state_dict"])
         embedding.load_state_dict(best.get("embedding_state_dict", {}))
         return self.facts(model, embedding) | {

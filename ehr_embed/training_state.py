@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, link_file
@@ -101,8 +102,7 @@ class TrainingState:
 
     def save(self, run_dir: Path, rng: dict[str, Any] | None = None) -> None:
         """Write `latest_checkpoint.pt`; `rng` where the generators have moved on since the state to be saved."""
-        checkpoint = {
-            "model_state_dict": self.model.state_dict(),
+        rest: dict[str, Any] = {
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": {
                 name: schedule.state_dict()
@@ -110,15 +110,10 @@ class TrainingState:
                 if schedule is not None
             },
             "precision_state": self.precision.state_dict(),
-            **self.about,
-            "epoch": self.progress.epoch,
-            "progress": dict(self.progress.__dict__),
-            "rng_state": rng or rng_state(),
         }
         if learned := self.embedding.state_dict():
-            checkpoint["embedding_state_dict"] = learned
-        with atomic_path(run_dir / LATEST) as path:
-            torch.save(checkpoint, path)
+            rest["embedding_state_dict"] = learned
+        write_latest(run_dir, self.model, self.progress, self.about | rest, rng)
 
     def keep(self, run_dir: Path, *, save_every: int) -> None:
         """Keep the latest checkpoint, of an epoch that is over, as the best one or that epoch's, if it is.
@@ -127,7 +122,7 @@ class TrainingState:
         """
         epoch, names = self.progress.epoch, []
         if self.progress.best_epoch == epoch:
-            names.append("best_checkpoint.pt")
+            names.append(BEST)
         if epoch % save_every == 0:
             names.append(f"checkpoint_epoch_{epoch}.pt")
         for name in names:
@@ -180,6 +175,21 @@ class TrainingState:
         if self.plateau.last_epoch:
             for group, saved in zip(self.optimizer.param_groups, saved_groups, strict=True):
                 group["lr"] *= saved["lr"] / saved["initial_lr"]
+
+
+def write_latest(
+    run_dir: Path, model: nn.Module, progress: Progress, rest: dict[str, Any], rng: dict[str, Any] | None = None
+) -> None:
+    """Write `latest_checkpoint.pt`: the model's weights, where training stands, the random generators, and `rest`."""
+    checkpoint = {
+        "model_state_dict": model.state_dict(),
+        **rest,
+        "epoch": progress.epoch,
+        "progress": dict(progress.__dict__),
+        "rng_state": rng or rng_state(),
+    }
+    with atomic_path(run_dir / LATEST) as path:
+        torch.save(checkpoint, path)
 
 
 def rng_state() -> dict[str, Any]:

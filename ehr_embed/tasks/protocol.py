@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ehr_embed.batches import Batch, EventDataset
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.metrics import values_of
 from ehr_embed.samples import Samples
 from ehr_embed.store import EventStore
 from ehr_embed.tasks.directions import LOWER_IS_BETTER
@@ -119,6 +120,12 @@ def check_causality(task: Task, model: nn.Module) -> None:
         f"{task_name} predicts an event from both sides, and {name} (is_causal={is_causal}) sees one. "
         "Type: model=encoder, or task=next_event for a decoder"
     )
+
+
+def tuning_values(task: Task, outputs: Outputs) -> dict[str, float]:
+    """Each metric of tuning from its outputs (n, n_outputs), by which decision thresholds are chosen first."""
+    task.fit_thresholds(outputs)
+    return values_of(task.evaluate("tuning", outputs, n_bootstrap=0))
 
 
 def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:
