@@ -15,8 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning_fabric import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
-from rich.table import Table
 
 from ehr_embed import __version__
 from ehr_embed.audit import audit
@@ -28,9 +26,9 @@ from ehr_embed.files import atomic_path, link_file, read_json, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import build_model, check_vectors
-from ehr_embed.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.resume import FINISHED, claimed, find_run, samples_digest
+from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.demo import bayes_auroc
@@ -46,7 +44,6 @@ from ehr_embed.transfer import kept
 from ehr_embed.vocabulary import VocabularySettings
 
 log = logging.getLogger(__name__)
-EVALUATED = ("tuning", "held_out")
 PACKAGES = (
     "torch",
     "lightning-fabric",
@@ -306,82 +303,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
-    """Flat point values: `best/<split>/<metric>`, those of the best checkpoint, and `train/<fact>`.
-
-    >>> summary_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10}, "train": {"epochs": 3}})
-    {'best/tuning/auroc': 0.8, 'train/epochs': 3}
-    """
-    best = {
-        f"best/{split}/{name}": entry["value"]
-        for split in EVALUATED
-        for name, entry in metrics.get(split, {}).items()
-        if isinstance(entry, dict) and "value" in entry
-    }
-    transfer = {
-        f"transfer/{name}_{what}": value
-        for name, of in metrics.get("transfer", {}).items()
-        for what, value in of.items()
-    }
-    return best | transfer | {f"train/{name}": value for name, value in metrics["train"].items()}
-
-
-def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
-    """Loss where something was trained; ROC, precision-recall and calibration for binary labels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
-        "loss": (plot_loss, history),
-        "roc": (plot_roc, curves),
-        "precision_recall": (plot_precision_recall, curves),
-        "calibration": (plot_calibration, curves),
-    }
-    paths = []
-    for name, (plot, data) in named.items():
-        if data:
-            plot(folder / f"{name}.png", data)
-            paths.append(folder / f"{name}.png")
-    return paths
-
-
-def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
-    """The table a run ends with."""
-    table = Table(title=f"held-out and tuning metrics with 95 % intervals, {run_dir}", title_justify="left")
-    table.add_column("metric")
-    for split in reversed(EVALUATED):
-        table.add_column(f"{split} (n={metrics[split]['n']})", justify="right")
-    names = [name for name, entry in metrics["held_out"].items() if isinstance(entry, dict) and "value" in entry]
-    for name in names:
-        table.add_row(name, *(_cell(metrics[split][name]) for split in reversed(EVALUATED)))
-    if "prevalence" in metrics["held_out"]:
-        table.add_row("prevalence", *(f"{metrics[split]['prevalence']:.3f}" for split in reversed(EVALUATED)))
-    for name in metrics["held_out"].get("baselines", {}):
-        for metric in ("perplexity", "top1_accuracy"):
-            cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
-            table.add_row(f"{metric}, {name}", *cells)
-    if bayes := metrics.get("bayes_auroc"):
-        table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
-    console = Console()
-    console.print(table)
-    for name, of in metrics.get("transfer", {}).items():
-        console.print(
-            f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
-            highlight=False,
-        )
-    train = metrics["train"]
-    trained = ""
-    if "epochs" in train:
-        trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
-    console.print(
-        f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
-        highlight=False,
-    )
-
-
-def _cell(entry: dict[str, float | None]) -> str:
-    interval = "" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]"
-    return f"{entry['value']:.3f}{interval}"
 
 
 def _print_epoch(row: dict[str, float], monitor: str) -> None:
