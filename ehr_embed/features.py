@@ -65,11 +65,7 @@ def code_groups(vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], list[str
     Returns:
         group of each token (V,); name of each group; its plain token.
     """
-    token_of = np.arange(len(vocabulary))
-    for plain, first, edges in vocabulary.codes.select("plain_token", "bin_token", "edges").iter_rows():
-        if first >= 0:
-            token_of[first : first + len(edges) + 1] = plain
-    tokens, groups = np.unique(token_of, return_inverse=True)
+    tokens, groups = np.unique(vocabulary.plain_tokens, return_inverse=True)
     strings = vocabulary.strings
     return groups.astype(np.int64), [strings[token] for token in tokens], tokens
 

@@ -88,14 +88,20 @@ class Vocabulary:
         return self.tokens["str"].to_list()
 
     @property
+    def plain_tokens(self) -> npt.NDArray[np.int64]:
+        """Of every token that of its code without the value bin, itself for one that has no bin, (V,)."""
+        tokens = np.arange(len(self))
+        for plain, first, edges in self.codes.select("plain_token", "bin_token", "edges").iter_rows():
+            if first >= 0:
+                tokens[first : first + len(edges) + 1] = plain
+        return tokens
+
+    @property
     def token_codes(self) -> list[str | None]:
         """Code of every token: that of a bin without the bin, the parent where rare codes were folded; None for the
         special tokens."""
-        names: list[str | None] = [None] * FIRST_TOKEN + self.strings[FIRST_TOKEN:]
-        for code, first, edges in self.codes.select("code", "bin_token", "edges").iter_rows():
-            if first >= 0:
-                names[first : first + len(edges) + 1] = [code] * (len(edges) + 1)
-        return names
+        strings = self.strings
+        return [None] * FIRST_TOKEN + [strings[token] for token in self.plain_tokens[FIRST_TOKEN:].tolist()]
 
     @property
     def token_bins(self) -> npt.NDArray[np.float32]:
