@@ -20,11 +20,11 @@ from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.cli import CONF, run_main
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.explain_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
+from ehr_embed.features import visible_events
 from ehr_embed.files import atomic_path
 from ehr_embed.instantiate import instantiate
 from ehr_embed.predictor import Dataset, Predictor
 from ehr_embed.runs import device_named
-from ehr_embed.samples import ragged_arange
 from ehr_embed.sources.protocol import Source
 from ehr_embed.store import STATIC_TIME
 
@@ -86,12 +86,7 @@ class Explainer:
 def event_table(data: Dataset, row: int, found: Attribution) -> pl.DataFrame:
     """The sample's events in the model's order: time (null = static), days_before, code, text, numeric_value, attribution."""
     samples = data.samples.take(np.array([row]))
-    index = np.concatenate(
-        [
-            ragged_arange(samples.static_start, samples.static_stop - samples.static_start),
-            ragged_arange(samples.start, samples.stop - samples.start),
-        ]
-    )
+    _, index = next(visible_events(samples))
     tokens, times = data.events.token_ids[index], data.events.times[index]
     values = np.full(len(index), np.nan, np.float32) if data.events.values is None else data.events.values[index]
     strings, texts = data.vocabulary.strings, data.vocabulary.texts

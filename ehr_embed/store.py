@@ -169,7 +169,8 @@ def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
     >>> subject_rows(pl.DataFrame(events)).select("subject_id", "n_events", pl.col("birth_time") == STATIC_TIME).rows()
     [(7, 2, False), (3, 1, True)]
     """
-    birth = pl.col("time").filter(pl.col("code") == birth_code).cast(pl.Int64).min()
+    is_birth = (pl.col("code") == birth_code) | pl.col("code").str.starts_with(f"{birth_code}//")
+    birth = pl.col("time").filter(is_birth).cast(pl.Int64).min()
     return events.group_by("subject_id", maintain_order=True).agg(
         pl.len().cast(pl.Int64).alias("n_events"), birth.fill_null(STATIC_TIME).alias("birth_time")
     )

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from meds import birth_code
 
 from ehr_embed.batches import MICROSECONDS_PER_DAY
-from ehr_embed.features import code_groups
 from ehr_embed.metrics import binary_metrics
 from ehr_embed.samples import Samples, ragged_arange
 from ehr_embed.store import STATIC_TIME, SplitEvents
@@ -57,7 +55,7 @@ def subgroups(
         n_bootstrap: replicates of the intervals.
     """
     found = []
-    members = age_bands(vocabulary, events, samples) | static_codes(vocabulary, events, samples)
+    members = age_bands(samples) | static_codes(vocabulary, events, samples)
     for name, is_member in members.items():
         ids, labels = samples.subject_ids[is_member], samples.labels[is_member]
         if len(np.unique(ids)) < MIN_SUBJECTS:
@@ -91,15 +89,9 @@ def static_codes(vocabulary: Vocabulary, events: SplitEvents, samples: Samples) 
     return dict(sorted(members.items()))
 
 
-def age_bands(vocabulary: Vocabulary, events: SplitEvents, samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:
+def age_bands(samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:
     """Members (n,) of each band of the age at the prediction time; empty where no subject has a timed birth."""
-    groups, names, _ = code_groups(vocabulary)
-    is_birth_V = np.array([name.split("//")[0] == birth_code for name in names])[groups]
-    subject = np.searchsorted(events.offsets, samples.static_start, side="right") - 1
-    at = np.flatnonzero(is_birth_V[events.token_ids] & (events.times != STATIC_TIME))
-    birth_S = np.full(len(events.subject_ids), STATIC_TIME)
-    birth_S[np.searchsorted(events.offsets, at, side="right") - 1] = events.times[at]
-    birth = birth_S[subject]
+    birth = samples.birth_times
     is_known = birth != STATIC_TIME
     days = np.where(is_known, samples.prediction_times - np.where(is_known, birth, 0), 0) / MICROSECONDS_PER_DAY
     bounds = [DAYS_PER_YEAR * start for _, start in AGE_BANDS]
