@@ -34,7 +34,9 @@ from ehr_embed.search.results import (
 
 FOLDER = "folder"
 """`--by folder`: a row for each folder on the command line."""
-REPEATS = ("seed", "data.fold", "task.fraction_seed")
+FOLD = "data.split_column"
+"""Key that tells the folds of a cross-validation apart."""
+REPEATS = ("seed", FOLD, "task.fraction_seed")
 """Keys in which runs may differ and still be repetitions of each other."""
 SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
 TITLES = {
@@ -212,7 +214,7 @@ def _check_samples(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         by_fold: dict[str, tuple[Path, str]] = {}
         for run in group.runs:
-            fold, samples = str(read_config(run).get("data.fold")), samples_digest(run)
+            fold, samples = str(read_config(run).get(FOLD)), samples_digest(run)
             first, expected = by_fold.setdefault(fold, (run, samples))
             if samples != expected:
                 raise UserError(

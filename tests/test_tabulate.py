@@ -128,7 +128,12 @@ def test_means_over_other_subjects_are_refused_and_rows_of_them_say_so(tmp_path)
 
 def test_folds_have_other_subjects_and_are_one_row(tmp_path):
     for fold, labels in enumerate([(0, 1, 0, 1), (1, 1, 0, 0, 1)]):
-        write_run(tmp_path / str(fold), auroc=0.7 + 0.1 * fold, config={"data": {"fold": fold}}, labels=labels)
+        write_run(
+            tmp_path / str(fold),
+            auroc=0.7 + 0.1 * fold,
+            config={"data": {"split_column": f"split{fold}"}},
+            labels=labels,
+        )
     [group] = tabulate([tmp_path], metrics=["held_out/auroc"]).groups
     assert group.statistics["held_out/auroc"].mean == pytest.approx(0.75)
 
