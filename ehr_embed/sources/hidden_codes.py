@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,7 @@ class HiddenCodes:
             raise UserError(f"data.hidden_codes={share}: expected a share of the codes in (0, 1), or 0 to hide none.")
         self.inner, self.share, self.seed = inner, share, seed
         self.name = f"{inner.name}-hidden-{share:g}-{seed}"
-
-    @property
-    def labels_dir(self) -> Path:
-        return self.inner.labels_dir
-
-    @property
-    def shards(self) -> Sequence[Path]:
-        return self.inner.shards
+        self.labels_dir, self.shards = inner.labels_dir, inner.shards
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = self.inner.read(shard)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,7 @@ class RenamedSource:
             raise unknown_name("data.renamed_missing", missing, MISSING)
         self.inner, self.missing, self.path = inner, missing, find_table(table)
         self.name = f"{inner.name}-renamed-{self.path.stem}"
-
-    @property
-    def labels_dir(self) -> Path:
-        return self.inner.labels_dir
-
-    @property
-    def shards(self) -> Sequence[Path]:
-        return self.inner.shards
+        self.labels_dir, self.shards = inner.labels_dir, inner.shards
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = self.inner.read(shard)
