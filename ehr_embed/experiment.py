@@ -27,7 +27,7 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.resume import FINISHED, claimed, find_run, samples_digest
+from ehr_embed.resume import FINISHED, claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
@@ -184,7 +184,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             vocabulary=prepared.store.vocabulary,
             class_names=None if is_trained else task.class_names,
         )
-    start = found.load(prepared.identity, samples_digest(task.samples))
+    start = found.load(prepared.identity, task.samples)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,

@@ -69,12 +69,12 @@ class FoundRun:
     checkpoint: Path | None = None
     is_changed: bool = False
 
-    def load(self, identity: Mapping[str, str], samples_digest: str) -> Continuation | None:
+    def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
         """Read the checkpoint to go on from; None where there is none.
 
         Args:
             identity: digests of this start's embedder and vocabulary.
-            samples_digest: of its samples and labels.
+            samples: of each split, with their labels.
 
         Raises:
             UserError: the data or the embedder are others than before, which no `resume` allows.
@@ -82,7 +82,7 @@ class FoundRun:
         if self.checkpoint is None:
             return None
         path, checkpoint = read_checkpoint(self.checkpoint)
-        here = {**identity, "samples": samples_digest}
+        here = {**identity, "samples": samples_digest(samples)}
         there = {**checkpoint["identity"], "samples": checkpoint.get("samples_digest")}
         names = {"embedder": "the embedder", "vocab_sha256": "the vocabulary", "samples": "the samples or labels"}
         for key, value in here.items():
