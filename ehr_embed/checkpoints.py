@@ -179,7 +179,8 @@ def _refuse_mismatch(
     problems = [
         f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
         for name in sorted(set(saved) & set(own))
-        if saved[name].shape != own[name].shape
+        if isinstance(saved[name], Tensor)
+        and saved[name].shape != own[name].shape  # else the extra state of an estimator
     ]
     problems += [f"{name} is only there" for name in sorted(set(saved) - set(own))]
     problems += [f"{name} is only here" for name in sorted(set(own) - set(saved))]

@@ -126,6 +126,13 @@ def test_codes_of_another_dataset_are_matched_by_name(runs, model, tmp_path):
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_a_fitted_run_is_evaluated_again_as_it_was(runs, root, tmp_path, model):
+    run(config(root, tmp_path / "run", f"model={model}", "trainer.epochs=0", f"init_from={runs / model}"))
+    first, again = (read_json(folder / "metrics.json")["held_out"] for folder in (runs / model, tmp_path / "run"))
+    assert first == again
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_three_classes(root, tmp_path, model):
     run(config(root, tmp_path / "run", f"model={model}", "task.labels=level"))
     assert auroc(tmp_path / "run") > 0.95
