@@ -25,7 +25,7 @@ from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, link_file, read_json, write_json
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.model_card import write_model_card
-from ehr_embed.models.protocol import build_model, check_vectors
+from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
 from ehr_embed.resume import FINISHED, claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
@@ -174,6 +174,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     check_causality(task, model)
     check_vectors(model, trainable_of(cfg.embedder))
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
+    adapt(model, embedding.table, prepared.store.vocabulary)
     if init_from is not None and found.checkpoint is None:
         initialise(
             model,

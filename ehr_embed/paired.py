@@ -94,6 +94,20 @@ def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> 
     return {metric: np.concatenate(chunks) for metric, chunks in parts.items()}
 
 
+def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
+    """Each metric of `METRICS` of the mean of the runs' probabilities.
+
+    Raises:
+        UserError: the runs predict for other subjects, times or labels.
+    """
+    members = [read_predictions(run, split) for run in runs]
+    for run, member in zip(runs, members, strict=True):
+        members[0].refuse_other_samples(member, str(runs[0]), str(run))
+    mean = np.mean([member.probabilities for member in members], axis=0)
+    together = Predictions(members[0].keys, members[0].labels, mean)
+    return {name: float(values[0]) for name, values in replicates(together, n_bootstrap=0).items()}
+
+
 @dataclass(frozen=True)
 class Difference:
     """One metric of one run minus that of another: on the data, its 95 % interval, and a two-sided p-value."""

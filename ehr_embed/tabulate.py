@@ -1,6 +1,9 @@
 """One table of many runs: those that differ only in their seed are one row, with mean, SD and 95 % interval over them.
 
+Where these are folds of a cross-validation (data.split_column), a fold's seeds are averaged first, and mean and SD are over folds.
+
 python -m ehr_embed.tabulate multirun/pipelines
+python -m ehr_embed.tabulate multirun/physionet2012 --metrics held_out/auroc,ensemble/auroc
 python -m ehr_embed.tabulate RUN RUN ... --by model._target_ --metrics held_out/auroc,ms_per_step --markdown
 """
 
@@ -21,7 +24,7 @@ from scipy import stats
 
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.files import atomic_path, digest, read_json
-from ehr_embed.paired import read_predictions
+from ehr_embed.paired import METRICS, ensemble, read_predictions
 from ehr_embed.search.outcome import read_outcome
 from ehr_embed.search.report import wide_console
 from ehr_embed.search.results import (
@@ -36,7 +39,7 @@ FOLDER = "folder"
 """`--by folder`: a row for each folder on the command line."""
 FOLD = "data.split_column"
 """Key that tells the folds of a cross-validation apart."""
-REPEATS = ("seed", FOLD, "task.fraction_seed")
+REPEATS = ("seed", FOLD, "data.source.split_column", "task.fraction_seed")
 """Keys in which runs may differ and still be repetitions of each other."""
 SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
 TITLES = {
@@ -50,6 +53,8 @@ TITLES = {
     "seconds": "in all, s",
     "embedding_seconds": "embedding, once, s",
 }
+ENSEMBLE = "ensemble/"
+"""`ensemble/auroc`: on held_out, of the mean of the probabilities that a row's runs give."""
 ONCE = ("embedding_seconds",)
 """Facts that only the first of a row's runs pays for: added up."""
 BYTES_A_PARAMETER = 4
@@ -57,13 +62,14 @@ BYTES_A_PARAMETER = 4
 
 @dataclass(frozen=True)
 class Statistic:
-    """Of the n values that a row's runs have of one metric.
+    """Of the n values that a row's runs have of one metric, or its folds, each the mean of its runs.
 
     Attributes:
         mean: their mean.
-        sd: sample standard deviation; None for one run.
-        low, high: 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one run. Over seeds it says
-            how much training varies, and nothing of the subjects being a sample.
+        sd: sample standard deviation; None for one value.
+        low, high: 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one value. Over seeds it says
+            how much training varies, and nothing of the subjects being a sample; over folds it is too narrow, since they share
+            subjects to train on (Bengio and Grandvalet 2004).
     """
 
     mean: float
@@ -118,8 +124,8 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
 
     Args:
         paths: folders of runs or of sweeps.
-        metrics: `<split>/<metric>`, a fact of training such as events_per_s, or any number of metrics.json by its path;
-            empty = those of `SHOWN` that the runs have.
+        metrics: `<split>/<metric>`, a fact of training such as events_per_s, any number of metrics.json by its path, or
+            `ensemble/<metric>`; empty = those of `SHOWN` that the runs have.
         by: keys of the configuration, overridden groups, or `folder`; empty = every key in which the runs differ, except
             those that repeat a run (`REPEATS`).
 
@@ -141,11 +147,12 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
         grouped.setdefault(tuple(keys.items()), []).append(run)
     values = {run: numbers_of(read_json(run / "metrics.json")) for run in runs}
     chosen = list(metrics) or [name for name in SHOWN if any(name in row for row in values.values())]
+    known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in METRICS}
     for name in chosen:
-        if not any(name in row for row in values.values()):
-            raise unknown_name("metric", name, sorted({key for row in values.values() for key in row}))
+        if name not in known:
+            raise unknown_name("metric", name, sorted(known))
+    notes += _check_samples(list(grouped.values()))
     groups = [Group(dict(keys), members, _statistics(members, values, chosen)) for keys, members in grouped.items()]
-    notes += _check_samples(groups)
     return Tabulated(groups, chosen, notes)
 
 
@@ -190,7 +197,10 @@ def _keys(runs: Sequence[Path], origin: Mapping[Path, Path], by: Sequence[str]) 
 def _statistics(
     runs: Sequence[Path], values: Mapping[Path, Mapping[str, float]], metrics: Sequence[str]
 ) -> dict[str, Statistic]:
-    found = {}
+    found, folds = {}, _folds(runs)
+    if asked := [name for name in metrics if name.startswith(ENSEMBLE)]:
+        together = [ensemble(members, "held_out") for members in folds.values()]
+        found = {name: statistic([fold[name.removeprefix(ENSEMBLE)] for fold in together]) for name in asked}
     for name in metrics:
         missing = [run for run in runs if name not in values[run]]
         if missing and len(missing) < len(runs):
@@ -199,29 +209,39 @@ def _statistics(
                 "again, leave it out, or leave the metric out."
             )
         if not missing:
-            column = [values[run][name] for run in runs]
-            found[name] = Statistic(sum(column), None, None, None) if name in ONCE else statistic(column)
+            by_fold = [[values[run][name] for run in members] for members in folds.values()]
+            column = [fmean(fold) for fold in by_fold] if len(by_fold) > 1 else by_fold[0]
+            found[name] = Statistic(sum(map(sum, by_fold)), None, None, None) if name in ONCE else statistic(column)
     return found
 
 
-def _check_samples(groups: Sequence[Group]) -> list[str]:
+def _folds(runs: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs by the fold they are about; without a cross-validation it is one."""
+    folds: dict[str, list[Path]] = {}
+    for run in runs:
+        folds.setdefault(str(read_config(run).get(FOLD)), []).append(run)
+    return folds
+
+
+def _check_samples(rows: Sequence[Sequence[Path]]) -> list[str]:
     """A note where rows are about other subjects or labels than each other.
 
     Raises:
         UserError: runs of one row are, without being folds of a cross-validation.
     """
     seen = []
-    for group in groups:
-        by_fold: dict[str, tuple[Path, str]] = {}
-        for run in group.runs:
-            fold, samples = str(read_config(run).get(FOLD)), samples_digest(run)
-            first, expected = by_fold.setdefault(fold, (run, samples))
-            if samples != expected:
-                raise UserError(
-                    f"{first} and {run} stand in one row but predict for different subjects, times or labels, so their mean "
-                    f"means nothing. Give the key in which they differ with --by, or --by {FOLDER}"
-                )
-        seen.append({fold: samples for fold, (_, samples) in by_fold.items()})
+    for runs in rows:
+        digests = {}
+        for fold, members in _folds(runs).items():
+            first, expected = members[0], samples_digest(members[0])
+            for run in members[1:]:
+                if samples_digest(run) != expected:
+                    raise UserError(
+                        f"{first} and {run} stand in one row but predict for different subjects, times or labels, so their "
+                        f"mean means nothing. Give the key in which they differ with --by, or --by {FOLDER}"
+                    )
+            digests[fold] = expected
+        seen.append(digests)
     if any(samples != seen[0] for samples in seen):
         return ["rows are about different subjects or labels: differences between them are not of the models alone"]
     return []

@@ -12,12 +12,13 @@ from ehr_embed.errors import UserError
 from ehr_embed.instantiate import instantiate, instantiate_embedder
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
 from tests.conftest import ROOT
+from tests.test_code_features import vocabulary
 
 CONF = ROOT / "conf"
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("gbm", "logistic", "mean_pool", "gru")
+CLASSIFY_ONLY = ("code_encoder", "gbm", "logistic", "mean_pool", "gru")
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/test_text_encoder.py
 
 
@@ -50,7 +51,10 @@ def test_every_model_builds_and_runs(option):
     mask = torch.ones(2, 5, dtype=torch.bool)
     inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
     inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
+    inputs |= {"token_ids": torch.randint(2, 7, (2, 5))}
     classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    if isinstance(classifier, ReadsVocabulary):
+        classifier.set_vocabulary(vocabulary())
     if isinstance(classifier, FitsAtOnce):  # which need a vocabulary and a fit: tests/test_baselines.py
         assert isinstance(classifier, ReadsVocabulary)
     else:

@@ -170,7 +170,7 @@ SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 @pytest.mark.parametrize("name", SWEEP_NAMES)
 def test_every_sweep_says_what_it_asks_and_every_trial_composes(name):
     head = "".join(line for line in (SWEEPS / f"{name}.yaml").open() if line.startswith("#"))
-    assert all(word in head for word in ("# Question:", f"#   python train.py sweeps={name}\n", "# Cost:", "# Result:"))
+    assert all(word in head for word in ("# Question:", f"#   python train.py sweeps={name}", "# Cost:", "# Result:"))
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=[f"sweeps={name}"], return_hydra_config=True)

@@ -48,10 +48,10 @@ class EventInput(nn.Module):
         with fewer products.
         """
         if "rows" in inputs:
-            self._check_width(inputs["rows"])
+            check_width(inputs["rows"], self.project.in_features)
             x_BTD = F.embedding(inputs["row_ids"], self.project(self.norm(inputs["rows"])))
         else:
-            self._check_width(inputs["embeddings"])
+            check_width(inputs["embeddings"], self.project.in_features)
             x_BTD = self.project(self.norm(inputs["embeddings"]))
         values_BT = inputs.get("values")
         if self.values is None or values_BT is None:
@@ -61,14 +61,6 @@ class EventInput(nn.Module):
         shift, *scale = self.values(features.to(x_BTD.dtype)).split(x_BTD.shape[-1], dim=-1)
         scaled = x_BTD * (1 + scale[0]) if scale else x_BTD
         return torch.where(present_BT.unsqueeze(-1), scaled + shift, x_BTD)
-
-    def _check_width(self, vectors: Tensor) -> None:
-        expected = self.project.in_features
-        if vectors.shape[-1] != expected:
-            raise UserError(
-                f"event vectors of width {vectors.shape[-1]}, but this model was built for {expected}: "
-                "another embedder made them. Use the embedder of the model's config.yaml."
-            )
 
 
 class TimeInput(nn.Module):
@@ -172,6 +164,19 @@ class Body(nn.Module):
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, mask, rope_BT, None if cache is None else cache.extend_of(number))
         return self.norm(x_BTD)
+
+
+def check_width(vectors: Tensor, expected: int) -> None:
+    """Refuse event vectors (..., E) of another width than the model was built for.
+
+    Raises:
+        UserError: E is not `expected`.
+    """
+    if vectors.shape[-1] != expected:
+        raise UserError(
+            f"event vectors of width {vectors.shape[-1]}, but this model was built for {expected}: "
+            "another embedder made them. Use the embedder of the model's config.yaml."
+        )
 
 
 def event_index(inputs: dict[str, Tensor]) -> Tensor:

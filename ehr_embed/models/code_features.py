@@ -10,6 +10,7 @@ from meds import birth_code
 from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
+from ehr_embed.models.groups import Groups
 from ehr_embed.vocabulary import Vocabulary
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
@@ -17,7 +18,49 @@ TIME_SUMMARIES = ("years_since_first", "years_since_last")
 DAYS_PER_YEAR = 365.25
 
 
-class CodeFeatures(nn.Module):
+class ReadsCodes(nn.Module):
+    """What tokens say about codes: the code of each and the number of its value bin.
+
+    Args:
+        has_values: whether batches carry a number beside each event.
+    """
+
+    bin_of_token: Tensor
+
+    def __init__(self, *, has_values: bool) -> None:
+        super().__init__()
+        self.has_values = has_values
+        self.token_codes: list[str | None] = []
+        self.register_buffer("bin_of_token", torch.empty(0), persistent=False)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean."""
+        self.token_codes = vocabulary.token_codes
+        self.bin_of_token = torch.from_numpy(vocabulary.token_bins).to(self.bin_of_token.device)
+
+    def tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Token ids, (B, T) int64.
+
+        Raises:
+            UserError: the events are vectors.
+        """
+        if "token_ids" not in inputs:
+            raise UserError(
+                "this model reads the codes of events, and vectors carry none. Give texts or a MEDS dataset to predict on."
+            )
+        return inputs["token_ids"].long()
+
+    def values(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The number of each event, else that of its bin, (B, T) float32, NaN = none."""
+        values_BT = inputs.get("values")
+        if values_BT is None:
+            values_BT = self.bin_of_token[self.tokens(inputs)]
+            if self.has_values:  # fitted to numbers, which these events do not have
+                values_BT = torch.full_like(values_BT, float("nan"))
+        return values_BT
+
+
+class CodeFeatures(ReadsCodes):
     """Per code: the number of events; the first, last, mean, least and greatest value; years since the first and last event.
 
     A code's value is the number beside the event, in robust standard deviations from its train median (`data.values=both`,
@@ -40,23 +83,20 @@ class CodeFeatures(nn.Module):
     column_of_token: Tensor
     value_column_of_token: Tensor
     time_column_of_token: Tensor
-    bin_of_token: Tensor
 
     def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
-        super().__init__()
+        super().__init__(has_values=has_values)
         if max_codes < 1:
             raise UserError(f"model.max_codes={max_codes}: expected 1 or more codes.")
-        self.has_values, self.max_codes, self.times = has_values, max_codes, times
+        self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []
         self.valued: list[str] = []
-        self._token_codes: list[str | None] = []
-        for name in ("column_of_token", "value_column_of_token", "time_column_of_token", "bin_of_token"):
+        for name in ("column_of_token", "value_column_of_token", "time_column_of_token"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take what the token ids of coming batches mean; chosen codes stay chosen."""
-        self._token_codes = vocabulary.token_codes
-        self.bin_of_token = torch.from_numpy(vocabulary.token_bins).to(self.bin_of_token.device)
+        super().set_vocabulary(vocabulary)
         self._match()
 
     def get_extra_state(self) -> dict[str, list[str]]:
@@ -93,16 +133,16 @@ class CodeFeatures(nn.Module):
         Raises:
             UserError: no event has a code.
         """
-        n_tokens = len(self._token_codes)
+        n_tokens = len(self.token_codes)
         counts, valued = (torch.zeros(n_tokens, dtype=torch.int64) for _ in range(2))
         for inputs in train:
-            token_N = self._tokens(inputs)[inputs["padding_mask"]]
-            has_value_N = ~self._values(inputs)[inputs["padding_mask"]].isnan()
+            token_N = self.tokens(inputs)[inputs["padding_mask"]]
+            has_value_N = ~self.values(inputs)[inputs["padding_mask"]].isnan()
             counts += token_N.bincount(minlength=n_tokens).cpu()
             valued += token_N[has_value_N].bincount(minlength=n_tokens).cpu()
         count_of: dict[str, int] = {}
         with_value = set()
-        for code, n, n_valued in zip(self._token_codes, counts.tolist(), valued.tolist(), strict=True):
+        for code, n, n_valued in zip(self.token_codes, counts.tolist(), valued.tolist(), strict=True):
             if code is not None and n:
                 count_of[code] = count_of.get(code, 0) + n
                 if n_valued:
@@ -122,42 +162,27 @@ class CodeFeatures(nn.Module):
         """
         if not self.codes:
             raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
-        token_BT, is_event_BT = self._tokens(inputs), inputs["padding_mask"]
-        values_BT = self._values(inputs)
+        token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]
+        values_BT = self.values(inputs).double()
         days_BT = inputs["days"].double()
-        count = _Groups(self.column_of_token[token_BT], is_event_BT, len(self.codes))
-        value = _Groups(self.value_column_of_token[token_BT], is_event_BT & ~values_BT.isnan(), len(self.valued))
-        time = _Groups(self.time_column_of_token[token_BT], is_event_BT, len(self.timed))
-        n_values, values_N = value.count(), value.take(values_BT)
-        place_N = value.take(torch.arange(token_BT.shape[1], device=token_BT.device).expand(token_BT.shape).double())
-        years_N = time.take(days_BT) / DAYS_PER_YEAR
+        _, count = _columns(self.column_of_token[token_BT], is_event_BT, len(self.codes))
+        keep_BT, value = _columns(
+            self.value_column_of_token[token_BT], is_event_BT & ~values_BT.isnan(), len(self.valued)
+        )
+        values_N = values_BT[keep_BT]
+        keep_BT, time = _columns(self.time_column_of_token[token_BT], is_event_BT, len(self.timed))
+        years_N = days_BT[keep_BT] / DAYS_PER_YEAR
         parts = [
             count.count(),
-            value.where(place_N == value.spread(value.extreme(place_N, "amin")), values_N),
-            value.where(place_N == value.spread(value.extreme(place_N, "amax")), values_N),
-            value.total(values_N) / n_values,  # 0 / 0 = NaN
+            value.first(values_N),
+            value.last(values_N),
+            value.mean(values_N),
             value.extreme(values_N, "amin"),
             value.extreme(values_N, "amax"),
             time.extreme(years_N, "amax"),
             time.extreme(years_N, "amin"),
         ]
-        return torch.cat(parts, dim=1).float()
-
-    def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        if "token_ids" not in inputs:
-            raise UserError(
-                "this model reads the codes of events, and vectors carry none. Give texts or a MEDS dataset to predict on."
-            )
-        return inputs["token_ids"].long()
-
-    def _values(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T) float64, NaN = none."""
-        values_BT = inputs.get("values")
-        if values_BT is None:
-            values_BT = self.bin_of_token[self._tokens(inputs)]
-            if self.has_values:  # fitted to numbers, which these events do not have
-                values_BT = torch.full_like(values_BT, float("nan"))
-        return values_BT.double()
+        return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
 
     def _match(self) -> None:
         """The column of every token, -1 for none."""
@@ -165,7 +190,7 @@ class CodeFeatures(nn.Module):
         columns = []
         for chosen in (self.codes, self.valued, self.timed):
             column = {code: i for i, code in enumerate(chosen)}
-            columns.append(torch.tensor([column.get(c, -1) if c else -1 for c in self._token_codes], device=device))
+            columns.append(torch.tensor([column.get(c, -1) if c else -1 for c in self.token_codes], device=device))
         self.column_of_token, self.value_column_of_token, self.time_column_of_token = columns
 
 
@@ -193,40 +218,8 @@ class ReadsCodeFeatures(nn.Module):
         return self.features(inputs)
 
 
-class _Groups:
-    """The N events of a batch that belong to a column, grouped by sample and column (B x K groups)."""
-
-    def __init__(self, column_BT: Tensor, keep_BT: Tensor, n_columns: int) -> None:
-        self.keep_BT = keep_BT & (column_BT >= 0)
-        self.shape = (len(column_BT), n_columns)
-        row_N, _ = self.keep_BT.nonzero(as_tuple=True)
-        self.slot_N = row_N * n_columns + column_BT[self.keep_BT]
-
-    def take(self, x_BT: Tensor) -> Tensor:
-        """(B, T) -> (N,)."""
-        return x_BT[self.keep_BT]
-
-    def spread(self, x_BK: Tensor) -> Tensor:
-        """(B, K) -> (N,), each event its group's."""
-        return x_BK.flatten()[self.slot_N]
-
-    def count(self) -> Tensor:
-        """Events, (B, K)."""
-        return self.total(torch.ones(len(self.slot_N), dtype=torch.float64, device=self.slot_N.device))
-
-    def total(self, x_N: Tensor) -> Tensor:
-        """Sums, (B, K)."""
-        return self._empty(0.0).index_add_(0, self.slot_N, x_N).view(self.shape)
-
-    def extreme(self, x_N: Tensor, how: str) -> Tensor:
-        """`amin` or `amax`, (B, K); NaN for an empty group."""
-        reduced = self._empty(float("nan")).scatter_reduce_(0, self.slot_N, x_N, how, include_self=False)
-        return reduced.view(self.shape)
-
-    def where(self, is_it_N: Tensor, x_N: Tensor) -> Tensor:
-        """Of each group the one event that `is_it_N` marks, (B, K); NaN for an empty group."""
-        return self._empty(float("nan")).index_copy_(0, self.slot_N[is_it_N], x_N[is_it_N]).view(self.shape)
-
-    def _empty(self, fill: float) -> Tensor:
-        n_groups = self.shape[0] * self.shape[1]
-        return torch.full((n_groups,), fill, dtype=torch.float64, device=self.slot_N.device)
+def _columns(column_BT: Tensor, keep_BT: Tensor, n_columns: int) -> tuple[Tensor, Groups]:
+    """The events of a batch that belong to a column (B, T), and their groups: sample by sample, a group a column."""
+    keep_BT = keep_BT & (column_BT >= 0)
+    row_N, _ = keep_BT.nonzero(as_tuple=True)
+    return keep_BT, Groups(row_N * n_columns + column_BT[keep_BT], len(column_BT) * n_columns)

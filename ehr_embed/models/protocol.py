@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -31,6 +32,15 @@ class ReadsVocabulary(Protocol):
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take the vocabulary whose `token_ids` (B, T) the coming inputs hold; called before the weights are loaded, and
         again where a dataset brings new codes."""
+        ...
+
+
+@runtime_checkable
+class AdaptsToVectors(Protocol):
+    """A model that fits part of itself to the event vectors before it is trained."""
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Take the vectors (V, E) of the tokens that occur in train; called before the weights are loaded."""
         ...
 
 
@@ -90,6 +100,12 @@ def build_model(
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model
+
+
+def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
+    """Show a new model the vectors (V, E) of the tokens that train has, where it wants to see them."""
+    if isinstance(model, AdaptsToVectors):
+        model.adapt_to_vectors(table[torch.from_numpy(vocabulary.tokens["count"].to_numpy() > 0)])
 
 
 def check_vectors(model: nn.Module, trainable: str) -> None:

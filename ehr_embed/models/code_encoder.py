@@ -1,0 +1,246 @@
+"""A transformer over the codes of a record, each summarised once however often it occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ehr_embed.errors import unknown_name
+from ehr_embed.models.blocks import Block
+from ehr_embed.models.body import check_sizes, check_width
+from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
+from ehr_embed.models.groups import Groups
+from ehr_embed.models.heads import PooledHead, check_classifies
+from ehr_embed.models.whitening import Whitening
+from ehr_embed.vocabulary import Vocabulary
+
+POOLINGS = ("max", "mean", "attention")
+SUMMARIES = {"count": 1, "values": 7, "times": 2}
+"""What is known of a code's events, and in how many numbers: how many they are; first, last, mean, least and greatest value, their
+standard deviation, and whether there is one; days since the first and the last."""
+
+
+class CodeInput(ReadsCodes):
+    """One vector a code of the record: the mean of its events' vectors, changed by what sums up their values and times.
+
+    Args:
+        embedding_dim: width E of the event vectors.
+        model_dim: width D of what comes out.
+        has_values: whether batches carry a number beside each event.
+        summaries: of `SUMMARIES`.
+        whiten: whether vectors are whitened; without it they are brought to unit variance each.
+        shrinkage: of the whitening.
+    """
+
+    code_of_token: Tensor
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        model_dim: int,
+        has_values: bool,
+        summaries: Sequence[str],
+        whiten: bool,
+        shrinkage: float,
+    ) -> None:
+        super().__init__(has_values=has_values)
+        for name in summaries:
+            if name not in SUMMARIES:
+                raise unknown_name("model.summaries", name, SUMMARIES, "[] leaves all of them out.")
+        self.summaries, self.embedding_dim = tuple(summaries), embedding_dim
+        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
+        self.project = nn.Linear(embedding_dim, model_dim)
+        self.join = None
+        if width := sum(SUMMARIES[name] for name in self.summaries):
+            self.join = nn.Sequential(
+                nn.Linear(model_dim + width, 2 * model_dim), nn.GELU(), nn.Linear(2 * model_dim, model_dim)
+            )
+        self.register_buffer("code_of_token", torch.empty(0, dtype=torch.int64), persistent=False)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean; tokens without a code, such as the unknown event, are one."""
+        super().set_vocabulary(vocabulary)
+        number = {code: i for i, code in enumerate(dict.fromkeys(self.token_codes))}
+        numbers = [number[code] for code in self.token_codes]
+        self.code_of_token = torch.tensor(numbers, dtype=torch.int64, device=self.code_of_token.device)
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vectors (B, S, D) of up to S codes a record, and True = code (B, S); codes in the vocabulary's order."""
+        is_event_BT = inputs["padding_mask"]
+        n_rows, n_codes = len(is_event_BT), len(self.token_codes)
+        row_N, _ = is_event_BT.nonzero(as_tuple=True)
+        code_N = self.code_of_token[self.tokens(inputs)[is_event_BT]]
+        key_G, group_N = (row_N * n_codes + code_N).unique(return_inverse=True)
+        groups = Groups(group_N, len(key_G))
+        x_GD = groups.mean(self._vectors(inputs, is_event_BT))
+        if self.join is not None:
+            summaries_GF = self._summarise(groups, self.values(inputs)[is_event_BT], inputs["days"][is_event_BT])
+            x_GD = x_GD + self.join(torch.cat([x_GD, summaries_GF.to(x_GD.dtype)], dim=-1))
+        row_G = key_G // n_codes
+        first_B = torch.searchsorted(row_G, torch.arange(n_rows, device=row_G.device))
+        place_G = torch.arange(len(row_G), device=row_G.device) - first_B[row_G]
+        shape = (n_rows, int(place_G.max()) + 1)
+        x_BSD = x_GD.new_zeros(*shape, x_GD.shape[-1]).index_put((row_G, place_G), x_GD)
+        is_code_BS = torch.zeros(shape, dtype=torch.bool, device=x_GD.device)
+        is_code_BS[row_G, place_G] = True
+        return x_BSD, is_code_BS
+
+    def _vectors(self, inputs: dict[str, Tensor], is_event_BT: Tensor) -> Tensor:
+        """Projected vectors of the events, (N, D) float32."""
+        has_rows = "rows" in inputs
+        vectors = inputs["rows"] if has_rows else inputs["embeddings"][is_event_BT]
+        check_width(vectors, self.embedding_dim)
+        # Half precision would lose what whitening brings out, and the sums over events.
+        with torch.autocast(vectors.device.type, enabled=False):
+            projected = self.project(self.norm(vectors.float()))
+        return F.embedding(inputs["row_ids"][is_event_BT], projected) if has_rows else projected
+
+    def _summarise(self, groups: Groups, values_N: Tensor, days_N: Tensor) -> Tensor:
+        """(G, F) float32 from values, NaN = none, and days before the prediction."""
+        of = {
+            "count": lambda: groups.count().float().log1p().unsqueeze(-1),
+            "values": lambda: self._values(groups, values_N.float()),
+            "times": lambda: torch.stack([groups.extreme(days_N, how) for how in ("amax", "amin")], dim=-1).log1p(),
+        }
+        return torch.cat([of[name]() for name in self.summaries], dim=-1)
+
+    @staticmethod
+    def _values(groups: Groups, values_N: Tensor) -> Tensor:
+        has_value_N = ~values_N.isnan()
+        valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
+        mean_G = valued.mean(x_N)
+        # An epsilon, since the root of zero has no gradient.
+        sd_G = (valued.mean((x_N - valued.spread(mean_G)).square()) + 1e-12).sqrt()
+        extremes = valued.extreme(x_N, "amin"), valued.extreme(x_N, "amax")
+        found_GF = torch.stack([valued.first(x_N), valued.last(x_N), mean_G, *extremes, sd_G], dim=-1)
+        # Some numbers are a thousand standard deviations off: the further out, the less their size matters.
+        return torch.cat([found_GF.nan_to_num().asinh(), (valued.count() > 0).float().unsqueeze(-1)], dim=-1)
+
+
+class Subject(nn.Module):
+    """A learned vector, and what age at the prediction adds to it."""
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(model_dim) * 0.5)
+        self.age = nn.Linear(3, model_dim)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, D) from `age_days` and `days` (B, T); without `age_days` no age is known."""
+        if "age_days" not in inputs:
+            return self.vector + self.age(self.vector.new_zeros(len(inputs["padding_mask"]), 3))
+        # As every event tells it. Ages from 25 to 75 years become -1 to 1.
+        years_B = (inputs["age_days"] + inputs["days"])[:, 0] / DAYS_PER_YEAR
+        x_B = (years_B - 50) / 25
+        return self.vector + self.age(torch.stack([x_B, x_B.square(), ~x_B.isnan()], dim=-1).nan_to_num())
+
+
+class CodeBody(nn.Module):
+    """Code input, the subject's age as one more element, pre-norm blocks, final norm."""
+
+    def __init__(
+        self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
+    ) -> None:
+        super().__init__()
+        check_sizes(model_dim, n_heads, "none", ("none",))
+        self.input = CodeInput(model_dim=model_dim, **options)
+        self.subject = Subject(model_dim) if age else None
+        self.blocks = nn.ModuleList(
+            Block(model_dim=model_dim, n_heads=n_heads, dropout=dropout) for _ in range(n_layers)
+        )
+        self.norm = nn.LayerNorm(model_dim)
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vectors (B, S, D) of the subject (with `age`) and up to S codes of each record, and True = one of these (B, S)."""
+        x_BSD, is_code_BS = self.input(inputs)
+        if self.subject is not None:
+            x_BSD = torch.cat([self.subject(inputs).unsqueeze(1), x_BSD], dim=1)
+            is_code_BS = F.pad(is_code_BS, (1, 0), value=True)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, is_code_BS[:, None, None, :])
+        return self.norm(x_BSD), is_code_BS
+
+
+class CodeEncoder(nn.Module):
+    """Attention between the codes of a record, pooled into one prediction; cost grows with the distinct codes, not the events.
+
+    Args:
+        embedding_dim: width E of the event vectors; the embedder says it.
+        num_classes: outputs; the task says it.
+        vocab_size: refused: classes only.
+        has_values: whether batches carry a number beside each event; the data say it.
+        model_dim: width D of the model.
+        n_heads: attention heads; must divide `model_dim`.
+        n_layers: blocks.
+        dropout: probability, on what each block adds and on the pooled vector.
+        max_length: longest sequence, in events; longer records keep their last events.
+        summaries: of a code's events: `count`, `values`, `times`.
+        age: whether the age at the prediction stands beside the codes, as an element of its own.
+        whiten: whether vectors are whitened, see `Whitening`; without it each is brought to unit variance.
+        shrinkage: of the whitening.
+        pooling: `max`, `mean`, `attention`.
+
+    Raises:
+        UserError: a task that predicts events, an unknown summary or pooling, sizes that do not divide.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_classes: int | None = None,
+        vocab_size: int | None = None,
+        has_values: bool = False,
+        model_dim: int = 64,
+        n_heads: int = 4,
+        n_layers: int = 1,
+        dropout: float = 0.1,
+        max_length: int = 4096,
+        summaries: Sequence[str] = tuple(SUMMARIES),
+        age: bool = True,
+        whiten: bool = True,
+        shrinkage: float = 0.1,
+        pooling: str = "max",
+    ) -> None:
+        super().__init__()
+        n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
+        if pooling not in POOLINGS:
+            raise unknown_name("model.pooling", pooling, POOLINGS)
+        self.body = CodeBody(
+            model_dim=model_dim,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            dropout=dropout,
+            age=age,
+            embedding_dim=embedding_dim,
+            has_values=has_values,
+            summaries=summaries,
+            whiten=whiten,
+            shrinkage=shrinkage,
+        )
+        self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean."""
+        self.body.input.set_vocabulary(vocabulary)
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening to the vectors (V, E) of train's tokens."""
+        if isinstance(whitening := self.body.input.norm, Whitening):
+            whitening.fit(vectors)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, num_classes) from `embeddings` (B, T, E), `token_ids` and `days` (B, T), `padding_mask` (B, T), True = event.
+
+        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. Age needs `age_days` (B, T), NaN =
+        unknown, and a model that carries values takes `values` (B, T), NaN = none.
+        """
+        x_BSD, is_code_BS = self.body(inputs)
+        return self.head(x_BSD, {"padding_mask": is_code_BS})
