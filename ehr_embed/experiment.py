@@ -21,6 +21,7 @@ from ehr_embed.audit import audit
 from ehr_embed.checkpoints import checkpoint_path, initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.examples import examples_of
 from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.finished import finish, read_metrics
@@ -247,6 +248,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)
+        tracker.add_examples(lambda: examples_of(task, prepared.store, outputs["held_out"]))
         finish(run_dir, metrics, made_from)
     print_metrics(metrics, run_dir)
     return objective

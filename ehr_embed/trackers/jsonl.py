@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import pandas as pd
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import append_line, atomic_path, write_json
@@ -65,6 +67,9 @@ class JsonlTracker:
 
     def add_plots(self, paths: Sequence[Path]) -> None:
         """Nothing to do: they are in the run directory already."""
+
+    def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
+        """Nothing to do: the store and predictions/ have them."""
 
     def _forget_from(self, epoch: int) -> None:
         """Drop the rows an earlier run in this folder left from `epoch` on: a resumed run writes them again."""
