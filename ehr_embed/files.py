@@ -26,8 +26,8 @@ _REFUSED = re.compile(
     r"No space left on device|[Dd]isk quota exceeded|File too large|Read-only file system|Permission denied|Input/output error"
     r"|database or disk is full|readonly database|unable to open database file|disk I/O error"
 )
-_PARTLY = re.compile(r"unexpected pos \d+ vs \d+|\d+ requested and \d+ written|failed writing file")
-"""What torch and numpy say where a write was cut short: the system's reason is lost."""
+_PARTLY = re.compile(r"unexpected pos \d+ vs \d+|\d+ requested and \d+ written|failed writing file|transport error")
+"""What torch, numpy and polars say where a write was cut short: the system's reason is lost."""
 
 
 def write_failure(error: BaseException) -> str | None:
@@ -39,7 +39,7 @@ def write_failure(error: BaseException) -> str | None:
     True
     """
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
-        return error.strerror or str(error)
+        return os.strerror(error.errno)
     if found := _REFUSED.search(str(error)):
         return found.group()
     return "only a part could be written (is the disk full?)" if _PARTLY.search(str(error)) else None
