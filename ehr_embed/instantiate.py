@@ -83,17 +83,21 @@ def _is_defined_in(target: str, allowed: tuple[str, ...]) -> bool:
     return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(allowed)
 
 
-def check_stored(config: DictConfig) -> None:
-    """Refuse a configuration read from a checkpoint whose groups name more than such groups need; `trusted_packages` in it is
-    the word of whoever wrote it, and counts for nothing.
+def check_stored(config: DictConfig, group: str) -> DictConfig:
+    """A group of a configuration that came with a checkpoint, once it is known to name members of that group only.
+
+    Its `trusted_packages` are the word of whoever wrote it, and count for nothing.
+
+    Args:
+        config: all of it.
+        group: model, task, embedder or source.
 
     Raises:
         UserError: as `check_targets`.
     """
-    for group, allowed in STORED_PREFIXES.items():
-        node = config.get("data", {}).get("source") if group == "source" else config.get(group)
-        if node is not None:
-            check_targets(OmegaConf.to_container(node, resolve=True), allowed)
+    node: DictConfig = config.data.source if group == "source" else config[group]
+    check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group])
+    return node
 
 
 def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:

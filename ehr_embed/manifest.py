@@ -23,6 +23,8 @@ FULL_BYTES = 256 << 20
 MODES = ("auto", "full", "size")
 CHECKED = ".checked.json"
 """In a large folder: the files that were found whole, by inode, size and times."""
+RUN_FOLDERS = ("vocabulary", "predictions")
+"""In a run's folder: what lies in them is in its manifest."""
 Files = dict[str, dict[str, Any]]
 
 
@@ -108,7 +110,7 @@ def remember(folder: Path, files: Files) -> None:
 
 
 def checked(path: Path) -> Path:
-    """`path`, compared with the manifest of its folder or of the one above if that lists it.
+    """`path`, compared with the manifest of its run's folder if that lists it.
 
     A file that no manifest lists, such as one of a run that has not ended, is given back as it is.
 
@@ -116,13 +118,11 @@ def checked(path: Path) -> Path:
         UserError: it has another size or checksum, or the manifest is damaged.
     """
     remedy = "Restore the run's folder, or train again: resume=overwrite"
-    for folder in (path.parent, path.parent.parent):
-        if path.is_file() and (folder / MANIFEST).is_file():
-            name = path.relative_to(folder).as_posix()
-            files = read_manifest(folder / MANIFEST, remedy)["files"]
-            if name in files:
-                check_files(folder, {name: files[name]}, remedy, integrity="full")
-                break
+    folder = path.parent.parent if path.parent.name in RUN_FOLDERS else path.parent
+    if path.is_file() and (folder / MANIFEST).is_file():
+        name = path.relative_to(folder).as_posix()
+        files = read_manifest(folder / MANIFEST, remedy)["files"]
+        check_files(folder, {name: files[name]} if name in files else {}, remedy, integrity="full")
     return path
 
 

@@ -69,10 +69,9 @@ def open_run(where: str | Path) -> TrainedRun:
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
     config = OmegaConf.create(checkpoint["config"])
-    check_stored(config)
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
-    model = build_model(config.model, vocabulary, sizes=sizes)
+    model = build_model(check_stored(config, "model"), vocabulary, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
     embedding = EventEmbedding(table, trainable_of(config.embedder))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 import ehr_embed
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import run
+from ehr_embed.explain import explain
 from ehr_embed.instantiate import instantiate
 from ehr_embed.search.tracking import log_search
 from ehr_embed.trackers.wandb import WandbTracker
@@ -214,13 +215,23 @@ FOREIGN: list[dict[str, Any]] = [
 def test_a_foreign_run_builds_members_of_its_groups_only(trained, tmp_path, monkeypatch, groups):
     monkeypatch.chdir(tmp_path)
     folder = stored(trained, tmp_path, **groups)
+
+    def use() -> None:
+        ehr_embed.load(folder).predict_proba([["a text that it never saw"]])
+        explain(composed(f"run={folder}", name="explain"))
+
     with pytest.raises(UserError, match="outside the trusted packages"):
-        ehr_embed.load(folder)
+        use()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_is_only_copied_loads(trained, tmp_path):
     assert ehr_embed.load(stored(trained, tmp_path)).class_names == ["false", "true"]
+
+
+def test_a_source_of_ones_own_does_not_keep_a_run_from_predicting(trained, tmp_path):
+    folder = stored(trained, tmp_path, data={"source": {"_target_": "my_package.MySource"}})
+    assert ehr_embed.load(folder).predict_proba([["Okapi cough at night"]]).shape == (1, 2)
 
 
 def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path, monkeypatch):
