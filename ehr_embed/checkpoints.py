@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import file_sha256
+from ehr_embed.manifest import checked
 from ehr_embed.optimizer import body_of
 from ehr_embed.vocabulary import PADDING, UNKNOWN, Vocabulary
 
@@ -23,21 +26,35 @@ SHAPELESS = ("_target_", "n_heads", "positions")
 """Keys of a model that change what its weights mean and no tensor's shape."""
 
 
+def checkpoint_path(where: str | Path) -> Path:
+    """The best checkpoint of a run's folder, or the file that `where` names."""
+    path = Path(where).expanduser()
+    return path / BEST if path.is_dir() else path
+
+
 def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint of a run (its best one) or of a file, and its path.
 
+    Torch compares nothing of what it reads with the CRC-32 beside it, and the manifest of a run is there at its end only: the
+    first is done always, the second where there is one.
+
     Raises:
-        UserError: there is none, or the file is not a checkpoint of this package.
+        UserError: there is none, the file is damaged or another one, or not a checkpoint of this package.
     """
-    path = Path(where).expanduser()
-    path = path / BEST if path.is_dir() else path
+    path = checkpoint_path(where)
     if not path.is_file():
         raise UserError(
             f"init_from={where}: expected a run's folder with {BEST} inside, or a checkpoint file; found none."
         )
+    checked(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong: the file is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({first_line}). Train it again, or use another.") from error
     expected = {"model_state_dict", "config", "identity", "sizes", "class_names"}

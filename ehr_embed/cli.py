@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.files import cannot_write, write_failure
 from ehr_embed.search.plugin import register
 from ehr_embed.stopping import REQUEUE, Stopped
 
@@ -41,6 +42,11 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         if wants_traceback:
             raise
         print(f"error: {explain(error, config_name, sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of a library's own files: what the package writes has its line already
+        if wants_traceback or write_failure(error) is None:
+            raise
+        print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
         sys.exit(2)
 
 

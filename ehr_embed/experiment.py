@@ -18,16 +18,18 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
 from ehr_embed.audit import audit
-from ehr_embed.checkpoints import initialise
+from ehr_embed.checkpoints import checkpoint_path, initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.examples import examples_of
 from ehr_embed.exports.protocol import Export
-from ehr_embed.files import atomic_path, link_file, read_json, write_json
+from ehr_embed.files import atomic_path, file_sha256, link_file, write_json
+from ehr_embed.finished import finish, read_metrics
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.resume import FINISHED, claimed, find_run
+from ehr_embed.resume import claimed, find_run, samples_digest
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
@@ -75,6 +77,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
             cache_dir=Path(cfg.cache_dir),
             min_text_coverage=cfg.data.min_text_coverage,
             overwrite=overwrite,
+            integrity=cfg.integrity,
         )
     finally:
         embedder.close()
@@ -164,7 +167,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     found = find_run(run_dir, config, how=cfg.resume)
     if found.is_finished:
         log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
-        print_metrics(done := read_json(run_dir / FINISHED), run_dir)
+        print_metrics(done := read_metrics(run_dir), run_dir)
         return float(done["tuning"][task.monitor]["value"])
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
@@ -186,6 +189,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             class_names=None if is_trained else task.class_names,
         )
     start = found.load(prepared.identity, task.samples)
+    made_from = inputs_of(source, prepared, task, init_from)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -245,9 +249,17 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         objective = float(metrics["tuning"][task.monitor]["value"])
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)
-        write_json(run_dir / FINISHED, metrics)
+        tracker.add_examples(lambda: examples_of(task, prepared.store, outputs["held_out"]))
+        finish(run_dir, metrics, made_from)
     print_metrics(metrics, run_dir)
     return objective
+
+
+def inputs_of(source: Source, prepared: Prepared, task: Task, init_from: str | Path | None) -> dict[str, Any]:
+    """Digests of what a run reads, for the manifest of its folder."""
+    found = {"source": source.fingerprint(), "table_digest": prepared.table_digest, **prepared.identity}
+    found["samples_digest"] = samples_digest(task.samples)
+    return found | ({} if init_from is None else {"init_from_sha256": file_sha256(checkpoint_path(init_from))})
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:

@@ -22,7 +22,7 @@ from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.explain_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
 from ehr_embed.features import visible_events
 from ehr_embed.files import atomic_path
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import check_stored, instantiate
 from ehr_embed.predictor import Dataset, Predictor
 from ehr_embed.runs import device_named
 from ehr_embed.sources.protocol import Source
@@ -197,7 +197,7 @@ def explain(cfg: DictConfig) -> list[Path]:
     )
     root = cfg.data.root
     if root is None:
-        own: Source = instantiate(predictor.run.config.data.source)
+        own: Source = instantiate(check_stored(predictor.run.config, "source"))
         root = str(own.labels_dir.parent)
     split = "held_out" if cfg.split is None and cfg.subject is None else cfg.split
     data = predictor.read(root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups))

@@ -22,7 +22,7 @@ from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_set import EventSet
 from ehr_embed.files import atomic_path
 from ehr_embed.generation import Sampling, Trajectories, check_generates, check_lengths, generate
-from ehr_embed.instantiate import instantiate
+from ehr_embed.instantiate import check_stored, instantiate
 from ehr_embed.runs import device_named, open_run, samples_to_predict
 from ehr_embed.samples import Samples
 from ehr_embed.sources.meds import MedsSource
@@ -65,7 +65,8 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     check_lengths(prompt_length, cfg.max_new_events, max_length)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
-    source: Source = instantiate(run.config.data.source) if cfg.data.root is None else MedsSource(root=cfg.data.root)
+    root = cfg.data.root
+    source: Source = instantiate(check_stored(run.config, "source")) if root is None else MedsSource(root=root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 

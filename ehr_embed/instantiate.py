@@ -13,7 +13,15 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from ehr_embed.errors import UserError
 
-ALLOWED_PREFIXES = ("ehr_embed.", "torch.", "sentence_transformers.", "optuna.")
+ALLOWED_PREFIXES = ("ehr_embed.", "torch.nn.", "torch.optim.", "optuna.samplers.", "optuna.pruners.")
+"""Not all of torch: `torch.load` and `torch.hub.load` run what they are given."""
+STORED_PREFIXES = {
+    "model": ("ehr_embed.models.", "torch.nn."),
+    "task": ("ehr_embed.tasks.",),
+    "embedder": ("ehr_embed.embedders.",),
+    "source": ("ehr_embed.sources.",),
+}
+"""What the groups of a configuration that came with a checkpoint may build: less than one's own command line."""
 
 
 def targets(config: Any) -> Iterator[str]:
@@ -34,6 +42,64 @@ def targets(config: Any) -> Iterator[str]:
             yield from targets(value)
 
 
+def check_targets(config: Any, allowed: Sequence[str]) -> None:
+    """Refuse targets that are not of an allowed package, by their name or by where what they name is defined.
+
+    `ehr_embed.files.os.system` begins with an allowed prefix, and is defined elsewhere.
+
+    Args:
+        config: resolved, since an interpolation may bring a target with it.
+        allowed: prefixes that end with a dot.
+
+    Raises:
+        UserError: naming the first such target.
+    """
+    if hidden := [text for text in _strings(config) if "${" in text]:
+        raise UserError(
+            f"{hidden[0]!r} would be resolved after its _target_ was looked for, and may bring another one. Write the value itself."
+        )
+    for target in targets(config):
+        if target.startswith(tuple(allowed)) and _is_defined_in(target, tuple(allowed)):
+            continue
+        raise UserError(
+            f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
+            "code. If it is yours, type: trusted_packages=[PACKAGE]"
+        )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _is_defined_in(target: str, allowed: tuple[str, ...]) -> bool:
+    try:
+        found = hydra.utils.get_object(target)
+    except (ImportError, ValueError) as error:
+        raise _not_found(target, error) from error
+    return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(allowed)
+
+
+def check_stored(config: DictConfig, group: str) -> DictConfig:
+    """A group of a configuration that came with a checkpoint, once it is known to name members of that group only.
+
+    Its `trusted_packages` are the word of whoever wrote it, and count for nothing.
+
+    Args:
+        config: all of it.
+        group: model, task, embedder or source.
+
+    Raises:
+        UserError: as `check_targets`.
+    """
+    node: DictConfig = config.data.source if group == "source" else config[group]
+    check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group])
+    return node
+
+
 def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
     """Build what `config._target_` names with its keys and the sizes that the data dictate.
 
@@ -46,18 +112,15 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
     """
     allowed = (*ALLOWED_PREFIXES, *(f"{package.rstrip('.')}." for package in trusted))
-    for target in targets(config):
-        if not target.startswith(allowed):
-            raise UserError(
-                f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
-                "code. If it is yours, type: trusted_packages=[PACKAGE]"
-            )
+    plain = OmegaConf.to_container(config, resolve=True)
+    check_targets(plain, allowed)
     _check_types(config)
-    # Sizes are given to the target itself: merged into the config, a dict among them would be instantiated too.
+    # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
+    # instantiated too.
     try:
-        build = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
+        build = hydra.utils.instantiate(OmegaConf.create(plain), _partial_=True, _convert_="all")
     except InstantiationException as error:
-        raise _not_found(config, error) from error
+        raise _not_found(config.get("_target_"), error) from error
     try:
         return build(**sizes)
     except TypeError as error:
@@ -100,7 +163,7 @@ def _check_types(config: DictConfig) -> None:
     try:
         hints = get_type_hints(_constructor(hydra.utils.get_object(str(config.get("_target_")))))
     except (ImportError, ValueError) as error:
-        raise _not_found(config, error) from error
+        raise _not_found(config.get("_target_"), error) from error
     except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
         return
     for key, value in OmegaConf.to_container(config, resolve=True).items():  # type: ignore[union-attr]
@@ -120,5 +183,5 @@ def _constructor(target: Any) -> Any:
     return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
 
-def _not_found(config: DictConfig, error: Exception) -> UserError:
-    return UserError(f"cannot find {config.get('_target_')}: {error.__cause__ or error}. Check _target_.")
+def _not_found(target: object, error: Exception) -> UserError:
+    return UserError(f"cannot find {target}: {error.__cause__ or error}. Check _target_.")

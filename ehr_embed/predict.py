@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from ehr_embed.cli import CONF, run_main
 from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_path, read_json
+from ehr_embed.files import atomic_path
+from ehr_embed.finished import FINISHED, read_metrics
 from ehr_embed.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.predictor import Predictor
 from ehr_embed.runs import device_named
@@ -83,8 +84,8 @@ def threshold_of(run_dir: Path) -> float:
     Raises:
         UserError: the run has no metrics.json with one.
     """
-    path = run_dir / "metrics.json"
-    threshold = read_json(path)["tuning"].get("threshold") if path.is_file() else None
+    path = run_dir / FINISHED
+    threshold = read_metrics(run_dir)["tuning"].get("threshold") if path.is_file() else None
     if threshold is None:
         raise UserError(
             f"{path}: expected the threshold that tuning chose; the run was stopped before its evaluation. Leave task.labels "

@@ -18,7 +18,7 @@ from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.instantiate import instantiate, instantiate_embedder
+from ehr_embed.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.runs import LOOKUPS, VOCABULARY, open_run, samples_to_predict
 from ehr_embed.samples import Samples
@@ -72,7 +72,7 @@ class Predictor:
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
         self.run.model.to(self.device)
-        self._task = instantiate(self.run.config.task)
+        self._task = instantiate(check_stored(self.run.config, "task"))
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
 
@@ -272,7 +272,7 @@ class Predictor:
         return not self._reads_vectors or self._embedder().reads_text
 
     def _embedder(self) -> Embedder:
-        embedder: Embedder = instantiate_embedder(self.run.config.embedder)
+        embedder: Embedder = instantiate_embedder(check_stored(self.run.config, "embedder"))
         return embedder
 
 

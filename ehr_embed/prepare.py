@@ -7,11 +7,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
 from torch import Tensor
 
 from ehr_embed.embedders.protocol import Embedder
-from ehr_embed.files import digest, file_sha256, remove_leftovers
+from ehr_embed.files import digest, file_sha256, locked, remove_leftovers
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.table import build_table, load_table, save_table
@@ -49,6 +48,7 @@ def prepare(
     cache_dir: Path,
     min_text_coverage: float = 0.8,
     overwrite: bool = False,
+    integrity: str = "auto",
 ) -> Prepared:
     """Open the store and the table, building what is missing; one process at a time builds, others wait for it.
 
@@ -56,8 +56,7 @@ def prepare(
         UserError: the store was built from other data (unless `overwrite`), or anything the parts refuse.
     """
     folder = store_folder(cache_dir, source, settings)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock"), f"building {folder}"):
         remove_leftovers(folder.parent, f"{folder.name}.")
         remove_leftovers(folder)
         if overwrite or not (folder / "manifest.json").exists():
@@ -65,7 +64,7 @@ def prepare(
             store = build_store(folder, source, settings)
             report(store, min_text_coverage)
         else:
-            store = EventStore(folder)
+            store = EventStore(folder, integrity=integrity)
             check_fingerprint(store, source)
         vocabulary = store.vocabulary
         about = {

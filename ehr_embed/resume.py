@@ -17,20 +17,21 @@ from omegaconf import OmegaConf
 
 from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import remove_leftovers
+from ehr_embed.files import cannot_write, remove_leftovers
+from ehr_embed.finished import FINISHED
+from ehr_embed.manifest import MANIFEST, checked
 from ehr_embed.samples import Samples
 from ehr_embed.training_state import LATEST, Continuation
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "force", "overwrite")
-FINISHED = "metrics.json"
-"""Written last: a run that has it is finished."""
 HARMLESS = (
     "run_dir",
     "cache_dir",
     "resume",
     "audit",
     "trusted_packages",
+    "integrity",
     "tracker",
     "hydra",
     "defaults",
@@ -133,7 +134,7 @@ def _read_config(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
             "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
         )
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    config = OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 
@@ -196,19 +197,22 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
         is_new: also remove the results and checkpoints of an earlier run.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or it cannot be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=CLAIM_TIMEOUT_S)
     except Timeout:
         raise UserError(
             f"{run_dir}: another process is at work there, and two would overwrite each other's checkpoints. "
             "Wait for its end, or type: run_dir=ANOTHER"
         ) from None
+    except OSError as error:
+        raise cannot_write(run_dir, error) from error
     try:
-        (run_dir / FINISHED).unlink(missing_ok=True)
+        for name in (FINISHED, MANIFEST):  # what is written from now on is in no manifest
+            (run_dir / name).unlink(missing_ok=True)
         for folder in (run_dir, run_dir / "predictions", run_dir / "vocabulary"):
             remove_leftovers(folder)
         if is_new:

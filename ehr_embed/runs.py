@@ -16,7 +16,8 @@ from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import file_sha256
-from ehr_embed.instantiate import trainable_of
+from ehr_embed.instantiate import check_stored, trainable_of
+from ehr_embed.manifest import checked
 from ehr_embed.models.protocol import build_model
 from ehr_embed.samples import Samples, build_samples
 from ehr_embed.store import STATIC_TIME, SplitEvents
@@ -47,7 +48,7 @@ class TrainedRun:
 
 
 def open_run(where: str | Path) -> TrainedRun:
-    """Open a run's folder; its `_target_`s may name this package and torch only.
+    """Open a run's folder; of its configuration each group may build members of that group only.
 
     Raises:
         UserError: not a run's folder, or files in it that do not belong together.
@@ -64,11 +65,13 @@ def open_run(where: str | Path) -> TrainedRun:
             f"{folder / VOCABULARY / 'vocab.csv'} has sha256 {found_sha256[:12]}, but {path.name} was trained with "
             f"{identity['vocab_sha256'][:12]}: token ids would mean other events. Restore the run's folder, or train again."
         )
+    for file in (folder / VOCABULARY).iterdir():
+        checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
     config = OmegaConf.create(checkpoint["config"])
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
-    model = build_model(config.model, vocabulary, sizes=sizes)
+    model = build_model(check_stored(config, "model"), vocabulary, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
     embedding = EventEmbedding(table, trainable_of(config.embedder))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))

@@ -14,11 +14,13 @@ from meds import birth_code
 from tqdm import tqdm
 
 from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, digest, file_sha256, read_json, write_json
+from ehr_embed.files import atomic_directory, digest, file_sha256
+from ehr_embed.manifest import check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 
-FORMAT = 2
+FORMAT = 3
+REMEDY = "Type: python embed.py overwrite=true with the same overrides"
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
@@ -49,31 +51,27 @@ class SplitEvents:
 class EventStore:
     """A store on disk, opened; `build_store` makes one.
 
+    Args:
+        folder: where it lies.
+        integrity: how its files are compared with the manifest, see `ehr_embed.manifest`.
+
     Raises:
         UserError: there is none at `folder`, or its format or files are not what the manifest says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, integrity: str = "auto") -> None:
         self.folder = folder
         if not (folder / "manifest.json").exists():
             raise UserError(
                 f"{folder}: no event store here (no manifest.json). Type: python embed.py with the same overrides"
             )
-        self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
-        if self.manifest["format"] != FORMAT:
-            raise UserError(
-                f"{folder}: store format {self.manifest['format']}, this version reads {FORMAT}. "
-                "Type: python embed.py overwrite=true with the same overrides"
-            )
+        self.manifest: dict[str, Any] = read_manifest(folder / "manifest.json", REMEDY)
+        if (found := self.manifest.get("format")) != FORMAT:
+            raise UserError(f"{folder}: store format {found}, this version reads {FORMAT}. {REMEDY}")
+        check_files(folder, self.manifest["files"], REMEDY, integrity=integrity)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        expected, found = self.manifest["vocab_sha256"], file_sha256(self.folder / "vocab.csv")
-        if expected != found:
-            raise UserError(
-                f"{self.folder / 'vocab.csv'} was changed: sha256 {found[:12]}, the manifest says {expected[:12]}. Token ids "
-                "would get other texts. Type: python embed.py overwrite=true with the same overrides"
-            )
         return Vocabulary.load(self.folder)
 
     def split(self, name: str) -> SplitEvents:
@@ -99,8 +97,7 @@ class EventStore:
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise UserError(
-                f"{path}: {found} bytes, expected {expected}; the file is damaged. "
-                "Type: python embed.py overwrite=true with the same overrides"
+                f"{path}: {found} bytes, expected {expected}; the file was changed since the store was opened. {REMEDY}"
             )
         return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
 
@@ -130,8 +127,9 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
             "has_values": settings.has_values,
             "splits": {split: writer.finish() for split, writer in writers.items()},
         }
-        write_json(temporary / "manifest.json", manifest)
-    return EventStore(folder)
+        write_manifest(temporary, manifest, files := describe(temporary))
+    remember(folder, files)
+    return EventStore(folder, integrity="size")
 
 
 def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
@@ -214,7 +212,7 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
             raise UserError(
                 f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
                 f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
-                "Type: python embed.py overwrite=true with the same overrides"
+                f"{REMEDY}"
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_path
 
+REMEDY = "Type: python embed.py overwrite=true with the same overrides"
+
 
 def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Tensor:
     """(V, E) float32; row 0, padding, is zero and its text is not embedded."""
@@ -23,9 +27,10 @@ def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Ten
 
 
 def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
-    """Write the table as float16 safetensors with `about` as its metadata."""
+    """Write the table as float16 safetensors; its metadata, `about` and the vectors' sha256, are its manifest."""
+    vectors = table.half().contiguous()
     with atomic_path(path) as temporary:
-        save_file({"embeddings": table.half()}, temporary, metadata=about)
+        save_file({"embeddings": vectors}, temporary, metadata=about | {"sha256": _sha256(vectors, about)})
 
 
 def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[str, str]]:
@@ -36,13 +41,27 @@ def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[st
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about, table = file.metadata(), file.get_tensor("embeddings").float()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable table ({error}). Type: python embed.py overwrite=true") from error
+            about, vectors = file.metadata() or {}, file.get_tensor("embeddings")
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a readable table ({error}). {REMEDY}") from error
+    said = about.pop("sha256", None)
     for key, value in expected.items():
         if about.get(key) != value:
             raise UserError(
-                f"{path}: {key} is {about.get(key)}, expected {value}; vectors would belong to other texts. "
-                "Type: python embed.py overwrite=true with the same overrides"
+                f"{path}: {key} is {about.get(key)}, expected {value}; vectors would belong to other texts. {REMEDY}"
             )
-    return table, about
+    if said != (found := _sha256(vectors, about)):
+        wanted = f"its header says {said[:12]}" if said else "and its header none, as earlier versions wrote it"
+        raise UserError(
+            f"{path} was changed: its vectors have sha256 {found[:12]}, {wanted}. Damaged vectors would train a damaged model, so "
+            f"none was loaded. {REMEDY}"
+        )
+    return vectors.float(), about
+
+
+def _sha256(vectors: Tensor, about: dict[str, str]) -> str:
+    """Of the vectors' bytes, shape and type, and of what is said about them."""
+    facts = json.dumps([about, list(vectors.shape), str(vectors.dtype)], sort_keys=True)
+    total = hashlib.sha256(facts.encode())
+    total.update(vectors.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()

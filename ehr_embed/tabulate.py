@@ -23,7 +23,9 @@ from rich.table import Table
 from scipy import stats
 
 from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import atomic_path, digest, read_json
+from ehr_embed.files import atomic_path, digest
+from ehr_embed.finished import read_metrics
+from ehr_embed.manifest import checked
 from ehr_embed.paired import METRICS, ensemble, read_predictions
 from ehr_embed.search.outcome import read_outcome
 from ehr_embed.search.report import wide_console
@@ -145,7 +147,7 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     grouped: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for run, keys in zip(runs, _keys(runs, origin, by), strict=True):
         grouped.setdefault(tuple(keys.items()), []).append(run)
-    values = {run: numbers_of(read_json(run / "metrics.json")) for run in runs}
+    values = {run: numbers_of(read_metrics(run)) for run in runs}
     chosen = list(metrics) or [name for name in SHOWN if any(name in row for row in values.values())]
     known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in METRICS}
     for name in chosen:
@@ -250,10 +252,11 @@ def _check_samples(rows: Sequence[Sequence[Path]]) -> list[str]:
 def samples_digest(run: Path, split: str = "held_out") -> str:
     """What tells a run's subjects, times and labels of a split from those of other runs; their number where it is all that
     is known."""
+    checked(run / "predictions" / f"{split}.parquet")  # damage is said; predictions of another kind are not
     try:
         predictions = read_predictions(run, split)
     except (UserError, OSError):
-        return str(read_json(run / "metrics.json").get(split, {}).get("n"))
+        return str(read_metrics(run).get(split, {}).get("n"))
     return digest([*map(str, predictions.keys.rows()), predictions.labels.tolist()])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ehr_embed.files import read_json
+from ehr_embed.finished import FINISHED, read_metrics
 
 MEASURES = ("auroc", "auprc")
 """Ranking measures alone: thresholds are chosen anew on the other data's tuning split."""
@@ -22,8 +22,8 @@ def kept(init_from: str | Path, here: dict[str, Any]) -> dict[str, dict[str, flo
         Empty where that run's metrics.json is not there or has none of the measures.
     """
     folder = Path(init_from).expanduser()
-    file = (folder if folder.is_dir() else folder.parent) / "metrics.json"
-    there = read_json(file).get("held_out", {}) if file.is_file() else {}
+    folder = folder if folder.is_dir() else folder.parent
+    there = read_metrics(folder).get("held_out", {}) if (folder / FINISHED).is_file() else {}
     pairs = {name: (there[name]["value"], here[name]["value"]) for name in MEASURES if name in there and name in here}
     return {
         name: {"before": before, "here": now, "kept": now / before} for name, (before, now) in pairs.items() if before

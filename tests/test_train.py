@@ -102,6 +102,7 @@ def test_a_run_leaves_what_the_readme_says(demo):
     files = {str(path.relative_to(demo)) for path in demo.rglob("*") if path.is_file()}
     plots = {f"plots/{name}.png" for name in ("loss", "roc", "precision_recall", "calibration")}
     assert files - {"checkpoint_epoch_10.pt", ".lock"} == plots | {
+        "manifest.json",
         "metrics.json",
         "metrics.jsonl",
         "audit.json",

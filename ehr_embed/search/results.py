@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import read_json
+from ehr_embed.finished import FINISHED, read_metrics
+from ehr_embed.manifest import checked
 from ehr_embed.search.outcome import FILE_NAME, Outcome, message_of, read_outcome
 from ehr_embed.tasks.directions import LOWER_IS_BETTER
 
@@ -34,8 +35,7 @@ NOT_COMPARED = ("run_dir", "cache_dir", "hydra", "defaults", "tracker")
 
 def read_results(folder: Path) -> Row:
     """Flat results of one run; empty if it has no `metrics.json`."""
-    path = folder / "metrics.json"
-    return flat_metrics(read_json(path)) if path.exists() else {}
+    return flat_metrics(read_metrics(folder)) if (folder / FINISHED).exists() else {}
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Row:
@@ -61,7 +61,7 @@ def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_ob
     try:
         outcome.results = read_results(folder)
         if outcome.state == "finished" and objectives:
-            metrics = read_json(folder / "metrics.json")
+            metrics = read_metrics(folder)
             outcome.values = [objective_of(metrics, name) for name in objectives]
     except (UserError, OSError) as error:
         return Outcome("failed", error=message_of(error), seconds=outcome.seconds, overrides=outcome.overrides)
@@ -168,7 +168,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.exists():
         return {}
-    return dict(_flat(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
+    return dict(_flat(OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)))
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -54,11 +54,14 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
     name = f"{study.study_name}-search"
     chosen = {"run_id": run_id(name), "name": name, "job_type": "search"}
     config = tracker_config.copy()
-    config.update(chosen | {"group": tracker_config.get("group") or study.study_name, "log_table": False})
+    config.update(
+        chosen | {"group": tracker_config.get("group") or study.study_name, "log_table": False, "log_examples": False}
+    )
     facts = read_json(folder / "study.json")
     tracker = instantiate(config, run_dir=folder, config=facts, tags=["search"], table_digest=None, table_path=None)
     with tracker:
-        tracker.add_table("trials", table)
+        # What went wrong in a trial may quote a path or a record.
+        tracker.add_table("trials", table.drop(columns="error", errors="ignore"))
         tracker.summarise({f"n_{state}": count for state, count in facts["n_by_state"].items()})
         if facts["best"]:
             best = facts["best"][0]

@@ -17,7 +17,7 @@ from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
 from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, write_json
+from ehr_embed.files import write_json
 from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 
@@ -186,7 +186,7 @@ OUTCOMES = (
 
 
 def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
-    """Write the cohort to `root`, whole or not at all.
+    """Write the cohort to `root`, a folder that is made if it is missing.
 
     A subject's log-odds are a sum of three parts, all as recorded up to the prediction time: over conditions, weight
     times the number of diagnoses (up to 4, in thirds); over laboratory tests, weight times the mean in standard
@@ -194,8 +194,12 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     split: no model can expect more.
 
     Raises:
-        UserError: too few subjects for three splits with both outcomes.
+        UserError: too few subjects for three splits with both outcomes, or a folder that holds something.
     """
+    if root.is_dir() and any(root.iterdir()):
+        raise UserError(
+            f"{root} is not empty, and the demo cohort would mix with what it holds. Choose another folder."
+        )
     if n_subjects < 100:
         raise UserError(f"data.n_subjects={n_subjects}: expected 100 or more, so that every split has both outcomes.")
     rng = np.random.default_rng(seed)
@@ -220,29 +224,28 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
         }
     ).sort("subject_id")
 
-    with atomic_directory(root) as folder:
-        for split in SPLITS:
-            write_parquet(
-                folder / "data" / split / "0.parquet",
-                events.filter(split=split).select("subject_id", "time", "code", "numeric_value"),
-                DataSchema,
-            )
-            write_parquet(
-                folder / "labels" / LABELS / split / "0.parquet",
-                people.filter(split=split).drop("risk", "split"),
-                LabelSchema,
-            )
+    for split in SPLITS:
         write_parquet(
-            folder / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"), SubjectSplitSchema
+            root / "data" / split / "0.parquet",
+            events.filter(split=split).select("subject_id", "time", "code", "numeric_value"),
+            DataSchema,
         )
-        write_parquet(folder / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
-        write_json(folder / "metadata" / "dataset.json", dataset_facts("ehr_embed demo"))
-        write_parquet(folder / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
-        auroc = {
-            str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
-            for (split,), part in people.group_by("split")
-        }
-        write_json(folder / "extra" / "bayes.json", {"auroc": auroc, "n_subjects": n_subjects, "seed": seed})
+        write_parquet(
+            root / "labels" / LABELS / split / "0.parquet",
+            people.filter(split=split).drop("risk", "split"),
+            LabelSchema,
+        )
+    write_parquet(
+        root / "metadata" / "subject_splits.parquet", people.select("subject_id", "split"), SubjectSplitSchema
+    )
+    write_parquet(root / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
+    write_json(root / "metadata" / "dataset.json", dataset_facts("ehr_embed demo"))
+    write_parquet(root / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
+    auroc = {
+        str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
+        for (split,), part in people.group_by("split")
+    }
+    write_json(root / "extra" / "bayes.json", {"auroc": auroc, "n_subjects": n_subjects, "seed": seed})
 
 
 def _draw(

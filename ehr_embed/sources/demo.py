@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from filelock import FileLock
-
-from ehr_embed.files import read_json, remove_leftovers
+from ehr_embed.files import read_json
 from ehr_embed.sources.cohort import write_demo_cohort
+from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
 
 
 def demo_source(
-    *, root: str, n_subjects: int, seed: int, splits: str | None = None, split_column: str = "split"
+    *,
+    root: str,
+    n_subjects: int,
+    seed: int,
+    splits: str | None = None,
+    split_column: str = "split",
+    overwrite: bool = False,
 ) -> MedsSource:
-    """Write the cohort to `root` unless it is there, and open it as MEDS."""
-    folder = Path(root)
-    if not (folder / "data").is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
-            remove_leftovers(folder.parent, f"{folder.name}.")
-            if not (folder / "data").is_dir():  # another process may have written it meanwhile
-                write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
+    """Write the cohort to `root` unless it is there, and open it as MEDS.
+
+    Raises:
+        UserError: as `import_once` and `MedsSource`.
+    """
+    import_once(
+        Path(root).expanduser(),
+        {"n_subjects": n_subjects, "seed": seed},
+        lambda folder: write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed),
+        overwrite=overwrite,
+    )
     return MedsSource(root=root, name="demo", splits=splits, split_column=split_column)
 
 

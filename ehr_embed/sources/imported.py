@@ -1,7 +1,7 @@
 """Corpora in other formats are imported once: written as a MEDS dataset and read like any other from then on.
 
 A corpus of pickles or of one file a patient is slow to read and says little of itself. Its import costs one pass and a
-few bytes an event; the manifest beside it remembers the files it was made from, so that changed files are noticed.
+few bytes an event; its manifest remembers the files it was made from and those it is made of, so that changed files are noticed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, digest, read_json, remove_leftovers, write_json
+from ehr_embed.files import atomic_directory, digest, locked, remove_leftovers
+from ehr_embed.manifest import check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS
 
 log = logging.getLogger(__name__)
 MANIFEST = "import.json"
+REMEDY = "Type: python embed.py overwrite=true with the same overrides"
 
 
 def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
@@ -64,32 +64,33 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
         overwrite: import again even if one is there.
 
     Raises:
-        UserError: the import there was made from other files, or the folder holds something else.
+        UserError: the import there is damaged or was made from other files, or the folder holds something else.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
+    with locked(folder.parent / f".{folder.name}.lock", f"importing to {folder}"):
         if not (folder / MANIFEST).exists():
             if folder.exists() and (folder.is_file() or any(folder.iterdir())):
                 raise UserError(
                     f"{folder} exists and is no import of this kind (no {MANIFEST}); writing there would replace it. "
-                    "Type: data.root=ANOTHER_FOLDER"
+                    "Type: data.root=ANOTHER_FOLDER, or delete it if an earlier version made it"
                 )
         elif not overwrite:
-            _refuse_other_files(folder, made_from)
+            manifest = read_manifest(folder / MANIFEST, REMEDY)
+            _refuse_other_files(folder, manifest["made_from"], made_from)
+            check_files(folder, manifest["files"], REMEDY)
             return
         log.info("importing as MEDS to %s", folder)
         remove_leftovers(folder.parent, f"{folder.name}.")
         with atomic_directory(folder) as temporary:
             write(temporary)
-            write_json(temporary / MANIFEST, made_from)
+            write_manifest(temporary, {"made_from": made_from}, files := describe(temporary), name=MANIFEST)
+        remember(folder, files)
 
 
-def _refuse_other_files(folder: Path, made_from: dict[str, Any]) -> None:
-    known = read_json(folder / MANIFEST)
+def _refuse_other_files(folder: Path, known: dict[str, Any], made_from: dict[str, Any]) -> None:
     for key in sorted({*known, *made_from}):
         if known.get(key) != made_from.get(key):
             raise UserError(
                 f"{folder} was imported from other files: {key} was {known.get(key, 'absent')}, now "
                 f"{made_from.get(key, 'absent')}. Texts, labels or events would be out of date. "
-                "Type: python embed.py overwrite=true with the same overrides"
+                f"{REMEDY}"
             )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ehr_embed.files import atomic_path, write_json
+import pandas as pd
+
+from ehr_embed.errors import UserError
+from ehr_embed.files import append_line, atomic_path, write_json
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
 
@@ -47,21 +50,26 @@ class JsonlTracker:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         facts = {"state": state_of(exc_type), "tags": self._tags, "table_digest": self._table_digest}
-        write_json(self._run_dir / "summary.json", facts | {"values": self._summary})
+        try:
+            write_json(self._run_dir / "summary.json", facts | {"values": self._summary})
+        except UserError:
+            if exc is None:  # else a full disk is said by what met it first
+                raise
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         if not self._has_logged:
             self._forget_from(step)
             self._has_logged = True
-        line = json.dumps({"epoch": step} | json_ready(metrics), allow_nan=False)
-        with open(self._history, "a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        append_line(self._history, json.dumps({"epoch": step} | json_ready(metrics), allow_nan=False))
 
     def summarise(self, values: Mapping[str, Scalar]) -> None:
         self._summary |= json_ready(values)
 
     def add_plots(self, paths: Sequence[Path]) -> None:
         """Nothing to do: they are in the run directory already."""
+
+    def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
+        """Nothing to do: the store and predictions/ have them."""
 
     def _forget_from(self, epoch: int) -> None:
         """Drop the rows an earlier run in this folder left from `epoch` on: a resumed run writes them again."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import optuna
+import pandas as pd
 
 Scalar = float | int | str | None
 
@@ -34,6 +35,9 @@ class Tracker(Protocol):
 
     def add_plots(self, paths: Sequence[Path]) -> None:
         """PNG files, named by their stems."""
+
+    def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
+        """Records in text with their predictions; `make` is called only by a tracker that was asked to keep patient text."""
 
 
 def state_of(exc_type: type[BaseException] | None) -> str:

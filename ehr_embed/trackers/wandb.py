@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,14 +24,17 @@ MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
 ID_FILE = "wandb_id.txt"
 """In the run's folder: which W&B run a later start in it goes on with."""
+SECRET = re.compile(r"(?:^|[_.-])(?:token|secret|passw(?:or)?d|api_?key|credentials?)$", re.IGNORECASE)
+"""Keys whose values are nobody's business; `batch_tokens` is not one."""
 MAX_TAG_LENGTH = 64  # W&B refuses longer ones
 
 
 class WandbTracker:
     """Sends config, history, summary and plots to W&B, and writes the files of `JsonlTracker`.
 
-    Absolute paths in the config leave as their last part, and neither code, git state, console output nor the
-    machine's description is sent. Without a network the run is kept in `<run_dir>/wandb` for `wandb sync`.
+    Paths in the config leave as their last part and secrets not at all; neither code, git state, console output nor the
+    machine's description is sent, and no record, code or text of one unless `log_examples` asks for it. Without a network the run
+    is kept in `<run_dir>/wandb` for `wandb sync`.
 
     Args:
         run_dir: the run's folder.
@@ -46,6 +50,7 @@ class WandbTracker:
         table_digest: of the embedding table the run read.
         log_table: also store the embedding table as an artifact.
         table_path: the table's file.
+        log_examples: also send a table of held-out records, in text, with their predictions.
 
     Raises:
         UserError: an unknown mode; `log_table` without `table_path`; on entering, mode=online without a key.
@@ -67,6 +72,7 @@ class WandbTracker:
         table_digest: str | None = None,
         log_table: bool = False,
         table_path: Path | None = None,
+        log_examples: bool = False,
     ) -> None:
         if mode not in ("auto", *MODES):
             raise unknown_name("tracker mode", mode, ("auto", *MODES), "Type: tracker=wandb tracker.mode=auto")
@@ -76,9 +82,10 @@ class WandbTracker:
         self._mode = mode
         self._table_digest = table_digest
         self._table_path = table_path if log_table else None
+        self._log_examples = log_examples
         self._run_dir = Path(run_dir)
         self._init_arguments: dict[str, Any] = {
-            "config": {**without_paths(config), "table_digest": table_digest},
+            "config": {**without_private(config), "table_digest": table_digest},
             "tags": [tag[:MAX_TAG_LENGTH] for tag in tags],
             "name": name,
             "id": run_id,
@@ -125,9 +132,14 @@ class WandbTracker:
         if paths:
             self._run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
 
+    def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
+        if self._log_examples:
+            self.add_table("examples", make())
+
     def add_table(self, name: str, table: pd.DataFrame) -> None:
-        """A table of this run, such as the trials of a search."""
-        self._run.log({name: wandb.Table(dataframe=table.astype(object).where(table.notna(), None))})
+        """A table of this run, such as the trials of a search; paths in it are cut as in the config."""
+        table = table.astype(object).where(table.notna(), None).map(without_private)
+        self._run.log({name: wandb.Table(dataframe=table)})
 
     def _start(self) -> wandb.Run:
         """Online, else offline, else disabled; each step down is one warning."""
@@ -184,21 +196,40 @@ class WandbTracker:
         return run
 
 
-def without_paths(value: Any) -> Any:
-    """A copy in which absolute paths are cut to their last part: folder names can tell user, site or patient.
+def without_private(value: Any) -> Any:
+    """A copy in which paths are cut to their last part (folder names can tell user, site or patient) and secrets are masked.
 
-    >>> without_paths({"root": "/home/ann/mimic", "files": ["~/a.csv", "relative/b.csv"], "seed": 0})
-    {'root': 'mimic', 'files': ['a.csv', 'relative/b.csv'], 'seed': 0}
+    Paths are what is absolute, begins with a dot, or is there; a model's name with a slash stays. Secrets are the values of keys
+    such as `token` and `api_key`, and what stands before the @ of a URL.
+
+    >>> without_private({"root": "/home/ann/mimic", "files": ["~/a.csv", "../ward_7/b.csv"], "model": "org/name"})
+    {'root': 'mimic', 'files': ['a.csv', 'b.csv'], 'model': 'org/name'}
+    >>> without_private({"hf_token": "hf_1", "batch_tokens": 4096, "storage": "postgresql://ann:pw@db/x"})
+    {'hf_token': '***', 'batch_tokens': 4096, 'storage': 'postgresql://***@db/x'}
     """
     if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {
+            key: "***" if item is not None and SECRET.search(str(key)) else without_private(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
+        return [without_private(item) for item in value]
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute()):
+    if not isinstance(value, str):
+        return value
+    if "://" in value:
+        return re.sub(r"(://)[^/@]*@", r"\1***@", value)
+    if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
         return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
     return value
+
+
+def _is_there(value: str) -> bool:
+    try:
+        return "/" in value and Path(value).exists()
+    except (OSError, ValueError):  # too long, or with a null byte: no path
+        return False
 
 
 def _has_key() -> bool:

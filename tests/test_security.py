@@ -1,0 +1,331 @@
+"""Nothing of a foreign file is run, and nothing of a record leaves the machine unasked."""
+
+from __future__ import annotations
+
+import ast
+import getpass
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import pytest
+import torch
+import wandb
+from omegaconf import OmegaConf
+
+import ehr_embed
+from ehr_embed.errors import UserError
+from ehr_embed.experiment import run
+from ehr_embed.explain import explain
+from ehr_embed.instantiate import instantiate
+from ehr_embed.search.tracking import log_search
+from ehr_embed.trackers.wandb import WandbTracker
+from tests.conftest import ROOT, Event, write_meds
+from tests.test_conf import composed
+from tests.test_trackers import no_account  # noqa: F401 (a fixture for all)
+from tests.test_unpickle import Call
+from tests.wandb_offline import read_offline_runs
+
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+MAY_UNPICKLE = ("ehr_embed/unpickle.py", "ehr_embed/search/worker.py")
+"""The restricted unpickler, and a job of a search, which reads its parent's pipe."""
+MAY_INSTANTIATE = ("ehr_embed/instantiate.py",)
+CODE_RUNNERS = (
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "runpy.run_path",
+    "torch.hub.load",
+    "torch.jit.load",
+)
+UNPICKLERS = (
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "cloudpickle.load",
+    "cloudpickle.loads",
+    "joblib.load",
+    "dill.load",
+)
+UNPICKLERS += ("shelve.open", "marshal.load", "marshal.loads", "pd.read_pickle", "pandas.read_pickle")
+UNSAFE_YAML = ("yaml.load", "yaml.unsafe_load", "yaml.full_load")
+
+
+def dangers(code: str, name: str = "ehr_embed/x.py") -> list[str]:
+    """What in a module would run a foreign file's code, with its line."""
+    tree = ast.parse(code)
+    renamed = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }  # fmt: skip
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in renamed:
+            what = renamed[ast.unparse(node)]
+        elif isinstance(node, ast.Attribute | ast.Name):
+            what = ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            what = ""
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            called = ast.unparse(node.func)
+            called = renamed.get(called, called)
+            if called == "torch.load" and arguments.get("weights_only") != "True":
+                found.append(f"{node.lineno}: torch.load without weights_only=True")
+            if (
+                arguments.get("allow_pickle", "False") != "False"
+                or arguments.get("trust_remote_code", "False") != "False"
+            ):
+                found.append(f"{node.lineno}: allow_pickle or trust_remote_code")
+            if arguments.get("shell", "False") != "False":
+                found.append(f"{node.lineno}: a shell")
+        else:
+            continue
+        # `re.compile` and methods of that name are no builtins: those stand alone.
+        if what in (*CODE_RUNNERS, *UNSAFE_YAML) or (what in UNPICKLERS and name not in MAY_UNPICKLE):
+            found.append(f"{node.lineno}: {what}")
+        if what.startswith("hydra.utils") and name not in MAY_INSTANTIATE:
+            found.append(f"{node.lineno}: {what} past the allowlist")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_runs_what_a_file_says(path):
+    assert dangers(path.read_text(), str(path.relative_to(ROOT))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(path)",
+        "import torch\ntorch.load(path, weights_only=False)",
+        "from torch import load\nload(path)",
+        "import pickle\npickle.load(file)",
+        "from pickle import loads\nloads(data)",
+        "import pickle\nclass A(pickle.Unpickler): pass",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "import yaml\nyaml.load(text, yaml.Loader)",
+        "eval(text)",
+        "exec(text)",
+        "import os\nos.system(text)",
+        "import subprocess\nsubprocess.run(text, shell=True)",
+        "import hydra\nhydra.utils.instantiate(config)",
+        "from hydra.utils import instantiate\ninstantiate(config)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_the_search_for_dangers_finds_them(code):
+    assert dangers(code)
+
+
+PWN = "touch pwned"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_target_": "os.system", "command": PWN},
+        {"_target_": "torch.load", "f": "evil.pt", "weights_only": False},
+        {"_target_": "torch.hub.load", "repo_or_dir": "."},
+        {"_target_": "torch.os.system", "command": PWN},
+        {"_target_": "ehr_embed.files.os.system", "command": PWN},
+        {"_target_": "ehr_embed.files.shutil.rmtree", "path": "."},
+        {"_target_": "torch.nn.Identity", "inner": [{"_target_": "torch.load", "f": "evil.pt", "weights_only": False}]},
+        {"_target_": "torch.nn.Identity", "inner": "${evil}"},
+        {"_target_": "torch.nn.Identity", "inner": "${oc.create:'{_target_: torch.load, f: evil.pt, weights_only: false}'}"},
+        {"_target_": "torch.nn.Identity", "inner": r"\${oc.create:'{_target_: torch.load, f: evil.pt, weights_only: false}'}"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_config_builds_more_than_is_trusted(tmp_path, monkeypatch, config):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Call(os.system, PWN), "evil.pt")
+    whole = OmegaConf.create(
+        {"node": config, "evil": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False}}
+    )
+    with pytest.raises(UserError, match=r"outside the trusted packages|would be resolved after|cannot find"):
+        instantiate(whole.node)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt"]
+
+
+SUBJECTS = range(770_012_000, 770_012_090)
+TEXTS = {"ZEBRA//ONE": "Quagga fever of the left hoof", "ZEBRA//TWO": "Okapi cough at night", "ZEBRA//SEX": "Equine"}
+SMALL = (
+    "embedder=hashing", "model=encoder_small", "model.n_layers=1", "model.model_dim=16", "trainer=short", "trainer.epochs=2",
+    "trainer.n_bootstrap=5", "trainer.precision=32-true", "task.monitor=auroc", "data.min_count=1", "audit=off",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory) -> Path:
+    """A dataset whose path, subjects, codes and texts are like nothing else."""
+    splits: dict[str, list[Event]] = {"train": [], "tuning": [], "held_out": []}
+    labels = []
+    for number, subject in enumerate(SUBJECTS):
+        events: list[Event] = [(subject, None, "ZEBRA//SEX", None), (subject, 0.0, "ZEBRA//ONE", None)]
+        splits[("train", "tuning", "held_out")[number % 3]] += [
+            *events,
+            (subject, float(number % 7), "ZEBRA//TWO", None),
+        ]
+        labels.append((subject, 9.0, number % 2 == 0))
+    folder = tmp_path_factory.mktemp("st_elsewhere_ward_7") / "hospital_export"
+    folder.mkdir()
+    codes = [(code, text, None) for code, text in TEXTS.items()]
+    return write_meds(folder, splits, codes=codes, labels={"outcome": labels})
+
+
+@pytest.fixture(scope="module")
+def trained(ward, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run(
+        composed("data=meds", f"data.root={ward}", *SMALL, f"cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}")
+    )
+    return folder / "run"
+
+
+def stored(run_dir: Path, tmp_path: Path, **groups: Any) -> Path:
+    """The run with other groups in the configuration of its checkpoint, as a foreign one may come."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "vocabulary").symlink_to(run_dir / "vocabulary")
+    checkpoint = torch.load(run_dir / "best_checkpoint.pt", weights_only=True)
+    checkpoint["config"] |= groups
+    torch.save(checkpoint, folder / "best_checkpoint.pt")
+    return folder
+
+
+FOREIGN: list[dict[str, Any]] = [
+    {"model": {"_target_": "os.system", "command": PWN}, "trusted_packages": ["os", "posix"]},
+    {"model": {"_target_": "ehr_embed.trackers.jsonl.JsonlTracker", "run_dir": "pwned"}},
+    {"task": {"_target_": "ehr_embed.sources.demo.demo_source", "root": "pwned", "n_subjects": 200, "seed": 0}},
+    {"task": {"_target_": "ehr_embed.files.write_json", "path": "pwned", "value": 1}},
+    {"embedder": {"_target_": "ehr_embed.exports.vocab_pt.VocabularyExport", "dir": "pwned"}},
+    {"data": {"source": {"_target_": "ehr_embed.files.write_json", "path": "pwned", "value": 1}}},
+]
+
+
+@pytest.mark.parametrize("groups", FOREIGN, ids=str)
+def test_a_foreign_run_builds_members_of_its_groups_only(trained, tmp_path, monkeypatch, groups):
+    monkeypatch.chdir(tmp_path)
+    folder = stored(trained, tmp_path, **groups)
+
+    def use() -> None:
+        ehr_embed.load(folder).predict_proba([["a text that it never saw"]])
+        explain(composed(f"run={folder}", name="explain"))
+
+    with pytest.raises(UserError, match="outside the trusted packages"):
+        use()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_that_is_only_copied_loads(trained, tmp_path):
+    assert ehr_embed.load(stored(trained, tmp_path)).class_names == ["false", "true"]
+
+
+def test_a_source_of_ones_own_does_not_keep_a_run_from_predicting(trained, tmp_path):
+    folder = stored(trained, tmp_path, data={"source": {"_target_": "my_package.MySource"}})
+    assert ehr_embed.load(folder).predict_proba([["Okapi cough at night"]]).shape == (1, 2)
+
+
+def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = stored(trained, tmp_path)
+    torch.save({"model_state_dict": Call(os.system, PWN)}, folder / "best_checkpoint.pt")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        ehr_embed.load(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.fixture
+def secrets(ward, monkeypatch) -> Iterator[list[str]]:
+    """What must not leave the machine."""
+    wandb.teardown()  # a key is read once a process: neither one of before, nor this one in later tests
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "beef")
+    monkeypatch.setenv("HF_TOKEN", "hf_notforeveryone")
+    paths = [str(ward), ward.parent.name, os.environ["HOME"], str(ROOT), str(Path.cwd())]
+    people = [
+        name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4
+    ]  # shorter ones are found in any image
+    texts = [word for text in TEXTS.values() for word in (text, *text.split()) if len(word) > 4]
+    yield ["c0ffee" * 6, "hf_notforeveryone", *paths, *people, *map(str, SUBJECTS), *TEXTS, *texts]
+    wandb.teardown()
+
+
+def sent(run_dir: Path) -> Iterator[tuple[Path, bytes]]:
+    """The files that `wandb sync` reads: all but W&B's own logs of this machine."""
+    read_offline_runs(run_dir)  # waits for the end of the file
+    for path in sorted(run_dir.glob("wandb/offline-run-*/**/*")):
+        if path.is_file() and "logs" not in path.parts:
+            yield path, path.read_bytes()
+
+
+def tracked(ward: Path, folder: Path, *overrides: str) -> Path:
+    where = (f"cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}")
+    run(composed("data=meds", f"data.root={ward}", *SMALL, *where, "tracker=wandb", "tracker.mode=offline", *overrides))
+    return folder / "run"
+
+
+def test_no_record_path_or_token_is_sent(ward, secrets, tmp_path):
+    files = list(sent(tracked(ward, tmp_path)))
+    assert any(b"tuning/auroc" in data for _, data in files), "the run itself is there"
+    leaks = [(path.name, secret) for path, data in files for secret in secrets if secret.encode() in data]
+    assert leaks == []
+    print(
+        f"\n{len(files)} files, {sum(len(data) for _, data in files)} bytes, {len(secrets)} secrets looked for, none found"
+    )
+
+
+def test_records_are_sent_when_asked(ward, secrets, tmp_path):
+    files = list(sent(tracked(ward, tmp_path, "tracker.log_examples=true")))
+    (table,) = [json.loads(data) for path, data in files if path.name.startswith("examples") and path.suffix == ".json"]
+    columns = table["columns"]
+    assert columns == ["subject_id", "prediction_time", "label", "events", "probability_false", "probability_true"]
+    assert len(table["data"]) == 20
+    assert {row[columns.index("subject_id")] for row in table["data"]} <= set(SUBJECTS)
+    assert table["data"][0][columns.index("events")] == "Quagga fever of the left hoof; Okapi cough at night"
+    # W&B notes where its own copy of a table lies, for its upload: below HOME, here.
+    unasked = [
+        secret for secret in secrets if secret in (str(ward), ward.parent.name) or secret.startswith(("c0ffee", "hf_"))
+    ]
+    assert [secret for _, data in files for secret in unasked if secret.encode() in data] == []
+
+
+def test_a_search_sends_neither_paths_nor_what_went_wrong(ward, tmp_path):
+    (tmp_path / "study.json").write_text(
+        json.dumps({"storage": f"{ward}/journal", "n_by_state": {"failed": 1}, "best": []})
+    )
+    table = pd.DataFrame(
+        {"run": ["0"], "data.root": [str(ward)], "error": [f"{ward}: subject 770012001, Quagga fever"]}
+    )
+    tracker = OmegaConf.load(ROOT / "conf" / "tracker" / "wandb.yaml")
+    tracker.mode = "offline"
+    log_search(OmegaConf.create({"tracker": tracker}), optuna.create_study(study_name="s"), tmp_path, table)
+    files = list(sent(tmp_path))
+    assert any(b"hospital_export" in data for _, data in files)
+    assert [s for _, data in files for s in (ward.parent.name, "770012001", "Quagga") if s.encode() in data] == []
+
+
+def test_the_table_is_sent_when_asked_and_holds_no_text(ward, tmp_path):
+    run_dir = tracked(ward, tmp_path, "tracker.log_table=true")
+    (file,) = run_dir.glob("vocabulary/table.safetensors")
+    assert [text for text in (*TEXTS, *TEXTS.values()) if text.encode() in file.read_bytes()] == []
+
+
+def test_jsonl_keeps_nothing_but_numbers(trained):
+    data = (trained / "metrics.jsonl").read_text() + (trained / "summary.json").read_text()
+    assert [secret for secret in (*TEXTS, *TEXTS.values(), *map(str, SUBJECTS)) if secret in data] == []
+
+
+def test_wandb_takes_no_examples_unasked(tmp_path):
+    def make() -> pd.DataFrame:
+        raise AssertionError("patient text was made for nobody")
+
+    with WandbTracker(run_dir=tmp_path, config={}, mode="disabled") as tracker:
+        tracker.add_examples(make)
