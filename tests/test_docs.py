@@ -29,7 +29,7 @@ from tests.test_train import checked, inside, metrics_of  # noqa: F401  (a fixtu
 
 DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
-SHOWN = ("conf", "sweeps", "ehr_embed", "README.md")
+SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
 """What pages link to."""
 DEMO_SIZE = 400
 
@@ -225,7 +225,7 @@ def test_a_model_in_one_file_and_one_yaml(follow):
     with pytest.raises(UserError, match=r"_target_=my\.conv\.Conv is outside the trusted packages"):
         ehr_embed.load(folder / "runs" / "conv")
 
-    model = open_run(folder / "runs" / "conv", trusted=("my",)).model
+    model = open_run(folder / "runs" / "conv1", trusted=("my",)).model  # by the experiment
     x, mask = torch.randn(1, 6, 384), torch.ones(1, 6, dtype=torch.bool)
     padded = torch.cat([x, torch.randn(1, 9, 384)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(1, 9, dtype=torch.bool)], dim=1)
