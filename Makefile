@@ -1,10 +1,11 @@
 # make demo: a virtual environment, then the demo cohort from data to held-out metrics.
 # make test: the suite with lint, types and doctests; make test-slow: what takes longer, for CI and before a release.
+# make docs: the documentation as a site, in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,5 +32,9 @@ test: lint
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 -m slow
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) cache runs multirun outputs
+	rm -rf $(VENV) cache runs multirun outputs site

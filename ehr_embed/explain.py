@@ -191,13 +191,14 @@ def explain(cfg: DictConfig) -> list[Path]:
     for key in ("max_samples", "min_samples"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}: expected 1 or more.")
-    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)))
+    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
     explainer = Explainer(
         predictor, target=cfg.target, n_steps=cfg.n_steps, max_steps=cfg.max_steps, tolerance=cfg.tolerance
     )
     root = cfg.data.root
     if root is None:
-        own: Source = instantiate(check_stored(predictor.run.config, "source"))
+        trusted = tuple(cfg.trusted_packages)
+        own: Source = instantiate(check_stored(predictor.run.config, "source", trusted), trusted=trusted)
         root = str(own.labels_dir.parent)
     split = "held_out" if cfg.split is None and cfg.subject is None else cfg.split
     data = predictor.read(root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups))

@@ -50,7 +50,8 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """
     if cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
-    run = open_run(cfg.run)
+    trusted = tuple(cfg.trusted_packages)
+    run = open_run(cfg.run, trusted=trusted)
     max_length = check_generates(run.model).body.max_length
     sampling = Sampling(
         n_samples=cfg.n_samples,
@@ -65,8 +66,11 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     check_lengths(prompt_length, cfg.max_new_events, max_length)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
-    root = cfg.data.root
-    source: Source = instantiate(check_stored(run.config, "source")) if root is None else MedsSource(root=root)
+    source: Source = (
+        instantiate(check_stored(run.config, "source", trusted), trusted=trusted)
+        if cfg.data.root is None
+        else MedsSource(root=cfg.data.root)
+    )
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 

@@ -83,21 +83,26 @@ def _is_defined_in(target: str, allowed: tuple[str, ...]) -> bool:
     return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(allowed)
 
 
-def check_stored(config: DictConfig, group: str) -> DictConfig:
+def check_stored(config: DictConfig, group: str, trusted: Sequence[str] = ()) -> DictConfig:
     """A group of a configuration that came with a checkpoint, once it is known to name members of that group only.
 
-    Its `trusted_packages` are the word of whoever wrote it, and count for nothing.
+    Its own `trusted_packages` are the word of whoever wrote it, and count for nothing.
 
     Args:
         config: all of it.
         group: model, task, embedder or source.
+        trusted: further packages that the user who opens it trusts.
 
     Raises:
         UserError: as `check_targets`.
     """
     node: DictConfig = config.data.source if group == "source" else config[group]
-    check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group])
+    check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group] + _prefixes(trusted))
     return node
+
+
+def _prefixes(packages: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{package.rstrip('.')}." for package in packages)
 
 
 def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
@@ -111,7 +116,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
     Raises:
         UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
     """
-    allowed = (*ALLOWED_PREFIXES, *(f"{package.rstrip('.')}." for package in trusted))
+    allowed = ALLOWED_PREFIXES + _prefixes(trusted)
     plain = OmegaConf.to_container(config, resolve=True)
     check_targets(plain, allowed)
     _check_types(config)

@@ -30,7 +30,8 @@ def predict(cfg: DictConfig) -> Path:
         UserError: what `Predictor` refuses; labels that are not the run's classes; a run without metrics.json where a
             threshold is needed.
     """
-    predictor, began = Predictor(cfg.run, device=str(device_named(cfg.device))), time.perf_counter()
+    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
+    began = time.perf_counter()
     found = predictor.predict_proba(
         cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)
     )

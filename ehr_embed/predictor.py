@@ -54,6 +54,7 @@ class Predictor:
     Args:
         run_dir: the run's folder.
         device: where the model runs.
+        trusted_packages: further packages whose code the run's `_target_`s may run.
 
     Attributes:
         class_names: what the columns of the probabilities are.
@@ -63,8 +64,9 @@ class Predictor:
         UserError: not a run's folder, or a run that predicts events.
     """
 
-    def __init__(self, run_dir: str | Path, *, device: str = "cpu") -> None:
-        self.run, self.device = open_run(run_dir), torch.device(device)
+    def __init__(self, run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> None:
+        self._trusted = tuple(trusted_packages)
+        self.run, self.device = open_run(run_dir, trusted=self._trusted), torch.device(device)
         self.class_names = self.run.class_names
         if not self.class_names:
             raise UserError(
@@ -72,7 +74,7 @@ class Predictor:
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
         self.run.model.to(self.device)
-        self._task = instantiate(check_stored(self.run.config, "task"))
+        self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
 
@@ -272,7 +274,9 @@ class Predictor:
         return not self._reads_vectors or self._embedder().reads_text
 
     def _embedder(self) -> Embedder:
-        embedder: Embedder = instantiate_embedder(check_stored(self.run.config, "embedder"))
+        embedder: Embedder = instantiate_embedder(
+            check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
+        )
         return embedder
 
 

@@ -47,8 +47,10 @@ class TrainedRun:
     class_names: list[str]
 
 
-def open_run(where: str | Path) -> TrainedRun:
-    """Open a run's folder; of its configuration each group may build members of that group only.
+def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
+    """Open a run's folder; of its configuration each group may build members of that group, and of the packages of `trusted`.
+
+    Those that the run's own configuration trusts do not count: whoever hands on a folder would choose what runs here.
 
     Raises:
         UserError: not a run's folder, or files in it that do not belong together.
@@ -71,7 +73,7 @@ def open_run(where: str | Path) -> TrainedRun:
     config = OmegaConf.create(checkpoint["config"])
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
-    model = build_model(check_stored(config, "model"), vocabulary, sizes=sizes)
+    model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
     embedding = EventEmbedding(table, trainable_of(config.embedder))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))

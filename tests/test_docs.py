@@ -1,0 +1,292 @@
+"""The documentation builds as a site, its tables are those of conf/, and what it tells to write and to type runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+import ehr_embed
+from docs.hooks import outside
+from docs.options import AXES, expanded
+from ehr_embed.errors import UserError
+from ehr_embed.runs import open_run
+from tests.conftest import ROOT
+from tests.test_tokenized import record, write_corpus
+from tests.test_train import checked, inside, metrics_of  # noqa: F401  (a fixture)
+
+DOCS = ROOT / "docs"
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
+SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
+"""What pages link to."""
+DEMO_SIZE = 400
+
+
+def build(root: Path, site: Path) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_is_on_the_site_and_loads_nothing_from_elsewhere(site):
+    pages = {path.stem for path in DOCS.glob("*.md")}
+    assert pages <= {path.stem for path in site.glob("*.html")}
+    for path in site.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe)[^>]*\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)", path.read_text()
+        )
+        assert loaded == [], path
+
+
+def test_no_markdown_is_left_unrendered(site):
+    """Python-Markdown wants blank lines and indents where GitHub does not."""
+    for path in site.glob("*.html"):
+        article = re.search(r"<article.*?</article>", path.read_text(), flags=re.DOTALL)
+        if article is None:  # 404.html
+            continue
+        prose = re.sub(r"<pre.*?</pre>|<code>.*?</code>", "", article[0], flags=re.DOTALL)
+        text = html.unescape(re.sub(r"<[^>]+>", "", prose))
+        assert re.findall(r"^.*(?:```|\|---|\]\().*$|^(?:- |\d+\. |#+ ).*$", text, flags=re.MULTILINE) == [], path
+
+
+def test_links_to_files_of_the_repository_show_them(site):
+    assert (outside("../conf/train.yaml", "axes.md"), outside("search.md", "axes.md")) == ("conf/train.yaml", None)
+    assert 'href="repository/conf/train.yaml.html"' in (site / "axes.html").read_text()
+    shown = (site / "repository" / "conf" / "train.yaml.html").read_text()
+    assert "Seeds weights, dropout and batch order" in html.unescape(re.sub(r"<[^>]+>", "", shown))
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "message"),
+    [
+        ("axes.md", "[x](../conf/absent.yaml)", r"axes\.md.*\.\./conf/absent\.yaml"),
+        ("axes.md", "[x](search.md#absent)", r"axes\.md.*search\.md#absent"),
+        ("unlisted.md", "# A page that nobody finds", r"not included in the \"nav\".*\n.*unlisted\.md"),
+    ],
+)
+def test_a_broken_link_or_an_unlisted_page_ends_the_build(page, line, message, tmp_path):
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    for name in SHOWN:
+        (tmp_path / name).symlink_to(ROOT / name)
+    with open(tmp_path / "docs" / page, "a") as file:
+        file.write(f"\n{line}\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_the_tables_of_the_axes_are_the_heads_of_the_yaml():
+    page = AXES.read_text()
+    assert expanded(page) == page, "a YAML was added or its head changed. Type: python docs/options.py"
+    for folder in ("conf", "sweeps"):
+        for path in (ROOT / folder).rglob("*.yaml"):
+            assert f"(../{path.relative_to(ROOT)})" in page, "its folder has no marker in docs/axes.md"
+
+
+def blocks(page: str, section: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """(language, title, text) of the fenced blocks of a page of docs/, or of one of its sections."""
+    text = (DOCS / page).read_text()
+    if section is not None:
+        found = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+        assert found, f"{page} has no section {section}"
+        text = found[1]
+    yield from FENCE.findall(text)
+
+
+@pytest.fixture
+def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:  # noqa: F811
+    """Write the titled blocks of a page where their titles say, and run its `bash` lines, in a folder that looks like a
+    checkout. `words` stand for the capitals of the commands; the demo is small and training short."""
+    for name in ("train.py", "embed.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("conf", "sweeps", "ehr_embed"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def run(
+        page: str, section: str | None = None, *, words: dict[str, str] | None = None, searches: bool = True
+    ) -> Path:
+        commands = 0
+        for language, title, text in blocks(page, section):
+            if title:
+                (tmp_path / title).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / title).write_text(text)
+            elif language == "bash":
+                for line in text.splitlines():
+                    if searches or not is_search(line):
+                        type_line(line, words or {})
+                        commands += 1
+        assert commands, "nothing was run"
+        return tmp_path
+
+    def type_line(line: str, words: dict[str, str]) -> None:
+        line = line.replace("demo-5000-0", f"demo-{DEMO_SIZE}-0")
+        for word, meant in words.items():
+            line = re.sub(rf"\b{word}\b", meant, line)
+        python, *arguments = shlex.split(line)
+        assert python == "python", line
+        arguments += shortened(arguments)
+        # A search starts processes; they, and scripts, find the checkout as a user's do.
+        if is_search(line) or arguments[0].startswith("write_"):
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+            )
+            checked(done.returncode, done.stdout + done.stderr, 0)
+        else:
+            inside(*arguments, cwd=tmp_path)
+
+    monkeypatch.syspath_prepend(str(tmp_path))  # as Python does with the folder of train.py
+    yield run
+    for name in [name for name in sys.modules if name == "my" or name.startswith("my.")]:
+        del sys.modules[name]
+
+
+def is_search(line: str) -> bool:
+    return "sweeps=" in line or "hydra/sweeper=" in line
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """Overrides that make a documented command quick; small models on the toy sets are quick as they stand."""
+    entry = arguments[0]
+    if entry == "-m":
+        return ["max_samples=20"] if arguments[1] == "ehr_embed.explain" else []
+    if entry not in ("train.py", "embed.py") or "model=encoder_small" in arguments:
+        return []
+    short = ["trainer.epochs=2", "trainer.n_bootstrap=20"]
+    if not any(argument.startswith("data=") for argument in arguments):
+        short.append(f"data.n_subjects={DEMO_SIZE}")
+    elif not any(argument.startswith("model=") for argument in arguments):
+        short += ["model.n_layers=1", "model.model_dim=16"]  # of the default encoder, which is sized for a GPU
+    if "sweeps=encoder_tpe" in arguments:
+        short.append("hydra.sweeper.n_trials=2")
+    if is_search(" ".join(arguments)):
+        short.append("hydra.sweeper.has_plots=false")
+    return short
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs(follow):
+    folder = follow("quick-start.md", words={"DIR": f"cache/demo-{DEMO_SIZE}-0", "NAME": "hospitalisation_1y"})
+    for run in ("first", "boosting", "mine", "second"):
+        assert 0 < metrics_of(folder / "runs" / run)["held_out"]["auroc"]["value"] <= 1
+    assert len(pl.read_csv(folder / "comparison" / "comparisons.csv")) == 3, "AUROC, AUPRC and Brier score of one pair"
+    assert (
+        len(pl.read_parquet(folder / "predictions.parquet")) == metrics_of(folder / "runs" / "first")["held_out"]["n"]
+    )
+    assert (folder / "runs" / "first" / "explained" / "texts.csv").is_file()
+    assert len(pl.read_csv(folder / "multirun" / "encoder_tpe" / "summary.csv")) == 2
+
+
+@pytest.mark.slow
+def test_bringing_data_runs(follow, tmp_path):
+    timed = [("MEDICAL//asthma", 0.0), ("LAB//CRP", 10.0), ("5.5", 10.0)]
+    splits = {
+        split: [[record(first + i, timed) for i in range(4)]]
+        for first, split in ((1, "train"), (5, "tuning"), (9, "held_out"))
+    }
+    write_corpus(tmp_path / "DATA", splits, [(subject, subject % 2, "", "") for subject in range(1, 13)])
+    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
+    toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
+    assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
+    assert (toy["n"], fold["n"]) == (50, 45)
+    assert metrics_of(folder / "runs" / "tokenized")["held_out"]["n"] == 4
+    assert (folder / "converted" / "metadata" / "codes.parquet").is_file()
+    assert metrics_of(folder / "runs" / "files")["held_out"]["n"] == DEMO_SIZE * 0.15
+
+
+def test_a_model_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "A model")
+    checkpoint = torch.load(folder / "runs" / "conv" / "best_checkpoint.pt", weights_only=True)
+    assert checkpoint["config"]["model"]["_target_"] == "my.conv.Conv"
+    assert checkpoint["model_state_dict"]["filters.weight"].shape == (64, 64, 5)
+    assert 0 < metrics_of(folder / "runs" / "conv")["held_out"]["auroc"]["value"] <= 1
+    assert len(pl.read_parquet(folder / "runs" / "conv" / "all.parquet")) == DEMO_SIZE
+    assert ehr_embed.load(folder / "runs" / "conv", trusted_packages=["my"]).class_names == ["false", "true"]
+    with pytest.raises(UserError, match=r"_target_=my\.conv\.Conv is outside the trusted packages"):
+        ehr_embed.load(folder / "runs" / "conv")
+
+    model = open_run(folder / "runs" / "conv1", trusted=("my",)).model  # by the experiment
+    x, mask = torch.randn(1, 6, 384), torch.ones(1, 6, dtype=torch.bool)
+    padded = torch.cat([x, torch.randn(1, 9, 384)], dim=1)
+    padded_mask = torch.cat([mask, torch.zeros(1, 9, dtype=torch.bool)], dim=1)
+    torch.testing.assert_close(
+        model({"embeddings": padded, "padding_mask": padded_mask}), model({"embeddings": x, "padding_mask": mask})
+    )  # padding reaches nothing
+
+
+def test_an_embedder_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "An embedder")
+    run = open_run(folder / "runs" / "letters")
+    assert run.config.embedder["_target_"] == "my.letters.LetterEmbedder"
+    table, texts = run.embedding.table, run.vocabulary.texts
+    assert table.shape == (len(texts), 702)
+    text = texts[5].lower()
+    assert {letter for letter, value in zip("abcdefghijklmnopqrstuvwxyz", table[5], strict=False) if value > 0} == {
+        letter for letter in text if letter in "abcdefghijklmnopqrstuvwxyz"
+    }
+    assert 0 < metrics_of(folder / "runs" / "letters")["held_out"]["auroc"]["value"] <= 1
+
+
+def test_a_task_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "A task", searches=False)
+    for run in ("workload", "workload_gru"):
+        held_out = metrics_of(folder / "runs" / run)["held_out"]
+        assert set(held_out) == {"squared_error", "explained", "n", "n_subjects"}
+        assert (
+            held_out["squared_error"]["low"] <= held_out["squared_error"]["value"] <= held_out["squared_error"]["high"]
+        )
+    events = pl.read_parquet(folder / "cache" / f"demo-{DEMO_SIZE}-0" / "data" / "**" / "*.parquet")
+    rows = pl.read_parquet(folder / "runs" / "workload" / "predictions" / "held_out.parquet")
+    later = rows.join(events, on="subject_id").filter(
+        pl.col("time") > pl.col("prediction_time"), pl.col("time") <= pl.col("prediction_time") + timedelta(days=180)
+    )
+    known = rows.join(later.group_by("subject_id").len(), on="subject_id", how="left").fill_null(0)
+    assert (known["log_count"] - (known["len"] + 1).log()).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_searched(follow):
+    folder = follow("extending.md", "A task")
+    study = json.loads((folder / "multirun" / "workload" / "study.json").read_text())
+    assert study["directions"] == ["minimize"]
+    assert len(pl.read_csv(folder / "multirun" / "workload" / "summary.csv")) == 2
+
+
+def test_a_source_in_one_file_and_one_yaml(follow, inside):  # noqa: F811
+    folder = follow("extending.md", "A source")
+    metrics = metrics_of(folder / "runs" / "clinic")
+    assert metrics["held_out"]["auroc"]["value"] > 0.7, "the signs of illness are learned"
+    assert metrics["held_out"]["n"] + metrics["tuning"]["n"] + metrics["train"]["n"] == 300
+    (imported,) = (folder / "cache" / "imported").glob("clinic-*")
+    events = pl.read_parquet(imported / "data" / "**" / "*.parquet")
+    assert len(events) == len((folder / "clinic" / "events.csv").read_text().splitlines()) - 1
+    assert (folder / "runs" / "clinic" / "explained" / "texts.csv").is_file()
+    own = ("--config-dir", "my", "data=clinic", "data.folder=clinic", "trusted_packages=[my]")
+    inside(
+        "train.py", *own, "task=next_event", "model=decoder_small", "trainer.epochs=1", "trainer.n_bootstrap=0",
+        "embedder=hashing", "run_dir=runs/pretrained", cwd=folder,
+    )  # fmt: skip
+    generate = ("-m", "ehr_embed.generate", "run=runs/pretrained", "max_new_events=4", "horizon_days=7")
+    assert "trusted_packages=[PACKAGE]" in inside(*generate, cwd=folder, code=2)
+    inside(*generate, "trusted_packages=[my]", cwd=folder)
+    assert (folder / "runs" / "pretrained" / "generated" / "held_out" / "0.parquet").is_file()
