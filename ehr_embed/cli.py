@@ -55,7 +55,11 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     if isinstance(error, ConfigCompositionException) and found:
         key = found.group(1)
         return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
-    return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
+    if isinstance(error, OmegaConfBaseException) and (key := getattr(error, "full_key", None)):
+        told = f"{key}: {str(error).splitlines()[0]}. Type: {command_of(config_name)} --cfg job   to see all keys."
+    else:
+        told = f"{' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"
+    return told
 
 
 def command_of(config_name: str) -> str:
