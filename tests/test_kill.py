@@ -66,8 +66,8 @@ class Watched:
         assert was_alive or code == 0, self.said()
         return was_alive
 
-    def finish(self) -> str:
-        assert self.process.wait(timeout=300) == 0, self.said()
+    def finish(self, *, seconds: float = 300) -> str:
+        assert self.process.wait(timeout=seconds) == 0, self.said()
         return self.said()
 
 
@@ -214,9 +214,9 @@ def test_killed_while_searching(tmp_path, capsys):
     rates = ",".join(f"{1 + i}e-3" for i in range(8))
     arguments = ("train.py", "-m", "hydra/sweeper=study", "hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=none")
     arguments += ("hydra.sweeper.study_name=app", "hydra.sweeper.has_plots=false", "hydra.sweeper.n_jobs=2")
-    arguments += (f"trainer.learning_rate={rates}", *SMALL, *SLOW, "trainer.epochs=60")
+    arguments += (f"trainer.learning_rate={rates}", *SMALL, *SLOW)
     finished = ("multirun/app/*/metrics.json", "multirun/app/*/outcome.json")
-    n_kills, artefacts, done = 0, 0, set()
+    n_kills, n_finished, n_rounds, artefacts, done = 0, 0, 0, 0, set()
     folder = tmp_path / "multirun" / "app"
     while n_kills < N_KILLS:
         before = stamps(tmp_path, *finished)
@@ -227,27 +227,35 @@ def test_killed_while_searching(tmp_path, capsys):
         was_killed = process.kill()
         time.sleep(0.7)  # its jobs see that it is gone, and end
         artefacts += n_lost(before, stamps(tmp_path, *finished))
-        trials = trials_of(tmp_path)
-        now = {trial.number for trial in trials if trial.state.name == "COMPLETE"}
+        now = {trial.number for trial in trials_of(tmp_path) if trial.state.name == "COMPLETE"}
         artefacts += len(done - now)
+        n_finished += len(now - done)
         done, n_kills = now, n_kills + was_killed
-        assert was_killed, f"finished after {n_kills} kills: give it more epochs"
-    n_finished = len(done)
-    Watched(*arguments, cwd=tmp_path).finish()
+        if not was_killed:  # all is there: from the start, in another folder
+            assert_all_told(tmp_path)
+            n_rounds, done = n_rounds + 1, set()
+            (tmp_path / "multirun").rename(tmp_path / f"multirun-{n_rounds}")
+    Watched(*arguments, cwd=tmp_path).finish(seconds=900)
     trials = trials_of(tmp_path)
     told = counted(trials)
     n_again = len([trial for trial in trials if DISCARDED in trial.user_attrs])
     n_continued = sum("continuing" in path.read_text() for path in folder.glob("*/log.txt"))
     with capsys.disabled():
         print(
-            f"\nsearch: {n_kills} kills, {n_finished} trials finished between them and {len(told)} in all, "
-            f"{n_again} unfinished ones given back, "
-            f"{n_continued} finished ones had gone on from a checkpoint, "
-            f"{artefacts} finished ones lost, {len(told) - distinct(told)} repeated"
+            f"\nsearch: {n_kills} kills in {n_rounds + 1} searches of 8 trials, {n_finished} trials finished between them, "
+            f"{artefacts} of these lost; the last search: {len(told)} finished in the end, {n_again} unfinished ones given "
+            f"back, {n_continued} finished ones had gone on from a checkpoint, {len(told) - distinct(told)} repeated"
         )
+    assert artefacts == 0
+    assert n_finished > 0, "no trial finished between the kills, so none could be lost"
+    assert_all_told(tmp_path)
+
+
+def assert_all_told(tmp_path: Path) -> None:
+    """Each of the eight points once, with its metrics."""
+    told, folder = counted(trials_of(tmp_path)), tmp_path / "multirun" / "app"
     assert states(told) == ["COMPLETE"] * 8
     assert distinct(told) == 8
     assert sorted(folder.glob("*/metrics.json")) == sorted(
         folder / str(trial.number) / "metrics.json" for trial in told
     )
-    assert artefacts == 0
