@@ -229,7 +229,7 @@ def test_labels_are_those_of_the_reference_or_refused(store, case, damage):
 
 
 @pytest.mark.slow
-@large(3000)
+@large(2000)
 @given(case=label_rows(), damage=st.sampled_from([None, None, None, *FILE_DAMAGES]))
 def test_labels_are_those_of_the_reference_or_refused_at_length(store, case, damage):
     check(store, case, damage)

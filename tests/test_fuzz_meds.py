@@ -44,7 +44,10 @@ def check_reading(dataset: Dataset, settings: VocabularySettings, max_length: in
         else:
             refusal = None
         fuzz.counted(is_refused=refusal is not None)
-        is_bad = DAMAGES.get(dataset.damage or "", False)
+        # A file without rows holds no number that is too large.
+        is_bad = DAMAGES.get(dataset.damage or "", False) and bool(
+            dataset.shards["train", 0] or dataset.damage not in ("subject beyond int64", "value huge")
+        )
         if refusal is not None:
             assert not is_valid(dataset) or is_bad or dataset.damage in NEEDS_CARE, refusal
             return
@@ -103,7 +106,7 @@ def test_read_as_the_reference_reads_or_refused(dataset, settings, max_length):
 
 
 @pytest.mark.slow
-@large(2000)
+@large(1000)
 @given(*arguments)
 def test_read_as_the_reference_reads_or_refused_at_length(dataset, settings, max_length):
     check_reading(dataset, settings, max_length)
@@ -141,14 +144,14 @@ def test_statistics_are_of_train_only(dataset, other):
 
 
 @pytest.mark.slow
-@large(300)
+@large(100)
 @given(datasets(with_damage=False), datasets(with_damage=False))
 def test_statistics_are_of_train_only_at_length(dataset, other):
     check_train_only(dataset, other)
 
 
 @pytest.mark.slow
-@large(400)
+@large(300)
 @given(st.lists(st.tuples(fuzz.CODES, st.text(max_size=8)), min_size=1, max_size=5), st.binary(max_size=30))
 def test_any_lookup_file_is_read_or_refused(rows, tail):
     from ehr_embed.texts import read_lookups

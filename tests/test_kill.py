@@ -222,8 +222,13 @@ def test_killed_while_searching(tmp_path, capsys):
         before = stamps(tmp_path, *finished)
         began = time.time()
         process = Watched(*arguments, cwd=tmp_path)
-        process.wait_for(lambda began=began: any(p.stat().st_mtime > began for p in folder.glob("*/log.txt")))
-        time.sleep(rng.uniform(0, 10))
+        # By turns after a trial has begun, after one has a checkpoint, after one has finished: how fast the machine is must
+        # not decide what is hit.
+        sign = ("log.txt", "latest_checkpoint.pt", "metrics.json")[n_kills % 3]
+        process.wait_for(
+            lambda sign=sign, began=began: any(p.stat().st_mtime > began for p in folder.glob(f"*/{sign}")), seconds=600
+        )
+        time.sleep(rng.uniform(0, 2))
         was_killed = process.kill()
         time.sleep(0.7)  # its jobs see that it is gone, and end
         artefacts += n_lost(before, stamps(tmp_path, *finished))
