@@ -194,7 +194,9 @@ def gather(
     elapsed_BT = (times_BT - np.take_along_axis(times_BT, first_BT, axis=1)) / MICROSECONDS_PER_DAY
     elapsed_BT[~is_event_BT] = 0
     birth_BT = samples.birth_times[sample_BT]
-    age_BT = np.where(is_event_BT & (birth_BT != STATIC_TIME), (times_BT - birth_BT) / MICROSECONDS_PER_DAY, np.nan)
+    # An event before the birth has no age: a negative one would tell of a birth that the sample may not see yet.
+    is_aged_BT = is_event_BT & (birth_BT != STATIC_TIME) & (times_BT >= birth_BT)
+    age_BT = np.where(is_aged_BT, (times_BT - birth_BT) / MICROSECONDS_PER_DAY, np.nan)
     values_BT = None
     if events.values is not None:
         values_BT = events.values[event_BT]

@@ -57,11 +57,20 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return str(unknown_name(f"option of {group}", name, error.options, f"Type: {group}=NAME"))
+    if there := re.search(r"Could not append to config\. An item is already at '([\w./@]+)'", str(error)):
+        key = there.group(1)
+        return f"could not add {key!r}: {key!r} is there already, and + adds what is not. Type: {key}=VALUE"
+    if gone := re.search(r"Could not delete from config\. '([\w./@]+)' does not exist", str(error)):
+        return _unknown_key(gone.group(1), config_name, [a for a in arguments if not a.startswith("~")])
     found = re.search(r"Could not (?:override|append to config\.) '?([\w./@]+)'?", str(error))
     if isinstance(error, ConfigCompositionException) and found:
         key = found.group(1)
         return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
-    return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
+    if isinstance(error, OmegaConfBaseException) and (key := getattr(error, "full_key", None)):
+        told = f"{key}: {str(error).splitlines()[0]}. Type: {command_of(config_name)} --cfg job   to see all keys."
+    else:
+        told = f"{' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"
+    return told
 
 
 def command_of(config_name: str) -> str:

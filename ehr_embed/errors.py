@@ -11,6 +11,21 @@ class UserError(Exception):
     and which command to type next. The command-line entry points print it without a traceback."""
 
 
+def check_range(key: str, value: float, least: float, most: float | None = None, *, remedy: str = "") -> None:
+    """Refuse a number outside [least, most].
+
+    Raises:
+        UserError: names the key and the range.
+
+    >>> check_range("model.n_layers", 0, 1, 1024)
+    Traceback (most recent call last):
+    ehr_embed.errors.UserError: model.n_layers=0: expected 1 to 1024.
+    """
+    if not (least <= value and (most is None or value <= most)):
+        expected = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UserError(f"{key}={value}: expected {expected}.{' ' + remedy if remedy else ''}")
+
+
 def unknown_name(kind: str, name: object, valid: Iterable[object], remedy: str = "") -> UserError:
     """A `UserError` for a name that is not among the valid ones.
 

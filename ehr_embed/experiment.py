@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
 from ehr_embed.audit import audit
+from ehr_embed.check_config import check_config
 from ehr_embed.checkpoints import checkpoint_path, initialise
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
@@ -97,6 +98,7 @@ def open_source(cfg: DictConfig) -> Source:
 @stop_requests(is_deferred=False)
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, say what there is, and export it where the configuration asks for it."""
+    check_config(cfg)
     build = _builder(cfg)
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
@@ -114,6 +116,7 @@ def embed(cfg: DictConfig) -> None:
 @stop_requests(is_deferred=False)
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and say what is there."""
+    check_config(cfg)
     source: Source = _builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")
@@ -129,9 +132,11 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
+    check_config(cfg)
     run_dir, init_from = run_directory(cfg), cfg.init_from
     if cfg.pretrain is not None:
-        run_stage(pretraining(cfg), run_dir / "pretrain", init_from=None, trial=NoTrial())
+        check_config(first := pretraining(cfg))
+        run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
     return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
 
@@ -331,7 +336,7 @@ def _print_epoch(row: dict[str, float], monitor: str) -> None:
 
 
 def _bayes(source: Source) -> dict[str, float] | None:
-    """The demo's best possible AUROC of each evaluated split; None where the true risk is not known."""
+    """The demo's best possible AUROC of each evaluated split; None where the true risk or an AUROC is not known."""
     known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
     return {split: value for split, value in known.items() if value is not None} or None
 

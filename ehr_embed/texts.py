@@ -41,7 +41,13 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"data.lookups: no such file {path}. Expected CSV files with columns code,term.")
-        frame = pl.read_csv(path, infer_schema=False)
+        try:
+            frame = pl.read_csv(path, infer_schema=False)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,term."
+            ) from error
         if not {"code", "term"} <= set(frame.columns):
             raise UserError(f"{path}: expected columns code,term, found {', '.join(frame.columns)}.")
         frames.append(frame.select("code", "term"))

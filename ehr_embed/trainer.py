@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.checkpoints import BEST
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.fit_at_once import fit_at_once
 from ehr_embed.memory import peak_memory_mib
@@ -29,6 +29,8 @@ from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
 
 SCHEDULES = ("plateau", "cosine", "constant")
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
 
@@ -68,8 +70,19 @@ class TrainerSettings:
             raise UserError(
                 f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
             )
-        if self.warmup_steps < 0:
-            raise UserError(f"trainer.warmup_steps={self.warmup_steps}: expected 0 or more.")
+        for name in (
+            "warmup_steps",
+            "learning_rate",
+            "min_learning_rate",
+            "weight_decay",
+            "clip_norm",
+            "scheduler_patience",
+        ):
+            check_range(f"trainer.{name}", getattr(self, name), 0)
+        check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
+        check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
+        if self.accelerator not in ACCELERATORS:
+            raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
         for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):

@@ -360,9 +360,15 @@ class _Builder:
 
     def __init__(self, text_of: dict[str, str]) -> None:
         self.text_of = text_of
-        self.strings, self.texts = ["<padding>", "<unknown>"], ["", UNKNOWN_TEXT]
+        self.strings, self.texts = [self._free("<padding>"), self._free("<unknown>")], ["", UNKNOWN_TEXT]
         self.plain: dict[str, int] = {}
         self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
+
+    def _free(self, string: str) -> str:
+        """A name that no code has: vectors and codes are looked up by the tokens' names."""
+        while string in self.text_of:
+            string += "'"
+        return string
 
     def _token(self, string: str, text: str) -> int:
         self.strings.append(string)
@@ -379,7 +385,9 @@ class _Builder:
         if len(edges):
             n_bins = len(edges) + 1
             bins = [
-                self._token(f"{code}//bin_{number}_of_{n_bins}", f"{self.text_of[code]}: {bin_text(number, n_bins)}")
+                self._token(
+                    self._free(f"{code}//bin_{number}_of_{n_bins}"), f"{self.text_of[code]}: {bin_text(number, n_bins)}"
+                )
                 for number in range(1, n_bins + 1)
             ]
             first = bins[0]

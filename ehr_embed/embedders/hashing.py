@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.errors import check_range
 from ehr_embed.vocabulary import Vocabulary
 
 
@@ -24,6 +25,8 @@ class HashingEmbedder:
     reads_text = True
 
     def __init__(self, *, embedding_dim: int = 64, batch_size: int = 4096) -> None:
+        check_range("embedder.embedding_dim", embedding_dim, 1, 65_536)
+        check_range("embedder.batch_size", batch_size, 1)
         self.embedding_dim, self.batch_size = embedding_dim, batch_size
 
     @property

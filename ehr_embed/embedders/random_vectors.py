@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.errors import check_range
 from ehr_embed.vocabulary import Vocabulary
 
 
@@ -26,6 +27,9 @@ class RandomEmbedder:
     reads_text = False
 
     def __init__(self, *, embedding_dim: int = 256, seed: int = 0, batch_size: int = 4096) -> None:
+        check_range("embedder.embedding_dim", embedding_dim, 1, 65_536)
+        check_range("embedder.batch_size", batch_size, 1)
+        check_range("embedder.seed", seed, 0)
         self.embedding_dim, self.seed, self.batch_size = embedding_dim, seed, batch_size
 
     @property

@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.files import digest, file_sha256
 from ehr_embed.pretrained import is_snapshot, load_pretrained, local_folder
 from ehr_embed.vocabulary import Vocabulary
@@ -62,6 +62,9 @@ class SentenceTransformerEmbedder:
             raise unknown_name("embedder.pooling", pooling, POOLINGS, "null takes the model's own.")
         if dtype not in DTYPES:
             raise unknown_name("embedder.dtype", dtype, DTYPES)
+        check_range("embedder.batch_size", batch_size, 1)
+        if truncate_dim is not None:
+            check_range("embedder.truncate_dim", truncate_dim, 1)
         self.model, self.revision = model, revision
         self.prompt, self.pooling, self.normalize = prompt, pooling, normalize
         self.truncate_dim, self.expected_dim = truncate_dim, embedding_dim

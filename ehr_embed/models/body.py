@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.models.blocks import Block, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 
@@ -16,6 +16,7 @@ ROTARY = ("rope", "rope_time")
 """Positions by rotation: attention sees how many events, or how much time, lie between two."""
 TIMES = ("gap", "elapsed", "age")
 VALUES = ("film", "add", "none")
+MAX_WIDTH, MAX_LAYERS = 65_536, 1024
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 
@@ -30,6 +31,7 @@ class EventInput(nn.Module):
 
     def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool, values: str = "film") -> None:
         super().__init__()
+        check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
         if values not in VALUES:
             raise unknown_name("model.values", values, VALUES)
         self.norm = nn.LayerNorm(embedding_dim)
@@ -127,6 +129,8 @@ class Body(nn.Module):
         values: str,
     ) -> None:
         super().__init__()
+        check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
+        check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
         check_sizes(model_dim, n_heads, positions, valid_positions)
         self.max_length, self.positions, self.n_heads = max_length, positions, n_heads
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, values=values)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.models.body import EventInput, TimeInput
+from ehr_embed.errors import UserError, check_range, unknown_name
+from ehr_embed.models.body import MAX_LAYERS, EventInput, TimeInput
 from ehr_embed.models.heads import PooledHead, check_classifies
 
 POOLINGS = ("last", "mean", "max", "attention")
@@ -30,6 +30,9 @@ class GRUBody(nn.Module):
         super().__init__()
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
+        check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout={dropout}: expected a probability in [0, 1).")
         # torch drops between layers, of which there must be two for it.
         between = dropout if n_layers > 1 else 0.0
         self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)

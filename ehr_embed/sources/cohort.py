@@ -16,13 +16,15 @@ import polars as pl
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.errors import UserError
+from ehr_embed.errors import UserError, check_range
 from ehr_embed.files import write_json
 from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 
 LABELS = "hospitalisation_1y"
 SPLIT_SHARES = (0.7, 0.15, 0.15)
+MAX_SUBJECTS = 8_000_000
+"""Their ids are drawn from 9 million numbers."""
 PREVALENCE = 0.25
 START = np.datetime64("2015-01-01", "us")
 DAY = np.timedelta64(86_400_000_000, "us")
@@ -202,6 +204,8 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
         )
     if n_subjects < 100:
         raise UserError(f"data.n_subjects={n_subjects}: expected 100 or more, so that every split has both outcomes.")
+    check_range("data.n_subjects", n_subjects, 100, MAX_SUBJECTS)
+    check_range("data.cohort_seed", seed, 0)
     rng = np.random.default_rng(seed)
     events, prediction_S, log_odds_S, subject_S = _draw(rng, n_subjects)
     risk_S = _with_prevalence(log_odds_S)
@@ -209,6 +213,13 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     split_S = np.array(SPLITS)[
         np.searchsorted(np.cumsum(SPLIT_SHARES[:-1]), rng.permutation(n_subjects) / n_subjects, "right")
     ]
+    for split in SPLITS:
+        if (n_positive := int(label_S[split_S == split].sum())) in (0, n := int((split_S == split).sum())):
+            raise UserError(
+                f"data.n_subjects={n_subjects} data.cohort_seed={seed}: {n_positive} of the {n} subjects drawn for {split} have "
+                "the outcome, expected some with it and some without, since AUROC is undefined for one class. Type: "
+                f"data.n_subjects={max(500, 2 * n_subjects)}, or another data.cohort_seed"
+            )
     events = pl.concat([events, _outcome_events(rng, label_S, prediction_S)])
     events = events.with_columns(
         subject_id=pl.Series(subject_S)[events["subject"]], split=pl.Series(split_S)[events["subject"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from ehr_embed.errors import UserError
 from ehr_embed.files import file_sha256, tail_digest
 from ehr_embed.sources.protocol import SPLITS
 
+FIRST_TIME, LAST_TIME = -62_135_596_800_000_000, 253_402_300_799_999_999
+"""Microseconds since 1970-01-01 of the first and the last instant of the years 1 to 9999."""
 COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32}
 
 
@@ -89,7 +93,7 @@ class MedsSource:
         if not path.exists():
             return None
         column = "split" if self.splits is None else self.split_column
-        splits = _scan(path, {"subject_id": pl.Int64, column: pl.String}).collect().rename({column: "split"})
+        splits = _read(path, {"subject_id": pl.Int64, column: pl.String}).rename({column: "split"})
         if splits.null_count().sum_horizontal().item():
             raise UserError(f"{path}: null subject_id or split. Every subject needs one split; mend the file.")
         conflicts = splits.unique().filter(pl.col("subject_id").is_duplicated()).sort("subject_id", "split")
@@ -107,7 +111,7 @@ class MedsSource:
         return {}
 
     def read(self, shard: Path) -> pl.DataFrame:
-        events = _scan(shard, COLUMNS).collect()
+        events = _read(shard, COLUMNS)
         _validate(events, shard)
         folder = shard.relative_to(self.root / "data").parts[0]
         events = self._with_split(events, shard, folder if folder in SPLITS else None)
@@ -155,24 +159,75 @@ class MedsSource:
         path = self.root / "metadata" / "codes.parquet"
         if not path.exists():
             return pl.DataFrame(schema=schema)
-        frame = pl.scan_parquet(path)
-        present = frame.collect_schema()
-        if "code" not in present:
-            raise UserError(f"{path}: expected a column `code`, found {', '.join(present)}.")
-        missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
-        frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
-        return frame.filter(pl.col("code").is_not_null()).collect()
+        with readable(path):
+            frame = pl.scan_parquet(path)
+            present = frame.collect_schema()
+            if "code" not in present:
+                raise UserError(f"{path}: expected a column `code`, found {', '.join(present)}.")
+            for name, dtype in schema.items():
+                if name in present and not _holds_text(present[name], is_list=name == "parent_codes"):
+                    raise UserError(
+                        f"{path}: column `{name}` has dtype {present[name]}, expected {dtype} (MEDS 0.4). Cast it and "
+                        "write it again."
+                    )
+            missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
+            frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+            return frame.filter(pl.col("code").is_not_null()).collect()
+
+
+def _holds_text(found: pl.DataType, *, is_list: bool) -> bool:
+    if is_list and isinstance(found, pl.List):
+        found = found.inner if isinstance(found.inner, pl.DataType) else found.inner()
+    elif is_list:
+        return found == pl.Null
+    return found in (pl.String, pl.Null) or isinstance(found, pl.Categorical | pl.Enum)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Refuse a parquet file that cannot be read, whichever page of it is damaged.
+
+    Raises:
+        UserError: names the file.
+    """
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: not a readable parquet file ({told}). It may be truncated; write it again."
+        ) from error
+
+
+def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
+    """Exactly the columns of `schema`; an absent numeric_value is all null."""
+    with readable(path):
+        return _scan(path, schema).collect()
+
+
+def microseconds(name: str, dtype: pl.DataType, *, up: bool) -> pl.Expr:
+    """A time of any unit in whole microseconds; finer ones are rounded up or down.
+
+    With events rounded up and prediction times down, no event becomes visible before it happened. Times too far away for
+    microseconds come out beyond `FIRST_TIME` or `LAST_TIME`, which are refused, and do not wrap around.
+    """
+    number = pl.col(name).cast(pl.Int64)
+    if dtype == pl.Datetime("ns"):
+        number = -((-number) // 1000) if up else number // 1000
+    elif dtype == pl.Datetime("ms"):
+        number = number.clip(-(2**63) // 1000 + 1, 2**63 // 1000) * 1000
+    return number.cast(pl.Datetime("us")).alias(name)
+
+
+def out_of_range(time: pl.Expr) -> pl.Expr:
+    """Whether a time lies outside the years 1 to 9999."""
+    number = time.cast(pl.Int64)
+    return (number < FIRST_TIME) | (number > LAST_TIME)
 
 
 def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:
-    """Lazy frame with exactly the columns of `schema`; an absent numeric_value is all null."""
-    try:
-        frame = pl.scan_parquet(path)
-        present = frame.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({error}). It may be truncated; write it again."
-        ) from error
+    frame = pl.scan_parquet(path)
+    present = frame.collect_schema()
     for name, dtype in schema.items():
         if name == "numeric_value" and name not in present:
             frame = frame.with_columns(pl.lit(None, dtype=pl.Float32).alias(name))
@@ -183,7 +238,18 @@ def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:
             raise UserError(
                 f"{path}: column `{name}` has dtype {present[name]}, expected {dtype} (MEDS 0.4). Cast it and write it again."
             )
-    return frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+        if present[name] == pl.UInt64 or present[name] in (pl.Int128, pl.UInt128):
+            _refuse_large(frame, name, path)
+    return frame.select(
+        microseconds(name, present[name], up=True) if dtype == pl.Datetime("us") else pl.col(name).cast(dtype)
+        for name, dtype in schema.items()
+    )
+
+
+def _refuse_large(frame: pl.LazyFrame, name: str, path: Path) -> None:
+    found = frame.select(pl.col(name).cast(pl.Int64, strict=False).is_null().sum() - pl.col(name).is_null().sum())
+    if n := found.collect().item():
+        raise UserError(f"{path}: {n} values of `{name}` do not fit Int64, the dtype of MEDS 0.4. Give other ids.")
 
 
 def _castable(found: pl.DataType, wanted: Any) -> bool:
@@ -211,7 +277,11 @@ def _validate(events: pl.DataFrame, shard: Path) -> None:
     )
     refuse(
         rows.filter(pl.col("numeric_value").is_nan() | pl.col("numeric_value").is_infinite()),
-        "numeric_value is NaN or infinite; a missing value is null in MEDS",
+        "numeric_value is NaN or infinite as float32 (which ends at 3.4e38); a missing value is null in MEDS",
+    )
+    refuse(
+        rows.filter(out_of_range(pl.col("time"))),
+        "time lies outside the years 1 to 9999, so it is no date of a record; a static event has a null time in MEDS",
     )
     new_subject = pl.col("subject_id") != pl.col("subject_id").shift()
     starts = rows.filter(new_subject.fill_null(True))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.batches import Batch, BatchDataset
-from ehr_embed.errors import UserError
+from ehr_embed.errors import UserError, check_range
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.predictions import write_multiclass_predictions, write_predictions
@@ -22,7 +22,7 @@ from ehr_embed.samples import Samples, build_samples
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore, SplitEvents
 from ehr_embed.tasks.labels import LabelSet, read_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,9 @@ class Classification:
         self.label_smoothing = label_smoothing
         if not 0 < label_fraction <= 1:
             raise UserError(f"task.label_fraction={label_fraction}: expected a share of train's subjects in (0, 1].")
+        for name, seed in (("shuffle_labels", shuffle_labels), ("fraction_seed", fraction_seed)):
+            check_range(f"task.{name}", seed or 0, 0)
+        check_class_weights(class_weights)
         self.label_fraction, self.fraction_seed = label_fraction, fraction_seed
         self.samples: dict[str, Samples] = {}
         self.class_names: list[str] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.sources.meds import microseconds, out_of_range, readable
 
 VALUE_COLUMNS = ("boolean_value", "integer_value", "categorical_value")
 
@@ -56,7 +57,10 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: expected parquet files with labels, found none. {remedy}")
-    frames, value_columns = zip(*(_read_file(file) for file in files), strict=True)
+    found = [read for file in files if (read := _read_file(file)) is not None]
+    if not found:
+        raise UserError(f"{path}: the files hold no labels, not one row. {remedy}")
+    frames, value_columns = zip(*found, strict=True)
     if len(set(value_columns)) > 1:
         raise UserError(
             f"{path}: files disagree on the value column: {', '.join(sorted(set(value_columns)))}. Use one kind of label."
@@ -71,20 +75,21 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     return LabelSet(path.stem, frame, value_columns[0])
 
 
-def _read_file(file: Path) -> tuple[pl.DataFrame, str]:
-    try:
+def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
+    """The labels of a file and the column of their values; None for a file without rows."""
+    with readable(file):
         frame = pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}). Write the labels again.") from error
     expected = "expected subject_id (integer), prediction_time (datetime) and one of " + ", ".join(VALUE_COLUMNS)
     for column, good in (
         ("subject_id", lambda d: d.is_integer()),
-        ("prediction_time", lambda d: isinstance(d, pl.Datetime)),
+        ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # as event times
     ):
         if column not in frame.columns:
             raise UserError(f"{file}: column `{column}` is missing, found {', '.join(frame.columns)}; {expected}.")
         if not good(frame.schema[column]):
             raise UserError(f"{file}: column `{column}` has dtype {frame.schema[column]}; {expected}.")
+    if not len(frame):
+        return None
     # MEDS allows all value columns to be present with only one filled.
     filled = [name for name in VALUE_COLUMNS if name in frame.columns and frame[name].null_count() < len(frame)]
     if len(filled) != 1:
@@ -99,13 +104,20 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str]:
     if not right:
         raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype its name says.")
     wanted = frame.select(
-        pl.col("subject_id").cast(pl.Int64),
-        pl.col("prediction_time").cast(pl.Datetime("us")),
+        pl.col("subject_id").cast(pl.Int64, strict=False),
+        microseconds("prediction_time", frame.schema["prediction_time"], up=False),
         pl.col(column).cast(pl.String).alias("value"),
     )
+    if n := wanted["subject_id"].null_count() - frame["subject_id"].null_count():
+        raise UserError(f"{file}: {n} values of `subject_id` do not fit Int64, the dtype of MEDS 0.4. Give other ids.")
     if nulls := wanted.null_count().sum_horizontal().item():
         row = wanted.with_row_index("row").filter(pl.any_horizontal(pl.all().is_null()))["row"][0]
         raise UserError(
             f"{file}, row {row}: {nulls} null fields; every label needs a subject, a time and a value. Drop those rows."
+        )
+    if len(wrong := wanted.with_row_index("row").filter(out_of_range(pl.col("prediction_time")))):
+        raise UserError(
+            f"{file}, row {wrong['row'][0]}: prediction_time lies outside the years 1 to 9999 ({len(wrong)} such rows), so it "
+            "is no date of a record. Mend or drop those rows."
         )
     return wanted, column

@@ -21,7 +21,7 @@ from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.store import EventStore
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
 from ehr_embed.tasks.labels import LabelSet, available_labels, read_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
 
 
 class Multilabel:
@@ -42,6 +42,7 @@ class Multilabel:
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = monitored(monitor, METRICS)
+        check_class_weights(class_weights)
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 

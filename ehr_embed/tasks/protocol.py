@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -140,6 +141,22 @@ def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:
     if monitor not in metrics:
         raise unknown_name("task.monitor", monitor, metrics)
     return monitor not in LOWER_IS_BETTER
+
+
+def check_class_weights(weights: str | Sequence[float] | None) -> None:
+    """Refuse weights from which no mean can be taken.
+
+    Raises:
+        UserError: one is 0 or less.
+
+    >>> check_class_weights([1, 4]), check_class_weights("balanced")
+    (None, None)
+    """
+    if weights is not None and not isinstance(weights, str) and any(weight <= 0 for weight in weights):
+        raise UserError(
+            f"task.class_weights={list(weights)}: expected numbers above 0. The loss is a mean weighted by them, undefined for "
+            "a batch of weight 0. Type: task.class_weights=balanced"
+        )
 
 
 def as_tensor(values: npt.ArrayLike) -> Tensor:
