@@ -179,6 +179,7 @@ def test_whitening_of_few_vectors_drops_what_they_do_not_span():
         ({"summaries": ["counts"]}, r"model\.summaries.*count, times, values"),
         ({"pooling": "cls"}, r"model\.pooling.*attention, max, mean"),
         ({"n_heads": 3}, r"model\.n_heads=3"),
+        ({"n_layers": 0}, r"model\.n_layers=0"),
         ({"shrinkage": -1.0}, r"model\.shrinkage=-1"),
         ({"num_classes": None, "vocab_size": 9}, "code_encoder predicts classes"),
     ],
