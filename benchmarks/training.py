@@ -35,9 +35,9 @@ EMBEDDING_DIM, MAX_LENGTH, BATCH_SIZE, LEARNING_RATE = 384, 512, 32, 1e-4
 
 
 class Sides:
-    """Both ways to train on one cohort."""
+    """Both ways to train on one cohort; the original's files are written only with `with_files`."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, *, with_files: bool = True) -> None:
         root = write_cohort(folder / "meds", n_subjects=options.subjects)
         store = build_store(folder / "store", MedsSource(root=str(root)), VocabularySettings(values="none"))
         self.folder, self.options = folder, options
@@ -46,9 +46,9 @@ class Sides:
         self.task.setup(store, root / "labels", MAX_LENGTH)
         self.files = folder / "train"
         self.files.mkdir()
-        samples = self.task.samples["train"]
-        for number in range(len(samples)):
-            record = sample_record(store.split("train"), samples, number, self.table)
+        samples, split = self.task.samples["train"], store.split("train")
+        for number in range(len(samples) if with_files else 0):
+            record = sample_record(split, samples, number, self.table)
             torch.save(record, self.files / f"patient_{number}.pt")
         self.n_events = {"ours": 0, "original": 0}
         self.facts: dict[str, Any] = {}
