@@ -10,6 +10,7 @@ similar length and hold six kinds of time and mask; the peer's are random, with 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -77,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
         sides = {"ours": lambda: measured("ours", lambda: epoch(loader))}
         if options.peer:
             command = [f"{options.peer}/MTD_preprocess", f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
-            subprocess.run(command, check=True, capture_output=True)
+            programs = {**os.environ, "PATH": f"{options.peer}:{os.environ['PATH']}"}  # it starts others of its own
+            subprocess.run(command, check=True, capture_output=True, env=programs)
             sides["peer"] = lambda: measured("peer", lambda: peer_epoch(options.peer, tensors))
         rates = alternate(sides, options.repeats)
     result: dict[str, Any] = {}
