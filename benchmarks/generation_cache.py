@@ -31,8 +31,10 @@ def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:
         days=torch.arange(length - 1, -1, -1.0).expand(shape),
         gap_days=torch.ones(shape),
         elapsed_days=torch.arange(float(length)).expand(shape),
+        age_days=torch.full(shape, float("nan")),
         values=None,
         is_event=torch.ones(shape, dtype=torch.bool),
+        is_static=torch.zeros(shape, dtype=torch.bool),
         is_next=torch.ones(shape, dtype=torch.bool),
         segments=None,
         event_index=None,
@@ -41,13 +43,13 @@ def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("prompt", 384), ("new", 128), ("batch", 16), ("vocabulary", 5000), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     model = Decoder(embedding_dim=384, vocab_size=options.vocabulary).eval().to(options.device)

@@ -17,6 +17,7 @@ from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import link_file
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce
 from ehr_embed.optimizer import body_of
+from ehr_embed.speed import rates
 from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
 from ehr_embed.training_state import LATEST, Progress, write_latest
 
@@ -74,8 +75,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
         "epochs": 1,
         "best_epoch": 1,
         "seconds": seconds,
-        "events_per_s": n_events / seconds,
-        "padding_share": 1 - n_events / n_padded,
+        **rates(n_events, n_padded, 0, seconds, None, None),
         "history": [row],
     }
 

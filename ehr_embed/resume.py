@@ -38,6 +38,7 @@ HARMLESS = (
     "trainer.checkpoint_every",
     "trainer.save_every",
     "trainer.num_workers",
+    "trainer.profile",
 )
 """Keys, or whole groups, that change nothing in what a run computes."""
 LEFT_BY_RUNS = (
@@ -49,6 +50,7 @@ LEFT_BY_RUNS = (
     "predictions",
     "plots",
     "wandb_id.txt",
+    "profile.json",
 )
 
 

@@ -23,7 +23,9 @@ from ehr_embed.memory import peak_memory_mib
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.optimizer import body_of, parameter_groups
 from ehr_embed.precision import choose_precision, make_fabric
+from ehr_embed.profiling import profiler
 from ehr_embed.resume import samples_digest
+from ehr_embed.speed import peak_flops, rates, training_flops
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
@@ -59,6 +61,7 @@ class TrainerSettings:
     precision: str = "auto"
     freeze: str | None = None
     layer_decay: float = 1.0
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -139,8 +142,8 @@ class Trainer:
             run: what to go on from; on a CPU the result is that of a run that was never stopped.
 
         Returns:
-            Facts of the run: epochs, steps (of the optimizer), best_epoch, seconds, events_per_s (real events, without
-            padding), padding_share, history (a row an epoch), and those of `facts`.
+            Facts of the run: epochs, steps (of the optimizer), best_epoch, seconds, those of `speed.rates`, history (a row an
+            epoch), and those of `facts`.
 
         Raises:
             UserError: the loss became NaN or infinite, or `run` does not fit the model.
@@ -169,8 +172,9 @@ class Trainer:
         if run is not None:
             state.restore(run)
         progress, rng = state.progress, None if run is None else run.checkpoint["rng_state"]
+        speed = training_flops(model, len(embedding.table)), peak_flops(self.fabric.device, self.precision)
 
-        with stop_requests(is_deferred=True) as stop:
+        with stop_requests(is_deferred=True) as stop, profiler(self.run_dir, is_on=settings.profile) as after_batch:
             if progress.history and not progress.batch:
                 self._keep(state)  # a kill may have come before it
             for row in progress.history:  # to whoever keeps them now, and may not have the last
@@ -178,7 +182,7 @@ class Trainer:
             while progress.batch or (
                 progress.epoch < settings.epochs and progress.epochs_without_improvement < settings.patience
             ):
-                loss = self._train_epoch(wrapped, state, stop, rng)
+                loss = self._train_epoch(wrapped, state, stop, rng, after_batch)
                 rng = rng_state()
                 try:
                     tuning_loss, outputs = self._predict(wrapped, embedding, "tuning", stop)
@@ -196,9 +200,11 @@ class Trainer:
                     "step": progress.step,
                     "train/loss": loss,
                     "train/learning_rate": optimizer.param_groups[0]["lr"],
-                    "train/events_per_s": progress.n_events / progress.seconds,
                     "tuning/loss": tuning_loss,
                 }
+                found = rates(progress.n_events, progress.n_padded, progress.n_pairs, progress.seconds, *speed)
+                found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
+                row |= {f"train/{name}": x for name, x in found.items()}
                 row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
                 progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
                 self._save(state)
@@ -216,8 +222,7 @@ class Trainer:
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
             "seconds": progress.total_seconds,
-            "events_per_s": progress.total_events / progress.total_seconds,
-            "padding_share": 1 - progress.total_events / progress.total_padded,
+            **rates(progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds, *speed),
             "history": progress.history,
         }
 
@@ -238,11 +243,19 @@ class Trainer:
         embedding.to(self.fabric.device)
         return self._predict(model.to(self.fabric.device), embedding, split)[1]
 
-    def _train_epoch(self, model: Any, state: TrainingState, stop: StopRequest, rng: dict[str, Any] | None) -> float:
+    def _train_epoch(
+        self,
+        model: Any,
+        state: TrainingState,
+        stop: StopRequest,
+        rng: dict[str, Any] | None,
+        after_batch: Callable[[], None],
+    ) -> float:
         """The next pass over train, or what is left of one that was begun: its mean loss.
 
         Args:
             rng: state of the generators to go on with; None = as they are.
+            after_batch: called after every batch.
         """
         model.train()
         settings, progress = self.settings, state.progress
@@ -268,8 +281,7 @@ class Trainer:
             unit="batch",
         )
         for number, batch in enumerate(bar, first):
-            progress.n_events += int(batch.is_event.sum())
-            progress.n_padded += batch.is_event.numel()
+            progress.count(batch)
             # The last group of an epoch may be smaller; its gradient is still a mean.
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
@@ -277,6 +289,7 @@ class Trainer:
                 loss = self.task.step(model, state.embedding, batch.to(self.fabric.device))[0]
                 self.fabric.backward(loss / group)
             total += loss.detach()
+            after_batch()
             if number % PROGRESS_EVERY == 0 and not bar.disable:
                 rate = progress.n_events / (time.perf_counter() - began)
                 bar.set_postfix(loss=f"{float(loss):.4f}", events_per_s=f"{rate:,.0f}")

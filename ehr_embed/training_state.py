@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ehr_embed.batches import Batch
 from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, link_file
+from ehr_embed.speed import n_pairs
 
 LATEST = "latest_checkpoint.pt"
 
@@ -27,8 +29,8 @@ class Progress:
         epoch: the last one begun.
         batch: its batches that were trained on; 0 = it is over.
         step: optimizer steps of all epochs.
-        loss_sum, n_events, n_padded, seconds: of the epoch as far as it is.
-        total_events, total_padded, total_seconds: of the epochs that are over.
+        loss_sum, n_events, n_padded, n_pairs, seconds: of the epoch as far as it is.
+        total_events, total_padded, total_pairs, total_seconds: of the epochs that are over.
         history: a row of metrics for each of those.
     """
 
@@ -38,21 +40,31 @@ class Progress:
     loss_sum: float = 0.0
     n_events: int = 0
     n_padded: int = 0
+    n_pairs: int = 0
     seconds: float = 0.0
     total_events: int = 0
     total_padded: int = 0
+    total_pairs: int = 0
     total_seconds: float = 0.0
     best_value: float | None = None
     best_epoch: int = 0
     epochs_without_improvement: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def count(self, batch: Batch) -> None:
+        """Add a batch, not yet on the device, to what the epoch has seen."""
+        self.n_events += int(batch.is_event.sum())
+        self.n_padded += batch.is_event.numel()
+        self.n_pairs += n_pairs(batch.is_event, batch.segments)
+
     def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool) -> None:
         """Add the epoch to the totals, and judge it by its monitored metric."""
         self.total_events += self.n_events
         self.total_padded += self.n_padded
+        self.total_pairs += self.n_pairs
         self.total_seconds += self.seconds
-        self.batch, self.loss_sum, self.n_events, self.n_padded, self.seconds = 0, 0.0, 0, 0, 0.0
+        self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
+        self.n_events, self.n_padded, self.n_pairs = 0, 0, 0
         self.history.append(row)
         sign = 1 if is_higher_better else -1
         if self.best_value is None or sign * value > sign * self.best_value:

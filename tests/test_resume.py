@@ -102,14 +102,14 @@ def terminate() -> None:
 def what_is_left(run_dir: Path) -> dict[str, Any]:
     """Everything a run leaves that is neither a time nor the memory it took."""
     metrics = read_json(run_dir / "metrics.json")
-    measured = ("_s", "_mib")
+    measured = ("_s", "_mib", "mfu")
     metrics["train"] = {k: v for k, v in metrics["train"].items() if "second" not in k and not k.endswith(measured)}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = torch.load(run_dir / "best_checkpoint.pt", weights_only=True)
     weights = {**best["model_state_dict"], **best.get("embedding_state_dict", {})}
     return {
         "metrics": metrics,
-        "rows": [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows],
+        "rows": [{k: v for k, v in row.items() if not k.endswith(measured)} for row in rows],
         "predictions": {p.name: pl.read_parquet(p).to_dicts() for p in (run_dir / "predictions").iterdir()},
         "best": (best["epoch"], {name: x.numpy().tobytes() for name, x in weights.items()}),
     }

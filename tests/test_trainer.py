@@ -76,8 +76,11 @@ def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **sett
     return facts, rows, trainer, model, embedding
 
 
+MEASURED = ("_s", "_mib", "mfu")
+
+
 def without_times(rows):
-    return [{name: x for name, x in row.items() if not name.endswith("_s")} for row in rows]
+    return [{name: x for name, x in row.items() if not name.endswith(MEASURED)} for row in rows]
 
 
 def test_a_planted_signal_is_learned(planted, tmp_path):
@@ -87,6 +90,11 @@ def test_a_planted_signal_is_learned(planted, tmp_path):
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     assert facts["events_per_s"] > 0
     assert 0 <= facts["padding_share"] < 1
+    n_events = facts["epochs"] * int(trainer.task.samples["train"].lengths.sum())
+    assert facts["events_per_s"] * facts["seconds"] == pytest.approx(n_events)
+    assert facts["tokens_per_s"] * (1 - facts["padding_share"]) == pytest.approx(facts["events_per_s"])
+    assert facts["mfu"] > 0
+    assert {"train/tokens_per_s", "train/padding_share", "train/mfu", "train/peak_memory_mib"} <= set(rows[0])
 
 
 def test_a_seed_set_before_the_model_is_built_repeats_the_run(planted, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
+from ehr_embed.models.cpu_attention import applies, cpu_attention
 
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LONGEST_DAYS, SHORTEST_DAYS = 36525.0, 1.0 / 24
@@ -66,7 +67,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on `scaled_dot_product_attention`.
+    """Multi-head self-attention on `scaled_dot_product_attention`, or in bfloat16 on a CPU on `cpu_attention`.
 
     No dropout on the attention weights: it would rule out the fused kernels, and the block drops on the output.
     """
@@ -93,7 +94,10 @@ class Attention(nn.Module):
             q, k = rotate(q, rope_BT), rotate(k, rope_BT)
         if extend is not None:
             k, v = extend(k, v)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if applies(q, k):
+            y_BHTK = cpu_attention(q, k, v, mask)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 

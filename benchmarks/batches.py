@@ -1,0 +1,102 @@
+"""Samples and tokens a second of building batches alone, against meds-torch-data 0.9 on the same MEDS dataset.
+
+    python -m venv DIR && DIR/bin/pip install 'meds-torch-data==0.9.*'
+    python -m benchmarks.batches --peer DIR/bin
+
+Without `--peer` ours is measured alone. Batches of 32 samples, the last 512 events of a subject, one process. Ours are of
+similar length and hold six kinds of time and mask; the peer's are random, with codes, values and times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import alternate, parser, ratio, report, seconds, write_cohort
+from ehr_embed.batches import BucketSampler, batch_loader
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.store import build_store
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.vocabulary import VocabularySettings
+
+BATCH_SIZE, MAX_LENGTH = 32, 512
+PEER = Path(__file__).with_name("peer_batches.py")
+
+
+def our_loader(root: Path, folder: Path) -> Any:
+    """The trainer's loader of an epoch of train."""
+    store = build_store(folder, MedsSource(root=str(root)), VocabularySettings(values="continuous"))
+    task = Classification()
+    task.setup(store, root / "labels", MAX_LENGTH)
+    dataset = task.dataset("train")
+    sampler = BucketSampler(dataset.lengths, batch_size=BATCH_SIZE, batch_tokens=16_384, shuffle=True)
+    return batch_loader(dataset, sampler, num_workers=0, pin_memory=False)
+
+
+def epoch(loader: Any) -> dict[str, float]:
+    """Samples, events and seconds of one pass."""
+    found = {"n_samples": 0, "n_events": 0}
+
+    def work() -> None:
+        for batch in loader:
+            found["n_samples"] += len(batch.labels)
+            found["n_events"] += int(batch.is_event.sum())
+
+    return {"seconds": seconds(work), **found}
+
+
+def peer_epoch(python: str, tensors: Path) -> dict[str, Any]:
+    """The same of the peer, in its own environment."""
+    command = [f"{python}/python", str(PEER), str(tensors), str(BATCH_SIZE), str(MAX_LENGTH)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    found = parser(__doc__, subjects=2000, repeats=3)
+    found.add_argument("--peer", help="folder of the programs of an environment with meds-torch-data")
+    options = found.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        root, tensors = (
+            write_cohort(Path(name) / "meds", n_subjects=options.subjects, with_values=True),
+            Path(name) / "peer",
+        )
+        loader = our_loader(root, Path(name) / "store")
+        epoch(loader)  # warm-up
+        last: dict[str, dict[str, Any]] = {}
+
+        def measured(side: str, work: Any) -> float:
+            last[side] = work()
+            return float(last[side]["n_events"] / last[side]["seconds"])
+
+        sides = {"ours": lambda: measured("ours", lambda: epoch(loader))}
+        if options.peer:
+            command = [f"{options.peer}/MTD_preprocess", f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
+            programs = {**os.environ, "PATH": f"{options.peer}:{os.environ['PATH']}"}  # it starts others of its own
+            subprocess.run(command, check=True, capture_output=True, env=programs)
+            sides["peer"] = lambda: measured("peer", lambda: peer_epoch(options.peer, tensors))
+        rates = alternate(sides, options.repeats)
+    result: dict[str, Any] = {}
+    for side, values in rates.items():
+        events_per_s = statistics.median(values)
+        result[f"tokens_per_s_{side}"] = events_per_s
+        result[f"samples_per_s_{side}"] = events_per_s * last[side]["n_samples"] / last[side]["n_events"]
+        result |= {f"{key}_{side}": last[side][key] for key in ("n_samples", "n_events")}
+    if options.peer:
+        result |= {"ratio": ratio(rates["ours"], rates["peer"]), "peer": last["peer"]["peer"]}
+    report(
+        "batches",
+        result | {"repeats": options.repeats},
+        dataset=f"{options.subjects} synthetic subjects, log-normal lengths of median 150 cut at {MAX_LENGTH}",
+        device="cpu",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Model FLOPs utilisation and peak memory of training, each side of benchmarks/training.py in a process of its own.
+
+    python -m benchmarks.utilisation
+    python -m benchmarks.utilisation --device cuda --subjects 20000
+
+FLOPs are those of the events alone (ehr_embed/speed.py), without padding; the peak is looked up (GPU) or measured (CPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import parser, report
+from benchmarks.training import Sides
+from ehr_embed.memory import peak_memory_mib
+from ehr_embed.speed import peak_flops
+
+
+def train(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Facts of one epoch of a side."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(Path(folder), options, with_files=side == "original")
+        device = torch.device(options.device)
+        before = peak_memory_mib(device)
+        events_per_s = getattr(sides, side)()
+        facts = {"events_per_s": events_per_s, "peak_memory_mib": peak_memory_mib(device), "of_it_before_mib": before}
+        if side == "ours":
+            facts |= {name: sides.facts[name] for name in ("tokens_per_s", "padding_share", "mfu", "precision")}
+            facts["peak_tflops"] = (peak_flops(device, sides.facts["precision"]) or float("nan")) / 1e12
+        return facts | {"n_events": sides.n_events[side]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    found = parser(__doc__, subjects=1000, dropout_percent=10, model_dim=256, layers=6)
+    options = found.parse_args(arguments)
+    results = {}
+    for side in ("ours", "original"):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            results[side] = pool.submit(train, side, options).result()
+    report(
+        "utilisation",
+        results,
+        dataset=f"{options.subjects} synthetic subjects, log-normal lengths of median 150 cut at 512",
+        device=options.device,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A profile of a few training steps: where the time goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+log = logging.getLogger(__name__)
+TRACE = "profile.json"
+SKIPPED, WARM_UP, PROFILED = 2, 1, 8
+"""Batches: the first ones allocate and compile."""
+SHOWN = 10
+
+
+@contextmanager
+def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
+    """What is to be called after every batch. When on, `PROFILED` batches from the fourth on are profiled: a Chrome trace in
+    `run_dir/profile.json` (open it in https://ui.perfetto.dev) and a table of the operations that took longest.
+    """
+    if not is_on:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    done = []
+
+    def finish(found: Any) -> None:
+        done.append(True)
+        found.export_chrome_trace(str(run_dir / TRACE))
+        print(summary(found), f"\ntrace: {run_dir / TRACE}")
+
+    plan = schedule(wait=SKIPPED, warmup=WARM_UP, active=PROFILED, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:
+        yield running.step
+    if not done:
+        log.warning(
+            "trainer.profile=true: training ended before batch %d, the first to be profiled; nothing was measured. "
+            "Type: trainer.epochs=MORE",
+            SKIPPED + WARM_UP + 1,
+        )
+
+
+def summary(found: Any) -> str:
+    """The operations with the most time of their own, on the GPU if there is one: share, milliseconds a batch, calls a batch."""
+    on_gpu = torch.cuda.is_available()
+    times = [(x.self_device_time_total if on_gpu else x.self_cpu_time_total, x) for x in found.key_averages()]
+    # Spans such as the optimizer's have no time of their own on a CPU, and a device's would count their kernels twice.
+    times = [(us, x) for us, x in times if not x.key.startswith(("ProfilerStep", "Optimizer."))]
+    total = sum(us for us, _ in times) or 1.0
+    top = sorted(times, key=lambda pair: -pair[0])[:SHOWN]
+    lines = [f"{'share':>6} {'ms/batch':>9} {'calls/batch':>12}  operation"]
+    for us, x in top:
+        lines.append(f"{us / total:6.1%} {us / 1000 / PROFILED:9.2f} {x.count / PROFILED:12.1f}  {x.key[:80]}")
+    return "\n".join(lines)

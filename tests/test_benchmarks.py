@@ -1,0 +1,85 @@
+"""Every benchmark in a tiny form: its JSON line, that both sides saw the same events, and that they are one model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import batches, disk, embedding, generation_cache, store_building, training, utilisation
+from benchmarks.common import write_cohort
+from ehr_embed.sources.meds import MedsSource
+
+STATED = {"benchmark", "dataset", "device", "threads", "versions"}
+TINY_MODEL = ("--subjects", "40", "--model-dim", "16", "--layers", "1", "--device", "cpu")
+
+
+def line(main, capsys, *arguments: str) -> dict:
+    main(list(arguments))
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    assert set(found) >= STATED
+    assert found["versions"]["torch"]
+    return found
+
+
+def test_training_compares_one_model_on_the_same_events(capsys):
+    found = line(training.main, capsys, *TINY_MODEL, "--repeats", "1")
+    assert found["n_events_ours"] == found["n_events_original"] > 32
+    assert found["loss_ours"] == pytest.approx(found["loss_original"], rel=1e-4)
+    assert found["ratio"] == pytest.approx(found["events_per_s_ours"] / found["events_per_s_original"], rel=1e-2)
+    assert {"padding_share", "precision", "dropout_percent", "peak_memory_mib"} <= set(found)
+
+
+def test_batches_hold_every_event_once(capsys):
+    found = line(batches.main, capsys, "--subjects", "50", "--repeats", "1")
+    assert found["n_samples_ours"] == 40
+    assert found["samples_per_s_ours"] / found["tokens_per_s_ours"] == pytest.approx(
+        40 / found["n_events_ours"], rel=1e-2
+    )
+
+
+def test_embedding_gives_both_sides_the_same_texts(capsys):
+    arguments = ("--texts", "30", "--distinct", "6", "--calls", "8", "--repeats", "1", "--device", "cpu")
+    found = line(embedding.main, capsys, *arguments)
+    assert (found["n_texts"], found["n_distinct"], found["n_calls"]) == (30, 6, 8)
+    assert found["smallest_cosine"] > 0.99, "the vectors of bfloat16 are those of float32"
+    assert found["ratio_distinct"] == pytest.approx(found["ratio"] * 6 / 30, rel=1e-2)
+
+
+def test_disk_counts_what_an_event_takes(capsys):
+    found = line(disk.main, capsys, "--subjects", "50", "--files", "4")
+    assert found["bytes_per_event_original"] > 4 * disk.EMBEDDING_DIM + 8
+    assert 12 < found["bytes_per_event_without_table"] < found["bytes_per_event_ours"]
+    assert found["ratio"] == pytest.approx(found["bytes_per_event_original"] / found["bytes_per_event_ours"], rel=1e-2)
+
+
+def test_store_building_grows_tenfold(capsys):
+    found = line(store_building.main, capsys, "--smallest", "2000", "--sizes", "2", "--subjects-a-shard", "40")
+    small, large = found["sizes"]
+    assert 5 < large["n_events"] / small["n_events"] < 20
+    assert large["n_shards"] > small["n_shards"]
+    assert large["peak_memory_mib"] >= large["of_it_libraries_mib"] > 0
+
+
+@pytest.mark.slow
+def test_utilisation_measures_each_side_alone(capsys):
+    found = line(utilisation.main, capsys, *TINY_MODEL)
+    assert found["ours"]["n_events"] == found["original"]["n_events"]
+    assert found["ours"]["mfu"] > 0
+    assert found["original"]["peak_memory_mib"] >= found["original"]["of_it_before_mib"]
+
+
+def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
+    sizes = ("--prompt", "8", "--new", "3", "--batch", "2", "--vocabulary", "20", "--repeats", "1", "--device", "cpu")
+    generation_cache.main(list(sizes))
+    assert json.loads(capsys.readouterr().out)["same_events"]
+
+
+def test_the_cohort_is_what_the_benchmarks_say(tmp_path):
+    source = MedsSource(root=str(write_cohort(tmp_path / "meds", n_subjects=1000, subjects_a_shard=300)))
+    lengths = np.concatenate([source.read(shard)["subject_id"].value_counts()["count"] for shard in source.shards])
+    assert len(lengths) == 1000
+    assert len(source.shards) == 5
+    assert 140 < np.median(lengths) < 160
+    assert lengths.max() == 512

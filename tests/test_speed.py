@@ -1,0 +1,87 @@
+"""What a run says of its speed: FLOPs against torch's counter, the share of the peak, the profile."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ehr_embed.models.decoder import Decoder
+from ehr_embed.models.encoder import Encoder
+from ehr_embed.models.gru import GRU
+from ehr_embed.speed import peak_flops, training_flops
+from tests.test_trainer import planted, train, without_times  # noqa: F401 (a fixture)
+
+B, T, E, V, D, L = 3, 16, 12, 40, 32, 2
+SIZES = {"embedding_dim": E, "model_dim": D, "n_heads": 2, "n_layers": L}
+
+
+def counted(model, inputs) -> int:
+    """Matrix products of forward and backward pass, by torch's counter."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no fused kernel of a CPU
+        out = model(inputs)
+        (out if isinstance(out, torch.Tensor) else out.nll).sum().backward()
+    return counter.get_total_flops()
+
+
+def inputs(**more):
+    times = {name: torch.rand(B, T) for name in ("gap_days", "elapsed_days", "age_days")}
+    return times | {"embeddings": torch.randn(B, T, E), "padding_mask": torch.ones(B, T, dtype=torch.bool)} | more
+
+
+def test_flops_are_those_of_torchs_counter_but_for_projection_and_head():
+    model = Encoder(**SIZES, num_classes=2, times=["age"])
+    flops = training_flops(model, V)
+    assert flops is not None
+    projection = 6 * B * T * E * D
+    times = -2 * B * T * D * D  # nothing before the times learns either
+    head = 6 * B * D * 2
+    expected = flops.per_event * B * T + flops.per_pair * B * T * T
+    assert counted(model, inputs()) == expected + projection + times + head
+
+
+def test_a_decoder_scores_the_vocabulary_and_sees_half_of_the_pairs():
+    model, encoder = Decoder(**SIZES, vocab_size=V, times=[]), Encoder(**SIZES, num_classes=2, times=[])
+    flops, both_ways = training_flops(model, V), training_flops(encoder, V)
+    assert flops is not None
+    assert both_ways is not None
+    assert flops.per_event == both_ways.per_event + 6 * V * D
+    assert flops.per_pair == both_ways.per_pair / 2
+    model.body.requires_grad_(False)
+    frozen = training_flops(model, V)
+    assert frozen is not None
+    assert frozen.per_pair == flops.per_pair / 3
+    assert training_flops(GRU(embedding_dim=E, num_classes=2), V) is None
+
+
+def test_the_peak_is_measured_on_a_cpu_and_looked_up_on_a_gpu(monkeypatch):
+    measured = peak_flops(torch.device("cpu"), "32-true")
+    assert measured is not None
+    assert 1e8 < measured < 1e15
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(torch.device("cuda"), "bf16-mixed") == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert peak_flops(torch.device("cuda"), "32-true") == 51e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some other GPU")
+    assert peak_flops(torch.device("cuda"), "bf16-mixed") is None
+
+
+def test_a_profile_says_where_the_time_went_and_changes_nothing(planted, tmp_path, capsys):  # noqa: F811
+    _, plain, *_ = train(planted, tmp_path / "plain", epochs=2)
+    assert not (tmp_path / "plain" / "profile.json").exists()
+    _, profiled, *_ = train(planted, tmp_path / "run", epochs=2, profile=True)
+    assert without_times(profiled) == without_times(plain)
+    table = capsys.readouterr().out
+    assert "operation" in table
+    assert "aten::" in table
+    events = json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
+    assert any("attention" in event["name"] for event in events)
+
+
+def test_a_run_too_short_to_profile_says_so(planted, tmp_path, caplog):  # noqa: F811
+    with caplog.at_level(logging.WARNING):
+        train(planted, tmp_path / "run", epochs=1, batch_size=60, profile=True)
+    assert "ended before batch 4" in caplog.text
