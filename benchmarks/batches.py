@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         result[f"samples_per_s_{side}"] = events_per_s * last[side]["n_samples"] / last[side]["n_events"]
         result |= {f"{key}_{side}": last[side][key] for key in ("n_samples", "n_events")}
     if options.peer:
+        if last["ours"]["n_events"] != last["peer"]["n_events"]:
+            raise SystemExit(f"the two sides read different events, so no ratio means anything: {last}")
         result |= {"ratio": ratio(rates["ours"], rates["peer"]), "peer": last["peer"]["peer"]}
     report(
         "batches",
