@@ -22,7 +22,7 @@ from ehr_embed.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
-SHAPELESS = ("_target_", "n_heads", "positions")
+SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
 """Keys of a model that change what its weights mean and no tensor's shape."""
 
 
@@ -207,11 +207,13 @@ def _refuse_mismatch(
         for key in SHAPELESS
         if there.get(key) != here.get(key)
     ]
+    theirs, ours = their_config["data"]["values"], config["data"]["values"]
+    if theirs != ours and "values" in (here.get("summaries") or ()):
+        problems.append(f"data.values is {theirs} there and {ours} here")
     if not problems:
         return
     differ = [f"model.{key}={there.get(key)} there, {here.get(key)} here" for key in {**there, **here}
               if there.get(key) != here.get(key)]  # fmt: skip
-    theirs, ours = their_config["data"]["values"], config["data"]["values"]
     differ += [f"data.values={theirs} there, {ours} here"] if theirs != ours else []
     raise UserError(
         f"{path} does not fit this model: {problems[0]}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -27,16 +29,28 @@ def examples_of(task: Task, store: EventStore, outputs: Outputs, *, split: str =
     """
     samples, texts, events = task.samples[split], store.vocabulary.texts, store.split(split)
     rows = range(min(len(samples), MAX_EXAMPLES))
-    first_n = np.maximum(samples.start, samples.stop - MAX_EVENTS)
-    seen = [events.token_ids[first_n[row] : samples.stop[row]] for row in rows]
+    seen = [
+        np.concatenate(
+            [
+                events.token_ids[samples.static_start[row] : samples.static_stop[row]],
+                events.token_ids[samples.start[row] : samples.stop[row]],
+            ]
+        )[-MAX_EVENTS:]
+        for row in rows
+    ]
     table = pd.DataFrame(
         {
             "subject_id": samples.subject_ids[: len(rows)],
-            "prediction_time": pd.to_datetime(samples.prediction_times[: len(rows)], unit="us").astype(str),
-            "label": [str(samples.labels[row]) for row in rows],
+            "prediction_time": samples.prediction_times[: len(rows)].astype("datetime64[us]").astype(str),
+            "label": [_label(samples.labels[row], task.class_names) for row in rows],
             "events": ["; ".join(texts[token] for token in tokens) for tokens in seen],
         }
     )
     for column, name in enumerate(task.class_names):
         table[f"probability_{name}"] = outputs[: len(rows), column]
     return table
+
+
+def _label(label: Any, class_names: list[str]) -> str:
+    """The class's name of a class; several labels as they are."""
+    return class_names[int(label)] if class_names and np.ndim(label) == 0 else str(label)

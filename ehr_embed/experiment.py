@@ -78,7 +78,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
             cache_dir=Path(cfg.cache_dir),
             min_text_coverage=cfg.data.min_text_coverage,
             overwrite=overwrite,
-            integrity=cfg.integrity,
+            integrity=cfg.get("integrity", "auto"),  # configurations of earlier runs have none
         )
     finally:
         embedder.close()
@@ -182,7 +182,8 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     check_causality(task, model)
     check_vectors(model, trainable_of(cfg.embedder))
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
-    adapt(model, embedding.table, prepared.store.vocabulary)
+    if found.checkpoint is None:
+        adapt(model, embedding.table, prepared.store.vocabulary)
     if init_from is not None and found.checkpoint is None:
         initialise(
             model,
@@ -194,7 +195,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             class_names=None if is_trained else task.class_names,
         )
     start = found.load(prepared.identity, task.samples)
-    made_from = inputs_of(source, prepared, task, init_from)
+    made_from = inputs_of(source, prepared, task, init_from if found.checkpoint is None else None)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -261,7 +262,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 
 
 def inputs_of(source: Source, prepared: Prepared, task: Task, init_from: str | Path | None) -> dict[str, Any]:
-    """Digests of what a run reads, for the manifest of its folder."""
+    """Digests of what a run reads, for the manifest of its folder; a continued one no longer reads `init_from`."""
     found = {"source": source.fingerprint(), "table_digest": prepared.table_digest, **prepared.identity}
     found["samples_digest"] = samples_digest(task.samples)
     return found | ({} if init_from is None else {"init_from_sha256": file_sha256(checkpoint_path(init_from))})

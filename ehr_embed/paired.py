@@ -13,6 +13,7 @@ import polars as pl
 from ehr_embed.bootstrap import Floats, Ranking, SubjectBootstrap
 from ehr_embed.errors import UserError
 from ehr_embed.manifest import checked
+from ehr_embed.sources.meds import readable
 
 METRICS = ("auroc", "auprc", "brier")
 KEYS = ["subject_id", "prediction_time"]
@@ -54,7 +55,8 @@ def read_predictions(run: Path, split: str) -> Predictions:
         UserError: the file holds neither, or is not the one that the run's manifest lists.
     """
     path = run / "predictions" / f"{split}.parquet"
-    frame = pl.read_parquet(checked(path)).sort(KEYS)
+    with readable(path):
+        frame = pl.read_parquet(checked(path)).sort(KEYS)
     if "predicted_boolean_probability" in frame.columns:
         labels = frame["boolean_value"].to_numpy()[:, None]
         probabilities = frame["predicted_boolean_probability"].cast(pl.Float64).to_numpy()[:, None]

@@ -32,6 +32,7 @@ HARMLESS = (
     "audit",
     "trusted_packages",
     "integrity",
+    "data.source.overwrite",
     "tracker",
     "hydra",
     "defaults",

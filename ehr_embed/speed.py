@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -98,7 +99,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     is_half = not precision.startswith("32")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peaks[0 if is_half else 1] for part, peaks in PEAKS.items() if part in name), None)
+        return next(
+            (peaks[0 if is_half else 1] for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None
+        )
     if device.type != "cpu":
         return None
     return _measured(torch.bfloat16 if is_half else torch.float32, torch.get_num_threads())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
+from ehr_embed.event_embedding import TRAINABLE, EventEmbedding
 from ehr_embed.models.code_encoder import POOLINGS, SUMMARIES, CodeEncoder, CodeInput
+from ehr_embed.models.protocol import adapt
 from ehr_embed.models.whitening import Whitening
+from ehr_embed.vocabulary import Vocabulary
 from tests.test_code_features import batch, vocabulary
 
 NAN = float("nan")
@@ -135,6 +140,33 @@ def test_gradients_reach_every_parameter_and_no_padding():
     assert not gradient[~given["padding_mask"]].any()
     assert gradient[given["padding_mask"]].all()
     assert not given["values"].grad.isnan().any()
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_vectors_may_be_learned_beside_the_whitening(trainable):
+    model, embedding = build(), EventEmbedding(inputs()["rows"][:7], trainable)
+    adapt(model, embedding.table, vocabulary_with_counts())
+    white = model.body.input.norm.matrix.clone()
+    optimizer = torch.optim.SGD([*model.parameters(), *embedding.parameters()], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(inputs() | {"rows": embedding.table}).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model.body.input.norm.matrix, white)
+    assert (embedding.learned is None) == (trainable == "frozen")
+    assert trainable == "frozen" or not torch.equal(embedding.table, inputs()["rows"][:7])
+
+
+def vocabulary_with_counts() -> Vocabulary:
+    words = vocabulary()
+    return replace(words, tokens=words.tokens.with_columns(count=pl.Series([0, 0, *[1] * (len(words) - 2)])))
+
+
+def test_an_event_before_birth_does_not_hide_the_age():
+    model, given = build(), inputs()
+    late = given | {"age_days": given["age_days"].clone()}
+    late["age_days"][0, 0] = NAN
+    torch.testing.assert_close(model(late), model(given))
 
 
 def test_the_age_may_be_unknown():

@@ -65,6 +65,8 @@ def test_the_peak_is_measured_on_a_cpu_and_looked_up_on_a_gpu(monkeypatch):
     assert peak_flops(torch.device("cuda"), "bf16-mixed") == 989e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     assert peak_flops(torch.device("cuda"), "32-true") == 51e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    assert peak_flops(torch.device("cuda"), "bf16-mixed") is None, "not the L4's"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some other GPU")
     assert peak_flops(torch.device("cuda"), "bf16-mixed") is None
 

@@ -134,9 +134,11 @@ class Subject(nn.Module):
         """(B, D) from `age_days` and `days` (B, T); without `age_days` no age is known."""
         if "age_days" not in inputs:
             return self.vector + self.age(self.vector.new_zeros(len(inputs["padding_mask"]), 3))
-        # As every event tells it. Ages from 25 to 75 years become -1 to 1.
-        years_B = (inputs["age_days"] + inputs["days"])[:, 0] / DAYS_PER_YEAR
-        x_B = (years_B - 50) / 25
+        # Every event since birth tells it.
+        age_BT = (inputs["age_days"] + inputs["days"]).masked_fill(~inputs["padding_mask"], float("nan"))
+        age_B = age_BT.nan_to_num(nan=float("-inf")).amax(1)
+        years_B = age_B.masked_fill(age_B.isinf(), float("nan")) / DAYS_PER_YEAR
+        x_B = (years_B - 50) / 25  # ages from 25 to 75 become -1 to 1
         return self.vector + self.age(torch.stack([x_B, x_B.square(), ~x_B.isnan()], dim=-1).nan_to_num())
 
 

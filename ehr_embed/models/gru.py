@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ehr_embed.errors import UserError, check_range, unknown_name
+from ehr_embed.errors import check_range, unknown_name
 from ehr_embed.models.body import MAX_LAYERS, EventInput, TimeInput
 from ehr_embed.models.heads import PooledHead, check_classifies
 
@@ -31,8 +31,6 @@ class GRUBody(nn.Module):
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
-        if not 0 <= dropout < 1:
-            raise UserError(f"model.dropout={dropout}: expected a probability in [0, 1).")
         # torch drops between layers, of which there must be two for it.
         between = dropout if n_layers > 1 else 0.0
         self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)
@@ -85,8 +83,6 @@ class GRU(nn.Module):
         n_outputs = check_classifies("model=gru", num_classes, vocab_size)
         if pooling not in POOLINGS:
             raise unknown_name("model.pooling", pooling, POOLINGS)
-        if n_layers < 1:
-            raise UserError(f"model.n_layers={n_layers}: expected 1 or more.")
         self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
         self.body = GRUBody(
             embedding_dim=embedding_dim,

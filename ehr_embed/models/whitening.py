@@ -32,16 +32,16 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(dim))
 
+    @torch.no_grad()
     def fit(self, vectors: Tensor) -> None:
         """Fit to vectors (V, E). Directions in which they do not vary are mapped to zero; one vector fits nothing."""
         x_VE = vectors.double()
         mean = x_VE.mean(0)
-        _, scale, directions = torch.linalg.svd(x_VE - mean, full_matrices=False)
-        variance = scale.square() / len(x_VE)
+        variance, directions = torch.linalg.eigh((x_VE - mean).T @ (x_VE - mean) / len(x_VE))
         varies = variance > 1e-9 * variance.max()
         if not bool(varies.any()) or len(x_VE) < 2:
             return
-        variance, directions = variance[varies], directions[varies]
+        variance, directions = variance[varies].flip(0), directions.T[varies].flip(0)
         shrunk = variance + self.shrinkage * variance.mean()
         # The mean square of what comes out is one.
         shrunk = shrunk * (variance / shrunk).sum() / len(mean)

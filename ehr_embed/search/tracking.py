@@ -37,6 +37,10 @@ def tracker_overrides(example: DictConfig, study_name: str, number: int, seed: i
     return [f"tracker.{key}={choice_text(value)}" for key, value in wanted.items() if is_free[key]]
 
 
+PRIVATE = ("command", "fixed", "storage")
+"""Facts of a study that quote what was typed: paths and secrets stand anywhere in them."""
+
+
 def run_id(name: str) -> str:
     r"""A name as a W&B run id, which may not hold / \ # ? % : or spaces.
 
@@ -58,7 +62,8 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
         chosen | {"group": tracker_config.get("group") or study.study_name, "log_table": False, "log_examples": False}
     )
     facts = read_json(folder / "study.json")
-    tracker = instantiate(config, run_dir=folder, config=facts, tags=["search"], table_digest=None, table_path=None)
+    told = {key: value for key, value in facts.items() if key not in PRIVATE}
+    tracker = instantiate(config, run_dir=folder, config=told, tags=["search"], table_digest=None, table_path=None)
     with tracker:
         # What went wrong in a trial may quote a path or a record.
         tracker.add_table("trials", table.drop(columns="error", errors="ignore"))

@@ -206,6 +206,8 @@ def without_private(value: Any) -> Any:
     {'root': 'mimic', 'files': ['a.csv', 'b.csv'], 'model': 'org/name'}
     >>> without_private({"hf_token": "hf_1", "batch_tokens": 4096, "storage": "postgresql://ann:pw@db/x"})
     {'hf_token': '***', 'batch_tokens': 4096, 'storage': 'postgresql://***@db/x'}
+    >>> without_private("sqlite:////home/ann/study.db")
+    'sqlite:study.db'
     """
     if isinstance(value, Mapping):
         return {
@@ -218,6 +220,8 @@ def without_private(value: Any) -> Any:
         value = os.fspath(value)
     if not isinstance(value, str):
         return value
+    if value.startswith(("sqlite:", "file:")):
+        return f"{value.split(':')[0]}:{PurePosixPath(value).name}"
     if "://" in value:
         return re.sub(r"(://)[^/@]*@", r"\1***@", value)
     if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
