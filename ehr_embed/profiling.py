@@ -27,17 +27,26 @@ def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    done = []
+    n_batches = 0
+
+    def n_profiled() -> int:
+        return min(n_batches - SKIPPED - WARM_UP, PROFILED)
 
     def finish(found: Any) -> None:
-        done.append(True)
-        found.export_chrome_trace(str(run_dir / TRACE))
-        print(summary(found), f"\ntrace: {run_dir / TRACE}")
+        if n_profiled() > 0:
+            found.export_chrome_trace(str(run_dir / TRACE))
+            print(summary(found, n_profiled()), f"\ntrace: {run_dir / TRACE}")
 
     plan = schedule(wait=SKIPPED, warmup=WARM_UP, active=PROFILED, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:
-        yield running.step
-    if not done:
+
+        def after_batch() -> None:
+            nonlocal n_batches
+            n_batches += 1
+            running.step()
+
+        yield after_batch
+    if n_profiled() <= 0:
         log.warning(
             "trainer.profile=true: training ended before batch %d, the first to be profiled; nothing was measured. "
             "Type: trainer.epochs=MORE",
@@ -45,7 +54,7 @@ def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
         )
 
 
-def summary(found: Any) -> str:
+def summary(found: Any, n_batches: int) -> str:
     """The operations with the most time of their own, on the GPU if there is one: share, milliseconds a batch, calls a batch."""
     on_gpu = torch.cuda.is_available()
     times = [(x.self_device_time_total if on_gpu else x.self_cpu_time_total, x) for x in found.key_averages()]
@@ -53,7 +62,8 @@ def summary(found: Any) -> str:
     times = [(us, x) for us, x in times if not x.key.startswith(("ProfilerStep", "Optimizer."))]
     total = sum(us for us, _ in times) or 1.0
     top = sorted(times, key=lambda pair: -pair[0])[:SHOWN]
-    lines = [f"{'share':>6} {'ms/batch':>9} {'calls/batch':>12}  operation"]
+    lines = [f"where the time of {n_batches} batches went, and of what came between them:"]
+    lines.append(f"{'share':>6} {'ms/batch':>9} {'calls/batch':>12}  operation")
     for us, x in top:
-        lines.append(f"{us / total:6.1%} {us / 1000 / PROFILED:9.2f} {x.count / PROFILED:12.1f}  {x.key[:80]}")
+        lines.append(f"{us / total:6.1%} {us / 1000 / n_batches:9.2f} {x.count / n_batches:12.1f}  {x.key[:80]}")
     return "\n".join(lines)

@@ -77,10 +77,18 @@ def test_a_profile_says_where_the_time_went_and_changes_nothing(planted, tmp_pat
     _, profiled, *_ = train(planted, tmp_path / "run", epochs=2, profile=True)
     assert without_times(profiled) == without_times(plain)
     table = capsys.readouterr().out
+    assert "of 8 batches" in table
     assert "operation" in table
     assert "aten::" in table
     events = json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
     assert any("attention" in event["name"] for event in events)
+
+
+def test_a_profile_of_fewer_batches_says_how_many(planted, tmp_path, capsys):  # noqa: F811
+    train(planted, tmp_path / "run", epochs=1)
+    assert "batches went" not in capsys.readouterr().out
+    train(planted, tmp_path / "short", epochs=1, profile=True)
+    assert "of 5 batches" in capsys.readouterr().out  # eight in all, the first three not profiled
 
 
 def test_a_run_too_short_to_profile_says_so(planted, tmp_path, caplog):  # noqa: F811
