@@ -289,7 +289,8 @@ def test_records_are_sent_when_asked(ward, secrets, tmp_path):
     assert columns == ["subject_id", "prediction_time", "label", "events", "probability_false", "probability_true"]
     assert len(table["data"]) == 20
     assert {row[columns.index("subject_id")] for row in table["data"]} <= set(SUBJECTS)
-    assert table["data"][0][columns.index("events")] == "Quagga fever of the left hoof; Okapi cough at night"
+    assert table["data"][0][columns.index("events")] == "Equine; Quagga fever of the left hoof; Okapi cough at night"
+    assert {row[columns.index("label")] for row in table["data"]} == {"false", "true"}
     # W&B notes where its own copy of a table lies, for its upload: below HOME, here.
     unasked = [
         secret for secret in secrets if secret in (str(ward), ward.parent.name) or secret.startswith(("c0ffee", "hf_"))
@@ -299,7 +300,15 @@ def test_records_are_sent_when_asked(ward, secrets, tmp_path):
 
 def test_a_search_sends_neither_paths_nor_what_went_wrong(ward, tmp_path):
     (tmp_path / "study.json").write_text(
-        json.dumps({"storage": f"{ward}/journal", "n_by_state": {"failed": 1}, "best": []})
+        json.dumps(
+            {
+                "storage": f"sqlite:///{ward}/journal",
+                "command": f"train.py -m data.root={ward}",
+                "fixed": [f"data.root={ward}"],
+                "n_by_state": {"failed": 1},
+                "best": [],
+            }
+        )
     )
     table = pd.DataFrame(
         {"run": ["0"], "data.root": [str(ward)], "error": [f"{ward}: subject 770012001, Quagga fever"]}
