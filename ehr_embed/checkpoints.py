@@ -22,6 +22,8 @@ from ehr_embed.vocabulary import PADDING, UNKNOWN, Vocabulary
 
 log = logging.getLogger(__name__)
 BEST = "best_checkpoint.pt"
+DOS_FOLDER = 0x10
+"""Bit of a ZIP entry's external attributes (APPNOTE 6.3.10, section 4.4.15; MS-DOS directory)."""
 SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
 """Keys of a model that change what its weights mean and no tensor's shape."""
 
@@ -51,6 +53,10 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong: the file is damaged")
+            # No checksum covers the archive's list of records. One that is said to be a folder torch does not read: its tensor
+            # would be whatever is in memory.
+            if folders := [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]:
+                raise zipfile.BadZipFile(f"{folders[0]} in it is said to be a folder: the file is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,

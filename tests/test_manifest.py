@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import sqlite3
+import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -204,6 +205,24 @@ def test_no_flipped_bit_changes_a_checkpoint_unnoticed(tmp_path, two_runs):
         path.write_bytes(kept)
     print(f"\ncheckpoint: 150 flips, {n_named} named, {n_unnoticed_by_torch} that torch.load does not notice")
     assert n_named >= n_unnoticed_by_torch > 0
+
+
+def test_every_bit_of_a_checkpoint_s_list_of_records(tmp_path, two_runs):
+    """The central directory, which no checksum covers."""
+    source = two_runs[0] / "run" / "latest_checkpoint.pt"
+    path = tmp_path / "latest_checkpoint.pt"
+    shutil.copy(source, path)
+    expected, kept = read_checkpoint(path)[1], source.read_bytes()
+    first = kept.index(b"PK\x01\x02", zipfile.ZipFile(source).start_dir)
+    # Every field of two entries, one of them a tensor's.
+    entries = [first, kept.index(b"PK\x01\x02", kept.index(b"/data/0", first))]
+    for start in entries:
+        for at in range(start, start + 46):
+            for bit in range(8):
+                flip(path, at, bit)
+                found = attempt(lambda: read_checkpoint(path)[1], path)
+                assert found is None or same(found, expected), f"byte {at - start} of an entry, bit {bit}"
+                path.write_bytes(kept)
 
 
 def same(one: Any, other: Any) -> bool:
