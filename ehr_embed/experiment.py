@@ -30,7 +30,7 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.resume import claimed, find_run, samples_digest
+from ehr_embed.resume import claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
@@ -182,20 +182,25 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     check_causality(task, model)
     check_vectors(model, trainable_of(cfg.embedder))
     embedding = EventEmbedding(prepared.table, trainable_of(cfg.embedder))
+    made_from = {
+        "source": prepared.store.manifest["source"],
+        "table_digest": prepared.table_digest,
+        **prepared.identity,
+    }
     if found.checkpoint is None:
         adapt(model, embedding.table, prepared.store.vocabulary)
-    if init_from is not None and found.checkpoint is None:
-        initialise(
-            model,
-            embedding,
-            init_from,
-            config=config,
-            identity=prepared.identity,
-            vocabulary=prepared.store.vocabulary,
-            class_names=None if is_trained else task.class_names,
-        )
+        if init_from is not None:
+            initialise(
+                model,
+                embedding,
+                init_from,
+                config=config,
+                identity=prepared.identity,
+                vocabulary=prepared.store.vocabulary,
+                class_names=None if is_trained else task.class_names,
+            )
+            made_from["init_from_sha256"] = file_sha256(checkpoint_path(init_from))
     start = found.load(prepared.identity, task.samples)
-    made_from = inputs_of(source, prepared, task, init_from if found.checkpoint is None else None)
     tracker = build(
         cfg.tracker,
         run_dir=run_dir,
@@ -256,16 +261,9 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         tracker.summarise(summary_of(metrics))
         tracker.add_plots(plots)
         tracker.add_examples(lambda: examples_of(task, prepared.store, outputs["held_out"]))
-        finish(run_dir, metrics, made_from)
+        finish(run_dir, metrics, made_from | {"samples_digest": trainer.about["samples_digest"]})
     print_metrics(metrics, run_dir)
     return objective
-
-
-def inputs_of(source: Source, prepared: Prepared, task: Task, init_from: str | Path | None) -> dict[str, Any]:
-    """Digests of what a run reads, for the manifest of its folder; a continued one no longer reads `init_from`."""
-    found = {"source": source.fingerprint(), "table_digest": prepared.table_digest, **prepared.identity}
-    found["samples_digest"] = samples_digest(task.samples)
-    return found | ({} if init_from is None else {"init_from_sha256": file_sha256(checkpoint_path(init_from))})
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:

@@ -53,8 +53,17 @@ def cannot_write(path: object, error: BaseException) -> UserError:
     )
 
 
-def _as_user_error(path: Path, error: Exception) -> Exception:
-    return cannot_write(path, error) if isinstance(error, OSError) or write_failure(error) else error
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Whatever library meets a full disk or a read-only folder within, it ends in the one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or write_failure(error):
+            raise cannot_write(path, error) from error
+        raise
 
 
 @contextmanager
@@ -68,17 +77,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except UserError:
-        raise
-    except Exception as error:
-        if (failure := _as_user_error(path, error)) is error:
-            raise
-        raise failure from error
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written there is nothing to remove
             temporary.unlink(missing_ok=True)
@@ -92,26 +96,19 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the folder cannot be written to (read-only, full disk).
     """
     path = Path(path)
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise cannot_write(path, error) from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except UserError:
-        raise
-    except Exception as error:
-        if (failure := _as_user_error(path, error)) is error:
-            raise
-        raise failure from error
+        with _writing(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -18,6 +18,8 @@ from ehr_embed.files import digest, file_sha256, read_json, write_json
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+REBUILD = "Type: python embed.py overwrite=true with the same overrides"
+"""How a store, a table or an import is made anew."""
 FULL_BYTES = 256 << 20
 """A quarter of a second of SHA-256 on one core."""
 MODES = ("auto", "full", "size")

@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_directory, digest, file_sha256
-from ehr_embed.manifest import check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 
 FORMAT = 3
-REMEDY = "Type: python embed.py overwrite=true with the same overrides"
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
@@ -65,10 +64,10 @@ class EventStore:
             raise UserError(
                 f"{folder}: no event store here (no manifest.json). Type: python embed.py with the same overrides"
             )
-        self.manifest: dict[str, Any] = read_manifest(folder / "manifest.json", REMEDY)
+        self.manifest: dict[str, Any] = read_manifest(folder / "manifest.json", REBUILD)
         if (found := self.manifest.get("format")) != FORMAT:
-            raise UserError(f"{folder}: store format {found}, this version reads {FORMAT}. {REMEDY}")
-        check_files(folder, self.manifest["files"], REMEDY, integrity=integrity)
+            raise UserError(f"{folder}: store format {found}, this version reads {FORMAT}. {REBUILD}")
+        check_files(folder, self.manifest["files"], REBUILD, integrity=integrity)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -97,7 +96,7 @@ class EventStore:
         found = path.stat().st_size if path.exists() else 0
         if found != expected:
             raise UserError(
-                f"{path}: {found} bytes, expected {expected}; the file was changed since the store was opened. {REMEDY}"
+                f"{path}: {found} bytes, expected {expected}; the file was changed since the store was opened. {REBUILD}"
             )
         return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
 
@@ -212,7 +211,7 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
             raise UserError(
                 f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
                 f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
-                f"{REMEDY}"
+                f"{REBUILD}"
             )
 
 

@@ -16,8 +16,7 @@ from ehr_embed.embedders.cache import embed_texts
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_path
-
-REMEDY = "Type: python embed.py overwrite=true with the same overrides"
+from ehr_embed.manifest import REBUILD
 
 
 def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Tensor:
@@ -43,18 +42,18 @@ def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[st
         with safe_open(path, framework="pt") as file:
             about, vectors = file.metadata() or {}, file.get_tensor("embeddings")
     except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path}: not a readable table ({error}). {REMEDY}") from error
+        raise UserError(f"{path}: not a readable table ({error}). {REBUILD}") from error
     said = about.pop("sha256", None)
     for key, value in expected.items():
         if about.get(key) != value:
             raise UserError(
-                f"{path}: {key} is {about.get(key)}, expected {value}; vectors would belong to other texts. {REMEDY}"
+                f"{path}: {key} is {about.get(key)}, expected {value}; vectors would belong to other texts. {REBUILD}"
             )
     if said != (found := _sha256(vectors, about)):
         wanted = f"its header says {said[:12]}" if said else "and its header none, as earlier versions wrote it"
         raise UserError(
             f"{path} was changed: its vectors have sha256 {found[:12]}, {wanted}. Damaged vectors would train a damaged model, so "
-            f"none was loaded. {REMEDY}"
+            f"none was loaded. {REBUILD}"
         )
     return vectors.float(), about
 

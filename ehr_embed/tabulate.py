@@ -153,8 +153,12 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     for name in chosen:
         if name not in known:
             raise unknown_name("metric", name, sorted(known))
-    notes += _check_samples(list(grouped.values()))
-    groups = [Group(dict(keys), members, _statistics(members, values, chosen)) for keys, members in grouped.items()]
+    folds = [_folds(members) for members in grouped.values()]
+    notes += _check_samples(folds)
+    groups = [
+        Group(dict(keys), members, _statistics(row, values, chosen))
+        for (keys, members), row in zip(grouped.items(), folds, strict=True)
+    ]
     return Tabulated(groups, chosen, notes)
 
 
@@ -197,9 +201,9 @@ def _keys(runs: Sequence[Path], origin: Mapping[Path, Path], by: Sequence[str]) 
 
 
 def _statistics(
-    runs: Sequence[Path], values: Mapping[Path, Mapping[str, float]], metrics: Sequence[str]
+    folds: Mapping[str, Sequence[Path]], values: Mapping[Path, Mapping[str, float]], metrics: Sequence[str]
 ) -> dict[str, Statistic]:
-    found, folds = {}, _folds(runs)
+    found, runs = {}, [run for members in folds.values() for run in members]
     if asked := [name for name in metrics if name.startswith(ENSEMBLE)]:
         together = [ensemble(members, "held_out") for members in folds.values()]
         found = {name: statistic([fold[name.removeprefix(ENSEMBLE)] for fold in together]) for name in asked}
@@ -225,16 +229,16 @@ def _folds(runs: Sequence[Path]) -> dict[str, list[Path]]:
     return folds
 
 
-def _check_samples(rows: Sequence[Sequence[Path]]) -> list[str]:
-    """A note where rows are about other subjects or labels than each other.
+def _check_samples(rows: Sequence[Mapping[str, Sequence[Path]]]) -> list[str]:
+    """A note where rows, runs by fold, are about other subjects or labels than each other.
 
     Raises:
         UserError: runs of one row are, without being folds of a cross-validation.
     """
     seen = []
-    for runs in rows:
+    for folds in rows:
         digests = {}
-        for fold, members in _folds(runs).items():
+        for fold, members in folds.items():
             first, expected = members[0], samples_digest(members[0])
             for run in members[1:]:
                 if samples_digest(run) != expected:

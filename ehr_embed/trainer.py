@@ -172,7 +172,8 @@ class Trainer:
         if run is not None:
             state.restore(run)
         progress, rng = state.progress, None if run is None else run.checkpoint["rng_state"]
-        speed = training_flops(model, len(embedding.table)), peak_flops(self.fabric.device, self.precision)
+        flops = training_flops(model, len(embedding.table))
+        speed = flops, None if flops is None else peak_flops(self.fabric.device, self.precision)
 
         with stop_requests(is_deferred=True) as stop, profiler(self.run_dir, is_on=settings.profile) as after_batch:
             if progress.history and not progress.batch:

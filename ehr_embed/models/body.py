@@ -129,9 +129,7 @@ class Body(nn.Module):
         values: str,
     ) -> None:
         super().__init__()
-        check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
-        check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
-        check_sizes(model_dim, n_heads, positions, valid_positions)
+        check_sizes(model_dim, n_heads, n_layers, positions, valid_positions)
         self.max_length, self.positions, self.n_heads = max_length, positions, n_heads
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, values=values)
         self.time = nn.Linear(model_dim, model_dim) if positions == "time" else None
@@ -191,12 +189,15 @@ def event_index(inputs: dict[str, Tensor]) -> Tensor:
     return torch.arange(mask_BT.shape[1], device=mask_BT.device).expand(mask_BT.shape)
 
 
-def check_sizes(model_dim: int, n_heads: int, positions: str, valid_positions: tuple[str, ...]) -> None:
-    """Refuse sizes that attention cannot be built with.
+def check_sizes(model_dim: int, n_heads: int, n_layers: int, positions: str, valid_positions: tuple[str, ...]) -> None:
+    """Refuse sizes that blocks cannot be built with.
 
     Raises:
-        UserError: `n_heads` does not divide `model_dim`, an odd head size under rope, unknown `positions`.
+        UserError: a width or a number of blocks out of range, `n_heads` that does not divide `model_dim`, an odd head size under
+            rope, unknown `positions`.
     """
+    check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
+    check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
     if positions not in valid_positions:
         raise unknown_name("model.positions", positions, valid_positions)
     if n_heads < 1 or model_dim % n_heads:

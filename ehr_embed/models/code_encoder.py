@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import check_range, unknown_name
+from ehr_embed.errors import unknown_name
 from ehr_embed.models.blocks import Block
-from ehr_embed.models.body import MAX_LAYERS, MAX_WIDTH, check_sizes, check_width
+from ehr_embed.models.body import check_sizes, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import PooledHead, check_classifies
@@ -149,9 +149,7 @@ class CodeBody(nn.Module):
         self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
     ) -> None:
         super().__init__()
-        check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
-        check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
-        check_sizes(model_dim, n_heads, "none", ("none",))
+        check_sizes(model_dim, n_heads, n_layers, "none", ("none",))
         self.input = CodeInput(model_dim=model_dim, **options)
         self.subject = Subject(model_dim) if age else None
         self.blocks = nn.ModuleList(

@@ -13,12 +13,11 @@ from typing import Any
 
 from ehr_embed.errors import UserError
 from ehr_embed.files import atomic_directory, digest, locked, remove_leftovers
-from ehr_embed.manifest import check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS
 
 log = logging.getLogger(__name__)
 MANIFEST = "import.json"
-REMEDY = "Type: python embed.py overwrite=true with the same overrides"
 
 
 def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
@@ -74,9 +73,9 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
                     "Type: data.root=ANOTHER_FOLDER, or delete it if an earlier version made it"
                 )
         elif not overwrite:
-            manifest = read_manifest(folder / MANIFEST, REMEDY)
+            manifest = read_manifest(folder / MANIFEST, REBUILD)
             _refuse_other_files(folder, manifest["made_from"], made_from)
-            check_files(folder, manifest["files"], REMEDY)
+            check_files(folder, manifest["files"], REBUILD)
             return
         log.info("importing as MEDS to %s", folder)
         remove_leftovers(folder.parent, f"{folder.name}.")
@@ -92,5 +91,5 @@ def _refuse_other_files(folder: Path, known: dict[str, Any], made_from: dict[str
             raise UserError(
                 f"{folder} was imported from other files: {key} was {known.get(key, 'absent')}, now "
                 f"{made_from.get(key, 'absent')}. Texts, labels or events would be out of date. "
-                f"{REMEDY}"
+                f"{REBUILD}"
             )
