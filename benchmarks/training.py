@@ -74,6 +74,7 @@ class Sides:
         )
         trainer = Trainer(
             settings,
+            settings.launch(),
             task=self.task,
             run_dir=self.folder,
             config={},

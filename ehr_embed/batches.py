@@ -232,8 +232,8 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
 
     A batch holds at most `batch_size` samples and, padded, at most `batch_tokens` events. With `shuffle` the samples are
     shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
-    from (seed, epoch). Over several processes every rank takes the same number of batches; in training the last few are
-    dropped where they do not divide, without `shuffle` they are kept (ranks may differ by one).
+    from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
+    where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
 
     Raises:
         UserError: a sample is longer than `batch_tokens`.
@@ -294,11 +294,15 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         """Batches of this rank in the current epoch, those before `first` included."""
         return len(self._own())
 
+    @property
+    def n_own(self) -> int:
+        """This rank's batches that are no repetition of another's; those come last."""
+        return len(self.batches()[self.rank :: self.world_size])
+
     def _own(self) -> list[npt.NDArray[np.int64]]:
         batches = self.batches()
-        if self.shuffle and self.world_size > 1:
-            batches = batches[: len(batches) // self.world_size * self.world_size]
-        return batches[self.rank :: self.world_size]
+        n_each = len(batches) // self.world_size if self.shuffle else -(-len(batches) // self.world_size)
+        return [batches[(self.rank + i * self.world_size) % len(batches)] for i in range(n_each)]
 
 
 def batch_loader(

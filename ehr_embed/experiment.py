@@ -6,12 +6,16 @@ import logging
 import platform
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from lightning_fabric import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,6 +34,7 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
+from ehr_embed.processes import Processes, n_launched, run_ranks
 from ehr_embed.resume import claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
@@ -40,9 +45,10 @@ from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.stopping import stop_requests
 from ehr_embed.tasks.labels import available_labels
-from ehr_embed.tasks.protocol import Task, check_causality
+from ehr_embed.tasks.protocol import Outputs, Task, check_causality
 from ehr_embed.texts import read_lookups
-from ehr_embed.trainer import Trainer
+from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.trainer import Trainer, TrainerSettings
 from ehr_embed.transfer import kept
 from ehr_embed.vocabulary import VocabularySettings
 
@@ -133,12 +139,29 @@ def run(cfg: DictConfig) -> float:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
     check_config(cfg)
-    run_dir, init_from = run_directory(cfg), cfg.init_from
+    settings: TrainerSettings = _builder(cfg)(cfg.trainer)
+    if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
+        chosen = cfg.copy()  # before `${now:}` means something else in each of them
+        chosen.run_dir = str(run_directory(cfg))
+        return run_ranks(partial(_run_rank, chosen, Singleton.get_state()), settings.devices)
+    processes = settings.launch()
+    if not processes.is_first:
+        logging.disable(logging.WARNING)  # rank 0 says it
+    run_dir, init_from = processes.on_first(lambda: run_directory(cfg)), cfg.init_from
     if cfg.pretrain is not None:
         check_config(first := pretraining(cfg))
-        run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
+        run_stage(first, run_dir / "pretrain", processes, init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
-    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, processes, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+
+
+def _run_rank(cfg: DictConfig, singletons: Any) -> float:
+    """`run` in a process that `run_ranks` started, with Hydra's state and log as in the one that did."""
+    Singleton.set_state(singletons)
+    if HydraConfig.initialized():
+        hydra: Any = HydraConfig.get()
+        configure_log(hydra.job_logging, hydra.verbose)
+    return run(cfg)
 
 
 def pretraining(cfg: DictConfig) -> DictConfig:
@@ -155,13 +178,15 @@ def pretraining(cfg: DictConfig) -> DictConfig:
     return stage
 
 
-def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> float:
+def run_stage(
+    cfg: DictConfig, run_dir: Path, processes: Processes, *, init_from: str | Path | None, trial: TrialHandle
+) -> float:
     """Train and evaluate in `run_dir`, starting from the checkpoint `init_from` if there is one; `trial` is told each epoch."""
     began = time.perf_counter()
     seed_everything(cfg.seed, verbose=False)
     build = _builder(cfg)
     task: Task = build(cfg.task)
-    settings = build(cfg.trainer)
+    settings: TrainerSettings = build(cfg.trainer)
     is_trained = task.is_trained and settings.epochs > 0
     if init_from is None and not is_trained:
         raise UserError(
@@ -169,14 +194,16 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             "Type: init_from=RUN_DIR or a checkpoint"
         )
     config = resolved(cfg, run_dir)
-    found = find_run(run_dir, config, how=cfg.resume)
+    found = processes.on_first(lambda: find_run(run_dir, config, how=cfg.resume))
     if found.is_finished:
-        log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
-        print_metrics(done := read_metrics(run_dir), run_dir)
+        done = read_metrics(run_dir)
+        if processes.is_first:
+            log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
+            print_metrics(done, run_dir)
         return float(done["tuning"][task.monitor]["value"])
     source, prepared = prepare_from(cfg)
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
-    audited = audit(prepared.store, task.samples, task.class_names, mode=cfg.audit)
+    audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
@@ -201,7 +228,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             )
             made_from["init_from_sha256"] = file_sha256(checkpoint_path(init_from))
     start = found.load(prepared.identity, task.samples)
-    tracker = build(
+    tracker: Tracker = build(
         cfg.tracker,
         run_dir=run_dir,
         config=config,
@@ -211,16 +238,24 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     )
 
     def log_epoch(row: dict[str, float], epoch: int) -> None:
-        tracker.log(row, step=epoch)
-        _print_epoch(row, task.monitor)
+        if processes.is_first:
+            tracker.log(row, step=epoch)
+            _print_epoch(row, task.monitor)
         trial.report(row[f"tuning/{task.monitor}"], step=epoch)
 
-    with claimed(run_dir, is_new=cfg.resume == "overwrite"), tracker:
-        write_inputs(run_dir, config, prepared)
-        if audited is not None:
-            write_json(run_dir / "audit.json", audited)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(claimed(run_dir, is_new=cfg.resume == "overwrite"))
+            stack.enter_context(tracker)
+            write_inputs(run_dir, config, prepared)
+            if audited is not None:
+                write_json(run_dir / "audit.json", audited)
+
+        processes.on_first(begin)
         trainer = Trainer(
             settings,
+            processes,
             task=task,
             run_dir=run_dir,
             config=config,
@@ -231,39 +266,44 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         )
         facts = trainer.fit(model, embedding, start) if is_trained else trainer.facts(model, embedding)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
-        task.fit_thresholds(outputs["tuning"])
-        history = facts.pop("history")
-        metrics: dict[str, Any] = {
-            split: task.evaluate(split, outputs[split], n_bootstrap=settings.n_bootstrap)
-            for split in reversed(EVALUATED)
-        }
-        metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
-        metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
-        if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
-            metrics["transfer"] = share
-        if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
-            metrics["bayes_auroc"] = bayes
-        for split in EVALUATED:
-            task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
-        curves = task.curves(outputs)
-        plots = write_plots(run_dir / "plots", history, curves)
-        write_model_card(
-            run_dir,
-            config=config,
-            metrics=metrics,
-            store=prepared.store,
-            samples=task.samples,
-            curves=curves,
-            audited=audited,
-            n_bootstrap=settings.n_bootstrap,
-        )
-        objective = float(metrics["tuning"][task.monitor]["value"])
-        tracker.summarise(summary_of(metrics))
-        tracker.add_plots(plots)
-        tracker.add_examples(lambda: examples_of(task, prepared.store, outputs["held_out"]))
-        finish(run_dir, metrics, made_from | {"samples_digest": trainer.about["samples_digest"]})
-    print_metrics(metrics, run_dir)
-    return objective
+
+        def conclude() -> float:
+            history = facts.pop("history")
+            metrics = evaluate(task, outputs, n_bootstrap=settings.n_bootstrap)
+            metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
+            metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
+            if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
+                metrics["transfer"] = share
+            if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
+                metrics["bayes_auroc"] = bayes
+            for split in EVALUATED:
+                task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
+            curves = task.curves(outputs)
+            plots = write_plots(run_dir / "plots", history, curves)
+            write_model_card(
+                run_dir,
+                config=config,
+                metrics=metrics,
+                store=prepared.store,
+                samples=task.samples,
+                curves=curves,
+                audited=audited,
+                n_bootstrap=settings.n_bootstrap,
+            )
+            tracker.summarise(summary_of(metrics))
+            tracker.add_plots(plots)
+            tracker.add_examples(lambda: examples_of(task, prepared.store, outputs["held_out"]))
+            finish(run_dir, metrics, made_from | {"samples_digest": trainer.about["samples_digest"]})
+            print_metrics(metrics, run_dir)
+            return float(metrics["tuning"][task.monitor]["value"])
+
+        return processes.on_first(conclude)
+
+
+def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
+    """Metrics of the evaluated splits, with thresholds from tuning."""
+    task.fit_thresholds(outputs["tuning"])
+    return {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:

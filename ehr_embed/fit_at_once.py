@@ -64,7 +64,10 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
     # There is no optimizer and no schedule, whose state readers of a checkpoint look for.
     write_latest(
-        trainer.run_dir, model, progress, trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}}
+        trainer.run_dir,
+        model.state_dict(),
+        progress,
+        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
     )
     link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
     trainer.log(row, 1)
@@ -98,8 +101,8 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
         raise UserError(
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
         )
-    if trainer.fabric.world_size > 1:
-        raise UserError(f"{name} is fitted in one process, here are {trainer.fabric.world_size}. Use one device.")
+    if trainer.processes.size > 1:
+        raise UserError(f"{name} is fitted in one process, here are {trainer.processes.size}. Type: trainer.devices=1")
 
 
 def _inputs(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:

@@ -57,20 +57,20 @@ def parameter_groups(
             f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
             "is nothing to decay over. Type: trainer.layer_decay=1"
         )
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
-        groups.setdefault((depth, parameter.ndim >= 2), []).append(parameter)
-    for parameter in embedding.parameters():
+        groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
+    for parameter in embedding.parameters():  # a group of its own, which stays whole where the model is spread over processes
         if parameter.requires_grad:
-            groups.setdefault((n_layers + 1, embedding.trainable == "residual"), []).append(parameter)
+            groups.setdefault((n_layers + 1, embedding.trainable == "residual", True), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": learning_rate * layer_decay**depth,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (depth, decays), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+        for (depth, decays, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 
 from ehr_embed.errors import unknown_name
@@ -39,13 +38,12 @@ class Autocast(MixedPrecision):
         return data
 
 
-def make_fabric(accelerator: str, precision: str) -> Fabric:
-    """A Fabric on one device that computes in `precision` (not `auto`) and rounds no input of a mixed one."""
+def precision_plugin(accelerator: str, precision: str) -> Autocast | None:
+    """What makes a Fabric compute in `precision` (not `auto`) and rounds no input; None for 32-true."""
     if precision == "32-true":
-        return Fabric(accelerator=accelerator, devices=1, precision="32-true")
+        return None
     device = "cuda" if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available() else "cpu"
-    plugin = Autocast(precision=precision, device="mps" if accelerator == "mps" else device)  # type: ignore[arg-type]
-    return Fabric(accelerator=accelerator, devices=1, plugins=[plugin])
+    return Autocast(precision=precision, device="mps" if accelerator == "mps" else device)  # type: ignore[arg-type]
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -75,7 +75,7 @@ def n_pairs(is_event_BT: Tensor, segments_BT: Tensor | None) -> int:
 
 
 def rates(
-    n_events: int, n_padded: int, n_pairs: int, seconds: float, flops: TrainingFlops | None, peak: float | None
+    n_events: float, n_padded: float, n_pairs: float, seconds: float, flops: TrainingFlops | None, peak: float | None
 ) -> dict[str, float]:
     """events_per_s (without padding), tokens_per_s (with it), padding_share, and where both are known mfu: model FLOPs of
     the events, without padding and recomputation, as a share of `peak` FLOP/s.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +23,17 @@ from ehr_embed.fit_at_once import fit_at_once
 from ehr_embed.memory import peak_memory_mib
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.optimizer import body_of, parameter_groups
-from ehr_embed.precision import choose_precision, make_fabric
+from ehr_embed.precision import choose_precision
+from ehr_embed.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
 from ehr_embed.profiling import profiler
 from ehr_embed.resume import samples_digest
+from ehr_embed.sharding import load_weights
 from ehr_embed.speed import peak_flops, rates, training_flops
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
 
 SCHEDULES = ("plateau", "cosine", "constant")
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
@@ -58,6 +60,9 @@ class TrainerSettings:
     n_bootstrap: int = 1000
     num_workers: int = 0
     accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
     precision: str = "auto"
     freeze: str | None = None
     layer_decay: float = 1.0
@@ -86,6 +91,15 @@ class TrainerSettings:
         check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
         if self.accelerator not in ACCELERATORS:
             raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
+        check_range("trainer.devices", self.devices, 1, MAX_DEVICES)
+        check_range("trainer.nodes", self.nodes, 1, MAX_NODES)
+        if self.strategy not in STRATEGIES:
+            raise unknown_name("trainer.strategy", self.strategy, STRATEGIES)
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise UserError(
+                "trainer.strategy=fsdp with trainer.precision=16-mixed: gradients that are spread cannot be scaled. "
+                "Type: trainer.precision=bf16-mixed"
+            )
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
         for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
@@ -94,12 +108,23 @@ class TrainerSettings:
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
 
+    def launch(self) -> Processes:
+        """Join the processes that train together and choose their devices, see `ehr_embed.processes.launch`."""
+        return launch(
+            accelerator=self.accelerator,
+            precision=choose_precision(self.precision, self.accelerator),
+            devices=self.devices,
+            nodes=self.nodes,
+            strategy=self.strategy,
+        )
+
 
 class Trainer:
     """Trains a model on a task's train samples and keeps the checkpoint that is best on tuning.
 
     Args:
         settings: how to train.
+        processes: what `settings.launch` gave.
         task: after `setup`.
         run_dir: where checkpoints go.
         config: the resolved configuration, stored in every checkpoint.
@@ -112,6 +137,7 @@ class Trainer:
     def __init__(
         self,
         settings: TrainerSettings,
+        processes: Processes,
         *,
         task: Task,
         run_dir: Path,
@@ -122,6 +148,7 @@ class Trainer:
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
+        self.processes, self.fabric = processes, processes.fabric
         self.about = {
             "config": config,
             "identity": identity,
@@ -130,8 +157,6 @@ class Trainer:
             "samples_digest": samples_digest(task.samples),
         }
         self.precision = choose_precision(settings.precision, settings.accelerator)
-        self.fabric = make_fabric(settings.accelerator, self.precision)
-        self.fabric.launch()
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
@@ -156,6 +181,8 @@ class Trainer:
         if settings.freeze == "body":
             body_of(model).requires_grad_(False)
             embedding.requires_grad_(False)  # what the body reads is part of what it learned
+        # Before the optimizer: a model that is spread has new parameters.
+        wrapped = self.fabric.setup_module(model)
         groups = parameter_groups(
             model,
             embedding,
@@ -163,19 +190,21 @@ class Trainer:
             weight_decay=settings.weight_decay,
             layer_decay=settings.layer_decay,
         )
-        optimizer = torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
-        wrapped, optimizer = self.fabric.setup(model, optimizer)
+        optimizer: Any = self.fabric.setup_optimizers(
+            torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
+        )
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
         scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)
         scaling = self.fabric.strategy.precision
-        state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about)
-        if run is not None:
-            state.restore(run)
-        progress, rng = state.progress, None if run is None else run.checkpoint["rng_state"]
-        flops = training_flops(model, len(embedding.table))
-        speed = flops, None if flops is None else peak_flops(self.fabric.device, self.precision)
+        state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes)
+        rng = None if run is None else state.restore(run)
+        if rng is None and self.processes.rank:  # else all ranks would drop and mask the same places
+            torch.manual_seed(self.seed + (self.processes.rank << 32))
+        progress = state.progress
+        speed = self._speed(model, embedding)
 
-        with stop_requests(is_deferred=True) as stop, profiler(self.run_dir, is_on=settings.profile) as after_batch:
+        profiled = profiler(self.run_dir, is_on=settings.profile and self.processes.is_first)
+        with stop_requests(is_deferred=True) as stop, profiled as after_batch:
             if progress.history and not progress.batch:
                 self._keep(state)  # a kill may have come before it
             for row in progress.history:  # to whoever keeps them now, and may not have the last
@@ -186,9 +215,9 @@ class Trainer:
                 loss = self._train_epoch(wrapped, state, stop, rng, after_batch)
                 rng = rng_state()
                 try:
-                    tuning_loss, outputs = self._predict(wrapped, embedding, "tuning", stop)
+                    tuning_loss, outputs = self._predict(model, embedding, "tuning", stop)
                 except Stopped:
-                    self._save(state, rng)
+                    state.save(self.run_dir, rng)
                     self._leave_if_asked(stop, progress)
                     raise
                 rng = None
@@ -203,19 +232,19 @@ class Trainer:
                     "train/learning_rate": optimizer.param_groups[0]["lr"],
                     "tuning/loss": tuning_loss,
                 }
-                found = rates(progress.n_events, progress.n_padded, progress.n_pairs, progress.seconds, *speed)
+                found = speed(progress.n_events, progress.n_padded, progress.n_pairs, progress.seconds)
                 found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
                 row |= {f"train/{name}": x for name, x in found.items()}
                 row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
                 progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
-                self._save(state)
+                state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
         best = torch.load(self.run_dir / BEST, map_location=self.fabric.device, weights_only=True)
-        model.load_state_dict(best["model_state_dict"])
+        load_weights(model, best["model_state_dict"])
         embedding.load_state_dict(best.get("embedding_state_dict", {}))
         return self.facts(model, embedding) | {
             "n": len(self.task.dataset("train")),
@@ -223,9 +252,21 @@ class Trainer:
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
             "seconds": progress.total_seconds,
-            **rates(progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds, *speed),
+            **speed(progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds),
             "history": progress.history,
         }
+
+    def _speed(
+        self, model: nn.Module, embedding: EventEmbedding
+    ) -> Callable[[float, float, float, float], dict[str, float]]:
+        """`rates` of all processes together from what one has done on average."""
+        flops, n = training_flops(model, len(embedding.table)), self.processes.size
+        peak = None if flops is None else peak_flops(self.fabric.device, self.precision)
+
+        def speed(n_events: float, n_padded: float, n_pairs: float, seconds: float) -> dict[str, float]:
+            return rates(n * n_events, n * n_padded, n * n_pairs, seconds, flops, None if peak is None else n * peak)
+
+        return speed
 
     def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
         """What can be said of a model that is not trained here: n_parameters, n_trained of them, peak_memory_mib so far (of the
@@ -265,6 +306,11 @@ class Trainer:
         progress.epoch += not progress.batch
         loader = self._loader("train", progress.epoch, progress.batch)
         first, n_batches = progress.batch, len(loader.sampler)
+        if not n_batches:
+            raise UserError(
+                f"an epoch has fewer batches than this run has processes ({self.processes.size}), so some would have none. "
+                "Type: trainer.batch_size=SMALLER, or trainer.devices=FEWER"
+            )
         total = torch.tensor(progress.loss_sum, device=self.fabric.device)
         began = time.perf_counter() - progress.seconds
         if rng is not None and not first:
@@ -278,7 +324,7 @@ class Trainer:
             initial=first,
             desc=f"epoch {progress.epoch}",
             leave=False,
-            disable=None,
+            disable=None if self.processes.is_first else True,
             unit="batch",
         )
         for number, batch in enumerate(bar, first):
@@ -306,11 +352,13 @@ class Trainer:
             state.optimizer.zero_grad()
             progress.step += 1
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
-            if stop.name or is_due or number + 1 == n_batches:
+            asked = self._asked(stop)
+            if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
-                progress.loss_sum = self._finite(float(self._reduce(total, "mean")), progress)
-            if stop.name or is_due:
-                self._save(state)
+                progress.average(float(total), self.processes)
+                total.fill_(self._finite(progress.loss_sum, progress))
+            if asked or is_due:
+                state.save(self.run_dir)
                 self._leave_if_asked(stop, progress)
         return progress.loss_sum / n_batches
 
@@ -324,10 +372,15 @@ class Trainer:
             )
         return loss_sum
 
+    def _asked(self, stop: StopRequest) -> str | None:
+        """The signal by which any process was asked to stop: they do so together, since each waits for the others."""
+        number = self.processes.largest(0 if stop.name is None else signal.Signals[stop.name])
+        return signal.Signals(number).name if number else None
+
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
-        if stop.name:
+        if name := self._asked(stop):
             raise Stopped(
-                f"stopped by {stop.name} in epoch {progress.epoch}, step {progress.step}, and saved in {self.run_dir}; "
+                f"stopped by {name} in epoch {progress.epoch}, step {progress.step}, and saved in {self.run_dir}; "
                 "the same command with this run_dir continues"
             )
 
@@ -341,20 +394,22 @@ class Trainer:
         n = len(loader.dataset)
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         loss_sum = torch.zeros((), device=self.fabric.device)
-        for batch in loader:
-            if stop is not None and stop.name:
+        for number, batch in enumerate(loader):
+            if stop is not None and self._asked(stop):
                 raise Stopped
             moved = batch.to(self.fabric.device)
             with self.fabric.autocast():
-                loss, result[moved.sample] = self.task.step(model, embedding, moved)
-            loss_sum += loss * len(moved.sample)
+                loss, outputs = self.task.step(model, embedding, moved)
+            if number < loader.sampler.n_own:
+                result[moved.sample] = outputs
+                loss_sum += loss * len(moved.sample)
         result = self._reduce(result, "sum")
         loss_sum = self._reduce(loss_sum, "sum")
         return float(loss_sum) / n, result.cpu().numpy()
 
     def _synchronise(self, embedding: EventEmbedding) -> None:
         """Give every process the mean gradient of the embedding, which Fabric's wrapper of the model does not see."""
-        if self.fabric.world_size > 1:
+        if self.processes.size > 1:
             for parameter in embedding.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self._reduce(parameter.grad, "mean")
@@ -374,8 +429,8 @@ class Trainer:
             batch_tokens=settings.batch_tokens,
             shuffle=epoch is not None,
             seed=self.seed,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
         )
         sampler.set_epoch(epoch or 0, first)
         pin = self.fabric.device.type == "cuda"
@@ -402,10 +457,6 @@ class Trainer:
         )
         return SequentialLR(optimizer, [warmup, after], milestones=[settings.warmup_steps]), None
 
-    def _save(self, state: TrainingState, rng: dict[str, Any] | None = None) -> None:
-        if self.fabric.is_global_zero:
-            state.save(self.run_dir, rng)
-
     def _keep(self, state: TrainingState) -> None:
-        if self.fabric.is_global_zero:
+        if self.processes.is_first:
             state.keep(self.run_dir, save_every=self.settings.save_every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, link_file
+from ehr_embed.processes import Processes
+from ehr_embed.sharding import load_optimizer, load_weights, whole
 from ehr_embed.speed import n_pairs
 
 LATEST = "latest_checkpoint.pt"
@@ -31,6 +34,7 @@ class Progress:
         step: optimizer steps of all epochs.
         loss_sum, n_events, n_padded, n_pairs, seconds: of the epoch as far as it is.
         total_events, total_padded, total_pairs, total_seconds: of the epochs that are over.
+        n_processes: that these figures and `batch` are of one of, on average.
         history: a row of metrics for each of those.
     """
 
@@ -38,24 +42,37 @@ class Progress:
     batch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    n_events: int = 0
-    n_padded: int = 0
-    n_pairs: int = 0
+    n_events: float = 0
+    n_padded: float = 0
+    n_pairs: float = 0
     seconds: float = 0.0
-    total_events: int = 0
-    total_padded: int = 0
-    total_pairs: int = 0
+    total_events: float = 0
+    total_padded: float = 0
+    total_pairs: float = 0
     total_seconds: float = 0.0
     best_value: float | None = None
     best_epoch: int = 0
     epochs_without_improvement: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    n_processes: int = 1
 
     def count(self, batch: Batch) -> None:
         """Add a batch, not yet on the device, to what the epoch has seen."""
         self.n_events += int(batch.is_event.sum())
         self.n_padded += batch.is_event.numel()
         self.n_pairs += n_pairs(batch.is_event, batch.segments)
+
+    def average(self, loss_sum: float, processes: Processes) -> None:
+        """Take the mean over the processes of what each has counted in this epoch, and of its `loss_sum`."""
+        counted = (loss_sum, self.n_events, self.n_padded, self.n_pairs)
+        self.loss_sum, self.n_events, self.n_padded, self.n_pairs = processes.means(counted)
+
+    def spread(self, n: int) -> None:
+        """Count as one of `n` processes: a run goes on with another number of them near the batch where it was."""
+        self.batch = math.ceil(self.batch * self.n_processes / n)
+        for name in ("loss_sum", "n_events", "n_padded", "n_pairs", "total_events", "total_padded", "total_pairs"):
+            setattr(self, name, getattr(self, name) * self.n_processes / n)
+        self.n_processes = n
 
     def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool) -> None:
         """Add the epoch to the totals, and judge it by its monitored metric."""
@@ -101,6 +118,7 @@ class TrainingState:
     Attributes:
         precision: Fabric's plugin, which has a state where it scales gradients.
         about: what else a checkpoint says: configuration, identity, sizes, classes, digest of the samples.
+        processes: that train together; all must ask to save or restore, and rank 0 writes.
     """
 
     model: nn.Module
@@ -110,12 +128,21 @@ class TrainingState:
     plateau: ReduceLROnPlateau | None
     precision: Any
     about: dict[str, Any]
+    processes: Processes
     progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.progress.n_processes = self.processes.size
 
     def save(self, run_dir: Path, rng: dict[str, Any] | None = None) -> None:
         """Write `latest_checkpoint.pt`; `rng` where the generators have moved on since the state to be saved."""
+        is_first = self.processes.is_first
+        weights, moments = (whole(x.state_dict(), is_kept=is_first) for x in (self.model, self.optimizer))
+        rng, *others = self.processes.gather(rng or rng_state())
+        if not is_first:
+            return
         rest: dict[str, Any] = {
-            "optimizer_state_dict": self.optimizer.state_dict(),
+            "optimizer_state_dict": moments,
             "scheduler_state_dict": {
                 name: schedule.state_dict()
                 for name, schedule in (("scheduler", self.scheduler), ("plateau", self.plateau))
@@ -125,7 +152,9 @@ class TrainingState:
         }
         if learned := self.embedding.state_dict():
             rest["embedding_state_dict"] = learned
-        write_latest(run_dir, self.model, self.progress, self.about | rest, rng)
+        if others:
+            rest["other_rng_states"] = others
+        write_latest(run_dir, weights, self.progress, self.about | rest, rng)
 
     def keep(self, run_dir: Path, *, save_every: int) -> None:
         """Keep the latest checkpoint, of an epoch that is over, as the best one or that epoch's, if it is.
@@ -140,8 +169,11 @@ class TrainingState:
         for name in names:
             link_file(run_dir / LATEST, run_dir / name)
 
-    def restore(self, run: Continuation) -> None:
-        """Take over everything of a checkpoint but the random generators, for which see `set_rng_state`.
+    def restore(self, run: Continuation) -> dict[str, Any] | None:
+        """Take over everything of a checkpoint but the random generators.
+
+        Returns:
+            State of this process's generators, for `set_rng_state`; None where another number of processes saved them.
 
         Raises:
             UserError: its weights or its optimizer are not of this model's shape.
@@ -149,15 +181,18 @@ class TrainingState:
         saved = run.checkpoint
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
-            self.model.load_state_dict(saved["model_state_dict"])
+            load_weights(self.model, saved["model_state_dict"])
             self.embedding.load_state_dict(saved.get("embedding_state_dict", {}))
-            self.optimizer.load_state_dict(saved["optimizer_state_dict"])
+            load_optimizer(self.optimizer, saved["optimizer_state_dict"])
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{run.path} does not fit this model or its optimizer ({str(error).splitlines()[-1].strip()}), so resume=force "
                 "cannot go on from it. Type: run_dir=ANOTHER, or resume=overwrite to start again here"
             ) from error
         self.progress = Progress(**saved["progress"])
+        self.progress.spread(self.processes.size)
+        generators = [saved["rng_state"], *saved.get("other_rng_states", ())]
+        own = generators[self.processes.rank] if len(generators) == self.processes.size else None
         if saved["precision_state"]:
             self.precision.load_state_dict(saved["precision_state"])
         schedules = saved["scheduler_state_dict"]
@@ -167,10 +202,11 @@ class TrainingState:
                 self.progress.best_value, self.progress.epochs_without_improvement = None, 0
                 schedules = {name: schedule for name, schedule in schedules.items() if name != "plateau"}
             self._schedule_anew(groups, saved["optimizer_state_dict"]["param_groups"], schedules)
-            return
+            return own
         self.scheduler.load_state_dict(schedules["scheduler"])
         if self.plateau is not None:
             self.plateau.load_state_dict(schedules["plateau"])
+        return own
 
     def _schedule_anew(self, groups: list[dict], saved_groups: list[dict], schedules: dict[str, Any]) -> None:
         """Rates of the new settings, as if they had been the settings up to this step; halvings of a plateau stay."""
@@ -190,11 +226,11 @@ class TrainingState:
 
 
 def write_latest(
-    run_dir: Path, model: nn.Module, progress: Progress, rest: dict[str, Any], rng: dict[str, Any] | None = None
+    run_dir: Path, weights: dict[str, Any], progress: Progress, rest: dict[str, Any], rng: dict[str, Any] | None = None
 ) -> None:
     """Write `latest_checkpoint.pt`: the model's weights, where training stands, the random generators, and `rest`."""
     checkpoint = {
-        "model_state_dict": model.state_dict(),
+        "model_state_dict": weights,
         **rest,
         "epoch": progress.epoch,
         "progress": dict(progress.__dict__),

@@ -81,6 +81,7 @@ def train(
     )
     trainer = Trainer(
         settings,
+        settings.launch(),
         task=task,
         run_dir=run_dir,
         config={},

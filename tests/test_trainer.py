@@ -52,17 +52,11 @@ def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **sett
     sizes = {"model_dim": 16, "n_heads": 2, "n_layers": 1, "max_length": 16}
     model = Encoder(embedding_dim=12, num_classes=2, dropout=dropout, **sizes)
     rows: list[dict[str, float]] = []
+    chosen = {"epochs": 6, "learning_rate": 1e-2, "warmup_steps": 2, "precision": "32-true", "batch_size": 8}
+    trainer_settings = TrainerSettings(**{**chosen, **settings})
     trainer = Trainer(
-        TrainerSettings(
-            **{
-                "epochs": 6,
-                "learning_rate": 1e-2,
-                "warmup_steps": 2,
-                "precision": "32-true",
-                "batch_size": 8,
-                **settings,
-            }
-        ),
+        trainer_settings,
+        trainer_settings.launch(),
         task=task,
         run_dir=run_dir,
         config={"seed": seed},
