@@ -16,7 +16,6 @@ from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, link_file
-from ehr_embed.speed import n_pairs
 
 LATEST = "latest_checkpoint.pt"
 
@@ -52,10 +51,10 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def count(self, batch: Batch) -> None:
-        """Add a batch, not yet on the device, to what the epoch has seen."""
-        self.n_events += int(batch.is_event.sum())
+        """Add a batch to what the epoch has seen."""
+        self.n_events += batch.n_events
         self.n_padded += batch.is_event.numel()
-        self.n_pairs += n_pairs(batch.is_event, batch.segments)
+        self.n_pairs += batch.n_pairs
 
     def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool) -> None:
         """Add the epoch to the totals, and judge it by its monitored metric."""
