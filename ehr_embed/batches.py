@@ -193,10 +193,11 @@ def gather(
     row_starts = np.cumsum(row_lengths) - row_lengths
     first_timed = np.where(sequences.start < sequences.stop, sequences.start, -1)
     # Where the event before is another one in the record: after the static events, if the last of the record's are kept.
-    jump = np.where((n_static > 0) & (sequences.static_stop < sequences.start), n_static, -1)
+    jump = np.where((n_static > 0) & (sequences.static_stop != sequences.start), n_static, -1)
+    has_jump = bool((jump > 0).any())
     births = np.where(sequences.birth_times == STATIC_TIME, np.iinfo(np.int64).max, sequences.birth_times)
-    of_row = np.stack([row_lengths, row_starts, np.arange(n_rows) * n_places - row_starts])
-    of_sequence = np.stack([
+    of_row = np.array([row_lengths, row_starts, np.arange(n_rows) * n_places - row_starts])
+    of_sequence = np.array([
         lengths, sequence_starts[:-1], n_static, sequences.static_start, sequences.start - n_static, jump, first_timed,
         sequences.prediction_times, births,
     ])  # fmt: skip
@@ -223,14 +224,18 @@ def gather(
     def spread(x_S: Tensor) -> Tensor:
         return x_S[:, None] if sequence_BT is None else _taken(x_S, sequence_BT)
 
-    event_BT = torch.where(position_BT < spread(n_static_S), spread(static_start_S), spread(origin_S))
-    event_BT = event_BT.add_(position_BT).mul_(is_event_BT)
+    event_BT = spread(origin_S) + position_BT
+    if has_jump:
+        event_BT = torch.where(position_BT < spread(n_static_S), spread(static_start_S) + position_BT, event_BT)
+    event_BT.mul_(is_event_BT)
     times_BT = _taken(events.times, event_BT)
     is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
     first_times_BT = spread(first_times_S)
     times_BT = torch.where(is_timed_BT, times_BT, first_times_BT)
     continues_BT = is_event_BT & (position_BT > 0)
-    is_next_BT = continues_BT & is_timed_BT & (position_BT != spread(jump_S))
+    is_next_BT = continues_BT & is_timed_BT
+    if has_jump:
+        is_next_BT &= position_BT != spread(jump_S)
     # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
     gap_BT = (times_BT - times_BT.roll(1)).mul_(continues_BT)
     birth_BT = spread(birth_S)
