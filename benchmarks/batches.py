@@ -4,7 +4,8 @@
     python -m benchmarks.batches --peer DIR/bin
 
 Without `--peer` ours is measured alone. Batches of 32 samples, the last 512 events of a subject, one process. Ours are of
-similar length and hold six kinds of time and mask; the peer's are random, with codes, values and times.
+similar length and hold six kinds of time and mask; the peer's are random, with codes, values and times. On a GPU there are
+two more sides: batches copied there, and batches gathered there from events it holds (trainer.data_device=host and device).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import alternate, parser, ratio, report, seconds, write_cohort
-from ehr_embed.batches import BucketSampler, batch_loader
+import torch
+
+from benchmarks.common import alternate, cpu_name, parser, ratio, report, seconds, write_cohort
+from ehr_embed.batches import HOST, BucketSampler, batch_loader
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.store import build_store
 from ehr_embed.tasks.classification import Classification
@@ -28,26 +31,30 @@ BATCH_SIZE, MAX_LENGTH = 32, 512
 PEER = Path(__file__).with_name("peer_batches.py")
 
 
-def our_loader(root: Path, folder: Path) -> Any:
-    """The trainer's loader of an epoch of train."""
+def our_loaders(root: Path, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The trainer's loaders of an epoch of train: on the host, and for a GPU."""
     store = build_store(folder, MedsSource(root=str(root)), VocabularySettings(values="continuous"))
     task = Classification()
     task.setup(store, root / "labels", MAX_LENGTH)
     dataset = task.dataset("train")
     sampler = BucketSampler(dataset.lengths, batch_size=BATCH_SIZE, batch_tokens=16_384, shuffle=True)
-    return batch_loader(dataset, sampler, num_workers=0, pin_memory=False)
+    loaders = {"ours": batch_loader(dataset, sampler)}
+    if device.type == "cuda":
+        for side, data_device in (("copied", "host"), ("held", "device")):
+            loaders[side] = batch_loader(dataset, sampler, device=device, data_device=data_device)
+    return loaders
 
 
-def epoch(loader: Any) -> dict[str, float]:
-    """Samples, events and seconds of one pass."""
+def epoch(loader: Any, device: torch.device) -> dict[str, float]:
+    """Samples, events and seconds of one pass, until the last batch is on the device."""
     found = {"n_samples": 0, "n_events": 0}
 
     def work() -> None:
-        for batch in loader:
+        for batch in (batch.to(device) for batch in loader):
             found["n_samples"] += len(batch.labels)
-            found["n_events"] += int(batch.is_event.sum())
+            found["n_events"] += batch.n_events
 
-    return {"seconds": seconds(work), **found}
+    return {"seconds": seconds(work, str(device)), **found}
 
 
 def peer_epoch(python: str, tensors: Path) -> dict[str, Any]:
@@ -67,15 +74,19 @@ def main(arguments: list[str] | None = None) -> None:
             write_cohort(Path(name) / "meds", n_subjects=options.subjects, with_values=True),
             Path(name) / "peer",
         )
-        loader = our_loader(root, Path(name) / "store")
-        epoch(loader)  # warm-up
+        loaders = our_loaders(root, Path(name) / "store", torch.device(options.device))
+        devices = {side: HOST if side == "ours" else torch.device(options.device) for side in loaders}
+        for side, loader in loaders.items():
+            epoch(loader, devices[side])  # warm-up
         last: dict[str, dict[str, Any]] = {}
 
         def measured(side: str, work: Any) -> float:
             last[side] = work()
             return float(last[side]["n_events"] / last[side]["seconds"])
 
-        sides = {"ours": lambda: measured("ours", lambda: epoch(loader))}
+        sides = {
+            side: lambda side=side: measured(side, lambda: epoch(loaders[side], devices[side])) for side in loaders
+        }
         if options.peer:
             command = [f"{options.peer}/MTD_preprocess", f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
             programs = {**os.environ, "PATH": f"{options.peer}:{os.environ['PATH']}"}  # it starts others of its own
@@ -94,9 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"ratio": ratio(rates["ours"], rates["peer"]), "peer": last["peer"]["peer"]}
     report(
         "batches",
-        result | {"repeats": options.repeats},
+        result | {"repeats": options.repeats, "cpu": cpu_name()},
         dataset=f"{options.subjects} synthetic subjects, log-normal lengths of median 150 cut at {MAX_LENGTH}",
-        device="cpu",
+        device=options.device,
     )
 
 

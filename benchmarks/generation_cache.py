@@ -38,8 +38,12 @@ def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:
         is_next=torch.ones(shape, dtype=torch.bool),
         segments=None,
         event_index=None,
+        places=torch.arange(batch * length),
+        sequence_starts=torch.arange(batch + 1, dtype=torch.int32) * length,
         labels=torch.zeros(batch, dtype=torch.int64),
         sample=torch.arange(batch),
+        n_events=batch * length,
+        n_pairs=batch * length**2,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, cast
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ehr_embed.errors import UserError
+from ehr_embed.event_tensors import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.models.body import LENGTH_MULTIPLE
 from ehr_embed.samples import Samples, ragged_arange
 from ehr_embed.store import STATIC_TIME, SplitEvents
 
 MICROSECONDS_PER_DAY = 86_400_000_000
+HOST = torch.device("cpu")
 BUCKET_BATCHES = 64
 """Batches' worth of shuffled samples that are sorted by length together."""
 
@@ -37,8 +40,12 @@ class Batch:
         is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
         segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
+        places: (N,) int64, b * T + t of every event, ascending.
+        sequence_starts: (S + 1,) int32, how many of the N events stand before each of the S sequences, and N.
         labels: (B,) int64 or (B, L) float32.
         sample: (B,) int64, position in the split's samples (of a packed row: its number).
+        n_events: N, known without asking the device.
+        n_pairs: pairs of events of one sequence, each with itself included.
     """
 
     token_ids: Tensor
@@ -52,8 +59,12 @@ class Batch:
     is_next: Tensor
     segments: Tensor | None
     event_index: Tensor | None
+    places: Tensor
+    sequence_starts: Tensor
     labels: Tensor
     sample: Tensor
+    n_events: int
+    n_pairs: int
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies do not block where memory is pinned."""
@@ -64,17 +75,23 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in tensors.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
         return Batch(**mapped)
 
 
 class EventDataset(Protocol):
     """What the trainer takes batches from."""
 
+    events: SplitEvents
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(n,) events in each row."""
+        ...
+
+    def on(self, device: torch.device) -> EventDataset:
+        """The same, with the events held on `device` and the batches gathered there."""
         ...
 
     def __len__(self) -> int: ...
@@ -85,7 +102,13 @@ class EventDataset(Protocol):
 
 
 class BatchDataset(Dataset[Batch]):
-    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
+    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples.
+
+    Attributes:
+        device: where the events are and batches are made; the CPU unless `on` says otherwise.
+    """
+
+    device = HOST
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
         self.events = events
@@ -99,17 +122,17 @@ class BatchDataset(Dataset[Batch]):
         """(n,) events in each row."""
         return self.samples.lengths
 
+    def on(self, device: torch.device) -> BatchDataset:
+        """The same, with the events held on `device` and the batches gathered there."""
+        event_tensors(self.events, device)
+        held = copy(self)
+        held.device = device
+        return held
+
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
         chosen = self.samples.take(index)
-        lengths = chosen.lengths
-        position_T = np.arange(padded_length(lengths.max()))
-        n_static = (chosen.static_stop - chosen.static_start)[:, None]
-        is_event_BT = position_T < lengths[:, None]
-        event_BT = (
-            np.where(position_T < n_static, chosen.static_start[:, None], chosen.start[:, None] - n_static) + position_T
-        )
-        sample_BT = np.broadcast_to(np.arange(len(chosen))[:, None], event_BT.shape)
-        return gather(self.events, chosen, event_BT, sample_BT, is_event_BT, sample=np.asarray(index, np.int64))
+        events = event_tensors(self.events, self.device)
+        return gather(events, chosen, chosen.lengths, labels=chosen.labels, sample=index, is_packed=False)
 
 
 class PackedDataset(Dataset[Batch]):
@@ -119,7 +142,12 @@ class PackedDataset(Dataset[Batch]):
         events: the split's events.
         samples: the sequences, row after row.
         row: (n,) int64, ascending, the row of each sequence.
+
+    Attributes:
+        device: where the events are and batches are made; the CPU unless `on` says otherwise.
     """
+
+    device = HOST
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
         self.events, self.samples = events, samples
@@ -131,91 +159,123 @@ class PackedDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def on(self, device: torch.device) -> PackedDataset:
+        """The same, with the events held on `device` and the batches gathered there."""
+        event_tensors(self.events, device)
+        held = copy(self)
+        held.device = device
+        return held
+
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
         counts = np.diff(self.first)[index]
-        sequences = ragged_arange(self.first[index], counts)
-        chosen = self.samples.take(sequences)
-        lengths, row_of = chosen.lengths, np.repeat(np.arange(len(index)), counts)
-        n_static = chosen.static_stop - chosen.static_start
-        before_sequence = np.cumsum(lengths) - lengths
-        row_lengths = self.lengths[index]
-        before_row = np.cumsum(row_lengths) - row_lengths
-
-        sequence_N = np.repeat(np.arange(len(chosen)), lengths)
-        position_N = np.arange(len(sequence_N)) - before_sequence[sequence_N]
-        is_static_N = position_N < n_static[sequence_N]
-        origin_N = np.where(is_static_N, chosen.static_start[sequence_N], (chosen.start - n_static)[sequence_N])
-        row_N = row_of[sequence_N]
-        column_N = np.arange(len(sequence_N)) - before_row[row_N]
-
-        shape = (len(index), padded_length(row_lengths.max()))
-        event_BT, sequence_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        is_event_BT = np.zeros(shape, bool)
-        event_BT[row_N, column_N] = origin_N + position_N
-        sequence_BT[row_N, column_N] = sequence_N
-        is_event_BT[row_N, column_N] = True
-        segments_BT = np.where(is_event_BT, sequence_BT + 1, 0).astype(np.int32)
-        return gather(
-            self.events, chosen, event_BT, sequence_BT, is_event_BT, sample=np.asarray(index, np.int64),
-            segments_BT=segments_BT,
-        )  # fmt: skip
+        chosen = self.samples.take(ragged_arange(self.first[index], counts))
+        events, labels = event_tensors(self.events, self.device), np.zeros(len(index), np.int64)
+        return gather(events, chosen, self.lengths[index], labels=labels, sample=index, is_packed=True)
 
 
 def gather(
-    events: SplitEvents,
-    samples: Samples,
-    event_BT: npt.NDArray[np.int64],
-    sample_BT: npt.NDArray[np.int64],
-    is_event_BT: npt.NDArray[np.bool_],
+    events: EventTensors,
+    sequences: Samples,
+    row_lengths: npt.NDArray[np.int64],
     *,
+    labels: npt.NDArray[Any],
     sample: npt.NDArray[np.int64],
-    segments_BT: npt.NDArray[np.int32] | None = None,
+    is_packed: bool,
 ) -> Batch:
-    """The batch whose place (b, t) holds event `event_BT[b, t]`, seen by sample `sample_BT[b, t]` of `samples`."""
-    event_BT = np.where(is_event_BT, event_BT, 0)
-    token_ids_BT = events.token_ids[event_BT]
-    token_ids_BT[~is_event_BT] = 0
-    times_BT = events.times[event_BT]
-    is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
-    has_timed = samples.start < samples.stop
-    first_time = np.where(has_timed, events.times[np.where(has_timed, samples.start, 0)], samples.prediction_times)
-    times_BT = np.where(is_timed_BT, times_BT, first_time[sample_BT])
-    days_BT = (samples.prediction_times[sample_BT] - times_BT) / MICROSECONDS_PER_DAY
-    days_BT[~is_event_BT] = 0
-    continues_BT = is_event_BT.copy()
-    continues_BT[:, 0] = False
-    continues_BT[:, 1:] &= sample_BT[:, 1:] == sample_BT[:, :-1]
-    is_next_BT = continues_BT & is_timed_BT
-    is_next_BT[:, 1:] &= event_BT[:, 1:] == event_BT[:, :-1] + 1
-    # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
-    gap_BT = np.where(continues_BT, np.diff(times_BT, axis=1, prepend=times_BT[:, :1]), 0) / MICROSECONDS_PER_DAY
-    place_T = np.arange(event_BT.shape[1])
-    first_BT = np.maximum.accumulate(np.where(continues_BT, 0, place_T), axis=1)
-    elapsed_BT = (times_BT - np.take_along_axis(times_BT, first_BT, axis=1)) / MICROSECONDS_PER_DAY
-    elapsed_BT[~is_event_BT] = 0
-    birth_BT = samples.birth_times[sample_BT]
-    # An event before the birth has no age: a negative one would tell of a birth that the sample may not see yet.
-    is_aged_BT = is_event_BT & (birth_BT != STATIC_TIME) & (times_BT >= birth_BT)
-    age_BT = np.where(is_aged_BT, (times_BT - birth_BT) / MICROSECONDS_PER_DAY, np.nan)
-    values_BT = None
-    if events.values is not None:
-        values_BT = events.values[event_BT]
-        values_BT[~is_event_BT] = np.nan
-    return Batch(
-        token_ids=torch.from_numpy(token_ids_BT),
-        days=torch.from_numpy(days_BT.astype(np.float32)),
-        gap_days=torch.from_numpy(gap_BT.astype(np.float32)),
-        elapsed_days=torch.from_numpy(elapsed_BT.astype(np.float32)),
-        age_days=torch.from_numpy(age_BT.astype(np.float32)),
-        values=None if values_BT is None else torch.from_numpy(values_BT),
-        is_event=torch.from_numpy(is_event_BT),
-        is_static=torch.from_numpy(is_event_BT & ~is_timed_BT),
-        is_next=torch.from_numpy(is_next_BT),
-        segments=None if segments_BT is None else torch.from_numpy(segments_BT),
-        event_index=None if segments_BT is None else torch.from_numpy(place_T - first_BT),
-        labels=torch.from_numpy(samples.labels if segments_BT is None else np.zeros(len(sample), np.int64)),
-        sample=torch.from_numpy(sample),
+    """The batch of `sequences` one after the other in rows of `row_lengths` (B,) events, on the device of `events`.
+
+    Only numbers a sequence and a row travel there, without waiting: what has (B, T) or (N,) is made there, and no size is read
+    back. Without `is_packed` each row is one sequence.
+    """
+    device, lengths, n_static = events.times.device, sequences.lengths, sequences.static_stop - sequences.static_start
+    n_rows, n_places, n_events = len(row_lengths), int(padded_length(row_lengths.max())), int(row_lengths.sum())
+    sequence_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    row_starts = np.cumsum(row_lengths) - row_lengths
+    first_timed = np.where(sequences.start < sequences.stop, sequences.start, -1)
+    # Where the event before is another one in the record: after the static events, if the last of the record's are kept.
+    jump = np.where((n_static > 0) & (sequences.static_stop != sequences.start), n_static, -1)
+    has_jump = bool((jump > 0).any())
+    births = np.where(sequences.birth_times == STATIC_TIME, np.iinfo(np.int64).max, sequences.birth_times)
+    of_row = np.array([row_lengths, row_starts, np.arange(n_rows) * n_places - row_starts])
+    of_sequence = np.array([
+        lengths, sequence_starts[:-1], n_static, sequences.static_start, sequences.start - n_static, jump, first_timed,
+        sequences.prediction_times, births,
+    ])  # fmt: skip
+
+    lengths_B, starts_B, shift_B = _sent(of_row, device)
+    lengths_S, starts_S, n_static_S, static_start_S, origin_S, jump_S, first_timed_S, predicted_S, birth_S = _sent(
+        of_sequence, device
     )
+    first_times_S = events.times.index_select(0, first_timed_S.clamp(min=0))
+    first_times_S = torch.where(first_timed_S >= 0, first_times_S, predicted_S)
+    places_N = torch.arange(n_events, device=device)
+    places_N = places_N + torch.repeat_interleave(shift_B, lengths_B, output_size=n_events)
+
+    # Of each place: its event's number within the sequence, and a way to the sequence's numbers.
+    position_BT = torch.arange(n_places, device=device)[None]
+    is_event_BT = position_BT < lengths_B[:, None]
+    sequence_BT = None
+    if is_packed:
+        number_BT = (starts_B[:, None] + position_BT).clamp_(max=n_events - 1)
+        sequence_N = torch.repeat_interleave(lengths_S, output_size=n_events)
+        sequence_BT = _taken(sequence_N, number_BT)
+        position_BT = number_BT - _taken(starts_S, sequence_BT)
+
+    def spread(x_S: Tensor) -> Tensor:
+        return x_S[:, None] if sequence_BT is None else _taken(x_S, sequence_BT)
+
+    event_BT = spread(origin_S) + position_BT
+    if has_jump:
+        event_BT = torch.where(position_BT < spread(n_static_S), spread(static_start_S) + position_BT, event_BT)
+    event_BT.mul_(is_event_BT)
+    times_BT = _taken(events.times, event_BT)
+    is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
+    first_times_BT = spread(first_times_S)
+    times_BT = torch.where(is_timed_BT, times_BT, first_times_BT)
+    continues_BT = is_event_BT & (position_BT > 0)
+    is_next_BT = continues_BT & is_timed_BT
+    if has_jump:
+        is_next_BT &= position_BT != spread(jump_S)
+    # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
+    gap_BT = (times_BT - times_BT.roll(1)).mul_(continues_BT)
+    birth_BT = spread(birth_S)
+    # An event before the birth has no age: a negative one would tell of a birth that the sample may not see yet.
+    is_aged_BT = is_event_BT & (times_BT >= birth_BT)
+    return Batch(
+        token_ids=_taken(events.token_ids, event_BT).mul_(is_event_BT),
+        days=_days((spread(predicted_S) - times_BT).mul_(is_event_BT)),
+        gap_days=_days(gap_BT),
+        elapsed_days=_days(times_BT - first_times_BT),
+        age_days=torch.where(is_aged_BT, _days(times_BT - birth_BT), torch.nan),
+        values=None if events.values is None else torch.where(is_event_BT, _taken(events.values, event_BT), torch.nan),
+        is_event=is_event_BT,
+        is_static=is_event_BT ^ is_timed_BT,
+        is_next=is_next_BT,
+        segments=None if sequence_BT is None else (sequence_BT + 1).mul_(is_event_BT).int(),
+        event_index=None if sequence_BT is None else position_BT * is_event_BT,
+        places=places_N,
+        sequence_starts=_sent(sequence_starts.astype(np.int32), device),
+        labels=_sent(labels, device),
+        sample=_sent(np.asarray(sample, np.int64), device),
+        n_events=n_events,
+        n_pairs=int(np.square(lengths).sum()),
+    )
+
+
+def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on `device`; a GPU fetches it when it gets there."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _taken(x: Tensor, index_BT: Tensor) -> Tensor:
+    """(B, T) of x (n,); on a CPU faster than x[index_BT]."""
+    return x.index_select(0, index_BT.view(-1)).view(index_BT.shape)
+
+
+def _days(microseconds: Tensor) -> Tensor:
+    """float32 days, rounded once."""
+    return microseconds.double().div_(MICROSECONDS_PER_DAY).float()
 
 
 def padded_length(lengths: Any) -> Any:
@@ -306,10 +366,25 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
 
 
 def batch_loader(
-    dataset: EventDataset, sampler: BucketSampler, *, num_workers: int, pin_memory: bool
+    dataset: EventDataset,
+    sampler: BucketSampler,
+    *,
+    num_workers: int = 0,
+    device: torch.device = HOST,
+    data_device: str = "auto",
 ) -> DataLoader[Any]:
-    """A DataLoader that yields whole batches; `num_workers=0` builds them in this process."""
+    """A DataLoader that yields whole batches for `device`; `num_workers=0` builds them in this process.
+
+    Args:
+        device: where they are used.
+        data_device: whether the events are held there too, see `is_gathered_there`. Then batches are on it, made by this process
+            alone; else they are in memory, page-locked for a GPU.
+    """
+    is_held = is_gathered_there(dataset.events, device, data_device)
     return DataLoader(
-        cast("Dataset[Batch]", dataset),
-        batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=pin_memory,
-    )  # fmt: skip
+        cast("Dataset[Batch]", dataset.on(device) if is_held else dataset),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=0 if is_held else num_workers,
+        pin_memory=device.type == "cuda" and not is_held,
+    )

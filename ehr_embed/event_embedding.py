@@ -58,7 +58,8 @@ class EventEmbedding(nn.Module):
         return reduce(torch.add, (F.embedding(token_ids, part) for part in self._parts))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What a model takes, from a batch on the table's device: the table's rows in use, each event's row and token, times."""
+        """What a model takes, from a batch on the table's device: the table's rows in use, each event's row and token, times, and
+        where the events and the sequences are."""
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
         if n_tokens > row_ids.numel():
             used, row_ids = batch.token_ids.unique(return_inverse=True)
@@ -66,7 +67,7 @@ class EventEmbedding(nn.Module):
         else:
             rows = self.table
         inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
-        inputs |= {"is_static": batch.is_static}
+        inputs |= {"is_static": batch.is_static, "places": batch.places, "sequence_starts": batch.sequence_starts}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}
         times = {name: getattr(batch, name) for name in ("days", "gap_days", "elapsed_days", "age_days")}
         return inputs | times | {name: x for name, x in optional.items() if x is not None}

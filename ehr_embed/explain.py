@@ -75,8 +75,10 @@ class Explainer:
         batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
         embedding = data.embedding.to(self.predictor.device)
         inputs = embedding.inputs(batch)
-        # Each event gets a vector of its own: through rows that events share, one could not be told from another.
-        del inputs["rows"], inputs["row_ids"]
+        # Each event gets a vector of its own: through rows that events share, one could not be told from another. And the path
+        # is of many records, for which places and sequence_starts, those of one, do not hold.
+        for name in ("rows", "row_ids", "places", "sequence_starts"):
+            del inputs[name]
         inputs["embeddings"] = embedding(batch.token_ids).detach()
         found = integrated_gradients(self.score, inputs, self._baseline, **self._steps)
         n = int(data.samples.lengths[row])

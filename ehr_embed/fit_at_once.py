@@ -121,7 +121,7 @@ def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding,
         found = model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy()
         if not features.size:
             features = np.empty((len(labels), found.shape[1]), np.float32)
-        features[batch.sample.numpy()] = found
+        features[batch.sample.cpu().numpy()] = found
     return FeatureSet(features, labels, task.sample_weights(split))
 
 

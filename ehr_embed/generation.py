@@ -200,9 +200,8 @@ class _Sequences:
             self.cache.select(prompt_R)
         else:
             token_ids_BT = prompts.token_ids.long()
-            inputs = {name: x for name, x in inputs.items() if name not in ("rows", "row_ids")} | {
-                "token_ids": token_ids_BT
-            }
+            without = ("rows", "row_ids", "places", "sequence_starts")  # which are not of the grown records
+            inputs = {name: x for name, x in inputs.items() if name not in without} | {"token_ids": token_ids_BT}
             room = (0, sampling.max_new_events)
             self.inputs = {name: F.pad(x[prompt_R], room) for name, x in inputs.items()}
 

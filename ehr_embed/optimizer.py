@@ -61,7 +61,9 @@ def parameter_groups(
     for name, parameter in named:
         depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
         groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
-    for parameter in embedding.parameters():  # a group of its own, which stays whole where the model is spread over processes
+    for (
+        parameter
+    ) in embedding.parameters():  # a group of its own, which stays whole where the model is spread over processes
         if parameter.requires_grad:
             groups.setdefault((n_layers + 1, embedding.trainable == "residual", True), []).append(parameter)
     return [

@@ -39,6 +39,7 @@ HARMLESS = (
     "trainer.checkpoint_every",
     "trainer.save_every",
     "trainer.num_workers",
+    "trainer.data_device",
     "trainer.profile",
 )
 """Keys, or whole groups, that change nothing in what a run computes."""

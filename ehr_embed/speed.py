@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ehr_embed.models.body import Body
 from ehr_embed.models.heads import EventHead
@@ -60,18 +60,6 @@ def training_flops(model: nn.Module, n_tokens: int) -> TrainingFlops | None:
     if is_causal and isinstance(head, EventHead):
         per_event += 6.0 * n_tokens * model_dim
     return TrainingFlops(per_event, passes * 4.0 * model_dim * len(body.blocks) / (2 if is_causal else 1))
-
-
-def n_pairs(is_event_BT: Tensor, segments_BT: Tensor | None) -> int:
-    """Pairs of events of one sequence, each with itself included; of a packed row, of each of its sequences.
-
-    >>> n_pairs(torch.tensor([[True, True, True], [True, False, False]]), None)
-    10
-    >>> n_pairs(torch.ones(1, 4, dtype=torch.bool), torch.tensor([[1, 1, 1, 2]]))
-    10
-    """
-    lengths = is_event_BT.sum(1) if segments_BT is None else segments_BT[is_event_BT].bincount()
-    return int(lengths.square().sum())
 
 
 def rates(

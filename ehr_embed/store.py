@@ -26,9 +26,9 @@ DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SplitEvents:
-    """The events of one split, subject after subject.
+    """The events of one split, subject after subject. Two are equal only if they are the same object.
 
     Attributes:
         token_ids: (N,) int32.

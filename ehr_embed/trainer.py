@@ -19,6 +19,7 @@ from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.checkpoints import BEST
 from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.event_tensors import DATA_DEVICES
 from ehr_embed.fit_at_once import fit_at_once
 from ehr_embed.memory import peak_memory_mib
 from ehr_embed.models.protocol import FitsAtOnce
@@ -59,6 +60,7 @@ class TrainerSettings:
     checkpoint_every: int | None = 500
     n_bootstrap: int = 1000
     num_workers: int = 0
+    data_device: str = "auto"
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
@@ -89,6 +91,8 @@ class TrainerSettings:
             check_range(f"trainer.{name}", getattr(self, name), 0)
         check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
         check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
+        if self.data_device not in DATA_DEVICES:
+            raise unknown_name("trainer.data_device", self.data_device, DATA_DEVICES)
         if self.accelerator not in ACCELERATORS:
             raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
         check_range("trainer.devices", self.devices, 1, MAX_DEVICES)
@@ -433,8 +437,13 @@ class Trainer:
             world_size=self.processes.size,
         )
         sampler.set_epoch(epoch or 0, first)
-        pin = self.fabric.device.type == "cuda"
-        return batch_loader(dataset, sampler, num_workers=settings.num_workers, pin_memory=pin)
+        return batch_loader(
+            dataset,
+            sampler,
+            num_workers=settings.num_workers,
+            device=self.fabric.device,
+            data_device=settings.data_device,
+        )
 
     def _schedules(self, optimizer: Any, total_steps: int) -> tuple[Any, ReduceLROnPlateau | None]:
         """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None."""

@@ -19,7 +19,6 @@ from ehr_embed.event_embedding import EventEmbedding
 from ehr_embed.files import atomic_path, link_file
 from ehr_embed.processes import Processes
 from ehr_embed.sharding import load_optimizer, load_weights, whole
-from ehr_embed.speed import n_pairs
 
 LATEST = "latest_checkpoint.pt"
 
@@ -57,10 +56,10 @@ class Progress:
     n_processes: int = 1
 
     def count(self, batch: Batch) -> None:
-        """Add a batch, not yet on the device, to what the epoch has seen."""
-        self.n_events += int(batch.is_event.sum())
+        """Add a batch to what the epoch has seen."""
+        self.n_events += batch.n_events
         self.n_padded += batch.is_event.numel()
-        self.n_pairs += n_pairs(batch.is_event, batch.segments)
+        self.n_pairs += batch.n_pairs
 
     def average(self, loss_sum: float, processes: Processes) -> None:
         """Take the mean over the processes of what each has counted in this epoch, and of its `loss_sum`."""

@@ -64,7 +64,7 @@ def test_gaps_keep_their_minutes_however_long_the_record():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loader_yields_whole_batches(dataset, num_workers):
     sampler = BucketSampler(dataset.samples.lengths, batch_size=2, batch_tokens=64, shuffle=False)
-    batches = list(batch_loader(dataset, sampler, num_workers=num_workers, pin_memory=False))
+    batches = list(batch_loader(dataset, sampler, num_workers=num_workers))
     assert [batch.sample.tolist() for batch in batches] == [[0, 1]]
 
 
