@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import batches, disk, embedding, generation_cache, store_building, training, utilisation
+from benchmarks import batches, disk, embedding, generation_cache, packing, store_building, training, utilisation
 from benchmarks.common import write_cohort
 from ehr_embed.sources.meds import MedsSource
 
@@ -74,6 +74,13 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     sizes = ("--prompt", "8", "--new", "3", "--batch", "2", "--vocabulary", "20", "--repeats", "1", "--device", "cpu")
     generation_cache.main(list(sizes))
     assert json.loads(capsys.readouterr().out)["same_events"]
+
+
+def test_packing_compares_batches_with_the_padding_asked_for(capsys):
+    sizes = ("--batch", "9", "--longest", "16", "--steps", "1", "--repeats", "1", "--padding-percent", "25")
+    found = line(packing.main, capsys, *sizes, "--model-dim", "16", "--layers", "1", "--device", "cpu")
+    assert found["padding_share"] == pytest.approx(0.25, abs=0.02)
+    assert found["ratio"] == pytest.approx(found["events_per_s_packed"] / found["events_per_s_padded"], rel=1e-2)
 
 
 def test_the_cohort_is_what_the_benchmarks_say(tmp_path):

@@ -1,4 +1,7 @@
-"""The parts transformers are built of. Shapes: B batch, T events, D model, H heads, K head width, S events in the cache."""
+"""The parts transformers are built of.
+
+Shapes: B batch, T events, D model, H heads, K head width, S events in the cache, N events of all sequences without padding.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from ehr_embed.errors import UserError
 from ehr_embed.models.cpu_attention import applies, cpu_attention
+from ehr_embed.models.packing import Packing
 
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LONGEST_DAYS, SHORTEST_DAYS = 36525.0, 1.0 / 24
@@ -33,7 +37,7 @@ def time_features(days_BT: Tensor, dim: int) -> Tensor:
 
 
 def rotate(x_BHTK: Tensor, position_BT: Tensor, *, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries or keys, (B, H, T, K)."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries or keys, (B, H, T, K); or (N, H, K) by (N,)."""
     half = x_BHTK.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
     angle_B1TK = (position_BT.float().unsqueeze(-1) * frequency).unsqueeze(1)
@@ -79,15 +83,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(model_dim, model_dim)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
-            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal.
+            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal. With a packing the
+                events and what they are rotated by are packed, (N, D) and (N,), and there is no `extend`.
             rope_BT: positions to rotate queries and keys by; None = no rotation.
             extend: takes the new keys and values (B, H, T, K) and returns those of all events so far (B, H, S, K).
         """
+        if isinstance(mask, Packing):
+            return self._packed(x_BTD, mask, rope_BT)
         B, T, D = x_BTD.shape
         q, k, v = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         if rope_BT is not None:
@@ -99,6 +106,13 @@ class Attention(nn.Module):
         else:
             y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
+
+    def _packed(self, x_ND: Tensor, packing: Packing, rope_N: Tensor | None) -> Tensor:
+        N, D = x_ND.shape
+        q, k, v = self.qkv(x_ND).view(N, 3, self.n_heads, D // self.n_heads).unbind(1)
+        if rope_N is not None:
+            q, k = rotate(q, rope_N), rotate(k, rope_N)
+        return self.out(packing.attend(q, k, v).reshape(N, D))
 
 
 class Block(nn.Module):
@@ -113,8 +127,8 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); arguments as in `Attention`."""
+        """(B, T, D) -> (B, T, D), or (N, D) -> (N, D); arguments as in `Attention`."""
         x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, extend))
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.models.blocks import Block, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
+from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
 
 ROTARY = ("rope", "rope_time")
 """Positions by rotation: attention sees how many events, or how much time, lie between two."""
@@ -111,7 +112,13 @@ class Body(nn.Module):
         valid_positions: what the model that owns this body can do.
         times: which of `TIMES` are added to each event.
         values: one of `VALUES`, how a number enters its event.
+
+    Attributes:
+        packs: whether blocks see the events without padding, where the inputs say their places; None = where torch has a kernel
+            for it. Both ways give the same vectors.
     """
+
+    packs: bool | None = None
 
     def __init__(
         self,
@@ -159,13 +166,36 @@ class Body(nn.Module):
             return inputs["elapsed_days"] * 24
         return event_index(inputs) if self.positions == "rope" else None
 
+    def packing(self, inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
+        """What `attend` takes in place of a mask to leave out the padding; None where padding stays."""
+        packing, packs = packing_of(inputs, is_causal=is_causal), self.packs
+        if packing is not None and packs is None:
+            weight = self.norm.weight
+            packs = kernel_takes(weight.device, product_dtype(weight), len(weight) // self.n_heads)
+        return packing if packs else None
+
     def attend(
-        self, x_BTD: Tensor, mask: Tensor | None, rope_BT: Tensor | None, cache: KeyValueCache | None = None
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | Packing | None,
+        rope_BT: Tensor | None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Blocks and final norm, (B, T, D) -> (B, T, D); `mask` as in `Attention`, `rope_BT` as `rotary` gives it."""
+        """Blocks and final norm, (B, T, D) -> (B, T, D); `mask` as in `Attention`, `rope_BT` as `rotary` gives it.
+
+        With a packing for a mask the padding comes out as zero.
+        """
+        if isinstance(mask, Packing):
+            x_ND = self._blocks(mask.pack(x_BTD), mask, None if rope_BT is None else mask.pack(rope_BT))
+            return mask.unpack(x_ND, *x_BTD.shape[:2])
+        return self._blocks(x_BTD, mask, rope_BT, cache)
+
+    def _blocks(
+        self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, mask, rope_BT, None if cache is None else cache.extend_of(number))
-        return self.norm(x_BTD)
+            x = block(x, mask, rope, None if cache is None else cache.extend_of(number))
+        return self.norm(x)
 
 
 def check_width(vectors: Tensor, expected: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ehr_embed.models.body import ROTARY, Body
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, build_head
+from ehr_embed.models.packing import Packing, product_dtype
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
 POOLINGS = ("last", "mean", "max", "attention")
@@ -87,8 +88,8 @@ class Decoder(nn.Module):
 
         In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times` need `gap_days` and
         the like (B, T), a model that carries values takes `values` (B, T), NaN = none. Several sequences may share a
-        row: `segments` (B, T), equal within a sequence, and `event_index` (B, T). A model built with `vocab_size` returns
-        what `EventHead` does.
+        row: `segments` (B, T), equal within a sequence, and `event_index` (B, T). `places` and `sequence_starts`, see
+        `Packing`, spare the padding and change nothing else. A model built with `vocab_size` returns what `EventHead` does.
         """
         return self.head(self.hidden(inputs), inputs)
 
@@ -101,9 +102,11 @@ class Decoder(nn.Module):
         if cache is not None:
             T = inputs["padding_mask"].shape[1]
             inputs = {**inputs, "event_index": cache.index_of(T)}
-            mask: Tensor | None = cache.mask(T)
+            mask: Tensor | Packing | None = cache.mask(T)
         else:
-            mask = segment_mask(inputs["segments"]) if "segments" in inputs else None
+            mask = self.body.packing(inputs, is_causal=True)
+            if mask is None and "segments" in inputs:
+                mask = segment_mask(inputs["segments"])
         x_BTD = self.body.attend(self.body.embed(inputs), mask, self.body.rotary(inputs), cache)
         if cache is not None:
             cache.lengths += inputs["padding_mask"].sum(1)
@@ -112,8 +115,6 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, n_events: int) -> KeyValueCache:
         """An empty cache for `batch_size` sequences of up to `n_events` events, on the model's device."""
         weight = self.body.norm.weight
-        device = weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return KeyValueCache(
             n_layers=len(self.body.blocks),
             batch_size=batch_size,
@@ -121,7 +122,7 @@ class Decoder(nn.Module):
             n_events=n_events,
             head_dim=len(weight) // self.body.n_heads,
             device=weight.device,
-            dtype=dtype,
+            dtype=product_dtype(weight),
         )
 
 

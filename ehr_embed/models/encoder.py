@@ -87,14 +87,16 @@ class Encoder(nn.Module):
 
         In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `positions=time` needs `days`
         (B, T), days before the prediction, and `times` need `gap_days` and the like; a model that carries values takes
-        `values` (B, T), NaN = none. A model built with `vocab_size` returns what `EventHead` does.
+        `values` (B, T), NaN = none. `places` and `sequence_starts`, see `Packing`, spare the padding and change nothing else. A
+        model built with `vocab_size` returns what `EventHead` does.
         """
         mask_BT, rope_BT, x_BTD = inputs["padding_mask"], self.body.rotary(inputs), self.body.embed(inputs)
+        packing = self.body.packing(inputs, is_causal=False)
         if self.cls is not None:
-            B, _, D = x_BTD.shape
+            B, T, D = x_BTD.shape
             x_BTD = torch.cat([self.cls.to(x_BTD.dtype).expand(B, 1, D), x_BTD], dim=1)
             mask_BT = torch.cat([mask_BT.new_ones(B, 1), mask_BT], dim=1)
             rope_BT = None if rope_BT is None else F.pad(rope_BT + 1, (1, 0))  # it stands a step before the first event
-        return self.head(
-            self.body.attend(x_BTD, mask_BT[:, None, None, :], rope_BT), {**inputs, "padding_mask": mask_BT}
-        )
+            packing = None if packing is None else packing.with_first(B, T)
+        mask = mask_BT[:, None, None, :] if packing is None else packing
+        return self.head(self.body.attend(x_BTD, mask, rope_BT), {**inputs, "padding_mask": mask_BT})
