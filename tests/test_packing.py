@@ -229,11 +229,43 @@ def test_where_the_kernel_is_used(monkeypatch):
     cuda = torch.device("cuda")
     assert not kernel_takes(torch.device("cpu"), torch.bfloat16, 32)
     monkeypatch.setattr(packing, "has_kernel", lambda device: device.type == "cuda")
+    monkeypatch.setattr(packing, "is_right", lambda *place: True)
     for dtype in (torch.bfloat16, torch.float16):
         assert all(kernel_takes(cuda, dtype, width) for width in (8, 32, 64, 128, 192))
         assert not any(kernel_takes(cuda, dtype, width) for width in (4, 12, 100, 200, 256))
     assert not kernel_takes(cuda, torch.float32, 32)
     assert not kernel_takes(torch.device("cpu"), torch.bfloat16, 32)
+
+
+def without_kernel(q: Tensor, k: Tensor, v: Tensor, given: Packing) -> Tensor:
+    raise RuntimeError("no kernel image is available for execution on the device\nCompile with ...")
+
+
+def across_sequences(q: Tensor, k: Tensor, v: Tensor, given: Packing) -> Tensor:
+    return attend_one_by_one(q, k, v, replace(given, starts=given.starts[[0, -1]]))
+
+
+def with_wrong_gradient(q: Tensor, k: Tensor, v: Tensor, given: Packing) -> Tensor:
+    return attend_one_by_one(q, k.detach() + 0 * k, v, given)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "word"),
+    [
+        (attend_one_by_one, None),
+        (without_kernel, "no kernel image"),
+        (across_sequences, "not close"),
+        (with_wrong_gradient, "not close"),
+    ],
+)
+def test_a_kernel_that_fails_or_is_wrong_is_not_used(kernel, word, monkeypatch, caplog):
+    """It cannot be run here, so that its first use on a GPU is to prove it."""
+    monkeypatch.setattr(packing, "attend_at_once", kernel)
+    with torch.inference_mode():
+        found = packing.is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 32)
+    assert found == (word is None)
+    assert (word or "") in caplog.text
+    assert bool(caplog.text) == (word is not None)
 
 
 def test_places_of_other_rows_are_refused():
@@ -258,6 +290,7 @@ def test_places_of_other_rows_are_refused():
 def test_no_step_waits_for_the_device(make: Callable[..., nn.Module], positions, monkeypatch):
     """Tensors without data: whatever asks for a number fails. The kernel is torch's own, called as on a GPU."""
     monkeypatch.setattr(packing, "has_kernel", lambda device: device.type == "meta")
+    monkeypatch.setattr(packing, "is_right", lambda *place: True)
     calls: list[Packing] = []
 
     def spy(q: Tensor, k: Tensor, v: Tensor, given: Packing) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -168,11 +169,12 @@ class Body(nn.Module):
 
     def packing(self, inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
         """What `attend` takes in place of a mask to leave out the padding; None where padding stays."""
-        packing, packs = packing_of(inputs, is_causal=is_causal), self.packs
-        if packing is not None and packs is None:
-            weight = self.norm.weight
-            packs = kernel_takes(weight.device, product_dtype(weight), len(weight) // self.n_heads)
-        return packing if packs else None
+        packing, weight = packing_of(inputs, is_causal=is_causal), self.norm.weight
+        if packing is None:
+            return None
+        has_kernel = kernel_takes(weight.device, product_dtype(weight), len(weight) // self.n_heads)
+        packs = has_kernel if self.packs is None else self.packs
+        return replace(packing, at_once=has_kernel) if packs else None
 
     def attend(
         self,

@@ -5,7 +5,9 @@ Shapes: B rows, T places a row, N events of all rows, S sequences, D model, H he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ehr_embed.errors import UserError
 
+log = logging.getLogger(__name__)
 WIDEST_HEAD = 192
 """The kernel's forward pass takes 256, but above 192 some GPUs (compute capability 8.6, 8.9, 12.0) have no backward pass."""
 CAPABILITY = (8, 0)
@@ -29,12 +32,14 @@ class Packing:
         starts: (S + 1,) int32, how many of the N events stand before each sequence, and N.
         longest: events that no sequence exceeds, such as T.
         is_causal: whether an event sees itself and those before it, or all of its sequence.
+        at_once: whether torch's kernel is used; without it one sequence after the other attends, which waits for the device.
     """
 
     places: Tensor
     starts: Tensor
     longest: int
     is_causal: bool
+    at_once: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
         """The events of (B, T, ...), (N, ...)."""
@@ -52,13 +57,14 @@ class Packing:
         # Sorted, because finding them in a mask would wait for the device to count them.
         places = torch.cat([row_B * (n_places + 1), moved_N]).sort().values
         starts = self.starts + torch.arange(n_rows + 1, device=self.starts.device, dtype=self.starts.dtype)
-        return Packing(places, starts, self.longest + 1, self.is_causal)
+        return replace(self, places=places, starts=starts, longest=self.longest + 1)
 
     def attend(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
-        """Attention within each sequence, (N, H, K); without the kernel one sequence at a time, which waits for the device."""
-        has_kernel = kernel_takes(q_NHK.device, q_NHK.dtype, q_NHK.shape[-1])
-        function = attend_at_once if has_kernel else attend_one_by_one
-        return function(q_NHK, k_NHK, v_NHK, self)
+        """Attention within each sequence, (N, H, K)."""
+        return (attend_at_once if self.at_once else attend_one_by_one)(q_NHK, k_NHK, v_NHK, self)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 def packing_of(inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
@@ -83,9 +89,10 @@ def packing_of(inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
 
 
 def kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether `attend_at_once` runs there: a GPU that has the kernel, 16 bits, heads whose width is a multiple of 8 up to 192."""
+    """Whether `attend_at_once` is used there: a GPU whose kernel was seen to be right, 16 bits, heads whose width is a multiple of
+    8 up to 192."""
     is_half, is_width = dtype in (torch.bfloat16, torch.float16), head_width % 8 == 0 and head_width <= WIDEST_HEAD
-    return is_half and is_width and has_kernel(device)
+    return is_half and is_width and has_kernel(device) and is_right(device, dtype, head_width)
 
 
 @cache
@@ -94,6 +101,42 @@ def has_kernel(device: torch.device) -> bool:
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     is_built = torch.backends.cuda.is_flash_attention_available()
     return is_nvidia and is_built and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+@cache
+def is_right(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether the kernel agrees with `attend_one_by_one`, forward and backward, on a few small sequences; tried once.
+
+    A kernel that a version of torch or a GPU does not have, or has wrong, costs speed then, and no run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 1, 20]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    values = torch.randn(4, sum(lengths), 2, head_width, generator=generator).to(device, dtype)
+    places = torch.arange(sum(lengths), device=device)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            for is_causal in (False, True):
+                packing = Packing(places, starts, max(lengths), is_causal)
+                found = [_with_gradients(function, values, packing) for function in (attend_at_once, attend_one_by_one)]
+                for at_once, one_by_one in zip(*found, strict=True):
+                    torch.testing.assert_close(at_once, one_by_one, rtol=0.05, atol=0.05)
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        log.warning(
+            "torch's attention for packed sequences does not work on %s in %s with heads of width %d (%s): batches keep their "
+            "padding, which is slower and gives the same results",
+            device, dtype, head_width, str(error).strip().partition("\n")[0],
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _with_gradients(function: Attend, values: Tensor, packing: Packing) -> list[Tensor]:
+    """Attention of the first three of `values` (4, N, H, K), and its gradients by the fourth."""
+    q, k, v = (x.clone().requires_grad_() for x in values[:3])
+    attended = function(q, k, v, packing)
+    attended.backward(values[3])
+    return [attended.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
 
 
 def attend_at_once(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Packing) -> Tensor:
@@ -121,4 +164,6 @@ def attend_one_by_one(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Pack
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The type that products with a weight come out in: autocast's where it is on, else the weight's own."""
     device = weight.device.type
+    if device == "meta":  # which has no autocast
+        return weight.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
