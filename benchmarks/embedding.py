@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.common import alternate, parser, ratio, report, seconds
 from ehr_embed.embedders.cache import embed_texts
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         SentenceTransformerEmbedder(model="bundled", device=options.device, dtype=dtype)
         for dtype in ("bfloat16", "float32")
     )
-    vectors = {}
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     def batched() -> float:
         with tempfile.TemporaryDirectory() as cache:
