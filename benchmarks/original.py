@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from ehr_embed.models.encoder import Encoder
 
-
 NAMES = {
     r"^(norm|project)\.": r"body.input.\1.",
     r"^classes\.": "head.classes.",
