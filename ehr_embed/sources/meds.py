@@ -94,23 +94,25 @@ class MedsSource:
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
-        """subject_id, split, sorted by subject_id; None when the dataset leaves the splits to its folders."""
+        """subject_id, split (Categorical), a row a subject, sorted; None when the dataset leaves the splits to its folders."""
         path = self.splits or self.root / "metadata" / "subject_splits.parquet"
         if not path.exists():
             return None
         column = "split" if self.splits is None else self.split_column
-        splits = _read(path, {"subject_id": pl.Int64, column: pl.String}).rename({column: "split"})
+        splits = _read(path, {"subject_id": pl.Int64, column: pl.String})
+        splits = splits.select("subject_id", split=pl.col(column).cast(pl.Categorical))
         if splits.null_count().sum_horizontal().item():
             raise UserError(f"{path}: null subject_id or split. Every subject needs one split; mend the file.")
-        conflicts = splits.unique().filter(pl.col("subject_id").is_duplicated()).sort("subject_id", "split")
+        splits = splits if splits["subject_id"].is_sorted() else splits.sort("subject_id")
+        again = splits["subject_id"] == splits["subject_id"].shift()
+        conflicts = splits.filter(again & (splits["split"] != splits["split"].shift()))["subject_id"].unique().sort()
         if len(conflicts):
-            subject = conflicts["subject_id"][0]
-            where = conflicts.filter(subject_id=subject)["split"].to_list()
+            where = sorted(splits.filter(subject_id=conflicts[0])["split"].cast(pl.String).unique())
             raise UserError(
-                f"{path}: subject {subject} is in two splits ({', '.join(where)}), {conflicts['subject_id'].n_unique()} "
-                "subjects in all. Held-out metrics would be measured on training subjects; give each subject one split."
+                f"{path}: subject {conflicts[0]} is in two splits ({', '.join(where)}), {len(conflicts)} subjects in all. "
+                "Held-out metrics would be measured on training subjects; give each subject one split."
             )
-        return splits.unique().sort("subject_id")
+        return splits.filter(~again.fill_null(False))
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = _read(shard, COLUMNS)
@@ -205,7 +207,7 @@ def _of_subjects(events: pl.DataFrame, splits: pl.DataFrame) -> pl.Series:
     subjects, n_events = _runs(events)
     place, is_known = _places(subjects, splits["subject_id"].to_numpy())
     rows = pl.Series(np.repeat(place, n_events)).set(pl.Series(np.repeat(~is_known, n_events)), None)
-    return splits["split"].gather(rows)
+    return splits["split"].gather(rows).cast(pl.String)
 
 
 def _holds_text(found: pl.DataType, *, is_list: bool) -> bool:
