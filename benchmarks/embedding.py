@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     ours.embed(texts[:8])  # loads the weights
     single.embed(texts[:1])
     rates = alternate({"ours": batched, "one_call_a_text": one_by_one}, options.repeats)
-    similarity = (vectors["ours"][: options.calls] * vectors["single"]).sum(1)
+    both = (vectors["ours"][: options.calls], vectors["single"])
+    similarity = np.prod([x / np.linalg.norm(x, axis=1, keepdims=True) for x in both], axis=0).sum(1)
     gain, n_distinct = ratio(rates["ours"], rates["one_call_a_text"]), len(set(texts))
     report(
         "embedding",
