@@ -150,6 +150,14 @@ def test_a_code_is_summed_up_by_its_lowest_priorities(tmp_path, monkeypatch, val
     assert not list(tmp_path.rglob("*")) or list(tmp_path.rglob("*")) == [tmp_path / "new"], "files have no name"
 
 
+def test_a_folder_that_takes_no_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "VALUES_IN_MEMORY", 1)
+    frames = [pl.DataFrame({"code": ["A"] * 3, "numeric_value": pl.Series([1.0, 2.0, 3.0], dtype=pl.Float32)})]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        statistics.code_statistics(Shards(frames), list, scratch=tmp_path / "file", seed=0)
+
+
 def test_settings_are_checked():
     with pytest.raises(UserError, match=r"unknown data\.values 'bin'.*did you mean 'bins'"):
         VocabularySettings(values="bin")
