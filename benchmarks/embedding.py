@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.common import alternate, parser, ratio, report, seconds
 from ehr_embed.embedders.cache import embed_texts
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         SentenceTransformerEmbedder(model="bundled", device=options.device, dtype=dtype)
         for dtype in ("bfloat16", "float32")
     )
-    vectors = {}
+    vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     def batched() -> float:
         with tempfile.TemporaryDirectory() as cache:
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     ours.embed(texts[:8])  # loads the weights
     single.embed(texts[:1])
     rates = alternate({"ours": batched, "one_call_a_text": one_by_one}, options.repeats)
-    similarity = (vectors["ours"][: options.calls] * vectors["single"]).sum(1)
+    both = (vectors["ours"][: options.calls], vectors["single"])
+    similarity = np.prod([x / np.linalg.norm(x, axis=1, keepdims=True) for x in both], axis=0).sum(1)
     gain, n_distinct = ratio(rates["ours"], rates["one_call_a_text"]), len(set(texts))
     report(
         "embedding",

@@ -6,6 +6,7 @@ A dense float32 file a subject, a DataLoader with random batches padded to the l
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ehr_embed.models.encoder import Encoder
+
+NAMES = {
+    r"^(norm|project)\.": r"body.input.\1.",
+    r"^classes\.": "head.classes.",
+    r"^encoder\.norm": "body.norm",
+    r"^encoder\.layers": "body.blocks",
+    r"self_attn\.in_proj_": "attention.qkv.",
+    r"self_attn\.out_proj": "attention.out",
+    r"\.norm1": ".norm_attention",
+    r"\.norm2": ".norm_mlp",
+    r"\.linear1": ".mlp.0",
+    r"\.linear2": ".mlp.2",
+}
+"""Parts of the original's parameter names by what they are called in `Encoder`."""
 
 
 class PatientFiles(Dataset[dict[str, Tensor]]):
@@ -87,21 +102,19 @@ class OriginalEncoder(nn.Module):
 
     def load(self, model: Encoder) -> None:
         """Take the weights of our model of the same size."""
-        body, head = model.body, model.head
-        pairs: list[tuple[nn.Module, nn.Module]] = [
-            (self.norm, body.input.norm),
-            (self.project, body.input.project),
-            (self.encoder.norm, body.norm),
-            (self.classes, head.classes),
-        ]
-        for own, block in zip(self.encoder.layers, body.blocks, strict=True):
-            attention = own.self_attn
-            attention.in_proj_weight.data.copy_(block.attention.qkv.weight)
-            attention.in_proj_bias.data.copy_(block.attention.qkv.bias)
-            pairs += [(attention.out_proj, block.attention.out), (own.norm1, block.norm_attention)]
-            pairs += [(own.norm2, block.norm_mlp), (own.linear1, block.mlp[0]), (own.linear2, block.mlp[2])]
-        for own, theirs in pairs:
-            own.load_state_dict(theirs.state_dict())
+        theirs = model.state_dict()
+        self.load_state_dict({name: theirs[our_name(name)] for name in self.state_dict()})
+
+
+def our_name(name: str) -> str:
+    """Of a parameter of the original, in `Encoder`.
+
+    >>> our_name("encoder.layers.1.self_attn.in_proj_weight"), our_name("norm.bias")
+    ('body.blocks.1.attention.qkv.weight', 'body.input.norm.bias')
+    """
+    for pattern, replacement in NAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def positions(length: int, dim: int, device: torch.device) -> Tensor:

@@ -1,10 +1,13 @@
 """From MEDS to an event store: events a second and peak memory as the dataset grows, its shards staying as large.
 
     python -m benchmarks.store_building
-    python -m benchmarks.store_building --smallest 1000000 --sizes 2
+    python -m benchmarks.store_building --events 10000000 30000000 100000000
+    python -m benchmarks.store_building --events 10000000 --subjects-a-shard 10000
 
-Sizes grow by factors of ten. Each store is built in a process of its own with the default vocabulary (value bins), one thread.
-`events_per_cpu_s` counts the processor's seconds, which other work on the machine changes less.
+Each store is built in a process of its own with the default vocabulary (value bins), one thread. `events_per_cpu_s` counts
+the processor's seconds, which other work on the machine changes less. `shards_of_memory` is what the process took beyond its
+libraries, in multiples of what the largest shard takes as a frame (the smallest datasets have smaller shards: there
+is one for each split at least).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import parser, report, write_cohort
@@ -25,6 +29,10 @@ from ehr_embed.store import build_store
 from ehr_embed.vocabulary import VocabularySettings
 
 EVENTS_A_SUBJECT = 196  # the mean of write_cohort's lengths
+EVENT_BYTES = (
+    52  # subject_id and time, 8 each; code and split, 16 each for strings of up to 12 characters; numeric_value, 4
+)
+BYTES_A_MIB = 2**20
 
 
 def build(root: str, folder: str) -> dict[str, float]:
@@ -51,11 +59,12 @@ def alone(root: Path, folder: Path) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    defaults = {"smallest": 100_000, "sizes": 3, "subjects_a_shard": 2500}
-    options = parser(__doc__, **defaults).parse_args(arguments)
+    found = parser(__doc__, subjects_a_shard=2500)
+    found.add_argument("--events", type=int, nargs="+", default=[10**5, 10**6, 10**7, 3 * 10**7])
+    options = found.parse_args(arguments)
     os.environ["POLARS_MAX_THREADS"] = "1"  # read by the processes that build
     rows = []
-    for n_events in (options.smallest * 10**i for i in range(options.sizes)):
+    for n_events in options.events:
         with tempfile.TemporaryDirectory() as name:
             root = write_cohort(
                 Path(name) / "meds",
@@ -63,8 +72,15 @@ def main(arguments: list[str] | None = None) -> None:
                 subjects_a_shard=options.subjects_a_shard,
                 with_values=True,
             )
-            n_shards = len(list((root / "data").rglob("*.parquet")))
-            rows.append({"n_shards": n_shards, **alone(root, Path(name) / "store")})
+            shards = [pq.read_metadata(path).num_rows for path in (root / "data").rglob("*.parquet")]
+            largest_mib = max(shards) * EVENT_BYTES / BYTES_A_MIB
+            row = alone(root, Path(name) / "store")
+            beyond = row["peak_memory_mib"] - row["of_it_libraries_mib"]
+            rows.append(
+                {"n_shards": len(shards), "largest_shard_mib": largest_mib}
+                | row
+                | {"shards_of_memory": beyond / largest_mib}
+            )
     report(
         "store_building",
         {"sizes": rows, "subjects_a_shard": options.subjects_a_shard},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             cpu[side].append(time.process_time() - began)
             return rate
 
-        rates = alternate({side: lambda side=side: measured(side) for side in cpu}, options.repeats)
+        rates = alternate({side: partial(measured, side) for side in cpu}, options.repeats)
         result = {f"events_per_s_{name}": sorted(values)[len(values) // 2] for name, values in rates.items()}
         report(
             "training",

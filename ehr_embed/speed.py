@@ -14,17 +14,36 @@ from ehr_embed.models.body import Body
 from ehr_embed.models.heads import EventHead
 
 PEAKS = {
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-    "T4": (65e12, 8.1e12),
-    "V100": (125e12, 15.7e12),
+    r"GB200": (2500e12, 80e12),
+    r"B200": (2250e12, 75e12),
+    r"H200( SXM)?": (989.5e12, 67e12),
+    r"H200 NVL": (835.5e12, 60e12),
+    r"H100 (80GB HBM3|SXM)": (989.5e12, 67e12),
+    r"H100 NVL": (835.5e12, 60e12),
+    r"H100 PCIe": (756.5e12, 51e12),
+    r"A100(-SXM4-[48]0GB|-SXM-80GB|-PCIE-40GB| 80GB PCIe)": (312e12, 19.5e12),
+    r"A40": (149.7e12, 37.4e12),
+    r"A10": (125e12, 31.2e12),
+    r"RTX A6000": (154.8e12, 38.7e12),
+    r"L40S": (362.05e12, 91.6e12),
+    r"L40": (181.05e12, 90.5e12),
+    r"L4": (121e12, 30.3e12),
+    r"GeForce RTX 4090": (165.2e12, 82.6e12),
+    r"GeForce RTX 3090": (71e12, 35.6e12),
+    r"T4": (65e12, 8.1e12),
+    r"V100-SXM2-\d+GB": (125e12, 15.7e12),
+    r"V100-PCIE-\d+GB": (112e12, 14e12),
+    r"V100S-PCIE-32GB": (130e12, 16.4e12),
+    r"MI300X": (1307.4e12, 163.4e12),
 }
-"""FLOP/s by a part of the GPU's name, in 16 bits (dense, tensor cores) and in float32: NVIDIA's data sheets."""
+"""FLOP/s in 16 bits (matrix units, accumulated in float32, without sparsity) and in float32 (without TF32) by how the name
+that torch gives ends. Another end is another GPU: a `RTX 4090 Laptop GPU`, a part of an H100 (`MIG 1g.10gb`).
+
+The makers' documents, of which those from Ampere on count most matrix figures with sparsity, here halved: NVIDIA's data sheets
+Blackwell (HGX B200, GB200 NVL72), H200 Tensor Core GPU, H100 Tensor Core GPU (editions with PCIe and with NVL), A100, A40,
+A10, RTX A6000, L40, L40S, L4, T4, V100; its whitepapers of the architectures GA102 (RTX 3090) and Ada (RTX 4090), appendix A;
+AMD's data sheet of the Instinct MI300X. Left out for want of such a figure: A10G, GH200, MI250.
+"""
 MATRIX, N_PRODUCTS = 1024, 5
 
 
@@ -87,9 +106,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     is_half = not precision.startswith("32")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next(
-            (peaks[0 if is_half else 1] for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None
-        )
+        return next((peaks[0 if is_half else 1] for end, peaks in PEAKS.items() if re.search(rf"\b{end}$", name)), None)
     if device.type != "cpu":
         return None
     return _measured(torch.bfloat16 if is_half else torch.float32, torch.get_num_threads())

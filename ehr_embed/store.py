@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,18 +104,17 @@ class EventStore:
 
 def build_store(folder: Path, source: Source, settings: VocabularySettings) -> EventStore:
     """Fit the vocabulary on train, then write every split's events to `folder`; it appears whole or not at all."""
-    vocabulary = fit_vocabulary(source, settings)
+    vocabulary = fit_vocabulary(source, settings, scratch=folder.parent)
     counts = np.zeros(len(vocabulary), np.int64)
     with atomic_directory(folder) as temporary:
         writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
         for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
-            events = source.read(shard)
-            for split, writer in writers.items():
-                part = events.filter(split=split)
-                token_ids, values = vocabulary.encode(part["code"], part["numeric_value"])
-                writer.append(part, token_ids, values)
+            for split, part in by_split(source.read(shard)):
+                token_ids = writers[split].append(part, vocabulary)
                 if split == "train":
                     counts += np.bincount(token_ids, minlength=len(counts))
+                # or else it lies in memory beside the next shard
+                del part, token_ids
         vocabulary = vocabulary.with_counts(counts)
         vocabulary.save(temporary)
         manifest = {
@@ -129,6 +129,14 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
         write_manifest(temporary, manifest, files := describe(temporary))
     remember(folder, files)
     return EventStore(folder, integrity="size")
+
+
+def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The events of each split that has any."""
+    found = events["split"].unique()
+    for split in SPLITS:
+        if split in found:
+            yield split, events if len(found) == 1 else events.filter(split=split)
 
 
 def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
@@ -223,15 +231,18 @@ class _SplitWriter:
         self.folder = folder
         keys = [key for key in DTYPES if key != "values" or has_values]
         self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
-        self.subjects: list[pl.DataFrame] = []
+        self.subjects = [pl.DataFrame(schema=dict.fromkeys(("subject_id", "n_events", "birth_time"), pl.Int64))]
         self.n_unknown = 0
 
-    def append(self, events: pl.DataFrame, token_ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> None:
+    def append(self, events: pl.DataFrame, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+        """Write events; their token ids."""
+        token_ids, values = vocabulary.encode(events["code"], events["numeric_value"])
         for key, array in {"token_ids": token_ids, "times": event_times(events), "values": values}.items():
             if key in self.files:
                 self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
         self.subjects.append(subject_rows(events))
         self.n_unknown += int((token_ids == UNKNOWN).sum())
+        return token_ids
 
     def finish(self) -> dict[str, int]:
         for file in self.files.values():

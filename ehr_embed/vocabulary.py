@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ehr_embed.code_statistics import code_statistics
 from ehr_embed.errors import UserError, unknown_name
 from ehr_embed.files import atomic_path, read_json, write_json
 from ehr_embed.sources.protocol import Source
@@ -18,8 +20,6 @@ from ehr_embed.texts import coverage, read_lookups, resolve_texts
 PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
 UNKNOWN_TEXT = "Unknown event"
 VALUE_MODES = ("bins", "continuous", "both", "none")
-MAX_VALUES_PER_CODE = 20_000
-"""Values kept per code for its quantiles: exact below, a uniform sample above."""
 VALUE_LIMIT = 10.0
 """Normalised values are clipped here: beyond ten robust standard deviations lie typing errors."""
 
@@ -138,7 +138,7 @@ class Vocabulary:
         edges = self._edges
         first_bin_N = self.codes["bin_token"].to_numpy()[row_N]
         binned = np.flatnonzero((first_bin_N >= 0) & ~np.isnan(value_N))
-        for part in np.array_split(binned, max(1, len(binned) // 1_000_000)):
+        for part in np.array_split(binned, max(1, len(binned) // 100_000)):
             bins = (edges[row_N[part]] <= value_N[part, None]).sum(axis=1)
             token_N[part] = first_bin_N[part] + bins
         token_N[~known] = UNKNOWN
@@ -170,7 +170,7 @@ class Vocabulary:
         number = pl.col("value").fill_nan(None) * pl.col("scale").fill_null(1.0) + pl.col("loc").fill_null(0.0)
         return table.select("code", number.fill_nan(None).cast(pl.Float32).alias("numeric_value"))
 
-    @property
+    @cached_property
     def _edges(self) -> npt.NDArray[np.float32]:
         lists = self.codes["edges"].to_list()
         edges = np.full((len(lists), max([1, *map(len, lists)])), np.inf, np.float32)
@@ -219,13 +219,18 @@ class Vocabulary:
         return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
 
 
-def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 0) -> Vocabulary:
+def fit_vocabulary(
+    source: Source, settings: VocabularySettings, *, scratch: Path | None = None, seed: int = 0
+) -> Vocabulary:
     """Fit tokens, bins and value normalisation on the train split of `source`, one shard in memory at a time.
 
+    Args:
+        scratch: folder for what does not fit in memory, None = the system's; nothing is left there.
+
     Raises:
-        UserError: there is no train event.
+        UserError: there is no train event, or `scratch` cannot be written to.
     """
-    counts, values = _statistics(source, seed)
+    counts, numbers = code_statistics(source, lambda values: _numbers(values, settings), scratch=scratch, seed=seed)
     metadata, lookups = source.code_metadata(), read_lookups(settings.lookups)
     every_code = pl.concat([counts["code"], metadata["code"], lookups["code"]]).unique(maintain_order=True)
     parents = metadata.select("code", pl.col("parent_codes").alias("parent")).explode("parent", empty_as_null=True)
@@ -244,18 +249,12 @@ def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 
     plain = rare.join(useful, on="code", how="anti", maintain_order="left")
 
     builder = _Builder(dict(zip(texts["code"], texts["text"], strict=True)))
-    by_code = {key[0]: frame["numeric_value"].to_numpy() for key, frame in values.group_by("code")}
-    n_binned = 0
     for code in frequent["code"]:
-        found = by_code.get(code)
-        enough = found is not None and len(found) >= settings.min_count
-        edges = bin_edges(found, settings.n_bins) if settings.has_bins and found is not None and enough else np.empty(0)
-        n_binned += bool(len(edges))
-        builder.add(code, edges, found)
+        builder.add(code, numbers.get(code, NO_NUMBERS))
     for code in plain["code"]:
-        builder.add(code, np.empty(0), by_code.get(code))
+        builder.add(code, numbers.get(code, NO_NUMBERS))
     for code, parent in folded.select("code", "parent").iter_rows():
-        builder.fold(code, parent, by_code.get(code))
+        builder.fold(code, parent, numbers.get(code, NO_NUMBERS))
     # Codes of the other splits are never counted. What metadata say of them is no statistic, so they may be described;
     # of the others, those whose parent has a token can still use it.
     own_text = texts.filter(pl.col("step").is_in(["lookup", "description"]) & settings.describe_unseen)
@@ -265,12 +264,12 @@ def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 
     unseen = useful.filter(~pl.col("code").is_in([*counts["code"], *described_unseen]))
     unseen = unseen.filter(pl.col("parent").is_in(list(builder.plain)))
     for code, parent in unseen.iter_rows():
-        builder.fold(code, parent, None)
+        builder.fold(code, parent, NO_NUMBERS)
 
     report = {
         "text_coverage": coverage(texts, counts),
         "codes_in_train": len(counts),
-        "codes_with_bins": n_binned,
+        "codes_with_bins": sum(bool(len(found.edges)) for found in numbers.values()),
         "rare_codes_folded_into_parent": len(folded),
         "rare_codes_kept_as_plain_text": len(plain),
         "unseen_codes_mapped_to_parent": len(unseen),
@@ -278,28 +277,6 @@ def fit_vocabulary(source: Source, settings: VocabularySettings, *, seed: int = 
         "tokens": len(builder.strings),
     }
     return Vocabulary(settings, builder.tokens(), builder.codes(), report)
-
-
-def _statistics(source: Source, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Counts per code (code, count) and sampled values (code, numeric_value, priority) of train.
-
-    The sample keeps, per code, the values with the lowest random priorities: uniform over all shards and mergeable.
-    """
-    counts: list[pl.DataFrame] = []
-    values = pl.DataFrame(schema={"code": pl.String, "numeric_value": pl.Float32, "priority": pl.Float64})
-    for number, shard in enumerate(source.shards):
-        train = source.read(shard).filter(split="train")
-        counts.append(train.group_by("code").agg(pl.len().alias("count")))
-        found = train.select("code", "numeric_value").drop_nulls()
-        priority = pl.Series("priority", np.random.default_rng([seed, number]).random(len(found)))
-        values = pl.concat([values, found.with_columns(priority)])
-        values = values.filter(pl.col("priority").rank("ordinal").over("code") <= MAX_VALUES_PER_CODE)
-    total = (
-        pl.concat(counts).group_by("code").agg(pl.col("count").sum()).sort("count", "code", descending=[True, False])
-    )
-    if not len(total):
-        raise UserError("the train split has no events: nothing can be fitted. Check metadata/subject_splits.parquet.")
-    return total.with_columns(pl.col("count").cast(pl.Int64)), values
 
 
 def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.float32]:
@@ -314,16 +291,23 @@ def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.fl
     >>> bin_edges(np.array([3., 3.]), 10).tolist(), bin_edges(np.array([0., 0., 0., 1., 2.]), 2).tolist()
     ([], [1.0])
     """
-    distinct = np.unique(values)
+    ordered = np.sort(values)
+    distinct = ordered[_is_first(ordered)]
     if len(distinct) <= n_bins:
         return distinct[1:]
     if n_bins < 2:
         return distinct[:0]
-    edges = np.quantile(values, np.arange(1, n_bins) / n_bins, method="higher")
-    edges = np.unique(edges[edges > distinct[0]])
+    # numpy.quantile(method="higher"), whose preparations take longer than most codes' sorting
+    edges = ordered[np.ceil((len(ordered) - 1) * (np.arange(1, n_bins) / n_bins)).astype(np.intp)]
+    edges = edges[_is_first(edges) & (edges > distinct[0])]
     if not len(edges):  # nearly all values are the minimum: bin what lies above it
-        return np.concatenate([distinct[1:2], bin_edges(values[values > distinct[0]], n_bins - 1)])
+        return np.concatenate([distinct[1:2], bin_edges(ordered[ordered > distinct[0]], n_bins - 1)])
     return edges
+
+
+def _is_first(ordered: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Whether a sorted value differs from the one before it."""
+    return np.append(np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1])
 
 
 def bin_text(number: int, n_bins: int) -> str:
@@ -341,18 +325,46 @@ def bin_text(number: int, n_bins: int) -> str:
     return f"{word} ({number}{suffix} of {n_bins})"
 
 
-def robust_scale(values: npt.NDArray[np.float32] | None) -> tuple[float, float]:
+def robust_scale(values: npt.NDArray[np.float32]) -> tuple[float, float]:
     """Median and interquartile range / 1.349 (the standard deviation of a normal variable with that range);
     the standard deviation where the range is 0, and 1 where that is 0 too.
 
     >>> robust_scale(np.array([1., 1., 1.]))
     (1.0, 1.0)
     """
-    if values is None or not len(values):
-        return 0.0, 1.0
-    wide = values.astype(np.float64)
-    low, median, high = np.quantile(wide, [0.25, 0.5, 0.75])
-    return float(median), float((high - low) / 1.349 or wide.std() or 1.0)
+    ordered = np.sort(values)
+    low, median, high = (quantile(ordered, share) for share in (0.25, 0.5, 0.75))
+    return median, (high - low) / 1.349 or float(values.astype(np.float64).std()) or 1.0
+
+
+def quantile(ordered: npt.NDArray[np.float32], share: float) -> float:
+    """The quantile of sorted values as `numpy.quantile` gives it, whose preparations take longer than all else here.
+
+    >>> quantile(np.array([1.0, 2.0, 4.0]), 0.75)
+    3.0
+    """
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    a, b, t = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)]), place - below
+    return b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What of a code's numbers enters the vocabulary."""
+
+    edges: list[float]
+    loc: float
+    scale: float
+
+
+NO_NUMBERS = _Numbers([], 0.0, 1.0)
+
+
+def _numbers(values: npt.NDArray[np.float32], settings: VocabularySettings) -> _Numbers:
+    is_binned = settings.has_bins and len(values) >= settings.min_count
+    edges = bin_edges(values, settings.n_bins).tolist() if is_binned else []
+    return _Numbers(edges, *robust_scale(values))
 
 
 class _Builder:
@@ -380,8 +392,8 @@ class _Builder:
             self.plain[code] = self._token(code, self.text_of[code])
         return self.plain[code]
 
-    def add(self, code: str, edges: npt.NDArray[Any], values: npt.NDArray[np.float32] | None) -> None:
-        plain, first = self._plain_token(code), -1
+    def add(self, code: str, numbers: _Numbers) -> None:
+        plain, first, edges = self._plain_token(code), -1, numbers.edges
         if len(edges):
             n_bins = len(edges) + 1
             bins = [
@@ -391,14 +403,14 @@ class _Builder:
                 for number in range(1, n_bins + 1)
             ]
             first = bins[0]
-        self.rows[code] = (plain, first, [float(edge) for edge in edges], *robust_scale(values))
+        self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale)
 
     def describe(self, code: str) -> None:
         """A token of the code's text alone: without events in train its numbers have no scale."""
         self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
 
-    def fold(self, code: str, parent: str, values: npt.NDArray[np.float32] | None) -> None:
-        self.rows[code] = (self._plain_token(parent), -1, [], *robust_scale(values))
+    def fold(self, code: str, parent: str, numbers: _Numbers) -> None:
+        self.rows[code] = (self._plain_token(parent), -1, [], numbers.loc, numbers.scale)
 
     def tokens(self) -> pl.DataFrame:
         n = len(self.strings)

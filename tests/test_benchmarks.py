@@ -54,12 +54,21 @@ def test_disk_counts_what_an_event_takes(capsys):
     assert found["ratio"] == pytest.approx(found["bytes_per_event_original"] / found["bytes_per_event_ours"], rel=1e-2)
 
 
-def test_store_building_grows_tenfold(capsys):
-    found = line(store_building.main, capsys, "--smallest", "2000", "--sizes", "2", "--subjects-a-shard", "40")
+def test_store_building_says_what_each_size_took(capsys):
+    found = line(store_building.main, capsys, "--events", "2000", "20000", "--subjects-a-shard", "40")
     small, large = found["sizes"]
     assert 5 < large["n_events"] / small["n_events"] < 20
     assert large["n_shards"] > small["n_shards"]
     assert large["peak_memory_mib"] >= large["of_it_libraries_mib"] > 0
+    assert large["shards_of_memory"] > 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_shards(capsys):
+    found = line(store_building.main, capsys, "--events", "1000000", "6000000", "--subjects-a-shard", "400")
+    few, many = found["sizes"]
+    assert many["n_shards"] > 5 * few["n_shards"]
+    assert many["peak_memory_mib"] < few["peak_memory_mib"] + 6 * few["largest_shard_mib"]
 
 
 @pytest.mark.slow

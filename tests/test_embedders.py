@@ -133,21 +133,6 @@ def test_unknown_options_list_the_valid_ones():
         SentenceTransformerEmbedder(model=BUNDLED, dtype="int3")
 
 
-def test_two_devices_give_the_vectors_of_one(bundled, tmp_path):
-    program = (
-        "from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder as E\n"
-        "import numpy as np\n"
-        "if __name__ == '__main__':\n"
-        "    e = E(model='bundled', device=['cpu', 'cpu'], batch_size=1)\n"
-        f"    v = e.embed({TEXTS!r})\n"
-        "    e.close()\n"
-        "    np.save('v.npy', v)\n"
-    )
-    (tmp_path / "main.py").write_text(program)
-    subprocess.run([sys.executable, "main.py"], cwd=tmp_path, capture_output=True, check=True, timeout=120)
-    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), bundled.embed(TEXTS), atol=1e-5)
-
-
 def test_the_cache_embeds_only_what_is_new_and_keeps_order(tmp_path):
     first = Counting()
     expected = HashingEmbedder(embedding_dim=16).embed(["b", "aa", "b", "ccc"])

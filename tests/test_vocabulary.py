@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ehr_embed import code_statistics as statistics
 from ehr_embed.errors import UserError
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.texts import coverage, read_lookups, resolve_texts
-from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, bin_edges, fit_vocabulary
+from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, bin_edges, fit_vocabulary, robust_scale
 from tests.conftest import write_meds
 
 OTHER = {"tuning": [(2, 0.0, "A", 1.0)], "held_out": [(3, 0.0, "A", 1.0)]}
@@ -101,6 +102,60 @@ def test_every_bin_is_used_and_order_is_kept(values, n_bins):
     bins = (edges <= array[:, None]).sum(1)
     assert set(bins) == set(range(len(edges) + 1))
     assert (len(np.unique(array)) > 1) == (len(edges) > 0)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60))
+def test_the_scale_is_numpys(values):
+    array = np.array(values, dtype=np.float32)
+    low, median, high = np.quantile(array.astype(np.float64), [0.25, 0.5, 0.75])
+    assert robust_scale(array) == (median, (high - low) / 1.349 or array.astype(np.float64).std() or 1.0)
+
+
+class Shards:
+    """Train events in shards, as a source reads them."""
+
+    def __init__(self, frames: list[pl.DataFrame]) -> None:
+        self.frames, self.shards = frames, range(len(frames))
+
+    def read(self, shard: int) -> pl.DataFrame:
+        return self.frames[shard].with_columns(split=pl.lit("train"))
+
+
+@pytest.mark.parametrize("values_in_memory", [10, 1900, 10**9])
+def test_a_code_is_summed_up_by_its_lowest_priorities(tmp_path, monkeypatch, values_in_memory):
+    """However many numbers lie in files: those of a code that had too many are a sample over all shards."""
+    monkeypatch.setattr(statistics, "MAX_VALUES_PER_CODE", 50)
+    monkeypatch.setattr(statistics, "SPARE", 10 * 50**0.5)
+    monkeypatch.setattr(statistics, "VALUES_IN_MEMORY", values_in_memory)
+    rng = np.random.default_rng(1)
+    frames = [
+        pl.DataFrame({"code": pl.Series(rng.integers(0, 4 + i, 100)).cast(pl.String), "numeric_value": rng.random(100)})
+        for i in range(40)
+    ]
+    frames = [x.with_columns(pl.when(pl.col("code") != "3").then("numeric_value").cast(pl.Float32)) for x in frames]
+    counts, found = statistics.code_statistics(Shards(frames), list, scratch=tmp_path / "new", seed=7)
+
+    every = pl.concat(
+        x.drop_nulls().with_columns(priority=np.random.default_rng([7, i]).random(x["numeric_value"].count()))
+        for i, x in enumerate(frames)
+    )
+    assert dict(counts.iter_rows()) == dict(pl.concat(frames)["code"].value_counts().iter_rows())
+    assert counts["count"].is_sorted(descending=True)
+    assert set(found) == set(every["code"])
+    assert max(map(len, found.values())) == 50 < every["code"].value_counts()["count"].max()
+    for code, values in found.items():
+        group = every.filter(code=code)
+        lowest = group.filter(pl.col("priority").rank() <= 50)
+        assert values == lowest["numeric_value"].to_list()
+    assert not list(tmp_path.rglob("*")) or list(tmp_path.rglob("*")) == [tmp_path / "new"], "files have no name"
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "VALUES_IN_MEMORY", 1)
+    frames = [pl.DataFrame({"code": ["A"] * 3, "numeric_value": pl.Series([1.0, 2.0, 3.0], dtype=pl.Float32)})]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        statistics.code_statistics(Shards(frames), list, scratch=tmp_path / "file", seed=0)
 
 
 def test_settings_are_checked():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,9 @@ from ehr_embed.vocabulary import Vocabulary
 KEY = "embedder.model"
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
 DTYPES = ("float32", "bfloat16", "float16")
+CPU_BATCH, GPU_BATCH = 32, 128
+BATCHES_A_CALL = 4
+"""Of each device: those that are done with theirs go on with what is left of the call."""
 
 
 class SentenceTransformerEmbedder:
@@ -34,7 +42,7 @@ class SentenceTransformerEmbedder:
         normalize: scale vectors to length one.
         truncate_dim: keep the first dimensions only (Matryoshka models, arXiv:2205.13147); None keeps all.
         embedding_dim: width the user expects, checked against the model; None reads it from the model.
-        batch_size: texts a batch on each device.
+        batch_size: texts a batch on each device; None = 128 on a GPU and 32 on a CPU. A call takes four a device.
         device: `auto` (all GPUs, else the CPU), one device, or a list of them.
         dtype: of the weights: float32, bfloat16 or float16.
 
@@ -54,7 +62,7 @@ class SentenceTransformerEmbedder:
         normalize: bool = True,
         truncate_dim: int | None = None,
         embedding_dim: int | None = None,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         device: str | list[str] = "auto",
         dtype: str = "float32",
     ) -> None:
@@ -62,15 +70,16 @@ class SentenceTransformerEmbedder:
             raise unknown_name("embedder.pooling", pooling, POOLINGS, "null takes the model's own.")
         if dtype not in DTYPES:
             raise unknown_name("embedder.dtype", dtype, DTYPES)
-        check_range("embedder.batch_size", batch_size, 1)
+        if batch_size is not None:
+            check_range("embedder.batch_size", batch_size, 1)
         if truncate_dim is not None:
             check_range("embedder.truncate_dim", truncate_dim, 1)
         self.model, self.revision = model, revision
         self.prompt, self.pooling, self.normalize = prompt, pooling, normalize
         self.truncate_dim, self.expected_dim = truncate_dim, embedding_dim
         self.dtype, self.devices = dtype, _devices(device)
-        self.batch_size = batch_size * len(self.devices)
-        self._batch_size_a_device = batch_size
+        self._batch_size = batch_size or (CPU_BATCH if self.devices[0].startswith("cpu") else GPU_BATCH)
+        self.batch_size = self._batch_size * BATCHES_A_CALL * len(self.devices)
         self._pool: dict[Any, Any] | None = None
 
     @cached_property
@@ -122,17 +131,19 @@ class SentenceTransformerEmbedder:
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         _ = self.embedding_dim  # a typed width that disagrees is refused before any work
-        if len(self.devices) > 1 and self._pool is None:
+        # What fits in one batch is not worth the seconds that processes take to start.
+        if len(self.devices) > 1 and self._pool is None and len(texts) > self._batch_size:
             self._pool = self._loaded.start_multi_process_pool(self.devices)
-        vectors = self._loaded.encode(
-            list(texts),
-            prompt=self.prompt,
-            batch_size=self._batch_size_a_device,
-            normalize_embeddings=self.normalize,
-            show_progress_bar=False,
-            pool=self._pool,
-            chunk_size=self._batch_size_a_device if self._pool else None,
-        )
+        with self._dead_processes_named():
+            vectors = self._loaded.encode(
+                list(texts),
+                prompt=self.prompt,
+                batch_size=self._batch_size,
+                normalize_embeddings=self.normalize,
+                show_progress_bar=False,
+                pool=self._pool,
+                chunk_size=self._batch_size if self._pool else None,
+            )
         return np.asarray(vectors, np.float32)
 
     def close(self) -> None:
@@ -140,20 +151,52 @@ class SentenceTransformerEmbedder:
             self._loaded.stop_multi_process_pool(self._pool)
             self._pool = None
 
+    @contextmanager
+    def _dead_processes_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over its vectors
+            dead = [process for process in (self._pool or {}).get("processes", ()) if not process.is_alive()]
+            if not dead:
+                raise
+            codes = ", ".join(str(process.exitcode) for process in dead)
+            raise UserError(
+                f"{len(dead)} of {len(self.devices)} processes that embed on {', '.join(self.devices)} ended (exit code {codes}; "
+                "-9 is what the system does where memory runs out). What was embedded before is kept. Type the same command "
+                "again, or with a smaller embedder.batch_size, or with embedder.device=" + self.devices[0]
+            ) from error
+
     @cached_property
-    def _loaded(self) -> SentenceTransformer:
+    def _loaded(self) -> _Encoder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
-    def _load(self, name: str, revision: str | None = None) -> SentenceTransformer:
+    def _load(self, name: str, revision: str | None = None) -> _Encoder:
         weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         place: dict[str, Any] = {"device": self.devices[0], "truncate_dim": self.truncate_dim}
         if self.pooling is None:
-            loaded = SentenceTransformer(name, revision=revision, model_kwargs=weights, **place)
+            loaded = _Encoder(name, revision=revision, model_kwargs=weights, **place)
         else:
             transformer = Transformer(name, model_kwargs=weights | ({"revision": revision} if revision else {}))
             pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=self.pooling)
-            loaded = SentenceTransformer(modules=[transformer, pooling], **place)
-        return loaded.eval().requires_grad_(False)
+            loaded = _Encoder(modules=[transformer, pooling], **place)
+        loaded.eval().requires_grad_(False)
+        return loaded
+
+
+class _Encoder(SentenceTransformer):
+    """Its processes end with the one that started them, however that ends: each holds memory of a device."""
+
+    @classmethod
+    def _multi_process_worker(cls, *arguments: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started them ends them
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        super()._multi_process_worker(*arguments)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _devices(device: str | list[str]) -> list[str]:

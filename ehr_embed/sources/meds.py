@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from ehr_embed.errors import UserError
@@ -52,6 +54,10 @@ class MedsSource:
         self.name, self.needs_splits = name or self.root.name, needs_splits
         self.splits = None if splits is None else Path(splits).expanduser().resolve()
         self.split_column = split_column
+        # Of all subjects read so far, sorted by id, the number of their shard: not a frame a shard, since what polars' unique
+        # returns holds on to memory for every row of the shard.
+        self._numbers: dict[Path, int] = {}
+        self._seen_ids, self._seen_in = np.empty(0, np.int64), np.empty(0, np.int32)
         if not (self.root / "data").is_dir():
             found = "a folder without data/" if self.root.is_dir() else "no such folder"
             raise UserError(
@@ -88,27 +94,25 @@ class MedsSource:
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
-        """subject_id, split; None when the dataset leaves the splits to its folders."""
+        """subject_id, split (Categorical), a row a subject, sorted; None when the dataset leaves the splits to its folders."""
         path = self.splits or self.root / "metadata" / "subject_splits.parquet"
         if not path.exists():
             return None
         column = "split" if self.splits is None else self.split_column
-        splits = _read(path, {"subject_id": pl.Int64, column: pl.String}).rename({column: "split"})
+        splits = _read(path, {"subject_id": pl.Int64, column: pl.String})
+        splits = splits.select("subject_id", split=pl.col(column).cast(pl.Categorical))
         if splits.null_count().sum_horizontal().item():
             raise UserError(f"{path}: null subject_id or split. Every subject needs one split; mend the file.")
-        conflicts = splits.unique().filter(pl.col("subject_id").is_duplicated()).sort("subject_id", "split")
+        splits = splits if splits["subject_id"].is_sorted() else splits.sort("subject_id")
+        again = splits["subject_id"] == splits["subject_id"].shift()
+        conflicts = splits.filter(again & (splits["split"] != splits["split"].shift()))["subject_id"].unique().sort()
         if len(conflicts):
-            subject = conflicts["subject_id"][0]
-            where = conflicts.filter(subject_id=subject)["split"].to_list()
+            where = sorted(splits.filter(subject_id=conflicts[0])["split"].cast(pl.String).unique())
             raise UserError(
-                f"{path}: subject {subject} is in two splits ({', '.join(where)}), {conflicts['subject_id'].n_unique()} "
-                "subjects in all. Held-out metrics would be measured on training subjects; give each subject one split."
+                f"{path}: subject {conflicts[0]} is in two splits ({', '.join(where)}), {len(conflicts)} subjects in all. "
+                "Held-out metrics would be measured on training subjects; give each subject one split."
             )
-        return splits.unique()
-
-    @cached_property
-    def _seen(self) -> dict[Path, pl.Series]:
-        return {}
+        return splits.filter(~again.fill_null(False))
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = _read(shard, COLUMNS)
@@ -128,7 +132,7 @@ class MedsSource:
                     f"data/{{{','.join(SPLITS)}}}/. Write one of them; nothing was fitted."
                 )
             return events.with_columns(split=pl.lit(folder))
-        events = events.join(self.subject_splits, on="subject_id", how="left", maintain_order="left")
+        events = events.with_columns(split=_of_subjects(events, self.subject_splits))
         if self.splits is not None:
             return events.filter(pl.col("split").is_not_null())
         homeless = events.filter(pl.col("split").is_null())
@@ -145,14 +149,20 @@ class MedsSource:
         return events
 
     def _refuse_shared_subjects(self, events: pl.DataFrame, shard: Path) -> None:
-        subjects = events["subject_id"].unique()
-        for other, seen in self._seen.items():
-            if other != shard and len(shared := subjects.filter(subjects.is_in(seen.implode()))):
-                raise UserError(
-                    f"subject {shared[0]} has events in both {other} and {shard} ({len(shared)} such subjects). MEDS keeps "
-                    "a subject in one file, and one in two folders would be in two splits. Re-shard by subject."
-                )
-        self._seen[shard] = subjects
+        number = self._numbers.setdefault(shard, len(self._numbers))
+        subjects = np.sort(_runs(events)[0])
+        place, is_known = _places(subjects, self._seen_ids)
+        other = self._seen_in[place[is_known]]
+        if len(shared := np.flatnonzero(other != number)):
+            files = list(self._numbers)
+            raise UserError(
+                f"subject {subjects[is_known][shared[0]]} has events in both {files[other[shared[0]]]} and {shard} "
+                f"({len(shared)} such subjects). MEDS keeps a subject in one file, and one in two folders would be in two "
+                "splits. Re-shard by subject."
+            )
+        if not is_known.all():
+            self._seen_in = np.insert(self._seen_in, place[~is_known], number)
+            self._seen_ids = np.insert(self._seen_ids, place[~is_known], subjects[~is_known])
 
     def code_metadata(self) -> pl.DataFrame:
         schema: dict[str, Any] = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
@@ -173,6 +183,31 @@ class MedsSource:
             missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
             frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
             return frame.filter(pl.col("code").is_not_null()).collect()
+
+
+def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Ids of the subjects, whose events are contiguous, in order of appearance, and how many events each has."""
+    ids = events["subject_id"].to_numpy()
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]]))
+    return ids[starts], np.diff(starts, append=len(ids))
+
+
+def _places(
+    ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Where each id stands or would stand among sorted ones, and whether it does."""
+    place = np.searchsorted(among, ids)
+    if not len(among):
+        return place, np.zeros(len(ids), bool)
+    return place, among[np.minimum(place, len(among) - 1)] == ids
+
+
+def _of_subjects(events: pl.DataFrame, splits: pl.DataFrame) -> pl.Series:
+    """The split of every event, null where its subject has none."""
+    subjects, n_events = _runs(events)
+    place, is_known = _places(subjects, splits["subject_id"].to_numpy())
+    rows = pl.Series(np.repeat(place, n_events)).set(pl.Series(np.repeat(~is_known, n_events)), None)
+    return splits["split"].gather(rows).cast(pl.String)
 
 
 def _holds_text(found: pl.DataType, *, is_list: bool) -> bool:
