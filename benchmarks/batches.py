@@ -15,6 +15,8 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
             last[side] = work()
             return float(last[side]["n_events"] / last[side]["seconds"])
 
-        sides = {
-            side: lambda side=side: measured(side, lambda: epoch(loaders[side], devices[side])) for side in loaders
-        }
+        def ours(side: str) -> float:
+            return measured(side, lambda: epoch(loaders[side], devices[side]))
+
+        sides: dict[str, Callable[[], float]] = {side: partial(ours, side) for side in loaders}
         if options.peer:
             command = [f"{options.peer}/MTD_preprocess", f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
             programs = {**os.environ, "PATH": f"{options.peer}:{os.environ['PATH']}"}  # it starts others of its own

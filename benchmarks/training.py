@@ -33,19 +33,30 @@ from ehr_embed.tasks.classification import Classification
 from ehr_embed.trainer import Trainer, TrainerSettings
 from ehr_embed.vocabulary import VocabularySettings
 
-EMBEDDING_DIM, MAX_LENGTH, BATCH_SIZE, LEARNING_RATE = 384, 512, 32, 1e-4
+EMBEDDING_DIM, BATCH_SIZE, LEARNING_RATE = 384, 32, 1e-4
+SIZES = {
+    "dropout_percent": 10,
+    "model_dim": 256,
+    "layers": 6,
+    "context": 512,
+    "median_events": 150,
+    "batch_tokens": 16_384,
+    "compile": 0,
+}
+"""Options of model, cohort and trainer, with their defaults."""
 
 
 class Sides:
     """Both ways to train on one cohort; the original's files are written only with `with_files`."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, *, with_files: bool = True) -> None:
-        root = write_cohort(folder / "meds", n_subjects=options.subjects)
+        lengths = {"median_events": options.median_events, "max_events": options.context}
+        root = write_cohort(folder / "meds", n_subjects=options.subjects, **lengths)
         store = build_store(folder / "store", MedsSource(root=str(root)), VocabularySettings(values="none"))
         self.folder, self.options = folder, options
         self.table = torch.randn(len(store.vocabulary), EMBEDDING_DIM, generator=torch.Generator().manual_seed(0))
         self.task = Classification(monitor="auroc")
-        self.task.setup(store, root / "labels", MAX_LENGTH)
+        self.task.setup(store, root / "labels", options.context)
         self.files = folder / "train"
         self.files.mkdir()
         samples, split = self.task.samples["train"], store.split("train")
@@ -65,13 +76,15 @@ class Sides:
     def ours(self) -> float:
         """Events a second of one epoch of the trainer."""
         torch.manual_seed(0)
-        model, embedding = Encoder(**self.sizes, max_length=MAX_LENGTH), EventEmbedding(self.table)
+        model, embedding = Encoder(**self.sizes, max_length=self.options.context), EventEmbedding(self.table)
         settings = TrainerSettings(
             epochs=1,
             batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             accelerator=self.options.device,
+            batch_tokens=self.options.batch_tokens,
             checkpoint_every=None,
+            compile=bool(self.options.compile),
         )
         trainer = Trainer(
             settings,
@@ -113,7 +126,7 @@ class Sides:
 def same_losses(sides: Sides) -> tuple[float, float]:
     """Losses of both on the first samples with the same weights, in float32 without dropout: they are one model."""
     task, index = sides.task, torch.arange(min(BATCH_SIZE, len(sides.task.samples["train"])))
-    ours = Encoder(**sides.sizes, max_length=MAX_LENGTH).eval()
+    ours = Encoder(**sides.sizes, max_length=sides.options.context).eval()
     original = OriginalEncoder(**sides.sizes).eval()
     original.load(ours)
     batch = task.dataset("train")[index.numpy()]
@@ -125,9 +138,14 @@ def same_losses(sides: Sides) -> tuple[float, float]:
     return float(first), float(second)
 
 
+def dataset_of(options: argparse.Namespace) -> str:
+    """The cohort in words."""
+    return f"{options.subjects} synthetic subjects, log-normal lengths of median {options.median_events} cut at {options.context}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    found = parser(__doc__, subjects=1000, repeats=3, dropout_percent=10, model_dim=256, layers=6)
+    found = parser(__doc__, subjects=1000, repeats=3, **SIZES)
     options = found.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(Path(folder), options)
@@ -150,8 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
             | {f"n_events_{name}": n for name, n in sides.n_events.items()}
             | dict(zip(("loss_ours", "loss_original"), losses, strict=True))
             | {name: sides.facts[name] for name in ("padding_share", "precision", "n_parameters", "peak_memory_mib")}
-            | {name: getattr(options, name) for name in ("dropout_percent", "repeats")},
-            dataset=f"{options.subjects} synthetic subjects, log-normal lengths of median 150 cut at {MAX_LENGTH}",
+            | {name: getattr(options, name) for name in ("repeats", *SIZES)},
+            dataset=dataset_of(options),
             device=options.device,
         )
 

@@ -3,7 +3,11 @@
     python -m benchmarks.utilisation
     python -m benchmarks.utilisation --device cuda --subjects 20000
 
-FLOPs are those of the events alone (ehr_embed/speed.py), without padding; the peak is looked up (GPU) or measured (CPU).
+    python -m benchmarks.utilisation --device cuda --model-dim 640 --layers 10 --context 2048 --median-events 1500 \\
+        --batch-tokens 65536 --subjects 4000 --original 0
+
+The last is a model of 50 million parameters, without the original. FLOPs are those of the events alone (ehr_embed/speed.py),
+without padding; the peak is looked up (GPU) or measured (CPU).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import parser, report
-from benchmarks.training import Sides
+from benchmarks.training import SIZES, Sides, dataset_of
 from ehr_embed.memory import peak_memory_mib
 from ehr_embed.speed import peak_flops
 
@@ -39,16 +43,16 @@ def train(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    found = parser(__doc__, subjects=1000, dropout_percent=10, model_dim=256, layers=6)
+    found = parser(__doc__, subjects=1000, original=1, **SIZES)
     options = found.parse_args(arguments)
-    results = {}
-    for side in ("ours", "original"):
+    results: dict[str, Any] = {}
+    for side in ("ours", "original") if options.original else ("ours",):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             results[side] = pool.submit(train, side, options).result()
     report(
         "utilisation",
-        results,
-        dataset=f"{options.subjects} synthetic subjects, log-normal lengths of median 150 cut at 512",
+        results | {name: getattr(options, name) for name in SIZES},
+        dataset=dataset_of(options),
         device=options.device,
     )
 

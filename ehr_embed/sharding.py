@@ -65,12 +65,16 @@ def _divided(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Spread a model over `data_parallel`: each member of its module lists, innermost first, then what is left."""
     data_parallel = mesh["data_parallel"]
-    for module in reversed(list(model.modules())):
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                fully_shard(block, mesh=data_parallel)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=data_parallel)
     fully_shard(model, mesh=data_parallel)
     return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Members of a model's module lists, innermost first: what is repeated."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [block for blocks in reversed(lists) for block in blocks]
 
 
 def whole_tensor(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ehr_embed.precision import choose_precision
 from ehr_embed.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
 from ehr_embed.profiling import profiler
 from ehr_embed.resume import samples_digest
-from ehr_embed.sharding import load_weights
+from ehr_embed.sharding import blocks_of, load_weights
 from ehr_embed.speed import peak_flops, rates, training_flops
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
@@ -68,6 +68,7 @@ class TrainerSettings:
     precision: str = "auto"
     freeze: str | None = None
     layer_decay: float = 1.0
+    compile: bool = False
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -185,6 +186,9 @@ class Trainer:
         if settings.freeze == "body":
             body_of(model).requires_grad_(False)
             embedding.requires_grad_(False)  # what the body reads is part of what it learned
+        if settings.compile:
+            for block in blocks_of(model):  # alike, so that one compilation serves all
+                block.compile(dynamic=True)
         # Before the optimizer: a model that is spread has new parameters.
         wrapped = self.fabric.setup_module(model)
         groups = parameter_groups(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import batches, disk, embedding, generation_cache, packing, store_building, training, utilisation
+from benchmarks import batches, disk, embedding, generation_cache, gpu, packing, store_building, training, utilisation
 from benchmarks.common import write_cohort
 from ehr_embed.sources.meds import MedsSource
 
@@ -99,3 +102,26 @@ def test_the_cohort_is_what_the_benchmarks_say(tmp_path):
     assert len(source.shards) == 5
     assert 140 < np.median(lengths) < 160
     assert lengths.max() == 512
+
+
+@pytest.mark.parametrize("run", gpu.RUNS, ids=" ".join)
+def test_what_a_gpu_will_run_can_be_read(run, monkeypatch):
+    """It cannot be run here: its arguments are those that the benchmark takes."""
+    read = argparse.ArgumentParser.parse_args
+
+    class ReadError(Exception):
+        pass
+
+    def then_stop(self, arguments):
+        raise ReadError(read(self, arguments))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop)
+    name, *arguments = run
+    with pytest.raises(ReadError, match="device='cuda'"):
+        importlib.import_module(f"benchmarks.{name}").main([*arguments, *gpu.DEVICE])
+
+
+def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 1
+    assert "no GPU here" in capsys.readouterr().out
