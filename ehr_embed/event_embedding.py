@@ -61,11 +61,18 @@ class EventEmbedding(nn.Module):
         """What a model takes, from a batch on the table's device: the table's rows in use, each event's row and token, times, and
         where the events and the sequences are."""
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
-        if n_tokens > row_ids.numel():
+        if n_tokens <= row_ids.numel():
+            rows = self.table
+        elif (
+            row_ids.device.type != "cpu"
+        ):  # to find the distinct ones would wait for the device, which costs more than products spared
+            rows, row_ids = (
+                self(row_ids.flatten()),
+                torch.arange(row_ids.numel(), device=row_ids.device).view_as(row_ids),
+            )
+        else:
             used, row_ids = batch.token_ids.unique(return_inverse=True)
             rows = self(used)
-        else:
-            rows = self.table
         inputs = {"rows": rows, "row_ids": row_ids, "token_ids": batch.token_ids, "padding_mask": batch.is_event}
         inputs |= {"is_static": batch.is_static, "places": batch.places, "sequence_starts": batch.sequence_starts}
         optional = {"values": batch.values, "segments": batch.segments, "event_index": batch.event_index}

@@ -120,7 +120,8 @@ def window_samples(
     """Stretches of records, each after its subject's static events, as samples without labels.
 
     Windows overlap by one event, so that every event but a record's first is the next one of its predecessor in exactly
-    one of them. The prediction time of a window is that of its last event; windows of a single event are left out.
+    one of them; where static events had to be left out, as in `build_samples`, the first timed one is not. The prediction time of
+    a window is that of its last event; windows of a single event are left out.
 
     Args:
         max_length: events a window may have, static ones included.
@@ -131,20 +132,20 @@ def window_samples(
         UserError: no record has two events.
     """
     first, last = events.offsets[:-1], events.offsets[1:]
-    static_stop = ragged_searchsorted(events.times, first, last, np.full_like(first, STATIC_TIME))
+    first_timed = ragged_searchsorted(events.times, first, last, np.full_like(first, STATIC_TIME))
     # A window needs an event and its next one besides the static events.
-    static_stop = np.minimum(static_stop, first + max_length - 2)
+    static_stop = np.minimum(first_timed, first + max_length - 2)
     stride = max_length - (static_stop - first) - 1
-    n_timed = last - static_stop
+    n_timed = last - first_timed
     if which == "last":
-        start, stop, row = np.maximum(static_stop, last - stride - 1), last, np.arange(len(first))
+        start, stop, row = np.maximum(first_timed, last - stride - 1), last, np.arange(len(first))
     else:
         is_long = n_timed > stride + 1
         phase = np.where(is_long, 0 if rng is None else rng.integers(0, stride), 0)
         count = np.maximum(1, -(-(n_timed - 1 + phase) // stride))
         row = np.repeat(np.arange(len(first)), count)
-        origin = static_stop[row] - phase[row] + ragged_arange(np.zeros_like(count), count) * stride[row]
-        start = np.maximum(origin, static_stop[row])
+        origin = first_timed[row] - phase[row] + ragged_arange(np.zeros_like(count), count) * stride[row]
+        start = np.maximum(origin, first_timed[row])
         stop = np.minimum(origin + stride[row] + 1, last[row])
     keep = (stop - start >= 1) & (stop - start + static_stop[row] - first[row] >= 2)
     row, start, stop = row[keep], start[keep], stop[keep]

@@ -179,8 +179,8 @@ def test_metrics_equal_sums_by_hand(planted):
         time_nll=torch.rand(n, generator=generator),
         value_nll=None,
     )
-    targets = torch.randint(2, len(planted[0].vocabulary), (n,), generator=generator)
-    outputs = sum_by_sample(scores, is_target, targets, families).numpy()
+    targets = torch.randint(2, len(planted[0].vocabulary), is_target.shape, generator=generator) * is_target
+    outputs = sum_by_sample(scores, targets, families).numpy()
     subjects = np.array([0, 0, 1, 1, 2, 3])
     metrics = event_metrics(outputs, families, subject_ids=subjects, n_bootstrap=30)
     assert scores.rank is not None

@@ -112,6 +112,18 @@ def test_windows_predict_every_event_once(records, max_length, seed, is_random):
     assert (BatchDataset(events, samples)[np.arange(len(samples))].days >= 0).all()
 
 
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_no_window_begins_among_static_events_that_do_not_fit(which):
+    events, _ = make_events([(10, list(range(20)))])
+    samples = window_samples(events, max_length=6, which=which)
+    assert samples.lengths.max() <= 6
+    batch = BatchDataset(events, samples)[np.arange(len(samples))]
+    assert batch.is_static.sum(1).tolist() == [4] * len(samples)
+    assert (samples.prediction_times > STATIC_TIME).all()
+    assert batch.days.min() >= 0
+    assert len(predicted(BatchDataset(events, samples))) == (19 if which == "all" else 1)
+
+
 def test_the_last_window_holds_static_events_and_the_last_ones():
     events, _ = make_events([(2, list(range(20))), (0, [1])])
     samples = window_samples(events, max_length=8, which="last")

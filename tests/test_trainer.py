@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning_fabric import seed_everything
+from torch import nn
 
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
@@ -97,6 +99,24 @@ def test_a_seed_set_before_the_model_is_built_repeats_the_run(planted, tmp_path)
     other = train(planted, tmp_path / "c", epochs=2, seed=1)[1]
     assert without_times(first) == without_times(again)
     assert without_times(first) != without_times(other)
+
+
+def test_compiled_blocks_learn_the_same(planted, tmp_path, monkeypatch):
+    """Traced, with gradients, for batches of any length; the compiler proper, which takes minutes, is torch's to test."""
+    compiled: list[nn.Module] = []
+
+    def with_quick_backend(block: nn.Module, **options: Any) -> None:
+        compiled.append(block)
+        compile_block(block, backend="aot_eager", **options)
+
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", with_quick_backend)
+    plain = train(planted, tmp_path / "plain", epochs=2, dropout=0.0)[1]
+    assert not compiled
+    fast = train(planted, tmp_path / "fast", epochs=2, dropout=0.0, compile=True)[1]
+    assert len(compiled) == 1
+    for there, here in zip(without_times(plain), without_times(fast), strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
 
 
 def test_the_best_checkpoint_is_the_one_evaluated(planted, tmp_path):

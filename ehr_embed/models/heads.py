@@ -156,8 +156,12 @@ class EventHead(nn.Module):
         table_VE = inputs["table"]
         if "targets" not in inputs:
             return self.logits(x_BTD, table_VE)
-        is_target_BT = inputs["targets"] > 0
-        x_ND, target_N = x_BTD[is_target_BT], inputs["targets"][is_target_BT].long()
+        place_N = inputs["targets"].flatten().nonzero().squeeze(1)  # once, as a GPU is waited for to count them
+
+        def chosen(name: str) -> Tensor:
+            return inputs[name].flatten()[place_N]
+
+        x_ND, target_N = x_BTD.flatten(0, 1)[place_N], chosen("targets").long()
         weight_VD, bias_V = self.token_weights(table_VE)
         # Half precision would round the scores to ties, and ranks with them.
         with torch.autocast(x_ND.device.type, enabled=self.training and torch.is_autocast_enabled(x_ND.device.type)):
@@ -165,10 +169,10 @@ class EventHead(nn.Module):
                 x_ND, weight_VD, bias_V = x_ND.float(), weight_VD.float(), bias_V.float()
             nll_N, rank_N = token_scores(x_ND, weight_VD, bias_V, target_N, with_ranks=not self.training)
         time_NQ, value = self.time_and_value(x_ND, table_VE[target_N])
-        time_nll_N = F.cross_entropy(time_NQ, time_bin(inputs["target_gap_days"][is_target_BT]), reduction="none")
+        time_nll_N = F.cross_entropy(time_NQ, time_bin(chosen("target_gap_days")), reduction="none")
         value_nll_N = None
         if value is not None:
-            value_nll_N = value.nll(inputs["target_values"][is_target_BT])
+            value_nll_N = value.nll(chosen("target_values"))
         return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
 
     def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, ValueDistribution | None]:

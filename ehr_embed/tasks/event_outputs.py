@@ -64,17 +64,17 @@ class Families:
         return len(self.names) * len(PER_FAMILY) + len(EXTRA)
 
 
-def sum_by_sample(scores: EventScores, is_target_BT: Tensor, target_N: Tensor, families: Families) -> Tensor:
+def sum_by_sample(scores: EventScores, targets_BT: Tensor, families: Families) -> Tensor:
     """Sums over each sample's N target events, (B, n_outputs) float64: for each family its `PER_FAMILY`, then `EXTRA`.
 
-    Without ranks (in training) nobody looks at the sums, and they are zeros.
+    `targets_BT` are their token ids, 0 = none. Without ranks (in training) nobody looks at the sums, and they are zeros.
     """
-    n_samples, device = len(is_target_BT), is_target_BT.device
+    n_samples, device = len(targets_BT), targets_BT.device
     result = torch.zeros(n_samples, families.n_outputs, dtype=torch.float64, device=device)
     if scores.rank is None:
         return result
-    sample_N = is_target_BT.nonzero()[:, 0]
-    first_N = families.of_token.to(device)[target_N] * len(PER_FAMILY)
+    sample_N, place_N = targets_BT.nonzero(as_tuple=True)
+    first_N = families.of_token.to(device)[targets_BT[sample_N, place_N].long()] * len(PER_FAMILY)
     columns = [torch.ones_like(scores.nll), scores.nll, *(scores.rank < k for k in TOP)]
     for offset, column in enumerate(columns):
         result.index_put_((sample_N, first_N + offset), column.detach().double(), accumulate=True)

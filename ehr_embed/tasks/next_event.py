@@ -137,12 +137,10 @@ class NextEvent:
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
-        is_target_BT = inputs["targets"] > 0
         loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
         if scores.value_nll is not None:
             loss = loss + self.value_weight * mean(scores.value_nll)
-        target_N = inputs["targets"][is_target_BT].long()
-        return loss, sum_by_sample(scores, is_target_BT, target_N, self._families)
+        return loss, sum_by_sample(scores, inputs["targets"], self._families)
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Which events of a batch are predicted, (B, T) bool."""
