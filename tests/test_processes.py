@@ -36,6 +36,7 @@ SMALL = (
     "model.model_dim=16",
 )
 SHORT = ("trainer.epochs=3", "trainer.batch_size=8", "trainer.warmup_steps=3", "trainer.n_bootstrap=20")
+PIPED: Any = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 MEASURED = ("_s", "_mib", "mfu", "seconds")
 
 
@@ -120,7 +121,7 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on_bit_for_bit(dataset, s
     whole, broken = (dataset.parent / f"{name}_{strategy}" for name in ("whole", "broken"))
     for run_dir in (whole, broken):
         command = [sys.executable, "train.py", *overrides(dataset, run_dir, *more)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, **PIPED)
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
@@ -141,25 +142,51 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on_bit_for_bit(dataset, s
     np.testing.assert_array_equal(predictions(broken), predictions(whole))
 
 
-@pytest.mark.slow
-def test_torchrun_starts_the_processes_and_they_agree_on_the_folder(dataset, tmp_path, alone):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def end_well(launched: list[subprocess.Popen[str]], folder: Path, alone: Path) -> None:
+    """All end without an error, and left the run of `alone` in one folder."""
+    said = [process.communicate(timeout=300)[0] for process in launched]
+    assert [process.returncode for process in launched] == [0] * len(launched), said
+    (run_dir,) = folder.iterdir()
+    assert history(run_dir)[-1] == pytest.approx(history(alone)[-1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_and_they_agree_on_the_folder(dataset, tmp_path, alone):
     # A run_dir that would be another one in each process.
     more = overrides(dataset, tmp_path / "${now:%f}", "trainer.accumulate=2", "trainer.devices=1", "trainer.nodes=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     launchers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}",
-             "--master-addr=127.0.0.1", f"--master-port={port}", "train.py", *more],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
+        subprocess.Popen([*command, f"--node-rank={node}", "train.py", *more], **PIPED)  # as on two machines
         for node in range(2)
-    ]  # fmt: skip
-    said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], said
-    (run_dir,) = tmp_path.iterdir()
-    assert history(run_dir)[-1] == pytest.approx(history(alone)[-1], rel=1e-4, abs=1e-6)
+    ]
+    end_well(launchers, tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_slurm_step_is_one_run(dataset, tmp_path, alone):
+    """Its environment, as srun sets it (man srun, OUTPUT ENVIRONMENT VARIABLES); Slurm itself is not here."""
+    more = overrides(dataset, tmp_path / "${now:%f}", "trainer.accumulate=2", "trainer.devices=2")
+    step = {"JOB_ID": "1", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODEID": "0"}
+    step |= {"STEP_NUM_TASKS": "2", "NODELIST": "localhost", "JOB_NODELIST": "localhost"}
+    environment = os.environ | {f"SLURM_{name}": value for name, value in step.items()}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "train.py", *more],
+            env=environment | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            **PIPED,
+        )
+        for task in range(2)
+    ]
+    end_well(tasks, tmp_path, alone)
 
 
 def speak() -> tuple[list[int], int, list[float], str]:
