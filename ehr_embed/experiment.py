@@ -34,7 +34,7 @@ from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_o
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.processes import Processes, n_launched, run_ranks
+from ehr_embed.processes import n_launched, run_ranks
 from ehr_embed.resume import claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
@@ -150,9 +150,9 @@ def run(cfg: DictConfig) -> float:
     run_dir, init_from = processes.on_first(lambda: run_directory(cfg)), cfg.init_from
     if cfg.pretrain is not None:
         check_config(first := pretraining(cfg))
-        run_stage(first, run_dir / "pretrain", processes, init_from=None, trial=NoTrial())
+        run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
-    return run_stage(cfg, run_dir, processes, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
 
 
 def _run_rank(cfg: DictConfig, singletons: Any) -> float:
@@ -166,7 +166,11 @@ def _run_rank(cfg: DictConfig, singletons: Any) -> float:
 
 def pretraining(cfg: DictConfig) -> DictConfig:
     """The configuration of the stage before this one: `cfg` with the groups that `pretrain` names in place of its own; of
-    `data`, the keys that it names."""
+    `data`, the keys that it names.
+
+    Raises:
+        UserError: it wants other processes; a run keeps those that it began with.
+    """
     stage = cfg.copy()
     with open_dict(stage):
         for group, chosen in cfg.pretrain.items():
@@ -175,18 +179,24 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for key in ("name", "run_id"):
             if stage.tracker.get(key):  # the two stages are two runs
                 stage.tracker[key] = f"{stage.tracker[key]}-pretrain"
+    for key in ("devices", "nodes"):
+        own, later = (OmegaConf.select(chosen, f"trainer.{key}", default=1) for chosen in (stage, cfg))
+        if own != later:
+            raise UserError(
+                f"pretrain.trainer.{key}={own} and trainer.{key}={later}: both stages are trained by the same processes. "
+                f"Type: pretrain.trainer.{key}={later}"
+            )
     return stage
 
 
-def run_stage(
-    cfg: DictConfig, run_dir: Path, processes: Processes, *, init_from: str | Path | None, trial: TrialHandle
-) -> float:
+def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> float:
     """Train and evaluate in `run_dir`, starting from the checkpoint `init_from` if there is one; `trial` is told each epoch."""
     began = time.perf_counter()
-    seed_everything(cfg.seed, verbose=False)
     build = _builder(cfg)
-    task: Task = build(cfg.task)
     settings: TrainerSettings = build(cfg.trainer)
+    processes = settings.launch()  # with the precision of this stage
+    seed_everything(cfg.seed, verbose=False)
+    task: Task = build(cfg.task)
     is_trained = task.is_trained and settings.epochs > 0
     if init_from is None and not is_trained:
         raise UserError(

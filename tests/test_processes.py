@@ -300,6 +300,29 @@ def test_processes_and_devices_that_do_not_fit_are_refused(monkeypatch):
         TrainerSettings(strategy="ddpp")
 
 
+def test_stages_of_a_run_have_the_same_processes(dataset, tmp_path):
+    settings = [o for o in overrides(dataset, tmp_path / "run") if not o.startswith(("model=", "trainer.epochs"))]
+    both = [
+        *settings,
+        "experiment=pretrain_then_finetune",
+        "trainer.epochs=1",
+        "pretrain.trainer.epochs=1",
+        "trainer.devices=2",
+    ]
+    both += [
+        "pretrain.trainer.precision=32-true",
+        "pretrain.trainer.accelerator=cpu",
+        "pretrain.trainer.n_bootstrap=20",
+    ]
+    with pytest.raises(UserError, match=r"Type: pretrain\.trainer\.devices=2"):
+        run(composed(*both))
+    assert not (tmp_path / "run").exists()
+    run(composed(*both, "pretrain.trainer.devices=2"))
+    for folder in (tmp_path / "run" / "pretrain", tmp_path / "run"):
+        assert len(history(folder)) == 1
+        assert read_json(folder / "metrics.json")["train"]["precision"] == "32-true"
+
+
 def test_fewer_batches_than_processes_are_refused(dataset, tmp_path):
     with pytest.raises(UserError, match=r"fewer batches than this run has processes \(2\)"):
         run(composed(*overrides(dataset, tmp_path / "run", "trainer.batch_size=64", "trainer.devices=2")))

@@ -32,8 +32,8 @@ from tests.test_unpickle import Call
 from tests.wandb_offline import read_offline_runs
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
-MAY_UNPICKLE = ("ehr_embed/unpickle.py", "ehr_embed/search/worker.py")
-"""The restricted unpickler, and a job of a search, which reads its parent's pipe."""
+MAY_UNPICKLE = ("ehr_embed/unpickle.py", "ehr_embed/search/worker.py", "ehr_embed/processes.py")
+"""The restricted unpickler, a job of a search, which reads its parent's pipe, and a process of a run, which its parent called."""
 MAY_INSTANTIATE = ("ehr_embed/instantiate.py",)
 CODE_RUNNERS = (
     "eval",
@@ -68,6 +68,8 @@ def dangers(code: str, name: str = "ehr_embed/x.py") -> list[str]:
     }  # fmt: skip
     found = []
     for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            continue  # a field may be called `compile`
         if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in renamed:
             what = renamed[ast.unparse(node)]
         elif isinstance(node, ast.Attribute | ast.Name):
