@@ -1,10 +1,12 @@
-"""Texts embedded a second: distinct ones in batches of similar length, in bfloat16, against one `encode` call a text.
+"""Texts embedded a second: distinct ones in batches of similar length against one `encode` call a text.
 
     python -m benchmarks.embedding
+    python -m benchmarks.embedding --bfloat16 1
     python -m benchmarks.embedding --texts 20000 --distinct 2000 --device cuda
 
 Texts are those of events, most of which repeat. `ratio` is over all of them; `ratio_distinct` is over the distinct ones, so
-without what leaving out the repeated ones gains. The calls, one a text, are timed on the first `--calls` and in float32.
+without what leaving out the repeated ones gains. The calls, one a text, are timed on the first `--calls`, in float32 always; ours
+are in float32, the default, or with `--bfloat16 1` as with embedder.dtype=bfloat16.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ def event_texts(n: int, n_distinct: int) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    options = parser(__doc__, texts=10_000, distinct=1000, calls=100, repeats=3).parse_args(arguments)
+    options = parser(__doc__, texts=10_000, distinct=1000, calls=100, repeats=3, bfloat16=0).parse_args(arguments)
     texts = event_texts(options.texts, options.distinct)
     ours, single = (
         SentenceTransformerEmbedder(model="bundled", device=options.device, dtype=dtype)
-        for dtype in ("bfloat16", "float32")
+        for dtype in ("bfloat16" if options.bfloat16 else "float32", "float32")
     )
     vectors: dict[str, npt.NDArray[np.float32]] = {}
 
@@ -76,7 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
         "embedding",
         {f"texts_per_s_{name}": statistics.median(values) for name, values in rates.items()}
         | {"ratio": gain, "ratio_distinct": gain * n_distinct / len(texts), "smallest_cosine": float(similarity.min())}
-        | {"n_texts": len(texts), "n_distinct": n_distinct, "n_calls": len(similarity), "repeats": options.repeats},
+        | {
+            "n_texts": len(texts),
+            "n_distinct": n_distinct,
+            "n_calls": len(similarity),
+            "repeats": options.repeats,
+            "bfloat16": options.bfloat16,
+        },
         dataset="synthetic event texts, all-MiniLM-L6-v2",
         device=options.device,
     )

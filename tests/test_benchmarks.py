@@ -43,7 +43,20 @@ def test_batches_hold_every_event_once(capsys):
 
 
 def test_embedding_gives_both_sides_the_same_texts(capsys):
-    arguments = ("--texts", "30", "--distinct", "6", "--calls", "8", "--repeats", "1", "--device", "cpu")
+    arguments = (
+        "--texts",
+        "30",
+        "--distinct",
+        "6",
+        "--calls",
+        "8",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--bfloat16",
+        "1",
+    )
     found = line(embedding.main, capsys, *arguments)
     assert (found["n_texts"], found["n_distinct"], found["n_calls"]) == (30, 6, 8)
     assert found["smallest_cosine"] > 0.99, "the vectors of bfloat16 are those of float32"
