@@ -31,10 +31,11 @@ from ehr_embed.exports.protocol import Export
 from ehr_embed.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.finished import finish, read_metrics
 from ehr_embed.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.launchers import n_launched
 from ehr_embed.model_card import write_model_card
 from ehr_embed.models.protocol import adapt, build_model, check_vectors
 from ehr_embed.prepare import Prepared, prepare, report
-from ehr_embed.processes import n_launched, run_ranks
+from ehr_embed.processes import run_ranks
 from ehr_embed.resume import claimed, find_run
 from ehr_embed.run_report import EVALUATED, print_metrics, summary_of, write_plots
 from ehr_embed.runs import LOOKUPS, TABLE, VOCABULARY
@@ -179,9 +180,10 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for key in ("name", "run_id"):
             if stage.tracker.get(key):  # the two stages are two runs
                 stage.tracker[key] = f"{stage.tracker[key]}-pretrain"
-    for key in ("devices", "nodes"):
-        own, later = (OmegaConf.select(chosen, f"trainer.{key}", default=1) for chosen in (stage, cfg))
-        if own != later:
+    several = max(OmegaConf.select(cfg, f"trainer.{key}", default=1) for key in ("devices", "nodes")) > 1
+    for key, default in ("devices", 1), ("nodes", 1), ("accelerator", "auto"):
+        own, later = (OmegaConf.select(chosen, f"trainer.{key}", default=default) for chosen in (stage, cfg))
+        if own != later and (several or key != "accelerator"):
             raise UserError(
                 f"pretrain.trainer.{key}={own} and trainer.{key}={later}: both stages are trained by the same processes. "
                 f"Type: pretrain.trainer.{key}={later}"
@@ -211,7 +213,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
             print_metrics(done, run_dir)
         return float(done["tuning"][task.monitor]["value"])
-    source, prepared = prepare_from(cfg)
+    source, prepared = processes.first(lambda: prepare_from(cfg))
     task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
     audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes

@@ -39,11 +39,10 @@ class Autocast(MixedPrecision):
 
 
 def precision_plugin(accelerator: str, precision: str) -> Autocast | None:
-    """What makes a Fabric compute in `precision` (not `auto`) and rounds no input; None for 32-true."""
+    """What makes a Fabric compute in `precision` and rounds no input; None for 32-true. Neither argument is `auto`."""
     if precision == "32-true":
         return None
-    device = "cuda" if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available() else "cpu"
-    return Autocast(precision=precision, device="mps" if accelerator == "mps" else device)  # type: ignore[arg-type]
+    return Autocast(precision=precision, device="cpu" if accelerator == "cpu" else "cuda")  # type: ignore[arg-type]
 
 
 def _cpu_multiplies_bf16() -> bool:

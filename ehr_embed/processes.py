@@ -19,27 +19,28 @@ from typing import Any, Literal, TypeVar, cast
 import cloudpickle
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from lightning_fabric.strategies import DDPStrategy, Strategy
-from torch import distributed
+from torch import distributed, nn
 
 from ehr_embed.errors import UserError
+from ehr_embed.launchers import is_torchrun, n_launched
 from ehr_embed.precision import precision_plugin
 from ehr_embed.sharding import FullyShardedStrategy
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 
 T = TypeVar("T")
 STRATEGIES = ("auto", "ddp", "fsdp")
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
 MAX_DEVICES, MAX_NODES = 1024, 65_536
 POLL_S = 0.5
-GRACE_S = 10.0
-"""From the first process that failed to the end of the others, which wait for what it will never send."""
+GRACE_S = 60.0
+"""From the first process that failed to the end of the others: time to close a tracker, or to wait in vain for the first."""
 END_S = 5.0
 """From SIGTERM to SIGKILL."""
-TIMEOUT = timedelta(hours=2)
-"""Longest wait for another process: rank 0 evaluates and draws while the others wait."""
+TIMEOUT = timedelta(days=7)
+"""Longest wait on the host: rank 0 builds the store, embeds, evaluates and draws while the others wait."""
 
 
 class Processes:
@@ -82,6 +83,19 @@ class Processes:
         distributed.all_reduce(found, group=self._group)
         return (found / self.size).tolist()
 
+    def share(self, model: nn.Module) -> None:
+        """Give every rank the weights and buffers of rank 0: what was fitted to vectors may differ between kinds of machines."""
+        if self._group is not None:
+            for x in (*model.parameters(), *model.buffers()):
+                distributed.broadcast(whole := x.detach().contiguous(), src=0, group=self._group)
+                x.detach().copy_(whole)
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on this rank, called on rank 0 before the others, which find what it has made."""
+        made: list[T] = []
+        self.on_first(lambda: made.append(function()))
+        return made[0] if made else function()
+
     def on_first(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, on every rank.
 
@@ -123,21 +137,33 @@ def launch(*, accelerator: str, precision: str, devices: int, nodes: int, strate
             f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and this is one alone. On each node type: "
             f"torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ..."
         )
-    if accelerator in ("auto", "cuda", "gpu") and 0 < (found := torch.cuda.device_count()) < devices:
+    if accelerator == "auto":  # Fabric's would take Apple's GPU, which has no float64
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator in ("cuda", "gpu") and (found := torch.cuda.device_count()) < devices:
+        remedy = "Type: trainer.devices=FEWER, or trainer.accelerator=cpu; in a search n_jobs=1 leaves a trial all GPUs"
+        if launched > 1:
+            remedy = "Let each task see all GPUs of its machine: srun --gpus-per-node=N without --gpus-per-task"
         raise UserError(
-            f"trainer.devices={devices}, but torch finds {found} GPUs here, and each process needs its own. "
-            f"Type: trainer.devices={found}, or trainer.accelerator=cpu"
+            f"trainer.devices={devices} on GPUs, but torch finds {found} here, and each process needs its own. {remedy}"
         )
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugin = precision_plugin(accelerator, precision)
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=_strategy(strategy, n),
-        precision="32-true" if plugin is None else None,
-        plugins=[] if plugin is None else [plugin],
-    )
+    plugins: list[Any] = [] if plugin is None else [plugin]
+    if n > 1:  # said, since Fabric would take an interactive step of Slurm's for a process alone
+        plugins.append(TorchElasticEnvironment() if is_torchrun() else SLURMEnvironment(auto_requeue=False))
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy=_strategy(strategy, n),
+            precision="32-true" if plugin is None else None,
+            plugins=plugins,
+        )
+    except (RuntimeError, ValueError) as error:
+        if n == 1:
+            raise
+        raise UserError(f"the processes of this run do not fit together: {' '.join(str(error).split())}") from error
     fabric.launch()
     return Processes(fabric)
 
@@ -146,16 +172,9 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
     if n_processes == 1:
         return "auto"
     if name == "fsdp":
-        return FullyShardedStrategy(n_processes, timeout=TIMEOUT)
-    # A batch may leave parts of a model unused (no masked event has a value), on one rank and not on another.
-    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, timeout=TIMEOUT)
-
-
-def n_launched() -> int:
-    """Processes that were started together with this one by torchrun, Slurm's srun or `run_ranks`; 1 = it is alone."""
-    if TorchElasticEnvironment.detect():
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        return FullyShardedStrategy(n_processes)
+    # A user's model may leave parameters unused in a batch, on one rank and not on another. Buffers are never learned.
+    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def run_ranks(function: Callable[[], T], n: int) -> T:
@@ -216,6 +235,10 @@ def _wait(waiting: dict[Connection, int], processes: list[Any], stop: StopReques
             except EOFError:
                 processes[rank].join()
                 value, error = None, _killed(rank, processes[rank].exitcode)
+                if stop.name:  # which came before Python listened there
+                    error = Stopped(
+                        f"stopped by {stop.name}; what was finished is kept, and the same command continues"
+                    )
             if rank == 0:
                 result = value
             if error is not None and first_error is None:

@@ -41,8 +41,12 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "embedder.batch_size",
+    "embedder.device",
 )
 """Keys, or whole groups, that change nothing in what a run computes."""
+NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
+"""Keys that the configurations of earlier versions do not have, with what these did."""
 LEFT_BY_RUNS = (
     "metrics.*",
     "summary.json",
@@ -157,6 +161,10 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ['trainer.epochs was 5, now 9']
     """
     old, new = (dict(_flat(config, str(config.get("cache_dir", "")))) for config in (there, here))
+    for key, value in NEW.items():
+        for config in (old, new):
+            if key in old or key in new:
+                config.setdefault(key, value)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
     changed = [key for key in keys if key not in old or key not in new or old[key] != new[key]]
     return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]

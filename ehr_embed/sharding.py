@@ -7,7 +7,6 @@ DTensor, and has the whole of a block while it computes with it. Checkpoints hol
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     Args:
         n_processes: over which to spread.
-        timeout: longest wait for another process.
     """
 
-    def __init__(self, n_processes: int, *, timeout: timedelta) -> None:
-        super().__init__(shard, data_parallel_size=n_processes, tensor_parallel_size=1, timeout=timeout)
+    def __init__(self, n_processes: int) -> None:
+        super().__init__(shard, data_parallel_size=n_processes, tensor_parallel_size=1)
 
     def clip_gradients_norm(
         self,

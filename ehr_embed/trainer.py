@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from tqdm import tqdm
 
@@ -124,6 +124,15 @@ class TrainerSettings:
         )
 
 
+def seed_of_rank(seed: int, rank: int) -> int:
+    """A seed for what a process draws by itself; of 32 bits, as torch's generator for CPUs leaves out the others.
+
+    >>> len({seed_of_rank(0, 1), seed_of_rank(0, 2), seed_of_rank(1, 1)})
+    3
+    """
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+
+
 class Trainer:
     """Trains a model on a task's train samples and keeps the checkpoint that is best on tuning.
 
@@ -187,8 +196,13 @@ class Trainer:
             body_of(model).requires_grad_(False)
             embedding.requires_grad_(False)  # what the body reads is part of what it learned
         if settings.compile:
-            for block in blocks_of(model):  # alike, so that one compilation serves all
+            if not (blocks := blocks_of(model)):
+                raise UserError(
+                    f"trainer.compile=true: {type(model).__name__} has no blocks to compile. Type: trainer.compile=false"
+                )
+            for block in blocks:  # alike, so that one compilation serves all
                 block.compile(dynamic=True)
+        self.processes.share(model)
         # Before the optimizer: a model that is spread has new parameters.
         wrapped = self.fabric.setup_module(model)
         groups = parameter_groups(
@@ -207,7 +221,7 @@ class Trainer:
         state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes)
         rng = None if run is None else state.restore(run)
         if rng is None and self.processes.rank:  # else all ranks would drop and mask the same places
-            torch.manual_seed(self.seed + (self.processes.rank << 32))
+            torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
         progress = state.progress
         speed = self._speed(model, embedding)
 
@@ -251,7 +265,8 @@ class Trainer:
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
-        best = torch.load(self.run_dir / BEST, map_location=self.fabric.device, weights_only=True)
+        # Mapped: the optimizer's state, twice the weights, is not read.
+        best = torch.load(self.run_dir / BEST, map_location="cpu", weights_only=True, mmap=True)
         load_weights(model, best["model_state_dict"])
         embedding.load_state_dict(best.get("embedding_state_dict", {}))
         return self.facts(model, embedding) | {
@@ -392,25 +407,26 @@ class Trainer:
                 "the same command with this run_dir continues"
             )
 
-    @torch.inference_mode()
     def _predict(
         self, model: nn.Module, embedding: EventEmbedding, split: str, stop: StopRequest | None = None
     ) -> tuple[float, Outputs]:
         """Mean loss and outputs (n, n_outputs) of a split, in sample order, whatever the batches were."""
         model.eval()
         loader = self._loader(split)
-        n = len(loader.dataset)
+        n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         loss_sum = torch.zeros((), device=self.fabric.device)
-        for number, batch in enumerate(loader):
-            if stop is not None and self._asked(stop):
-                raise Stopped
-            moved = batch.to(self.fabric.device)
-            with self.fabric.autocast():
-                loss, outputs = self.task.step(model, embedding, moved)
-            if number < loader.sampler.n_own:
-                result[moved.sample] = outputs
-                loss_sum += loss * len(moved.sample)
+        # Buffers that a spread model makes in inference mode could not be trained with.
+        with torch.inference_mode(self.processes.size == 1), torch.no_grad():
+            for number, batch in enumerate(loader):
+                if stop is not None and self._asked(stop):
+                    raise Stopped
+                moved = batch.to(self.fabric.device)
+                with self.fabric.autocast():
+                    loss, outputs = self.task.step(model, embedding, moved)
+                if number < n_own:
+                    result[moved.sample] = outputs
+                    loss_sum += loss * len(moved.sample)
         result = self._reduce(result, "sum")
         loss_sum = self._reduce(loss_sum, "sum")
         return float(loss_sum) / n, result.cpu().numpy()
@@ -420,7 +436,8 @@ class Trainer:
         if self.processes.size > 1:
             for parameter in embedding.parameters():
                 if parameter.grad is not None:
-                    parameter.grad = self._reduce(parameter.grad, "mean")
+                    distributed.all_reduce(parameter.grad)  # Fabric's would wait for the GPU first
+                    parameter.grad /= self.processes.size
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         reduced = self.fabric.all_reduce(x, reduce_op=how)

@@ -22,9 +22,10 @@ from ehr_embed.checkpoints import read_checkpoint
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import run
 from ehr_embed.files import read_json
-from ehr_embed.processes import Processes, launch, n_launched, run_ranks
+from ehr_embed.launchers import n_launched
+from ehr_embed.processes import Processes, launch, run_ranks
 from ehr_embed.stopping import REQUEUE, Stopped
-from ehr_embed.trainer import TrainerSettings
+from ehr_embed.trainer import Trainer, TrainerSettings, seed_of_rank
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 
@@ -292,8 +293,8 @@ def test_processes_and_devices_that_do_not_fit_are_refused(monkeypatch):
         launch(devices=1, nodes=1, **sizes)
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 2)
-        with pytest.raises(UserError, match=r"torch finds 2 GPUs here"):
-            launch(devices=8, nodes=1, **(sizes | {"accelerator": "auto"}))
+        with pytest.raises(UserError, match=r"torch finds 2 here.*without --gpus-per-task"):
+            launch(devices=8, nodes=1, **(sizes | {"accelerator": "cuda"}))
     with pytest.raises(UserError, match=r"Type: trainer\.precision=bf16-mixed"):
         TrainerSettings(strategy="fsdp", precision="16-mixed")
     with pytest.raises(UserError, match=r"auto, ddp, fsdp"):
@@ -321,6 +322,90 @@ def test_stages_of_a_run_have_the_same_processes(dataset, tmp_path):
     for folder in (tmp_path / "run" / "pretrain", tmp_path / "run"):
         assert len(history(folder)) == 1
         assert read_json(folder / "metrics.json")["train"]["precision"] == "32-true"
+
+
+def test_masked_events_in_bfloat16(dataset, tmp_path):
+    """Two ranks blank and drop other places; the run ends, and learns."""
+    settings = [o for o in overrides(dataset, tmp_path / "run") if "precision" not in o and "dropout" not in o]
+    run(
+        composed(
+            *settings, "task=masked_event", "trainer.precision=bf16-mixed", "trainer.devices=2", "model.dropout=0.1"
+        )
+    )
+    rows = history(tmp_path / "run")
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+
+
+def test_a_spread_model_goes_on_from_a_stop_in_evaluation(dataset, monkeypatch):
+    """Its first pass is then the evaluation, and what that allocates is trained with."""
+    run_dir, whole = dataset.parent / "stopped_late", dataset.parent / "not_stopped"
+    together = ("trainer.devices=2", "trainer.strategy=fsdp", "trainer.epochs=2", "model.dropout=0.2")
+    with pytest.raises(Stopped):
+        run_ranks(partial(stop_in_evaluation, composed(*overrides(dataset, run_dir, *together))), 2)
+    assert read_checkpoint(run_dir / "latest_checkpoint.pt")[1]["progress"]["batch"] == 4
+    for folder in (run_dir, whole):
+        run(composed(*overrides(dataset, folder, *together)))
+    np.testing.assert_array_equal(predictions(run_dir), predictions(whole))
+
+
+def stop_in_evaluation(cfg: Any) -> None:
+    """A run in whose first evaluation rank 1 gets a signal."""
+    predict = Trainer._predict
+
+    def after_signal(self: Trainer, *arguments: Any) -> Any:
+        if self.processes.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return predict(self, *arguments)
+
+    Trainer._predict = after_signal  # type: ignore[method-assign]
+    run(cfg)
+
+
+def draw() -> list[float]:
+    """The first random number of each rank once it trains."""
+    here = TrainerSettings(accelerator="cpu", devices=2).launch()
+    torch.manual_seed(seed_of_rank(0, here.rank))
+    return here.gather(float(torch.rand(())))
+
+
+def test_each_rank_draws_for_itself():
+    first, second = run_ranks(draw, 2)
+    assert first != second
+    seeds = [seed_of_rank(seed, rank) for seed in range(3) for rank in range(1, 5)]
+    drawn = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == len(seeds), "torch's generator for CPUs reads 32 bits of a seed"
+
+
+def share_and_first() -> list[Any]:
+    """A model's weights and buffers after sharing, and the order in which ranks did something."""
+    here = TrainerSettings(accelerator="cpu", devices=2).launch()
+    model = torch.nn.BatchNorm1d(3)
+    torch.nn.init.constant_(model.weight, here.rank + 5)
+    model.running_mean.fill_(here.rank + 7)  # type: ignore[union-attr]
+    here.share(model)
+    began = here.first(time.monotonic)
+    return here.gather((model.weight.tolist(), model.running_mean.tolist(), began))  # type: ignore[union-attr]
+
+
+def test_all_start_from_what_rank_0_has():
+    (weights, means, first), (others, other_means, later) = run_ranks(share_and_first, 2)
+    assert weights == others == [5.0] * 3
+    assert means == other_means == [7.0] * 3
+    assert first < later
+
+
+def test_a_trial_is_alone_however_its_search_was_started(dataset, tmp_path):
+    """Two searches of one step of Slurm's, as `srun -n 2` has them, are two processes on one study and not one run."""
+    more = [o for o in overrides(dataset, tmp_path / "unused") if not o.startswith("run_dir")]
+    command = [sys.executable, "train.py", "-m", "hydra/sweeper=study", f"hydra.sweep.dir={tmp_path / 'search'}"]
+    command += ["hydra.sweeper.n_trials=1", "trainer.weight_decay=interval(0.0,0.1)", *more]
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
+    done = subprocess.run(command, env=os.environ | step, **PIPED, check=False)
+    assert done.returncode == 0, done.stdout
+    assert read_json(tmp_path / "search" / "0" / "outcome.json")["state"] == "finished", done.stdout
 
 
 def test_fewer_batches_than_processes_are_refused(dataset, tmp_path):

@@ -24,6 +24,7 @@ from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.errors import UserError
 from ehr_embed.experiment import embed, run
 from ehr_embed.files import read_json
+from ehr_embed.resume import differences
 from ehr_embed.stopping import REQUEUE, Stopped, stop_requests
 from ehr_embed.store import EventStore
 from tests.conftest import ROOT, Event, write_meds
@@ -49,6 +50,17 @@ SLOW_KINDS = ("packed next event", "masked event")
 
 def slow(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
+
+
+def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
+    old = {"trainer": {"epochs": 5}, "embedder": {"batch_size": 128}}
+    new = {
+        "trainer": {"epochs": 5, "devices": 1, "nodes": 1, "strategy": "auto", "compile": False},
+        "embedder": {"batch_size": None},
+    }
+    assert differences(old, new) == []
+    new["trainer"]["devices"] = 2
+    assert differences(old, new) == ["trainer.devices was 1, now 2"]
 
 
 class Killed(BaseException):

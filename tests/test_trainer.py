@@ -119,6 +119,15 @@ def test_compiled_blocks_learn_the_same(planted, tmp_path, monkeypatch):
         assert here == pytest.approx(there, rel=1e-4)
 
 
+def test_a_model_without_blocks_is_not_compiled():
+    settings = TrainerSettings(compile=True, accelerator="cpu")
+    trainer = Trainer.__new__(Trainer)
+    trainer.settings, trainer.processes = settings, settings.launch()
+    trainer.fabric = trainer.processes.fabric
+    with pytest.raises(UserError, match=r"Linear has no blocks to compile"):
+        trainer.fit(nn.Linear(2, 2), EventEmbedding(torch.eye(2)))
+
+
 def test_the_best_checkpoint_is_the_one_evaluated(planted, tmp_path):
     facts, rows, trainer, model, embedding = train(
         planted, tmp_path / "run", learning_rate=0.05, epochs=5, save_every=2

@@ -18,6 +18,7 @@ from hydra.core.singleton import Singleton
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from ehr_embed.launchers import alone
 from ehr_embed.search.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
 
 LOG_NAME = "log.txt"
@@ -82,7 +83,7 @@ class JobRunner:
         return JobProcess(job, process)
 
     def _environment(self, slot: int) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = alone(os.environ)  # a trial is a run of its own, however many searches were started together
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
         if self._n_slots > 1:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
