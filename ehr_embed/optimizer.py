@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and which of them decay."""
+"""Which parameters learn, how fast and when, and which of them decay."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 
 from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
 
 BLOCK = re.compile(r"body\.(?:\w+\.)*?(?:blocks|layers?|h)\.(\d+)\.")
+SCHEDULES = ("plateau", "cosine", "constant")
 LAST_NORMS = ("body.norm.", "body.final_norm.")
 
 
@@ -74,6 +76,32 @@ def parameter_groups(
         }
         for (depth, decays, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+
+
+def schedules(
+    optimizer: Any,
+    name: str,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_learning_rate: float,
+    patience: int,
+    is_higher_better: bool,
+) -> tuple[Any, ReduceLROnPlateau | None]:
+    """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None.
+
+    Args:
+        name: one of `SCHEDULES`.
+        patience: epochs without improvement before plateau halves the rate.
+    """
+    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
+    if name == "plateau":
+        mode: Any = "max" if is_higher_better else "min"
+        return warmup, ReduceLROnPlateau(optimizer, mode=mode, factor=0.5, patience=patience, min_lr=min_learning_rate)
+    if name == "constant":
+        return warmup, None
+    after = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup_steps), eta_min=min_learning_rate)
+    return SequentialLR(optimizer, [warmup, after], milestones=[warmup_steps]), None
 
 
 def _block(name: str) -> int:

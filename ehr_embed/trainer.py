@@ -5,132 +5,36 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
 from tqdm import tqdm
 
 from ehr_embed.batches import BucketSampler, batch_loader
 from ehr_embed.checkpoints import BEST
-from ehr_embed.errors import UserError, check_range, unknown_name
+from ehr_embed.errors import UserError
 from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.event_tensors import DATA_DEVICES
 from ehr_embed.fit_at_once import fit_at_once
 from ehr_embed.memory import peak_memory_mib
 from ehr_embed.models.protocol import FitsAtOnce
-from ehr_embed.optimizer import body_of, parameter_groups
+from ehr_embed.optimizer import body_of, parameter_groups, schedules
 from ehr_embed.precision import choose_precision
-from ehr_embed.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
+from ehr_embed.processes import Processes
 from ehr_embed.profiling import profiler
 from ehr_embed.resume import samples_digest
 from ehr_embed.sharding import blocks_of, load_weights
 from ehr_embed.speed import peak_flops, rates, training_flops
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
-from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, set_rng_state
+from ehr_embed.trainer_settings import TrainerSettings
+from ehr_embed.training_state import Continuation, Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
 
-SCHEDULES = ("plateau", "cosine", "constant")
-MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
+__all__ = ["Trainer", "TrainerSettings"]
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How to train; conf/trainer/default.yaml says what each key means."""
-
-    epochs: int = 50
-    batch_size: int = 32
-    batch_tokens: int = 16_384
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
-    schedule: str = "plateau"
-    scheduler_patience: int = 3
-    clip_norm: float = 1.0
-    patience: int = 10
-    save_every: int = 10
-    checkpoint_every: int | None = 500
-    n_bootstrap: int = 1000
-    num_workers: int = 0
-    data_device: str = "auto"
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    strategy: str = "auto"
-    precision: str = "auto"
-    freeze: str | None = None
-    layer_decay: float = 1.0
-    compile: bool = False
-    profile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
-        choose_precision(self.precision, self.accelerator)
-        if self.freeze not in (None, "body"):
-            raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(
-                f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
-            )
-        for name in (
-            "warmup_steps",
-            "learning_rate",
-            "min_learning_rate",
-            "weight_decay",
-            "clip_norm",
-            "scheduler_patience",
-        ):
-            check_range(f"trainer.{name}", getattr(self, name), 0)
-        check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
-        check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
-        if self.data_device not in DATA_DEVICES:
-            raise unknown_name("trainer.data_device", self.data_device, DATA_DEVICES)
-        if self.accelerator not in ACCELERATORS:
-            raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
-        check_range("trainer.devices", self.devices, 1, MAX_DEVICES)
-        check_range("trainer.nodes", self.nodes, 1, MAX_NODES)
-        if self.strategy not in STRATEGIES:
-            raise unknown_name("trainer.strategy", self.strategy, STRATEGIES)
-        if self.strategy == "fsdp" and self.precision == "16-mixed":
-            raise UserError(
-                "trainer.strategy=fsdp with trainer.precision=16-mixed: gradients that are spread cannot be scaled. "
-                "Type: trainer.precision=bf16-mixed"
-            )
-        if self.epochs < 0:
-            raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
-        for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
-
-    def launch(self) -> Processes:
-        """Join the processes that train together and choose their devices, see `ehr_embed.processes.launch`."""
-        return launch(
-            accelerator=self.accelerator,
-            precision=choose_precision(self.precision, self.accelerator),
-            devices=self.devices,
-            nodes=self.nodes,
-            strategy=self.strategy,
-        )
-
-
-def seed_of_rank(seed: int, rank: int) -> int:
-    """A seed for what a process draws by itself; of 32 bits, as torch's generator for CPUs leaves out the others.
-
-    >>> len({seed_of_rank(0, 1), seed_of_rank(0, 2), seed_of_rank(1, 1)})
-    3
-    """
-    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
 
 
 class Trainer:
@@ -216,7 +120,15 @@ class Trainer:
             torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
         )
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
-        scheduler, plateau = self._schedules(optimizer, steps_per_epoch * settings.epochs)
+        scheduler, plateau = schedules(
+            optimizer,
+            settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=steps_per_epoch * settings.epochs,
+            min_learning_rate=settings.min_learning_rate,
+            patience=settings.scheduler_patience,
+            is_higher_better=self.task.is_higher_better,
+        )
         scaling = self.fabric.strategy.precision
         state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes)
         rng = None if run is None else state.restore(run)
@@ -465,27 +377,6 @@ class Trainer:
             device=self.fabric.device,
             data_device=settings.data_device,
         )
-
-    def _schedules(self, optimizer: Any, total_steps: int) -> tuple[Any, ReduceLROnPlateau | None]:
-        """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None."""
-        settings = self.settings
-        warmup = LinearLR(optimizer, start_factor=1 / (settings.warmup_steps + 1), total_iters=settings.warmup_steps)
-        if settings.schedule == "plateau":
-            mode = "max" if self.task.is_higher_better else "min"
-            plateau = ReduceLROnPlateau(
-                optimizer,
-                mode=mode,  # type: ignore[arg-type]
-                factor=0.5,
-                patience=settings.scheduler_patience,
-                min_lr=settings.min_learning_rate,
-            )
-            return warmup, plateau
-        if settings.schedule == "constant":
-            return warmup, None
-        after = CosineAnnealingLR(
-            optimizer, T_max=max(1, total_steps - settings.warmup_steps), eta_min=settings.min_learning_rate
-        )
-        return SequentialLR(optimizer, [warmup, after], milestones=[settings.warmup_steps]), None
 
     def _keep(self, state: TrainingState) -> None:
         if self.processes.is_first:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -249,3 +250,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_of_rank(seed: int, rank: int) -> int:
+    """A seed for what a process draws by itself; of 32 bits, as torch's generator for CPUs leaves out the others.
+
+    >>> len({seed_of_rank(0, 1), seed_of_rank(0, 2), seed_of_rank(1, 1)})
+    3
+    """
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])

@@ -25,7 +25,8 @@ from ehr_embed.files import read_json
 from ehr_embed.launchers import n_launched
 from ehr_embed.processes import Processes, launch, run_ranks
 from ehr_embed.stopping import REQUEUE, Stopped
-from ehr_embed.trainer import Trainer, TrainerSettings, seed_of_rank
+from ehr_embed.trainer import Trainer, TrainerSettings
+from ehr_embed.training_state import seed_of_rank
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 
