@@ -1,8 +1,10 @@
-"""Who started this process: torchrun, Slurm's srun, or nobody but the user; read from the environment alone."""
+"""Who started this process: torchrun, Slurm's srun, this package, or nobody but the user."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Mapping
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,3 +29,15 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
     {'SLURM_JOB_ID': '7', 'PATH': '/bin'}
     """
     return {k: v for k, v in environment.items() if k not in (*TORCHRUN, *SLURM) and not k.startswith(PREFIXES)}
+
+
+def end_with_parent() -> None:
+    """From now on end this process, which another one started by `multiprocessing`, when that one is gone, even by SIGKILL:
+    nobody would stop it, and it may hold a device."""
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import Any, Literal, TypeVar, cast
 
@@ -25,7 +24,7 @@ from lightning_fabric.strategies import DDPStrategy, Strategy
 from torch import distributed, nn
 
 from ehr_embed.errors import UserError
-from ehr_embed.launchers import is_torchrun, n_launched
+from ehr_embed.launchers import end_with_parent, is_torchrun, n_launched
 from ehr_embed.precision import precision_plugin
 from ehr_embed.sharding import FullyShardedStrategy
 from ehr_embed.stopping import Stopped, StopRequest, stop_requests
@@ -262,7 +261,7 @@ def _killed(rank: int, code: int | None) -> UserError:
 
 def _rank(payload: bytes, rank: int, n: int, port: int, send: Connection) -> None:
     """Body of a process of `run_ranks`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -296,11 +295,3 @@ def _portable(error: BaseException) -> BaseException:
         return RuntimeError(where)
     error.add_note(where)
     return error
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, even by SIGKILL: nobody would stop it."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

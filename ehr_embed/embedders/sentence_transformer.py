@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from ehr_embed.errors import UserError, check_range, unknown_name
 from ehr_embed.files import digest, file_sha256
+from ehr_embed.launchers import end_with_parent
 from ehr_embed.pretrained import is_snapshot, load_pretrained, local_folder
 from ehr_embed.vocabulary import Vocabulary
 
@@ -189,14 +187,8 @@ class _Encoder(SentenceTransformer):
     @classmethod
     def _multi_process_worker(cls, *arguments: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started them ends them
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         super()._multi_process_worker(*arguments)
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _devices(device: str | list[str]) -> list[str]:
