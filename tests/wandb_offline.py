@@ -49,6 +49,8 @@ def payloads(data: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
         at += RECORD_HEADER
+        if at + length > len(data):
+            return  # W&B's process is still writing it
         if kind in (FULL, FIRST):
             parts.clear()
         parts += data[at : at + length]
