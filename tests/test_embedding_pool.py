@@ -31,7 +31,8 @@ from ehr_embed.errors import UserError
 from tests.test_embedding_pool import MANY, TEXTS
 if __name__ == "__main__":
     embedder = SentenceTransformerEmbedder(model="bundled", device=["cpu", "cpu"], batch_size=16)
-    print(*embedder.embed(TEXTS[:2])[0, :2], embedder._pool, flush=True)
+    embedder.embed(TEXTS[:2])
+    print("pool", embedder._pool, flush=True)
     np.save("few.npy", embedder.embed(TEXTS))
     print("processes", *(process.pid for process in embedder._pool["processes"]), flush=True)
     try:
@@ -59,15 +60,21 @@ def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
         start_new_session=True,
     )
     try:
-        assert program.stdout is not None
-        assert program.stdout.readline().endswith("None\n"), "two texts are not worth two processes"
-        name, *pids = program.stdout.readline().split()
-        assert name == "processes"
-        yield program, [int(pid) for pid in pids]
+        assert said(program, "pool") == ["None"], "two texts are not worth two processes"
+        yield program, [int(pid) for pid in said(program, "processes")]
     finally:
         if program.poll() is None:
             os.killpg(program.pid, signal.SIGKILL)
             program.communicate()
+
+
+def said(program: subprocess.Popen[str], word: str) -> list[str]:
+    """What follows a word at the beginning of a line; libraries may print lines of their own."""
+    assert program.stdout is not None
+    for line in program.stdout:
+        if line.startswith(f"{word} "):
+            return line.split()[1:]
+    raise AssertionError(f"the program ended before it said {word}")
 
 
 def wait_until(happened, seconds: float = 60) -> None:
