@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -101,14 +101,26 @@ class EventDataset(Protocol):
         ...
 
 
-class BatchDataset(Dataset[Batch]):
-    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples.
+class _OnDevice(Dataset[Batch]):
+    """What is gathered where its events are.
 
     Attributes:
         device: where the events are and batches are made; the CPU unless `on` says otherwise.
     """
 
     device = HOST
+    events: SplitEvents
+
+    def on(self, device: torch.device) -> Self:
+        """The same, with the events held on `device` and the batches gathered there."""
+        event_tensors(self.events, device)
+        held = copy(self)
+        held.device = device
+        return held
+
+
+class BatchDataset(_OnDevice):
+    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
         self.events = events
@@ -122,32 +134,20 @@ class BatchDataset(Dataset[Batch]):
         """(n,) events in each row."""
         return self.samples.lengths
 
-    def on(self, device: torch.device) -> BatchDataset:
-        """The same, with the events held on `device` and the batches gathered there."""
-        event_tensors(self.events, device)
-        held = copy(self)
-        held.device = device
-        return held
-
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
         chosen = self.samples.take(index)
         events = event_tensors(self.events, self.device)
         return gather(events, chosen, chosen.lengths, labels=chosen.labels, sample=index, is_packed=False)
 
 
-class PackedDataset(Dataset[Batch]):
+class PackedDataset(_OnDevice):
     """Rows filled with several sequences one after the other, so that hardly any place is padding.
 
     Args:
         events: the split's events.
         samples: the sequences, row after row.
         row: (n,) int64, ascending, the row of each sequence.
-
-    Attributes:
-        device: where the events are and batches are made; the CPU unless `on` says otherwise.
     """
-
-    device = HOST
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
         self.events, self.samples = events, samples
@@ -158,13 +158,6 @@ class PackedDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def on(self, device: torch.device) -> PackedDataset:
-        """The same, with the events held on `device` and the batches gathered there."""
-        event_tensors(self.events, device)
-        held = copy(self)
-        held.device = device
-        return held
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
         counts = np.diff(self.first)[index]
@@ -321,13 +314,19 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.shuffle, self.seed, self.epoch, self.first = shuffle, seed, 0, 0
         self.rank, self.world_size = rank, world_size
+        self._batches: list[npt.NDArray[np.int64]] | None = None
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Choose the epoch whose order is drawn next, and the first of this rank's batches to be taken."""
-        self.epoch, self.first = epoch, first
+        self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """All batches of the epoch, over all ranks."""
+        """All batches of the epoch, over all ranks; drawn once, as it takes a loop over all samples."""
+        if self._batches is None:
+            self._batches = self._drawn()
+        return self._batches
+
+    def _drawn(self) -> list[npt.NDArray[np.int64]]:
         n = len(self.padded)
         if not self.shuffle:
             return self._cut(np.argsort(self.padded, kind="stable"))

@@ -63,13 +63,10 @@ class EventEmbedding(nn.Module):
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
         if n_tokens <= row_ids.numel():
             rows = self.table
-        elif (
-            row_ids.device.type != "cpu"
-        ):  # to find the distinct ones would wait for the device, which costs more than products spared
-            rows, row_ids = (
-                self(row_ids.flatten()),
-                torch.arange(row_ids.numel(), device=row_ids.device).view_as(row_ids),
-            )
+        elif row_ids.device.type != "cpu":
+            # To find the distinct ones would wait for the device, which costs more than the products spared.
+            rows = self(row_ids.flatten())
+            row_ids = torch.arange(row_ids.numel(), device=row_ids.device).view_as(row_ids)
         else:
             used, row_ids = batch.token_ids.unique(return_inverse=True)
             rows = self(used)

@@ -27,7 +27,7 @@ from ehr_embed.errors import UserError
 from ehr_embed.launchers import end_with_parent, is_torchrun, n_launched
 from ehr_embed.precision import precision_plugin
 from ehr_embed.sharding import FullyShardedStrategy
-from ehr_embed.stopping import Stopped, StopRequest, stop_requests
+from ehr_embed.stopping import Stopped, StopRequest, stop_requests, stopped_by
 
 T = TypeVar("T")
 STRATEGIES = ("auto", "ddp", "fsdp")
@@ -235,9 +235,7 @@ def _wait(waiting: dict[Connection, int], processes: list[Any], stop: StopReques
                 processes[rank].join()
                 value, error = None, _killed(rank, processes[rank].exitcode)
                 if stop.name:  # which came before Python listened there
-                    error = Stopped(
-                        f"stopped by {stop.name}; what was finished is kept, and the same command continues"
-                    )
+                    error = stopped_by(stop.name)
             if rank == 0:
                 result = value
             if error is not None and first_error is None:

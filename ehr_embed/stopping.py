@@ -19,6 +19,11 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to stop and has saved what there was; the same command continues."""
 
 
+def stopped_by(name: str) -> Stopped:
+    """The end of a process outside of training, by the signal `name`."""
+    return Stopped(f"stopped by {name}; what was finished is kept, and the same command continues")
+
+
 class StopRequest:
     """A signal handler that remembers the first signal.
 
@@ -36,7 +41,7 @@ class StopRequest:
         is_first = self.name is None
         self.name = self.name or signal.Signals(number).name
         if is_first and not self.is_deferred:
-            raise Stopped(f"stopped by {self.name}; what was finished is kept, and the same command continues")
+            raise stopped_by(self.name)
         # Schedulers repeat SIGTERM; only a person who presses Ctrl-C again cannot wait.
         if not is_first and number == signal.SIGINT:
             raise KeyboardInterrupt
