@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import alternate, cpu_name, parser, ratio, report, seconds, write_cohort
-from ehr_embed.batches import HOST, BucketSampler, batch_loader
+from ehr_embed.data.batches import HOST, BucketSampler, batch_loader
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.vocabulary import VocabularySettings
 
 BATCH_SIZE, MAX_LENGTH = 32, 512
 PEER = Path(__file__).with_name("peer_batches.py")

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import parser, report, write_cohort
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.table import save_table
 from ehr_embed.exports.patient_files import sample_record
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import build_store
-from ehr_embed.table import save_table
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.vocabulary import VocabularySettings
 
 EMBEDDING_DIM = 384
 

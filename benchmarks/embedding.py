@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.common import alternate, parser, ratio, report, seconds
-from ehr_embed.embedders.cache import embed_texts
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
+from ehr_embed.embedding.vector_cache import embed_texts
 
 ORGANS = (
     "liver",

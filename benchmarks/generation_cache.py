@@ -17,10 +17,10 @@ import time
 
 import torch
 
-from ehr_embed.batches import Batch
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.generation import Sampling, generate
+from ehr_embed.data.batches import Batch
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
+from ehr_embed.models.sampling import Sampling, generate
 
 
 def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.common import parser, report, write_cohort
-from ehr_embed.memory import peak_memory_mib
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import build_store
-from ehr_embed.vocabulary import VocabularySettings
+from ehr_embed.training.memory import peak_memory_mib
 
 EVENTS_A_SUBJECT = 196  # the mean of write_cohort's lengths
 EVENT_BYTES = (

@@ -24,14 +24,14 @@ import torch.nn.functional as F
 
 from benchmarks.common import alternate, parser, ratio, report, write_cohort
 from benchmarks.original import OriginalEncoder, loader
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.exports.patient_files import sample_record
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.trainer import Trainer, TrainerSettings
-from ehr_embed.vocabulary import VocabularySettings
+from ehr_embed.training.trainer import Trainer, TrainerSettings
 
 EMBEDDING_DIM, BATCH_SIZE, LEARNING_RATE = 384, 32, 1e-4
 SIZES = {

@@ -6,8 +6,8 @@
     python -m benchmarks.utilisation --device cuda --model-dim 640 --layers 10 --context 2048 --median-events 1500 \\
         --batch-tokens 65536 --subjects 4000 --original 0
 
-The last is a model of 50 million parameters, without the original. FLOPs are those of the events alone (ehr_embed/speed.py),
-without padding; the peak is looked up (GPU) or measured (CPU).
+The last is a model of 50 million parameters, without the original. FLOPs are those of the events alone, without padding
+(ehr_embed/training/throughput.py); the peak is looked up (GPU) or measured (CPU).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.common import parser, report
 from benchmarks.training import SIZES, Sides, dataset_of
-from ehr_embed.memory import peak_memory_mib
-from ehr_embed.speed import peak_flops
+from ehr_embed.training.memory import peak_memory_mib
+from ehr_embed.training.throughput import peak_flops
 
 
 def train(side: str, options: argparse.Namespace) -> dict[str, Any]:

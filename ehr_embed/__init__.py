@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ehr_embed.predictor import Predictor
+    from ehr_embed.inference.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,6 @@ def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence
     Raises:
         UserError: not a run's folder, or a run that predicts events.
     """
-    from ehr_embed.predictor import Predictor  # here, so that the package is imported without torch
+    from ehr_embed.inference.predictor import Predictor  # here, so that the package is imported without torch
 
     return Predictor(run_dir, device=device, trusted_packages=trusted_packages)

@@ -15,12 +15,20 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from ehr_embed.bootstrap import Floats
-from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_path
-from ehr_embed.paired import METRICS, Difference, Predictions, difference, holm, read_predictions, replicates
-from ehr_embed.search.report import best_first, wide_console, write_report
-from ehr_embed.search.results import find_runs, read_rows
+from ehr_embed.comparison.paired_bootstrap import (
+    METRICS,
+    Difference,
+    Predictions,
+    difference,
+    holm,
+    read_predictions,
+    replicates,
+)
+from ehr_embed.comparison.report import best_first, wide_console, write_report
+from ehr_embed.comparison.results import find_runs, read_rows
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
+from ehr_embed.evaluation.bootstrap import Floats
 
 MAX_PAIRS_SHOWN = 20
 

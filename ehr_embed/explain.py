@@ -15,18 +15,18 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from ehr_embed.attribution import Attribution, integrated_gradients
-from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
-from ehr_embed.cli import CONF, run_main
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.explain_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
-from ehr_embed.features import visible_events
-from ehr_embed.files import atomic_path
-from ehr_embed.instantiate import check_stored, instantiate
-from ehr_embed.predictor import Dataset, Predictor
-from ehr_embed.runs import device_named
+from ehr_embed.config.instantiate import check_stored, instantiate
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
+from ehr_embed.data.store import STATIC_TIME
+from ehr_embed.evaluation.code_screening import visible_events
+from ehr_embed.experiment.cli import CONF, run_main
+from ehr_embed.inference.attribution import Attribution, integrated_gradients
+from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
+from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.trained_run import device_named
 from ehr_embed.sources.protocol import Source
-from ehr_embed.store import STATIC_TIME
 
 log = logging.getLogger(__name__)
 

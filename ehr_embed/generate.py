@@ -16,19 +16,19 @@ from meds import DataSchema
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset
-from ehr_embed.cli import CONF, run_main
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.event_set import EventSet
-from ehr_embed.files import atomic_path
-from ehr_embed.generation import Sampling, Trajectories, check_generates, check_lengths, generate
-from ehr_embed.instantiate import check_stored, instantiate
-from ehr_embed.runs import device_named, open_run, samples_to_predict
-from ehr_embed.samples import Samples
+from ehr_embed.config.instantiate import check_stored, instantiate
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
+from ehr_embed.data.event_set import EventSet
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import encode_split
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.experiment.cli import CONF, run_main
+from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict
+from ehr_embed.models.sampling import Sampling, Trajectories, check_generates, check_lengths, generate
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
-from ehr_embed.store import encode_split
-from ehr_embed.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 TRAJECTORY_SCHEMA: dict[str, Any] = {

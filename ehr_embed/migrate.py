@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError  # what OmegaConf.load raises
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 STAGES = ("create", "pretrain", "encoder", "decoder")
 """The original's configs: create embeddings, pretrain the decoder, fine-tune the encoder, fine-tune the decoder."""

@@ -10,15 +10,15 @@ import hydra
 import polars as pl
 from omegaconf import DictConfig
 
-from ehr_embed.cli import CONF, run_main
-from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_path
-from ehr_embed.finished import FINISHED, read_metrics
-from ehr_embed.predictions import write_multiclass_predictions, write_predictions
-from ehr_embed.predictor import Predictor
-from ehr_embed.runs import device_named
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.experiment.cli import CONF, run_main
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.trained_run import device_named
+from ehr_embed.run_folder.finish import FINISHED, read_metrics
 from ehr_embed.tasks.classification import encode_classes
-from ehr_embed.tasks.labels import LabelSet, read_labels
 
 log = logging.getLogger(__name__)
 

@@ -22,20 +22,20 @@ import pandas as pd
 from rich.table import Table
 from scipy import stats
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import atomic_path, digest
-from ehr_embed.finished import read_metrics
-from ehr_embed.manifest import checked
-from ehr_embed.paired import METRICS, ensemble, read_predictions
-from ehr_embed.search.outcome import read_outcome
-from ehr_embed.search.report import wide_console
-from ehr_embed.search.results import (
+from ehr_embed.comparison.outcome import read_outcome
+from ehr_embed.comparison.paired_bootstrap import METRICS, ensemble, read_predictions
+from ehr_embed.comparison.report import wide_console
+from ehr_embed.comparison.results import (
     differences,
     find_runs,
     flat_metrics,
     read_config,
     split_overrides,
 )
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path, digest
+from ehr_embed.core.manifest import checked
+from ehr_embed.run_folder.finish import read_metrics
 
 FOLDER = "folder"
 """`--by folder`: a row for each folder on the command line."""

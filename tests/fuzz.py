@@ -15,7 +15,7 @@ import polars as pl
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 FACTOR = float(os.environ.get("EHR_EMBED_FUZZ", "1"))
 DAY = 86_400_000_000

@@ -9,18 +9,26 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.audit import audit, duplicate_subjects, record_hashes, split_overlap
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
-from ehr_embed.features import COUNT, LAST_VALUE, PRESENCE, Entries, aurocs, code_groups, sample_features
-from ehr_embed.files import read_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.evaluation.code_screening import (
+    COUNT,
+    LAST_VALUE,
+    PRESENCE,
+    Entries,
+    aurocs,
+    code_groups,
+    sample_features,
+)
+from ehr_embed.evaluation.leakage_audit import audit, duplicate_subjects, record_hashes, split_overlap
+from ehr_embed.experiment.run import run
 from ehr_embed.sources.demo import demo_source
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import STATIC_TIME, EventStore, SplitEvents, build_store
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.multilabel import Multilabel
-from ehr_embed.vocabulary import VocabularySettings
 from tests.conftest import Event, write_labels, write_meds
 from tests.test_conf import composed
 
@@ -306,9 +314,9 @@ def test_real_sets_have_no_leak(real_data, tmp_path, name, labels):
 
 
 def test_samples_beyond_the_limit_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("ehr_embed.features.MAX_SAMPLES", 80)
+    monkeypatch.setattr("ehr_embed.evaluation.code_screening.MAX_SAMPLES", 80)
     plant: Plant = lambda s, case, e: [*e, (s, 3.0, "BILLED", None)] if case else e  # noqa: E731
-    monkeypatch.setattr("ehr_embed.features.CHUNK_EVENTS", 20)
+    monkeypatch.setattr("ehr_embed.evaluation.code_screening.CHUNK_EVENTS", 20)
     report = audited(write_set(tmp_path / "set", plant, n=120))
     assert leaks(report) == [("single_code", "BILLED")]
     assert report["findings"][0]["details"]["n"] == 80

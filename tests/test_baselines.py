@@ -13,9 +13,9 @@ import torch
 from omegaconf import DictConfig
 
 import ehr_embed
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.experiment.run import run
 from ehr_embed.models.gbm import GBM, STOPS
 from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import Event, write_labels, write_meds

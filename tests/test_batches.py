@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
-from ehr_embed.errors import UserError
-from ehr_embed.samples import build_samples
-from ehr_embed.store import STATIC_TIME, SplitEvents
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
+from ehr_embed.data.samples import build_samples
+from ehr_embed.data.store import STATIC_TIME, SplitEvents
 
 DAY = MICROSECONDS_PER_DAY
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import TRAINABLE, EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.embedding.event_embedding import TRAINABLE, EventEmbedding
 from ehr_embed.models.code_encoder import POOLINGS, SUMMARIES, CodeEncoder, CodeInput
 from ehr_embed.models.protocol import adapt
 from ehr_embed.models.whitening import Whitening
-from ehr_embed.vocabulary import Vocabulary
 from tests.test_code_features import batch, vocabulary
 
 NAN = float("nan")

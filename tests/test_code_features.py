@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from meds import birth_code
 from torch import Tensor
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
 from ehr_embed.models.code_features import CodeFeatures
-from ehr_embed.vocabulary import Vocabulary, VocabularySettings
 
 CODES = ("A", "B", "C", "D", birth_code)
 NAN = float("nan")

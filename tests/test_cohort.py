@@ -8,8 +8,8 @@ import pytest
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import read_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
 from ehr_embed.sources.cohort import LABELS, OUTCOMES, write_demo_cohort
 from ehr_embed.sources.protocol import SPLITS
 

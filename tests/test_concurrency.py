@@ -22,7 +22,7 @@ N_PROCESSES = 3
 EMBED = """
 import logging, sys, time
 from pathlib import Path
-from ehr_embed.embedders.cache import embed_texts
+from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.embedders.hashing import HashingEmbedder
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
 class Slow(HashingEmbedder):

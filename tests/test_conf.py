@@ -8,8 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ehr_embed.errors import UserError
-from ehr_embed.instantiate import instantiate, instantiate_embedder
+from ehr_embed.config.instantiate import instantiate, instantiate_embedder
+from ehr_embed.core.errors import UserError
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
 from tests.conftest import ROOT
 from tests.test_code_features import vocabulary

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ehr_embed.errors import UserError
-from ehr_embed.generation import Sampling, draw_gap
+from ehr_embed.core.errors import UserError
 from ehr_embed.models import heads
 from ehr_embed.models.decoder import POOLINGS, POSITIONS, Decoder
 from ehr_embed.models.heads import EventHead, time_bin, token_scores
+from ehr_embed.models.sampling import Sampling, draw_gap
 
 
 def decoder(**options) -> Decoder:

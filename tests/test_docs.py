@@ -21,8 +21,8 @@ import torch
 import ehr_embed
 from docs.hooks import outside
 from docs.options import AXES, expanded
-from ehr_embed.errors import UserError
-from ehr_embed.runs import open_run
+from ehr_embed.core.errors import UserError
+from ehr_embed.inference.trained_run import open_run
 from tests.conftest import ROOT
 from tests.test_tokenized import record, write_corpus
 from tests.test_train import checked, inside, metrics_of  # noqa: F401  (a fixture)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from ehr_embed import pretrained
-from ehr_embed.embedders.cache import check_informative, embed_texts
+from ehr_embed.core import pretrained_weights as pretrained
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.pretrained_weights import BUNDLED
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.pretrained import BUNDLED
-from ehr_embed.table import build_table, load_table, save_table
+from ehr_embed.embedding.table import build_table, load_table, save_table
+from ehr_embed.embedding.vector_cache import check_informative, embed_texts
 
 GOLDEN = [0, 0.70710677, 0, -0.70710677, 0, 0, 0, 0]
 TEXTS = ["Heart failure, unspecified", "Left ventricular failure", "Fracture of the ankle", "Furosemide"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ehr_embed.embedders.cache import embed_texts
+from ehr_embed.core.pretrained_weights import BUNDLED
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
-from ehr_embed.pretrained import BUNDLED
+from ehr_embed.embedding.vector_cache import embed_texts
 
 pytestmark = pytest.mark.slow  # each starts three processes that import torch
 TEXTS = [f"{'Heart failure ' * (number % 7 + 1)}of grade {number}" for number in range(90)]
@@ -25,9 +25,9 @@ PROGRAM = """
 from pathlib import Path
 import sys
 import numpy as np
-from ehr_embed.embedders.cache import embed_texts
+from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from tests.test_embedding_pool import MANY, TEXTS
 if __name__ == "__main__":
     embedder = SentenceTransformerEmbedder(model="bundled", device=["cpu", "cpu"], batch_size=16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.models.encoder import POSITIONS, Encoder
 from ehr_embed.models.heads import POOLINGS
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ehr_embed import event_tensors as module
-from ehr_embed.batches import (
+from ehr_embed.core.errors import UserError
+from ehr_embed.data import device_events as module
+from ehr_embed.data.batches import (
     HOST,
     MICROSECONDS_PER_DAY,
     Batch,
@@ -26,11 +27,10 @@ from ehr_embed.batches import (
     PackedDataset,
     batch_loader,
 )
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.event_tensors import GIB, event_tensors, is_gathered_there
-from ehr_embed.samples import Samples, build_samples, packed_samples, window_samples
-from ehr_embed.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.device_events import GIB, event_tensors, is_gathered_there
+from ehr_embed.data.samples import Samples, build_samples, packed_samples, window_samples
+from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from tests.test_trainer import planted, train, without_times  # noqa: F401
 
 YEAR = 366 * MICROSECONDS_PER_DAY

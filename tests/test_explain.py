@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from ehr_embed.attribution import integrated_gradients
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
+from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.run import run
 from ehr_embed.explain import Explainer, event_table, explain
-from ehr_embed.predictor import Predictor
+from ehr_embed.inference.attribution import integrated_gradients
+from ehr_embed.inference.predictor import Predictor
 from tests.conftest import write_meds
 from tests.test_conf import composed
 from tests.test_train import inside  # noqa: F401 (a fixture)

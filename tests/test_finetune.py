@@ -9,14 +9,14 @@ import polars as pl
 import pytest
 import torch
 
-from ehr_embed.checkpoints import initialise, read_checkpoint
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.optimizer import parameter_groups
-from ehr_embed.trainer import TrainerSettings
-from ehr_embed.vocabulary import Vocabulary, VocabularySettings
+from ehr_embed.run_folder.checkpoints import initialise, read_checkpoint
+from ehr_embed.training.optimizer import parameter_groups
+from ehr_embed.training.trainer import TrainerSettings
 from tests.test_trainer import planted, train
 
 __all__ = ["planted"]  # the fixture

@@ -22,11 +22,11 @@ import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import save_file
 
-from ehr_embed.embedders.cache import embed_texts
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_directory, atomic_path, cannot_write, locked, write_failure
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, atomic_path, cannot_write, locked, write_failure
-from ehr_embed.resume import claimed
+from ehr_embed.embedding.vector_cache import embed_texts
+from ehr_embed.run_folder.resume import claimed
 from ehr_embed.trackers.jsonl import JsonlTracker
 from tests.conftest import ROOT
 

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ehr_embed import experiment
-from ehr_embed.cli import explain
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
+from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.cli import explain
+from ehr_embed.experiment.run import run
+from ehr_embed.experiment.run import run as experiment
 from ehr_embed.sources.cohort import write_demo_cohort
 from tests import fuzz
 from tests.conftest import ROOT, Event, write_meds

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.labels import read_labels
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import EventStore, build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.labels import read_labels
-from ehr_embed.vocabulary import VocabularySettings
 from tests import fuzz
 from tests.conftest import write_meds
 from tests.fuzz import DAY, large, small

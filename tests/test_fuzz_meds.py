@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.batches import BatchDataset
-from ehr_embed.errors import UserError
-from ehr_embed.samples import build_samples
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.samples import build_samples
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import EventStore, build_store
-from ehr_embed.vocabulary import Vocabulary, VocabularySettings
 from tests import fuzz
 from tests.conftest import write_meds
 from tests.fuzz import DAMAGES, DAY, SPLITS, Dataset, datasets, fit, is_valid, large, records, seen, small, write
@@ -154,7 +154,7 @@ def test_statistics_are_of_train_only_at_length(dataset, other):
 @large(300)
 @given(st.lists(st.tuples(fuzz.CODES, st.text(max_size=8)), min_size=1, max_size=5), st.binary(max_size=30))
 def test_any_lookup_file_is_read_or_refused(rows, tail):
-    from ehr_embed.texts import read_lookups
+    from ehr_embed.sources.code_texts import read_lookups
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lookup.csv"
@@ -258,7 +258,7 @@ def test_metadata_of_another_dtype_and_a_damaged_page_are_refused(tmp_path):
 def test_a_lookup_file_that_is_no_utf8_is_refused(tmp_path):
     path = tmp_path / "lookup.csv"
     path.write_bytes(b"code,term\nA,fi\xe8vre\n")
-    from ehr_embed.texts import read_lookups
+    from ehr_embed.sources.code_texts import read_lookups
 
     with pytest.raises(UserError, match=r"lookup\.csv: not a readable CSV file"):
         read_lookups([str(path)])

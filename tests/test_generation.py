@@ -10,17 +10,17 @@ import pytest
 import torch
 from meds import DataSchema
 
-from ehr_embed.batches import BatchDataset
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.store import EventStore, encode_split
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events
-from ehr_embed.generation import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
+from ehr_embed.inference.trained_run import samples_to_predict
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import time_bin
-from ehr_embed.runs import samples_to_predict
+from ehr_embed.models.sampling import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import EventStore, encode_split
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.zero_shot import ZeroShot
 from tests.test_next_event import WAYS, planted, pretrained

@@ -8,13 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import UNKNOWN, VocabularySettings, fit_vocabulary
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.prepare import prepare
+from ehr_embed.embedding.prepare import prepare
 from ehr_embed.sources.hidden_codes import HiddenCodes, is_hidden
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.vocabulary import UNKNOWN, VocabularySettings, fit_vocabulary
 from tests.conftest import write_meds
 from tests.test_transfer import events_of, fitted
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from ehr_embed.embedding.table import load_table
 from ehr_embed.search.study import DISCARDED
-from ehr_embed.table import load_table
 from tests.conftest import ROOT, Event, write_meds
 from tests.search_app.run import counted, distinct, states, trials_of
 from tests.test_resume import latest_step, what_is_left

@@ -17,19 +17,19 @@ import torch
 from omegaconf import DictConfig
 
 import ehr_embed
-from ehr_embed import manifest
-from ehr_embed.checkpoints import read_checkpoint
-from ehr_embed.embedders.cache import embed_texts
+from ehr_embed.comparison.paired_bootstrap import read_predictions
+from ehr_embed.core import manifest
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.manifest import check_files, describe
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import prepare_from, run
-from ehr_embed.finished import read_metrics
-from ehr_embed.manifest import check_files, describe
-from ehr_embed.paired import read_predictions
+from ehr_embed.embedding.table import load_table, save_table
+from ehr_embed.embedding.vector_cache import embed_texts
+from ehr_embed.experiment.run import prepare_from, run
+from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import EventStore, build_store
-from ehr_embed.table import load_table, save_table
-from ehr_embed.vocabulary import VocabularySettings
 from tests.test_conf import composed
 
 SMALL = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.sources.meds import MedsSource
 from tests.conftest import event_frame, write_meds
 

@@ -13,10 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from ehr_embed import bootstrap, metrics
-from ehr_embed.bootstrap import SubjectBootstrap, weighted_areas
-from ehr_embed.errors import UserError
-from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics, multilabel_metrics
+from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation import bootstrap, metrics
+from ehr_embed.evaluation.bootstrap import SubjectBootstrap, weighted_areas
+from ehr_embed.evaluation.metrics import (
+    METRICS,
+    binary_metrics,
+    choose_threshold,
+    multiclass_metrics,
+    multilabel_metrics,
+)
 
 
 def naive_ece(outcomes: np.ndarray, probabilities: np.ndarray) -> float:

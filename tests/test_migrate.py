@@ -14,9 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import embed, run
-from ehr_embed.files import read_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.experiment.run import embed, run
 from ehr_embed.migrate import KEYS, STAGES, main, migrate
 from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import ROOT

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
+from ehr_embed.core.files import read_json
+from ehr_embed.experiment.run import run
 from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import Event, write_meds
 from tests.test_conf import composed

@@ -15,22 +15,22 @@ import pytest
 import torch
 from lightning_fabric import seed_everything
 
-from ehr_embed.bootstrap import SubjectBootstrap
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.bootstrap import SubjectBootstrap
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import EventScores
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore, build_store
 from ehr_embed.tasks.event_outputs import Families, event_metrics, sum_by_sample
 from ehr_embed.tasks.masked_event import MaskedEvent
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.ngrams import NgramCounts
 from ehr_embed.tasks.protocol import check_causality
-from ehr_embed.trainer import Trainer, TrainerSettings
-from ehr_embed.vocabulary import VocabularySettings
+from ehr_embed.training.trainer import Trainer, TrainerSettings
 from tests.conftest import Event, write_meds
 
 WAYS = {"SEX//M": ("A", "B", "C", "D"), "SEX//F": ("A", "D", "C", "B")}

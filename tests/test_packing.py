@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.models import decoder as decoders
 from ehr_embed.models import encoder as encoders
 from ehr_embed.models import packing

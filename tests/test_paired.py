@@ -10,9 +10,9 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from ehr_embed.compare import main, paired_tests
-from ehr_embed.errors import UserError
-from ehr_embed.paired import Predictions, difference, read_predictions, replicates
-from ehr_embed.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.comparison.paired_bootstrap import Predictions, difference, read_predictions, replicates
+from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 
 
 def binary(scores: np.ndarray, labels: np.ndarray, subjects: np.ndarray | None = None) -> Predictions:

@@ -15,11 +15,11 @@ import polars as pl
 import pytest
 import torch
 
+from ehr_embed.core.errors import UserError
 from ehr_embed.embedders.from_files import FilesEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import embed, run
+from ehr_embed.embedding.table import load_table
+from ehr_embed.experiment.run import embed, run
 from ehr_embed.sources.patient_files import TOLERANCE, patient_files_source
-from ehr_embed.table import load_table
 from tests.conftest import write_meds
 from tests.test_conf import composed
 from tests.test_unpickle import Call

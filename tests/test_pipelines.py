@@ -8,8 +8,8 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
+from ehr_embed.core.files import read_json
+from ehr_embed.experiment.run import run
 from tests.test_conf import composed
 from tests.test_search_train import train
 from tests.test_train import write_synonyms

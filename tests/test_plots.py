@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed import plots
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation import plots
 
 
 @pytest.fixture
@@ -80,5 +80,5 @@ def test_loss_marks_the_best_epoch_and_skips_gaps(tmp_path: Path, figures: list[
 
 def test_pyplot_is_never_imported() -> None:
     """pyplot keeps global figures and may look for a display."""
-    code = "import sys, ehr_embed.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ehr_embed.evaluation.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

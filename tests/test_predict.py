@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 import ehr_embed
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
+from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.run import run
 from ehr_embed.predict import predict
 from ehr_embed.sources.meds import MedsSource
 from tests.conftest import Event, write_labels, write_meds

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ehr_embed.errors import UserError
-from ehr_embed.metrics import binary_metrics
-from ehr_embed.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation.metrics import binary_metrics
+from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 
 
 def binary_sample(n: int = 80) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import ehr_embed
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
-from ehr_embed.predictor import Predictor
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import encode_split
+from ehr_embed.experiment.run import run
+from ehr_embed.inference.predictor import Predictor
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import encode_split
 from tests.conftest import ROOT, write_labels, write_meds
 from tests.test_trainable import BAD, GOOD, KINDS, config, write_homonyms
 

@@ -17,16 +17,16 @@ import polars as pl
 import pytest
 import torch
 
-from ehr_embed import processes
-from ehr_embed.checkpoints import read_checkpoint
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
-from ehr_embed.launchers import n_launched
-from ehr_embed.processes import Processes, launch, run_ranks
-from ehr_embed.stopping import REQUEUE, Stopped
-from ehr_embed.trainer import Trainer, TrainerSettings
-from ehr_embed.training_state import seed_of_rank
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.core.launchers import n_launched
+from ehr_embed.core.stopping import REQUEUE, Stopped
+from ehr_embed.experiment.run import run
+from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.training import processes
+from ehr_embed.training.processes import Processes, launch, run_ranks
+from ehr_embed.training.state import seed_of_rank
+from ehr_embed.training.trainer import Trainer, TrainerSettings
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 
@@ -260,7 +260,7 @@ def test_when_one_fails_the_others_are_ended(monkeypatch, action, kind, words):
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     script = (
-        "import os\nfrom functools import partial\nfrom pathlib import Path\nfrom ehr_embed.processes import run_ranks\n"
+        "import os\nfrom functools import partial\nfrom pathlib import Path\nfrom ehr_embed.training.processes import run_ranks\n"
         "from tests.test_processes import announce\n"
         f"if __name__ == '__main__': run_ranks(partial(announce, {str(tmp_path)!r}), 2)\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.models import gru, mean_pool
 from ehr_embed.models.gru import GRU
 from ehr_embed.models.mean_pool import MeanPool

@@ -19,14 +19,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from ehr_embed import training_state
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.core.stopping import REQUEUE, Stopped, stop_requests
+from ehr_embed.data.store import EventStore
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import embed, run
-from ehr_embed.files import read_json
-from ehr_embed.resume import differences
-from ehr_embed.stopping import REQUEUE, Stopped, stop_requests
-from ehr_embed.store import EventStore
+from ehr_embed.experiment.run import embed, run
+from ehr_embed.run_folder.resume import differences
+from ehr_embed.training import state as training_state
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 
@@ -179,7 +179,7 @@ def test_stopped_in_the_evaluation_of_an_epoch(dataset, uninterrupted, tmp_path,
     """No step comes for a while: the run is saved and left at once, and goes on with the evaluation."""
     expected = uninterrupted("next event")
     cfg = settings(dataset, tmp_path / "run", *KINDS["next event"], "trainer.checkpoint_every=null")
-    from ehr_embed.trainer import Trainer
+    from ehr_embed.training.trainer import Trainer
 
     predict = Trainer._predict
 
@@ -218,7 +218,7 @@ def latest_step(run_dir: Path) -> int:
 
 
 def test_batches_that_were_trained_on_are_not_built_again(dataset, tmp_path, monkeypatch):
-    from ehr_embed.batches import BatchDataset
+    from ehr_embed.data.batches import BatchDataset
 
     cfg = settings(dataset, tmp_path / "run", "trainer.epochs=1", "trainer.checkpoint_every=1")
     built: list[int] = []
@@ -314,7 +314,7 @@ def test_other_labels_are_refused(dataset, stopped):
 
 
 def test_two_processes_do_not_share_a_folder(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("ehr_embed.resume.CLAIM_TIMEOUT_S", 0)
+    monkeypatch.setattr("ehr_embed.run_folder.resume.CLAIM_TIMEOUT_S", 0)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match=r"run: another process is at work there"):
         run(settings(dataset, tmp_path / "run"))
@@ -352,7 +352,7 @@ def test_stopped_while_preparing(dataset, tmp_path, monkeypatch, place):
     monkeypatch.setattr(HashingEmbedder, "embed", embed_and_stop)
     with monkeypatch.context() as patch:
         if place == "store":
-            patch.setattr("ehr_embed.store._SplitWriter.finish", lambda *_: terminate())
+            patch.setattr("ehr_embed.data.store._SplitWriter.finish", lambda *_: terminate())
         with pytest.raises(Stopped, match=r"stopped by SIGTERM; what was finished is kept"):
             embed(cfg)
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]

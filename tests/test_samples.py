@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.batches import MICROSECONDS_PER_DAY, BatchDataset, PackedDataset
-from ehr_embed.errors import UserError
-from ehr_embed.samples import build_samples, packed_samples, window_samples
-from ehr_embed.store import STATIC_TIME, SplitEvents
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, PackedDataset
+from ehr_embed.data.samples import build_samples, packed_samples, window_samples
+from ehr_embed.data.store import STATIC_TIME, SplitEvents
 
 subjects = st.lists(
     st.tuples(st.integers(0, 3), st.lists(st.integers(-5, 20), max_size=12)).filter(lambda s: s[0] + len(s[1]) > 0),

@@ -8,8 +8,8 @@ from pathlib import Path
 import polars as pl
 from omegaconf import OmegaConf
 
+from ehr_embed.comparison.results import find_runs
 from ehr_embed.search.checks import MEDS_SOURCE, data_identity
-from ehr_embed.search.results import find_runs
 
 
 def test_the_run_of_an_earlier_stage_is_no_rival_of_its_own(tmp_path):

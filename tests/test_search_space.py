@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.search.space import Space, choice_text, parse_space, point_key
 
 

@@ -19,10 +19,10 @@ import wandb
 from omegaconf import OmegaConf
 
 import ehr_embed
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
+from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
-from ehr_embed.instantiate import instantiate
 from ehr_embed.search.tracking import log_search
 from ehr_embed.trackers.wandb import WandbTracker
 from tests.conftest import ROOT, Event, write_meds
@@ -32,9 +32,9 @@ from tests.test_unpickle import Call
 from tests.wandb_offline import read_offline_runs
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
-MAY_UNPICKLE = ("ehr_embed/unpickle.py", "ehr_embed/search/worker.py", "ehr_embed/processes.py")
+MAY_UNPICKLE = ("ehr_embed/core/plain_pickle.py", "ehr_embed/search/worker.py", "ehr_embed/training/processes.py")
 """The restricted unpickler, a job of a search, which reads its parent's pipe, and a process of a run, which its parent called."""
-MAY_INSTANTIATE = ("ehr_embed/instantiate.py",)
+MAY_INSTANTIATE = ("ehr_embed/config/instantiate.py",)
 CODE_RUNNERS = (
     "eval",
     "exec",
@@ -137,8 +137,8 @@ PWN = "touch pwned"
         {"_target_": "torch.load", "f": "evil.pt", "weights_only": False},
         {"_target_": "torch.hub.load", "repo_or_dir": "."},
         {"_target_": "torch.os.system", "command": PWN},
-        {"_target_": "ehr_embed.files.os.system", "command": PWN},
-        {"_target_": "ehr_embed.files.shutil.rmtree", "path": "."},
+        {"_target_": "ehr_embed.core.files.os.system", "command": PWN},
+        {"_target_": "ehr_embed.core.files.shutil.rmtree", "path": "."},
         {"_target_": "torch.nn.Identity", "inner": [{"_target_": "torch.load", "f": "evil.pt", "weights_only": False}]},
         {"_target_": "torch.nn.Identity", "inner": "${evil}"},
         {"_target_": "torch.nn.Identity", "inner": "${oc.create:'{_target_: torch.load, f: evil.pt, weights_only: false}'}"},
@@ -207,9 +207,9 @@ FOREIGN: list[dict[str, Any]] = [
     {"model": {"_target_": "os.system", "command": PWN}, "trusted_packages": ["os", "posix"]},
     {"model": {"_target_": "ehr_embed.trackers.jsonl.JsonlTracker", "run_dir": "pwned"}},
     {"task": {"_target_": "ehr_embed.sources.demo.demo_source", "root": "pwned", "n_subjects": 200, "seed": 0}},
-    {"task": {"_target_": "ehr_embed.files.write_json", "path": "pwned", "value": 1}},
+    {"task": {"_target_": "ehr_embed.core.files.write_json", "path": "pwned", "value": 1}},
     {"embedder": {"_target_": "ehr_embed.exports.vocab_pt.VocabularyExport", "dir": "pwned"}},
-    {"data": {"source": {"_target_": "ehr_embed.files.write_json", "path": "pwned", "value": 1}}},
+    {"data": {"source": {"_target_": "ehr_embed.core.files.write_json", "path": "pwned", "value": 1}}},
 ]
 
 

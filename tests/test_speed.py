@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.gru import GRU
-from ehr_embed.speed import peak_flops, training_flops
+from ehr_embed.training.throughput import peak_flops, training_flops
 from tests.test_trainer import planted, train, without_times  # noqa: F401 (a fixture)
 
 B, T, E, V, D, L = 3, 16, 12, 40, 32, 2

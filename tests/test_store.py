@@ -6,10 +6,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import STATIC_TIME, EventStore, build_store, check_fingerprint, store_folder
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import STATIC_TIME, EventStore, build_store, check_fingerprint, store_folder
-from ehr_embed.vocabulary import VocabularySettings
 
 
 def build(tiny, tmp_path, **settings) -> tuple[MedsSource, EventStore]:
@@ -64,7 +64,7 @@ def test_a_file_that_changes_under_an_open_store_is_named(tiny, tmp_path):
 
 
 def test_an_interrupted_build_leaves_nothing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("ehr_embed.store._SplitWriter.finish", lambda self: 1 / 0)
+    monkeypatch.setattr("ehr_embed.data.store._SplitWriter.finish", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tiny, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

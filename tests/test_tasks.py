@@ -7,13 +7,13 @@ import polars as pl
 import pytest
 import torch
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.labels import read_labels
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.store import build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.labels import read_labels
 from ehr_embed.tasks.multilabel import Multilabel
-from ehr_embed.vocabulary import VocabularySettings
 from tests.conftest import write_labels
 
 SUBJECTS = [10, 11, 12, 20, 21, 22, 30, 31, 32]

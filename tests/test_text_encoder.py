@@ -14,15 +14,15 @@ from omegaconf import DictConfig
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
 import ehr_embed
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.core.pretrained_weights import local_folder
+from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.experiment.run import run
 from ehr_embed.models.record_text import GAPS, RecordText, gap_number
 from ehr_embed.models.text_encoder import TextEncoder
-from ehr_embed.optimizer import parameter_groups
-from ehr_embed.pretrained import local_folder
-from ehr_embed.vocabulary import Vocabulary, VocabularySettings
+from ehr_embed.training.optimizer import parameter_groups
 from tests.conftest import write_labels, write_meds
 from tests.test_conf import composed
 from tests.test_trainable import write_homonyms

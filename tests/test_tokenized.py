@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from meds import CodeMetadataSchema, DataSchema, LabelSchema
 
 from ehr_embed import convert
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import run
-from ehr_embed.instantiate import instantiate
+from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.run import run
 from ehr_embed.sources.case_labels import read_case_labels
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.tokenized import Corpus

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from wandb_offline import OfflineRun, offline_files, read_offline_runs
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.trackers import wandb as wandb_module
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.wandb import WandbTracker

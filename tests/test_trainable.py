@@ -12,18 +12,18 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from ehr_embed.checkpoints import initialise
-from ehr_embed.embedders.cache import check_informative
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.data.store import encode_split
 from ehr_embed.embedders.random_vectors import RandomEmbedder
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.experiment import run
-from ehr_embed.files import read_json
-from ehr_embed.runs import TrainedRun, open_run
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.table import load_table
+from ehr_embed.embedding.vector_cache import check_informative
+from ehr_embed.experiment.run import run
+from ehr_embed.inference.trained_run import TrainedRun, open_run
+from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import encode_split
-from ehr_embed.table import load_table
 from tests.conftest import Event, write_meds
 from tests.test_conf import composed
 

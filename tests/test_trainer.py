@@ -12,17 +12,17 @@ import torch
 from lightning_fabric import seed_everything
 from torch import nn
 
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.precision import choose_precision
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore, build_store
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.trainer import Trainer, TrainerSettings
-from ehr_embed.vocabulary import VocabularySettings
+from ehr_embed.training.precision import choose_precision
+from ehr_embed.training.trainer import Trainer, TrainerSettings
 from tests.conftest import Event, write_meds
 
 

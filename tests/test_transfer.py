@@ -12,19 +12,19 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from ehr_embed.checkpoints import by_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedders.shuffled_text import ShuffledTextEmbedder, deranged
-from ehr_embed.errors import UserError
-from ehr_embed.experiment import open_source, run
-from ehr_embed.files import read_json
-from ehr_embed.runs import open_run
+from ehr_embed.embedding.table import load_table
+from ehr_embed.experiment.run import open_source, run
+from ehr_embed.inference.trained_run import open_run
+from ehr_embed.run_folder.checkpoints import by_name
+from ehr_embed.sources.code_texts import read_lookups
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.renamed import SHIPPED, RenamedSource, shipped
-from ehr_embed.table import load_table
-from ehr_embed.texts import read_lookups
-from ehr_embed.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from tests.conftest import write_labels, write_meds
 from tests.test_conf import composed
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from ehr_embed.errors import UserError
-from ehr_embed.unpickle import load_pickle
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.plain_pickle import load_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

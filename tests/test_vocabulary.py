@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed import code_statistics as statistics
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data import code_statistics as statistics
+from ehr_embed.data.value_bins import bin_edges, robust_scale
+from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
+from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.texts import coverage, read_lookups, resolve_texts
-from ehr_embed.value_bins import bin_edges, robust_scale
-from ehr_embed.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from tests.conftest import write_meds
 
 OTHER = {"tuning": [(2, 0.0, "A", 1.0)], "held_out": [(3, 0.0, "A", 1.0)]}

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ehr_embed import experiment
 from ehr_embed.embedders.hashing import HashingEmbedder
+from ehr_embed.experiment.run import run as experiment
 
 
 def told(

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import file_sha256
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import file_sha256
+from ehr_embed.data.vocabulary import UNKNOWN_TEXT, Vocabulary
 from ehr_embed.sources.imported import import_folder
 from ehr_embed.sources.patient_files import VECTORS
-from ehr_embed.vocabulary import UNKNOWN_TEXT, Vocabulary
 
 UNKNOWN_TOKEN = "<unknown>"
 """String of the token that stands for unknown ones in both this project's and the original's vocabularies."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.vocabulary import Vocabulary
+from ehr_embed.data.vocabulary import Vocabulary
 
 
 class Embedder(Protocol):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.errors import check_range
-from ehr_embed.vocabulary import Vocabulary
+from ehr_embed.core.errors import check_range
+from ehr_embed.data.vocabulary import Vocabulary
 
 
 class RandomEmbedder:

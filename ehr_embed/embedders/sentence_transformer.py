@@ -15,11 +15,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from ehr_embed.errors import UserError, check_range, unknown_name
-from ehr_embed.files import digest, file_sha256
-from ehr_embed.launchers import end_with_parent
-from ehr_embed.pretrained import is_snapshot, load_pretrained, local_folder
-from ehr_embed.vocabulary import Vocabulary
+from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.files import digest, file_sha256
+from ehr_embed.core.launchers import end_with_parent
+from ehr_embed.core.pretrained_weights import is_snapshot, load_pretrained, local_folder
+from ehr_embed.data.vocabulary import Vocabulary
 
 KEY = "embedder.model"
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
 from ehr_embed.embedders.protocol import Embedder
-from ehr_embed.vocabulary import FIRST_TOKEN, Vocabulary
 
 
 class ShuffledTextEmbedder:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_directory, atomic_path
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import SplitEvents
+from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder
 from ehr_embed.exports.vocab_pt import write_vocabulary
-from ehr_embed.files import atomic_directory, atomic_path
-from ehr_embed.prepare import Prepared
-from ehr_embed.samples import Samples
-from ehr_embed.store import SplitEvents
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Task
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.prepare import Prepared
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.tasks.protocol import Task
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

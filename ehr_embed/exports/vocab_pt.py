@@ -8,9 +8,9 @@ from pathlib import Path
 import polars as pl
 import torch
 
+from ehr_embed.core.files import atomic_path
+from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder, token_strings
-from ehr_embed.files import atomic_path
-from ehr_embed.prepare import Prepared
 from ehr_embed.tasks.protocol import Task
 
 log = logging.getLogger(__name__)

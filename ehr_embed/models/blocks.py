@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.models.cpu_attention import applies, cpu_attention
 from ehr_embed.models.packing import Packing
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError, check_range, unknown_name
+from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.models.blocks import Block, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.errors import unknown_name
+from ehr_embed.core.errors import unknown_name
+from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import check_sizes, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import PooledHead, check_classifies
 from ehr_embed.models.whitening import Whitening
-from ehr_embed.vocabulary import Vocabulary
 
 POOLINGS = ("max", "mean", "attention")
 SUMMARIES = {"count": 1, "values": 7, "times": 2}

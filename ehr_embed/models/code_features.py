@@ -9,9 +9,9 @@ import torch
 from meds import birth_code
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.groups import Groups
-from ehr_embed.vocabulary import Vocabulary
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
 TIME_SUMMARIES = ("years_since_first", "years_since_last")

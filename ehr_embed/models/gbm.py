@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ehr_embed.errors import check_range, unknown_name
+from ehr_embed.core.errors import check_range, unknown_name
 from ehr_embed.models.body import MAX_LAYERS, EventInput, TimeInput
 from ehr_embed.models.heads import PooledHead, check_classifies
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.models.blocks import Dropout
 
 POOLINGS = ("mean", "cls", "max", "last", "attention")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ehr_embed.errors import unknown_name
+from ehr_embed.core.errors import unknown_name
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.body import EventInput
 from ehr_embed.models.heads import Pooling, check_classifies

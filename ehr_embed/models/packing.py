@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
 WIDEST_HEAD = 192

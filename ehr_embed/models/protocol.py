@@ -12,9 +12,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
-from ehr_embed.instantiate import instantiate
-from ehr_embed.vocabulary import Vocabulary
+from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary
 
 
 class Model(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.models.body import LENGTH_MULTIPLE
 
 DAYS_A_MONTH, DAYS_A_YEAR = 30.4375, 365.25

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.pretrained_weights import load_pretrained
+from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import PooledHead, check_classifies
 from ehr_embed.models.record_text import RecordText
-from ehr_embed.pretrained import load_pretrained
-from ehr_embed.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 
 class Whitening(nn.Module):

@@ -26,7 +26,7 @@ class SearchCallback(Callback):
         """Forget what an earlier job left in this folder."""
         self._began = time.perf_counter()
         if config.hydra.mode == RunMode.MULTIRUN:
-            from ehr_embed.search.outcome import FILE_NAME
+            from ehr_embed.comparison.outcome import FILE_NAME
 
             (Path(config.hydra.runtime.output_dir) / FILE_NAME).unlink(missing_ok=True)
 
@@ -37,7 +37,7 @@ class SearchCallback(Callback):
         # Not needed by single runs.
         from optuna import TrialPruned
 
-        from ehr_embed.search.outcome import outcome_of, write_outcome
+        from ehr_embed.comparison.outcome import outcome_of, write_outcome
 
         returned = job_return._return_value
         is_trial = config.hydra.sweeper.get("_target_") == STUDY_SWEEPER
@@ -52,6 +52,6 @@ class SearchCallback(Callback):
         """Summarise the jobs; a study's sweeper has done so itself, as it does when it is interrupted."""
         if config.hydra.sweeper.get("_target_") == STUDY_SWEEPER:
             return
-        from ehr_embed.search.report import report_folder
+        from ehr_embed.comparison.report import report_folder
 
         report_folder(Path(config.hydra.sweep.dir))

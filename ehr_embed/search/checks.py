@@ -9,11 +9,11 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import digest
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import digest
+from ehr_embed.evaluation.directions import LOWER_IS_BETTER
 from ehr_embed.search.space import Space
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.tasks.directions import LOWER_IS_BETTER
 
 MEDS_SOURCE = "ehr_embed.sources.meds.MedsSource"
 

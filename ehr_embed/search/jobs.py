@@ -18,8 +18,8 @@ from hydra.core.singleton import Singleton
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ehr_embed.launchers import alone
-from ehr_embed.search.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
+from ehr_embed.comparison.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
+from ehr_embed.core.launchers import alone
 
 LOG_NAME = "log.txt"
 GRACE_S = 10.0

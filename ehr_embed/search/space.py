@@ -29,7 +29,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
-from ehr_embed.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError, unknown_name
 
 Point = dict[str, Any]
 """Parameter name -> value, as Optuna stores it: a number, or a choice's text in Hydra's grammar."""

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 JOURNAL_NAME = "study.journal"
 FIRST_OPEN_ATTEMPTS = 20

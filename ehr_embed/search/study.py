@@ -15,10 +15,10 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from ehr_embed.errors import UserError
+from ehr_embed.comparison.outcome import Outcome, read_outcome
+from ehr_embed.comparison.results import with_results
+from ehr_embed.core.errors import UserError
 from ehr_embed.search.grid import GridSampler
-from ehr_embed.search.outcome import Outcome, read_outcome
-from ehr_embed.search.results import with_results
 from ehr_embed.search.space import Space, point_key
 from ehr_embed.search.storage import StudyStorage, masked
 

@@ -21,18 +21,18 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ehr_embed.errors import UserError
-from ehr_embed.instantiate import instantiate
+from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
+from ehr_embed.comparison.results import split_overrides
+from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.errors import UserError
 from ehr_embed.search.checks import check_jobs, chosen_directions, data_identity
 from ehr_embed.search.jobs import Job, JobProcess, JobRunner, end_all
-from ehr_embed.search.outcome import Outcome, message_of, read_outcome
-from ehr_embed.search.results import split_overrides
-from ehr_embed.search.runs import TrialRun
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import open_storage, storage_url
 from ehr_embed.search.study import CONTINUES, Owner, open_study
 from ehr_embed.search.tracking import tracker_overrides
 from ehr_embed.search.trial import TRIAL_VARIABLE
+from ehr_embed.search.trial_jobs import TrialRun
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -109,7 +109,7 @@ class StudySweeper(Sweeper):
                     self._run_batches(self.launcher)
         finally:
             # Here, because pandas and the plots take a second to load that `python train.py` has no use for.
-            from ehr_embed.search.report import report_study
+            from ehr_embed.comparison.report import report_study
 
             table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
         if self.shared.is_over():

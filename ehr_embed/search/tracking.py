@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from omegaconf import DictConfig
 
-from ehr_embed.files import read_json
-from ehr_embed.instantiate import instantiate
+from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.files import read_json
 from ehr_embed.search.space import choice_text
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import optuna
 from hydra.core.hydra_config import HydraConfig
 
-from ehr_embed.instantiate import instantiate
+from ehr_embed.config.instantiate import instantiate
 from ehr_embed.search.storage import open_storage, storage_url
 
 TRIAL_VARIABLE = "EHR_EMBED_TRIAL"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
 CONTROL = "Control"

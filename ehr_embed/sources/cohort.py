@@ -16,8 +16,8 @@ import polars as pl
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.errors import UserError, check_range
-from ehr_embed.files import write_json
+from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.files import write_json
 from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 

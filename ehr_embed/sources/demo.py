@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ehr_embed.files import read_json
+from ehr_embed.core.files import read_json
 from ehr_embed.sources.cohort import write_demo_cohort
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource

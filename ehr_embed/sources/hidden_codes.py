@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from ehr_embed.errors import UserError
+from ehr_embed.core.errors import UserError
 from ehr_embed.sources.protocol import Source
 
 

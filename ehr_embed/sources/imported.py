@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import atomic_directory, digest, locked, remove_leftovers
-from ehr_embed.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_directory, digest, locked, remove_leftovers
+from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS
 
 log = logging.getLogger(__name__)

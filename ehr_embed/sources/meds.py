@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import file_sha256, tail_digest
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import file_sha256, tail_digest
 from ehr_embed.sources.protocol import SPLITS
 
 FIRST_TIME, LAST_TIME = -62_135_596_800_000_000, 253_402_300_799_999_999

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 
 from ehr_embed import __version__
-from ehr_embed.files import write_json
+from ehr_embed.core.files import write_json
 
 
 class MedsWriter:

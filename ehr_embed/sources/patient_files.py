@@ -24,8 +24,8 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import digest, file_sha256, tail_digest
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import digest, file_sha256, tail_digest
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter, write_parquet

@@ -9,12 +9,12 @@ from typing import Any
 
 import polars as pl
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import file_sha256
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import file_sha256
+from ehr_embed.sources.code_texts import read_lookups
 from ehr_embed.sources.protocol import Source
-from ehr_embed.texts import read_lookups
 
-SHIPPED = Path(__file__).parents[1] / "paraphrases"
+SHIPPED = Path(__file__).parent / "paraphrases"
 MISSING = ("refuse", "keep")
 
 

@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError  # what OmegaConf.load raises
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.texts import readable_code
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.sources.code_texts import readable_code
 
 LOOKUPS = ("medical", "lab", "region", "time")
 TERM_COLUMNS = (("code", "term"), ("regionid", "Description"))

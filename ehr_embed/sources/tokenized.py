@@ -17,15 +17,15 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import digest, file_sha256, tail_digest
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import digest, file_sha256, tail_digest
+from ehr_embed.core.plain_pickle import load_pickle
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.sources.token_texts import LOOKUPS, read_lookup, read_rules, read_token_strings, token_text
-from ehr_embed.unpickle import load_pickle
 
 log = logging.getLogger(__name__)
 KEYS = ("subject_id", "tokens", "timestamps")

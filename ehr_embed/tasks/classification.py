@@ -13,15 +13,15 @@ import polars as pl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.batches import Batch, BatchDataset
-from ehr_embed.errors import UserError, check_range
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
-from ehr_embed.predictions import write_multiclass_predictions, write_predictions
-from ehr_embed.samples import Samples, build_samples
+from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.data.batches import Batch, BatchDataset
+from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.store import EventStore, SplitEvents
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
+from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore, SplitEvents
-from ehr_embed.tasks.labels import LabelSet, read_labels
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
 
 log = logging.getLogger(__name__)

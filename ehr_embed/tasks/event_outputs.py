@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ehr_embed.bootstrap import SubjectBootstrap
-from ehr_embed.metrics import summaries
+from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
+from ehr_embed.evaluation.bootstrap import SubjectBootstrap
+from ehr_embed.evaluation.metrics import summaries
 from ehr_embed.models.heads import EventScores
 from ehr_embed.tasks.protocol import Outputs
-from ehr_embed.vocabulary import FIRST_TOKEN, Vocabulary
 
 TOP = (1, 5, 10)
 N_FAMILIES = 12

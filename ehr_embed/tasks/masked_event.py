@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ehr_embed.batches import Batch
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import Batch
+from ehr_embed.data.vocabulary import FIRST_TOKEN, PADDING
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.tasks.next_event import NextEvent
-from ehr_embed.vocabulary import FIRST_TOKEN, PADDING
 
 
 class MaskedEvent(NextEvent):

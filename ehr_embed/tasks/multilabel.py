@@ -11,16 +11,16 @@ import polars as pl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.batches import Batch, BatchDataset
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.files import atomic_path
-from ehr_embed.metrics import METRICS, choose_threshold, multilabel_metrics
-from ehr_embed.samples import Samples, build_samples
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import Batch, BatchDataset
+from ehr_embed.data.labels import LabelSet, available_labels, read_labels
+from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.store import EventStore
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.labels import LabelSet, available_labels, read_labels
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
 
 

@@ -10,18 +10,18 @@ import numpy.typing as npt
 import polars as pl
 from torch import Tensor, nn
 
-from ehr_embed.batches import Batch, BatchDataset, EventDataset, PackedDataset
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.files import atomic_path
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import Batch, BatchDataset, EventDataset, PackedDataset
+from ehr_embed.data.samples import Samples, packed_samples, window_samples
+from ehr_embed.data.store import EventStore, SplitEvents
+from ehr_embed.data.vocabulary import FIRST_TOKEN
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.heads import EventScores
-from ehr_embed.samples import Samples, packed_samples, window_samples
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.store import EventStore, SplitEvents
 from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
 from ehr_embed.tasks.ngrams import NgramCounts
 from ehr_embed.tasks.protocol import Curves, Outputs, monitored
-from ehr_embed.vocabulary import FIRST_TOKEN
 
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.store import STATIC_TIME, SplitEvents
-from ehr_embed.vocabulary import FIRST_TOKEN
+from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.vocabulary import FIRST_TOKEN
 
 Integers = npt.NDArray[np.int64]
 

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.batches import Batch, EventDataset
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.metrics import values_of
-from ehr_embed.samples import Samples
-from ehr_embed.store import EventStore
-from ehr_embed.tasks.directions import LOWER_IS_BETTER
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.data.batches import Batch, EventDataset
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import EventStore
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.directions import LOWER_IS_BETTER
+from ehr_embed.evaluation.metrics import values_of
 
 Outputs = npt.NDArray[np.float64]
 """What a task keeps of each sample for evaluation: probabilities, or sums over its events."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.batches import Batch
-from ehr_embed.errors import UserError
-from ehr_embed.event_embedding import EventEmbedding
-from ehr_embed.event_set import EventSet
-from ehr_embed.generation import Sampling, check_lengths, generate
-from ehr_embed.store import EventStore
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import Batch
+from ehr_embed.data.event_set import EventSet
+from ehr_embed.data.store import EventStore
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.sampling import Sampling, check_lengths, generate
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Outputs
 

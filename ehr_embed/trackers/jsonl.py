@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import pandas as pd
 
-from ehr_embed.errors import UserError
-from ehr_embed.files import append_line, atomic_path, write_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import append_line, atomic_path, write_json
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
 

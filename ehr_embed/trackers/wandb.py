@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 import pandas as pd
 import wandb
 
-from ehr_embed.errors import UserError, unknown_name
-from ehr_embed.files import atomic_path
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 

@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ehr_embed.cli import run_main
+from ehr_embed.experiment.cli import run_main
 from ehr_embed.search.trial import current_trial
 
 

@@ -1,0 +1,280 @@
+"""What is left after every multirun: summary.csv, study.json, Optuna's plots, and a table printed best first."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.study import StudyDirection
+from rich.console import Console
+from rich.table import Table
+
+from ehr_embed import __version__
+from ehr_embed.comparison.results import Row, find_runs, objective_columns, read_rows, split_overrides
+from ehr_embed.comparison.study_plots import write_study_plots
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path, write_json
+from ehr_embed.search.storage import masked
+from ehr_embed.search.study import DISCARDED, SharedStudy
+
+log = logging.getLogger(__name__)
+MAX_SHOWN = 20
+LOG_WIDTH = 140
+"""Columns of the printed table where there is no terminal."""
+SHOWN_METRICS = ("auroc", "accuracy", "top1", "loss")
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+
+
+def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: bool = True) -> pd.DataFrame:
+    """Report the trials of a study, those of other processes and hosts included.
+
+    Returns:
+        The table of `summary.csv`.
+    """
+    study = shared.study
+    trials = [trial for trial in study.get_trials(deepcopy=False) if DISCARDED not in trial.user_attrs]
+    rows = [trial_row(trial, len(study.directions)) for trial in trials]
+    directions = ["maximize" if d == StudyDirection.MAXIMIZE else "minimize" for d in study.directions]
+    facts = {
+        "study": study.study_name,
+        "storage": masked(shared.storage.url),
+        "n_trials": shared.n_trials,
+        "sampler": type(study.sampler).__name__,
+        "pruner": type(study.pruner).__name__,
+        **study.user_attrs.get("settings", {}),
+        "fixed": study.user_attrs.get("fixed", []),
+        "command": masked(command),
+    }
+    return write_report(rows, folder, directions=directions, facts=facts, study=study, has_plots=has_plots)
+
+
+def report_folder(folder: Path) -> None:
+    """Report the jobs of a multirun by what they left in `folder`; nothing if none left anything."""
+    try:
+        runs = find_runs([folder])
+    except UserError:
+        return
+    rows, direction = read_rows(runs, relative_to=folder)
+    write_report(rows, folder, directions=[direction], facts={})
+
+
+def trial_row(trial: optuna.trial.FrozenTrial, n_objectives: int) -> Row:
+    """A trial as a row; the values of one that did not complete are empty, and its last report is its own column."""
+    row: Row = {"run": str(trial.number), "state": STATES[trial.state.name]}
+    # Optuna gives a pruned trial its last report as a value, which other trials had after other epochs.
+    is_complete = trial.state == optuna.trial.TrialState.COMPLETE
+    row |= objective_columns(trial.values if is_complete else [None] * n_objectives)
+    if trial.intermediate_values:
+        row["last_report"] = trial.intermediate_values[max(trial.intermediate_values)]
+        row["n_reports"] = len(trial.intermediate_values)
+    row |= split_overrides(trial.user_attrs.get("overrides", []))
+    row |= trial.user_attrs.get("results", {})
+    # Of the whole trial, with all its seeds and the start of its processes.
+    row["seconds"] = trial.user_attrs.get("seconds")
+    return row | {"host": trial.user_attrs.get("owner", {}).get("host"), "error": trial.user_attrs.get("error")}
+
+
+def write_report(
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    directions: Sequence[str],
+    facts: Mapping[str, Any],
+    study: optuna.Study | None = None,
+    has_plots: bool = True,
+) -> pd.DataFrame:
+    """Write summary.csv, study.json and plots/ into `folder`, and print the table.
+
+    Args:
+        rows: see `ehr_embed.comparison.results.Row`.
+        directions: of the objectives.
+        facts: of the study, for study.json.
+        study: for the plots; None = made from the rows.
+    """
+    table = best_first(pd.DataFrame(list(rows)), directions)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "summary.csv") as path:
+        table.to_csv(path, index=False)
+    objectives = objective_names(table)
+    overrides = override_names(rows)
+    best = table[table["state"] == "finished"] if len(table) else table
+    best = best[best["is_best"]] if len(objectives) > 1 and len(best) else best.head(1)
+    report = {
+        **facts,
+        "directions": list(directions),
+        "n_by_state": dict(Counter(str(row["state"]) for row in rows)),
+        "best": [
+            {
+                "run": row["run"],
+                "values": {name: row[name] for name in objectives},
+                "overrides": {name: row[name] for name in overrides if isinstance(row[name], str)},
+            }
+            for row in best.to_dict("records")
+        ],
+        "versions": {"ehr_embed": __version__, "optuna": metadata.version("optuna")},
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(folder / "study.json", _jsonable(report))
+    if has_plots:
+        write_study_plots(folder / "plots", study or study_of(rows, directions), objectives)
+    print_table(table, objectives, overrides, folder)
+    return table
+
+
+def best_first(table: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
+    """Rows by objective, those without one last. Several objectives: the Pareto front first, marked in `is_best`."""
+    if not len(table):
+        return table
+    objectives = objective_names(table)
+    if len(objectives) == 1:
+        return table.sort_values("objective", ascending=directions[0] == "minimize", na_position="last", kind="stable")
+    signs = [1 if direction == "minimize" else -1 for direction in directions]
+    losses = table[objectives].astype(float) * signs
+    front = [
+        bool(loss.notna().all())
+        and not any((other <= loss).all() and (other < loss).any() for _, other in losses.iterrows())
+        for _, loss in losses.iterrows()
+    ]
+    table = table.assign(is_best=front, _loss=losses[objectives[0]])
+    by = table.sort_values(["is_best", "_loss"], ascending=[False, True], na_position="last", kind="stable")
+    return by.drop(columns="_loss")
+
+
+def objective_names(table: pd.DataFrame) -> list[str]:
+    """The columns that hold objectives, in order."""
+    return [
+        name for name in table.columns if name == "objective" or (name.startswith("objective_") and name[10:].isdigit())
+    ]
+
+
+def override_names(rows: Sequence[Row]) -> list[str]:
+    """Override keys whose values differ between rows: texts under a dotted key or a group's name."""
+    fixed = {"run", "state", "error", "host"}
+    keys = dict.fromkeys(
+        key for row in rows for key, value in row.items() if isinstance(value, str) and key not in fixed
+    )
+    return [key for key in keys if len({str(row.get(key)) for row in rows}) > 1]
+
+
+def study_of(rows: Sequence[Row], directions: Sequence[str]) -> optuna.Study:
+    """Rows as a study in memory, so that Optuna can plot the jobs of any sweeper."""
+    study = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
+    objectives = objective_names(pd.DataFrame(list(rows)))
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+    for key in override_names(rows):
+        texts = [str(row[key]) for row in rows if key in row]
+        numbers = [_number(text) for text in texts]
+        known = [number for number in numbers if number is not None]
+        distributions[key] = (
+            optuna.distributions.FloatDistribution(min(known), max(known))
+            if len(known) == len(texts)
+            else optuna.distributions.CategoricalDistribution(sorted(set(texts)))
+        )
+    for row in rows:
+        values = [row.get(name) for name in objectives]
+        is_finished = row["state"] == "finished" and all(isinstance(value, int | float) for value in values)
+        here = {key: distribution for key, distribution in distributions.items() if key in row}
+        numeric = {k for k, d in here.items() if isinstance(d, optuna.distributions.FloatDistribution)}
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.COMPLETE if is_finished else optuna.trial.TrialState.FAIL,
+                values=[float(value) for value in values if value is not None] if is_finished else None,
+                params={key: float(row[key]) if key in numeric else str(row[key]) for key in here},
+                distributions=here,
+            )
+        )
+    return study
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
+    """The best rows: objectives, the first held-out metric with its interval, and what differs between the runs."""
+    console = wide_console()
+    shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
+    metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
+    for name in ("run", "state"):
+        shown.add_column(name)
+    for name in [*objectives, *([metric] if metric else []), "s"]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("overrides", overflow="fold")
+    for row in table.head(MAX_SHOWN).to_dict("records"):
+        cells = [str(row["run"]), str(row["state"])]
+        cells += [_cell(row.get(name), ".4f") for name in objectives]
+        cells += [_interval(row, metric)] if metric else []
+        cells.append(_cell(row.get("seconds"), ",.0f"))
+        cells.append(
+            " ".join(f"{_short(name, overrides)}={_shown(row[name])}" for name in overrides if _is_set(row[name]))
+        )
+        shown.add_row(*cells)
+    console.print(shown)
+    if len(table) > MAX_SHOWN:
+        console.print(f"{len(table) - MAX_SHOWN} more rows in {folder / 'summary.csv'}", highlight=False)
+
+
+def wide_console() -> Console:
+    """The terminal, or a log wide enough for a row."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, where it is the only one of its name.
+
+    >>> _short("model.n_layers", ["model.n_layers", "seed"]), _short("a.x", ["a.x", "b.x"])
+    ('n_layers', 'a.x')
+    """
+    last = key.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other in keys].count(last) == 1 else key
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _shown(value: Any) -> str:
+    """A number in four digits, any other text as it is.
+
+    >>> _shown("0.0011509493"), _shown("mpnet"), _shown("128")
+    ('0.001151', 'mpnet', '128')
+    """
+    number = _number(str(value))
+    return str(value) if number is None else f"{number:.4g}"
+
+
+def _interval(row: Mapping[Any, Any], name: str) -> str:
+    low, high = row.get(f"{name}/low"), row.get(f"{name}/high")
+    has_interval = isinstance(low, float) and isinstance(high, float) and low == low and high == high
+    return _cell(row.get(name), ".3f") + (f" [{low:.3f}, {high:.3f}]" if has_interval else "")
+
+
+def _cell(value: Any, form: str) -> str:
+    """A number in `form`, a text as it is, nothing for what is missing.
+
+    >>> _cell(0.12345, ".3f"), _cell("mpnet", ".3f"), _cell(float("nan"), ".3f"), _cell(None, ".3f")
+    ('0.123', 'mpnet', '', '')
+    """
+    if value is None or value != value:
+        return ""
+    return format(value, form) if isinstance(value, int | float) else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    """Pandas' missing values as None."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,158 @@
+"""Manifests: what a folder holds (size and SHA-256 of each file) and what it was made from, checked before it is read.
+
+Sizes are compared at every opening. Checksums are too, of folders up to `FULL_BYTES`; in a larger one, of every file that is not
+the very one last found whole (same inode, size and times), so that a memory-mapped store opens at once and a file that was
+written to or copied is read through again. Only damage that leaves a file's times alone needs `integrity=full` there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import digest, file_sha256, read_json, write_json
+
+log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+REBUILD = "Type: python embed.py overwrite=true with the same overrides"
+"""How a store, a table or an import is made anew."""
+FULL_BYTES = 256 << 20
+"""A quarter of a second of SHA-256 on one core."""
+MODES = ("auto", "full", "size")
+CHECKED = ".checked.json"
+"""In a large folder: the files that were found whole, by inode, size and times."""
+RUN_FOLDERS = ("vocabulary", "predictions")
+"""In a run's folder: what lies in them is in its manifest."""
+Files = dict[str, dict[str, Any]]
+
+
+def describe(folder: Path, paths: Iterable[Path] | None = None) -> Files:
+    """Bytes and sha256 of files in `folder` (None: all), by their path in it; a file with several names is read once."""
+    chosen = sorted(path for path in (folder.rglob("*") if paths is None else paths) if path.is_file())
+    known: dict[tuple[int, int], dict[str, Any]] = {}
+    files: Files = {}
+    for path in chosen:
+        stat = path.stat()
+        key = (stat.st_dev, stat.st_ino)
+        if key not in known:
+            known[key] = {"bytes": stat.st_size, "sha256": file_sha256(path)}
+        files[path.relative_to(folder).as_posix()] = known[key]
+    return files
+
+
+def write_manifest(folder: Path, facts: dict[str, Any], files: Files, *, name: str = MANIFEST) -> None:
+    """Write `facts` and `files` with a digest of both, so that the manifest itself can be checked."""
+    content = facts | {"files": files}
+    write_json(folder / name, content | {"digest": digest(content, 64)})
+
+
+def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_manifest` wrote.
+
+    Raises:
+        UserError: it is damaged, or of a version that had no checksums.
+    """
+    content = read_json(path)
+    found = content.pop("digest", None) if isinstance(content, dict) else None
+    if found is None or "files" not in content:
+        raise UserError(
+            f"{path}: expected a manifest with checksums of its folder's files, found none: it was written by an earlier version, "
+            f"or is another file, and nothing says whether the files are whole. {remedy}"
+        )
+    if found != (expected := digest(content, 64)):
+        raise UserError(
+            f"{path} was changed: its content has digest {expected[:12]}, it says {str(found)[:12]}. What it says of the other "
+            f"files cannot be trusted. {remedy}"
+        )
+    return dict(content)
+
+
+def check_files(folder: Path, files: Files, remedy: str, *, integrity: str = "auto") -> None:
+    """Compare files with what a manifest says of them, as the head of this module describes.
+
+    Args:
+        folder: where they lie.
+        files: by their path in it.
+        remedy: the command that makes them anew.
+        integrity: `auto`, `full` (every byte) or `size` (sizes alone).
+
+    Raises:
+        UserError: a file is missing, or has another size or checksum; an unknown `integrity`.
+    """
+    if integrity not in MODES:
+        raise unknown_name("integrity", integrity, MODES)
+    for name, expected in files.items():
+        _check_size(folder / name, expected["bytes"], remedy)
+    if integrity == "size":
+        return
+    if integrity == "full" or sum(entry["bytes"] for entry in files.values()) <= FULL_BYTES:
+        for name, expected in files.items():
+            _check_sum(folder / name, expected["sha256"], remedy)
+        return
+    stamps = {name: _stamp(folder / name) for name in files}
+    seen = _read_stamps(folder)
+    changed = [name for name in files if seen.get(name) != stamps[name]]
+    if changed:
+        log.info("checking %d of %d files of %s, once", len(changed), len(files), folder)
+    for name in changed:
+        _check_sum(folder / name, files[name]["sha256"], remedy)
+    if changed:
+        remember(folder, files)
+
+
+def remember(folder: Path, files: Files) -> None:
+    """Note that the files are whole now, where they are too large to be read through at every opening."""
+    if sum(entry["bytes"] for entry in files.values()) > FULL_BYTES:
+        with contextlib.suppress(UserError):  # a read-only folder is checked each time
+            write_json(folder / CHECKED, {name: _stamp(folder / name) for name in files})
+
+
+def checked(path: Path) -> Path:
+    """`path`, compared with the manifest of its run's folder if that lists it.
+
+    A file that no manifest lists, such as one of a run that has not ended, is given back as it is.
+
+    Raises:
+        UserError: it has another size or checksum, or the manifest is damaged.
+    """
+    remedy = "Restore the run's folder, or train again: resume=overwrite"
+    folder = path.parent.parent if path.parent.name in RUN_FOLDERS else path.parent
+    if path.is_file() and (folder / MANIFEST).is_file():
+        name = path.relative_to(folder).as_posix()
+        files = read_manifest(folder / MANIFEST, remedy)["files"]
+        check_files(folder, {name: files[name]} if name in files else {}, remedy, integrity="full")
+    return path
+
+
+def _check_size(path: Path, expected: int, remedy: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, though the manifest lists it ({expected} bytes). {remedy}")
+    if (found := path.stat().st_size) != expected:
+        raise UserError(
+            f"{path}: {found} bytes, expected {expected}: it is truncated or another file, and was not loaded. {remedy}"
+        )
+
+
+def _check_sum(path: Path, expected: str, remedy: str) -> None:
+    if (found := file_sha256(path)) != expected:
+        raise UserError(
+            f"{path} was changed: sha256 {found[:12]}, the manifest says {expected[:12]}. It is damaged or another file, and was "
+            f"not loaded. {remedy}"
+        )
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _read_stamps(folder: Path) -> dict[str, list[int]]:
+    try:
+        stamps = read_json(folder / CHECKED)
+    except (UserError, OSError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}

@@ -1,0 +1,389 @@
+"""Length-bucketed batches, built by vectorised gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
+from ehr_embed.data.samples import Samples, ragged_arange
+from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.models.body import LENGTH_MULTIPLE
+
+MICROSECONDS_PER_DAY = 86_400_000_000
+HOST = torch.device("cpu")
+BUCKET_BATCHES = 64
+"""Batches' worth of shuffled samples that are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of up to T events; a row is one sample, or in a packed batch several sequences one after the other.
+
+    Attributes:
+        token_ids: (B, T) int32, 0 = padding.
+        days: (B, T) float32, days before the prediction time; a static event has those of the first timed event.
+        gap_days, elapsed_days: (B, T) float32, since the previous and since the first event of the sequence.
+        age_days: (B, T) float32, since birth; NaN where the record does not tell it.
+        values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
+        is_event: (B, T) bool, False = padding.
+        is_static: (B, T) bool, an event without a time, which stands before the timed ones.
+        is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
+        segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
+        event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
+        places: (N,) int64, b * T + t of every event, ascending.
+        sequence_starts: (S + 1,) int32, how many of the N events stand before each of the S sequences, and N.
+        labels: (B,) int64 or (B, L) float32.
+        sample: (B,) int64, position in the split's samples (of a packed row: its number).
+        n_events: N, known without asking the device.
+        n_pairs: pairs of events of one sequence, each with itself included.
+    """
+
+    token_ids: Tensor
+    days: Tensor
+    gap_days: Tensor
+    elapsed_days: Tensor
+    age_days: Tensor
+    values: Tensor | None
+    is_event: Tensor
+    is_static: Tensor
+    is_next: Tensor
+    segments: Tensor | None
+    event_index: Tensor | None
+    places: Tensor
+    sequence_starts: Tensor
+    labels: Tensor
+    sample: Tensor
+    n_events: int
+    n_pairs: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; copies do not block where memory is pinned."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by the DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped: dict[str, Any] = {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
+        return Batch(**mapped)
+
+
+class EventDataset(Protocol):
+    """What the trainer takes batches from."""
+
+    events: SplitEvents
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) events in each row."""
+        ...
+
+    def on(self, device: torch.device) -> EventDataset:
+        """The same, with the events held on `device` and the batches gathered there."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
+        """The rows at `index`, (B,)."""
+        ...
+
+
+class _OnDevice(Dataset[Batch]):
+    """What is gathered where its events are.
+
+    Attributes:
+        device: where the events are and batches are made; the CPU unless `on` says otherwise.
+    """
+
+    device = HOST
+    events: SplitEvents
+
+    def on(self, device: torch.device) -> Self:
+        """The same, with the events held on `device` and the batches gathered there."""
+        event_tensors(self.events, device)
+        held = copy(self)
+        held.device = device
+        return held
+
+
+class BatchDataset(_OnDevice):
+    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
+
+    def __init__(self, events: SplitEvents, samples: Samples) -> None:
+        self.events = events
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) events in each row."""
+        return self.samples.lengths
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
+        chosen = self.samples.take(index)
+        events = event_tensors(self.events, self.device)
+        return gather(events, chosen, chosen.lengths, labels=chosen.labels, sample=index, is_packed=False)
+
+
+class PackedDataset(_OnDevice):
+    """Rows filled with several sequences one after the other, so that hardly any place is padding.
+
+    Args:
+        events: the split's events.
+        samples: the sequences, row after row.
+        row: (n,) int64, ascending, the row of each sequence.
+    """
+
+    def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
+        self.events, self.samples = events, samples
+        n_rows = int(row[-1]) + 1
+        self.first = np.searchsorted(row, np.arange(n_rows + 1))
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(samples.lengths)])
+        self.lengths = np.diff(ends[self.first])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
+        counts = np.diff(self.first)[index]
+        chosen = self.samples.take(ragged_arange(self.first[index], counts))
+        events, labels = event_tensors(self.events, self.device), np.zeros(len(index), np.int64)
+        return gather(events, chosen, self.lengths[index], labels=labels, sample=index, is_packed=True)
+
+
+def gather(
+    events: EventTensors,
+    sequences: Samples,
+    row_lengths: npt.NDArray[np.int64],
+    *,
+    labels: npt.NDArray[Any],
+    sample: npt.NDArray[np.int64],
+    is_packed: bool,
+) -> Batch:
+    """The batch of `sequences` one after the other in rows of `row_lengths` (B,) events, on the device of `events`.
+
+    Only numbers a sequence and a row travel there, without waiting: what has (B, T) or (N,) is made there, and no size is read
+    back. Without `is_packed` each row is one sequence.
+    """
+    device, lengths, n_static = events.times.device, sequences.lengths, sequences.static_stop - sequences.static_start
+    n_rows, n_places, n_events = len(row_lengths), int(padded_length(row_lengths.max())), int(row_lengths.sum())
+    sequence_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    row_starts = np.cumsum(row_lengths) - row_lengths
+    first_timed = np.where(sequences.start < sequences.stop, sequences.start, -1)
+    # Where the event before is another one in the record: after the static events, if the last of the record's are kept.
+    jump = np.where((n_static > 0) & (sequences.static_stop != sequences.start), n_static, -1)
+    has_jump = bool((jump > 0).any())
+    births = np.where(sequences.birth_times == STATIC_TIME, np.iinfo(np.int64).max, sequences.birth_times)
+    of_row = np.array([row_lengths, row_starts, np.arange(n_rows) * n_places - row_starts])
+    of_sequence = np.array([
+        lengths, sequence_starts[:-1], n_static, sequences.static_start, sequences.start - n_static, jump, first_timed,
+        sequences.prediction_times, births,
+    ])  # fmt: skip
+
+    lengths_B, starts_B, shift_B = _sent(of_row, device)
+    lengths_S, starts_S, n_static_S, static_start_S, origin_S, jump_S, first_timed_S, predicted_S, birth_S = _sent(
+        of_sequence, device
+    )
+    first_times_S = events.times.index_select(0, first_timed_S.clamp(min=0))
+    first_times_S = torch.where(first_timed_S >= 0, first_times_S, predicted_S)
+    places_N = torch.arange(n_events, device=device)
+    places_N = places_N + torch.repeat_interleave(shift_B, lengths_B, output_size=n_events)
+
+    # Of each place: its event's number within the sequence, and a way to the sequence's numbers.
+    position_BT = torch.arange(n_places, device=device)[None]
+    is_event_BT = position_BT < lengths_B[:, None]
+    sequence_BT = None
+    if is_packed:
+        number_BT = (starts_B[:, None] + position_BT).clamp_(max=n_events - 1)
+        sequence_N = torch.repeat_interleave(lengths_S, output_size=n_events)
+        sequence_BT = _taken(sequence_N, number_BT)
+        position_BT = number_BT - _taken(starts_S, sequence_BT)
+
+    def spread(x_S: Tensor) -> Tensor:
+        return x_S[:, None] if sequence_BT is None else _taken(x_S, sequence_BT)
+
+    event_BT = spread(origin_S) + position_BT
+    if has_jump:
+        event_BT = torch.where(position_BT < spread(n_static_S), spread(static_start_S) + position_BT, event_BT)
+    event_BT.mul_(is_event_BT)
+    times_BT = _taken(events.times, event_BT)
+    is_timed_BT = is_event_BT & (times_BT != STATIC_TIME)
+    first_times_BT = spread(first_times_S)
+    times_BT = torch.where(is_timed_BT, times_BT, first_times_BT)
+    continues_BT = is_event_BT & (position_BT > 0)
+    is_next_BT = continues_BT & is_timed_BT
+    if has_jump:
+        is_next_BT &= position_BT != spread(jump_S)
+    # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
+    gap_BT = (times_BT - times_BT.roll(1)).mul_(continues_BT)
+    birth_BT = spread(birth_S)
+    # An event before the birth has no age: a negative one would tell of a birth that the sample may not see yet.
+    is_aged_BT = is_event_BT & (times_BT >= birth_BT)
+    return Batch(
+        token_ids=_taken(events.token_ids, event_BT).mul_(is_event_BT),
+        days=_days((spread(predicted_S) - times_BT).mul_(is_event_BT)),
+        gap_days=_days(gap_BT),
+        elapsed_days=_days(times_BT - first_times_BT),
+        age_days=torch.where(is_aged_BT, _days(times_BT - birth_BT), torch.nan),
+        values=None if events.values is None else torch.where(is_event_BT, _taken(events.values, event_BT), torch.nan),
+        is_event=is_event_BT,
+        is_static=is_event_BT ^ is_timed_BT,
+        is_next=is_next_BT,
+        segments=None if sequence_BT is None else (sequence_BT + 1).mul_(is_event_BT).int(),
+        event_index=None if sequence_BT is None else position_BT * is_event_BT,
+        places=places_N,
+        sequence_starts=_sent(sequence_starts.astype(np.int32), device),
+        labels=_sent(labels, device),
+        sample=_sent(np.asarray(sample, np.int64), device),
+        n_events=n_events,
+        n_pairs=int(np.square(lengths).sum()),
+    )
+
+
+def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on `device`; a GPU fetches it when it gets there."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _taken(x: Tensor, index_BT: Tensor) -> Tensor:
+    """(B, T) of x (n,); on a CPU faster than x[index_BT]."""
+    return x.index_select(0, index_BT.view(-1)).view(index_BT.shape)
+
+
+def _days(microseconds: Tensor) -> Tensor:
+    """float32 days, rounded once."""
+    return microseconds.double().div_(MICROSECONDS_PER_DAY).float()
+
+
+def padded_length(lengths: Any) -> Any:
+    """Lengths rounded up to a multiple of `LENGTH_MULTIPLE`.
+
+    >>> padded_length(np.array([1, 8, 9])).tolist()
+    [8, 8, 16]
+    """
+    return -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+class BucketSampler(Sampler[npt.NDArray[np.int64]]):
+    """Index arrays of batches whose samples have similar lengths.
+
+    A batch holds at most `batch_size` samples and, padded, at most `batch_tokens` events. With `shuffle` the samples are
+    shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
+    from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
+    where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
+
+    Raises:
+        UserError: a sample is longer than `batch_tokens`.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int64],
+        *,
+        batch_size: int,
+        batch_tokens: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"trainer.batch_size={batch_size}: expected 1 or more samples.")
+        self.padded = padded_length(lengths)
+        if len(lengths) and self.padded.max() > batch_tokens:
+            raise UserError(
+                f"trainer.batch_tokens={batch_tokens} is less than the longest sample, {self.padded.max()} events. "
+                f"Type: trainer.batch_tokens={self.padded.max()} or more, or a smaller model.max_length"
+            )
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
+        self.shuffle, self.seed, self.epoch, self.first = shuffle, seed, 0, 0
+        self.rank, self.world_size = rank, world_size
+        self._batches: list[npt.NDArray[np.int64]] | None = None
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch whose order is drawn next, and the first of this rank's batches to be taken."""
+        self.epoch, self.first, self._batches = epoch, first, None
+
+    def batches(self) -> list[npt.NDArray[np.int64]]:
+        """All batches of the epoch, over all ranks; drawn once, as it takes a loop over all samples."""
+        if self._batches is None:
+            self._batches = self._drawn()
+        return self._batches
+
+    def _drawn(self) -> list[npt.NDArray[np.int64]]:
+        n = len(self.padded)
+        if not self.shuffle:
+            return self._cut(np.argsort(self.padded, kind="stable"))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, group = rng.permutation(n), BUCKET_BATCHES * self.batch_size
+        groups = [order[i : i + group] for i in range(0, n, group)]
+        batches = [batch for part in groups for batch in self._cut(part[np.argsort(self.padded[part], kind="stable")])]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Cut samples in ascending order of length; the longest of a batch is its last."""
+        batches, start = [], 0
+        for stop in range(1, len(order) + 1):
+            full = stop - start == self.batch_size or stop == len(order)
+            if full or (stop - start + 1) * self.padded[order[stop]] > self.batch_tokens:
+                batches.append(order[start:stop])
+                start = stop
+        return batches
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        return iter(self._own()[self.first :])
+
+    def __len__(self) -> int:
+        """Batches of this rank in the current epoch, those before `first` included."""
+        return len(self._own())
+
+    @property
+    def n_own(self) -> int:
+        """This rank's batches that are no repetition of another's; those come last."""
+        return len(self.batches()[self.rank :: self.world_size])
+
+    def _own(self) -> list[npt.NDArray[np.int64]]:
+        batches = self.batches()
+        n_each = len(batches) // self.world_size if self.shuffle else -(-len(batches) // self.world_size)
+        return [batches[(self.rank + i * self.world_size) % len(batches)] for i in range(n_each)]
+
+
+def batch_loader(
+    dataset: EventDataset,
+    sampler: BucketSampler,
+    *,
+    num_workers: int = 0,
+    device: torch.device = HOST,
+    data_device: str = "auto",
+) -> DataLoader[Any]:
+    """A DataLoader that yields whole batches for `device`; `num_workers=0` builds them in this process.
+
+    Args:
+        device: where they are used.
+        data_device: whether the events are held there too, see `is_gathered_there`. Then batches are on it, made by this process
+            alone; else they are in memory, page-locked for a GPU.
+    """
+    is_held = is_gathered_there(dataset.events, device, data_device)
+    return DataLoader(
+        cast("Dataset[Batch]", dataset.on(device) if is_held else dataset),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=0 if is_held else num_workers,
+        pin_memory=device.type == "cuda" and not is_held,
+    )

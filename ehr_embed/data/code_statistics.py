@@ -1,0 +1,154 @@
+"""What train says of each code: how often it occurs, and its numbers. Memory does not grow with the number of events."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import cannot_write
+from ehr_embed.sources.protocol import Source
+
+MAX_VALUES_PER_CODE = 20_000
+"""Values kept per code for its quantiles: exact below, a uniform sample above."""
+SPARE = 10 * MAX_VALUES_PER_CODE**0.5
+"""Ten standard deviations of how many values fall below the priority that lets `MAX_VALUES_PER_CODE` through on average."""
+VALUES_IN_MEMORY = 500_000
+N_FILES = 32
+RECORD = np.dtype([("code", np.int32), ("value", np.float32), ("priority", np.float64)])
+T = TypeVar("T")
+
+
+def code_statistics(
+    source: Source, summary: Callable[[npt.NDArray[np.float32]], T], *, scratch: Path | None, seed: int
+) -> tuple[pl.DataFrame, dict[str, T]]:
+    """Counts (code, count) of train, frequent codes first, and for each code with numbers a summary of a sample of them.
+
+    The sample of a code are the values with the lowest random priorities: uniform over all shards. Codes that repeat often
+    let through the fewer new values the more they had, and what is let through waits in unnamed files, so that memory holds
+    one shard and then one share of the codes.
+
+    Args:
+        summary: called with at most `MAX_VALUES_PER_CODE` values of one code.
+        scratch: folder of the unnamed files, None = the system's.
+
+    Raises:
+        UserError: train has no event, or `scratch` cannot be written to.
+    """
+    with _Spill(scratch) as spill:
+        gathered = _Gathered(spill)
+        for number, shard in enumerate(source.shards):
+            gathered.add(source.read(shard), np.random.default_rng([seed, number]))
+        codes = gathered.index["code"]
+        summaries = {codes[code]: summary(values) for part in spill.parts() for code, values in _samples(part)}
+    if not len(codes):
+        raise UserError("the train split has no events: nothing can be fitted. Check metadata/subject_splits.parquet.")
+    total = pl.DataFrame({"code": codes, "count": gathered.n_events_C})
+    return total.sort("count", "code", descending=[True, False]), summaries
+
+
+class _Gathered:
+    """Codes seen so far, how many events (C,) and how many numbers (C,) each had; the numbers go to `spill`."""
+
+    def __init__(self, spill: _Spill) -> None:
+        self.spill = spill
+        self.index = pl.DataFrame(schema={"code": pl.String, "id": pl.Int32})
+        self.n_events_C, self.n_values_C = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def add(self, events: pl.DataFrame, rng: np.random.Generator) -> None:
+        """A shard; a call of its own, so that nothing of it is left when the next one is read."""
+        train = events.filter(split="train").select("code", "numeric_value")
+        counts = train.group_by("code").len()
+        new = (
+            counts.join(self.index, on="code", how="anti")
+            .select("code")
+            .sort("code")
+            .with_row_index("id", len(self.index))
+        )
+        self.index = pl.concat([self.index, new.select("code", pl.col("id").cast(pl.Int32))])
+        more = np.zeros(len(new), np.int64)
+        self.n_events_C, self.n_values_C = np.append(self.n_events_C, more), np.append(self.n_values_C, more)
+        counts = counts.join(self.index, on="code", how="left")
+        self.n_events_C[counts["id"].to_numpy()] += counts["len"].to_numpy()
+
+        numbers = train.filter(pl.col("numeric_value").is_not_null())
+        ids = numbers.select("code").join(self.index, on="code", how="left", maintain_order="left")["id"].to_numpy()
+        priority = rng.random(len(ids))
+        self.n_values_C += np.bincount(ids, minlength=len(self.n_values_C))
+        threshold_C = (MAX_VALUES_PER_CODE + SPARE) / np.maximum(self.n_values_C, 1)
+        kept = np.flatnonzero(priority < threshold_C[ids])
+        records = np.empty(len(kept), RECORD)
+        records["code"], records["priority"] = ids[kept], priority[kept]
+        records["value"] = numbers["numeric_value"].to_numpy()[kept]
+        self.spill.add(records)
+
+
+def _samples(records: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """Code and sample of every code, values in the order they came."""
+    records = records[np.argsort(records["code"], kind="stable")]
+    ends = np.flatnonzero(np.diff(records["code"], append=-1)) + 1
+    for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True) if len(records) else ():
+        group = records[start:end]
+        if len(group) > MAX_VALUES_PER_CODE:
+            lowest = np.argpartition(group["priority"], MAX_VALUES_PER_CODE)[:MAX_VALUES_PER_CODE]
+            group = group[np.sort(lowest)]
+        yield int(group["code"][0]), np.ascontiguousarray(group["value"])
+
+
+class _Spill:
+    """Records that are kept in memory while they are few, else in files without a name: nothing outlives the process."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self.scratch, self.files = scratch, ExitStack()
+        self.pending: list[npt.NDArray[Any]] = []
+        self.parted: list[Any] = []
+
+    def __enter__(self) -> _Spill:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+    def add(self, records: npt.NDArray[Any]) -> None:
+        self.pending.append(records)
+        if sum(map(len, self.pending)) > VALUES_IN_MEMORY:
+            self._flush()
+
+    def parts(self) -> Iterator[npt.NDArray[Any]]:
+        """All records; those of one code are in one part, in the order they came."""
+        if not self.parted:
+            yield self._taken()
+            return
+        self._flush()
+        for file in self.parted:
+            file.seek(0)
+            yield np.frombuffer(file.read(), RECORD)
+
+    def _taken(self) -> npt.NDArray[Any]:
+        records, self.pending = np.concatenate([np.empty(0, RECORD), *self.pending]), []
+        return records
+
+    def _flush(self) -> None:
+        records = self._taken()
+        part = (records["code"] % N_FILES).astype(np.uint8)
+        records = records[np.argsort(part, kind="stable")]
+        ends = np.cumsum(np.bincount(part, minlength=N_FILES))
+        try:
+            if not self.parted:
+                if self.scratch is not None:
+                    self.scratch.mkdir(parents=True, exist_ok=True)
+                files = (tempfile.TemporaryFile(dir=self.scratch, buffering=0) for _ in range(N_FILES))  # noqa: SIM115
+                self.parted = [self.files.enter_context(file) for file in files]
+            for file, group in zip(self.parted, np.split(records, ends[:-1]), strict=True):
+                data = group.view(np.uint8).data
+                while len(data):
+                    data = data[file.write(data) :]
+        except OSError as error:
+            raise cannot_write(self.scratch or tempfile.gettempdir(), error) from error

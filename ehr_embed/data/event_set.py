@@ -1,0 +1,86 @@
+"""A set of events, named by codes or by patterns: what ends a generated future, or what its risk is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from meds import death_code
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
+
+
+@dataclass(frozen=True)
+class EventSet:
+    """Events with one of `codes`, or whose code or text matches a pattern (Python's `re.search`, case ignored for texts).
+
+    Attributes:
+        codes: codes as in the data, whatever the value.
+        code_pattern: regular expression on the code.
+        text_pattern: regular expression on the code's text.
+    """
+
+    codes: Sequence[str] = ()
+    code_pattern: str | None = None
+    text_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.codes, str):
+            raise UserError(f"codes={self.codes}: expected a list, in brackets: [{self.codes}].")
+        object.__setattr__(self, "codes", tuple(self.codes))  # a list would equal no tuple
+        for name in ("code_pattern", "text_pattern"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise UserError(f"{name}={getattr(self, name)!r} is not a regular expression: {error}.") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> EventSet:
+        """The set a YAML file defines with the keys codes, code_pattern, text_pattern.
+
+        Raises:
+            UserError: no such file, not a mapping, or other keys.
+        """
+        if not Path(path).is_file():
+            raise UserError(
+                f"{path}: no such label definition. Expected a YAML file with codes, code_pattern or text_pattern."
+            )
+        try:
+            found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}.") from error
+        valid = tuple(cls.__dataclass_fields__)
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: expected a mapping with {', '.join(valid)}, got {type(found).__name__}.")
+        for key in found:
+            if key not in valid:
+                raise unknown_name(f"key of {path}", key, valid)
+        return cls(**found)
+
+    def tokens(self, vocabulary: Vocabulary) -> tuple[int, ...]:
+        """Token ids of the set's events, all value bins of a code included.
+
+        Raises:
+            UserError: a code has no token; MEDS' own code of death is forgiven, since not every dataset has deaths.
+        """
+        n = len(vocabulary) - FIRST_TOKEN
+        code_of = vocabulary.decode(np.arange(FIRST_TOKEN, len(vocabulary)), np.full(n, np.nan, np.float32))["code"]
+        wanted = set(self.codes)
+        if absent := sorted(wanted - set(code_of) - {death_code}):
+            raise UserError(
+                f"code {absent[0]} and {len(absent) - 1} more have no token: train does not have them, or so rarely that they "
+                "were folded into their parent. The run's vocabulary/vocab.csv lists the codes; nothing would ever match these."
+            )
+        found = []
+        for token, (code, text) in enumerate(zip(code_of, vocabulary.texts[FIRST_TOKEN:], strict=True), FIRST_TOKEN):
+            by_code = self.code_pattern is not None and re.search(self.code_pattern, code)
+            by_text = self.text_pattern is not None and re.search(self.text_pattern, text, re.IGNORECASE)
+            if code in wanted or by_code or by_text:
+                found.append(token)
+        return tuple(found)

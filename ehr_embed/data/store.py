@@ -1,0 +1,254 @@
+"""The event store: memory-mapped ragged arrays per split, written shard by shard, manifest last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from meds import birth_code
+from tqdm import tqdm
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_directory, digest, file_sha256
+from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
+from ehr_embed.sources.protocol import SPLITS, Source
+
+FORMAT = 3
+STATIC_TIME = np.iinfo(np.int64).min
+"""Time of a static event: below every real one, so it sorts first and is always visible."""
+DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
+SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
+
+
+@dataclass(frozen=True, eq=False)
+class SplitEvents:
+    """The events of one split, subject after subject. Two are equal only if they are the same object.
+
+    Attributes:
+        token_ids: (N,) int32.
+        times: (N,) int64, microseconds since 1970-01-01, `STATIC_TIME` for static events.
+        values: (N,) float32 or None when the vocabulary carries no values.
+        subject_ids: (S,) int64.
+        offsets: (S + 1,) int64; subject s owns events offsets[s]:offsets[s + 1].
+        birth_times: (S,) int64, microseconds since 1970-01-01, `STATIC_TIME` where the record does not say.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    times: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32] | None
+    subject_ids: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    birth_times: npt.NDArray[np.int64]
+
+
+class EventStore:
+    """A store on disk, opened; `build_store` makes one.
+
+    Args:
+        folder: where it lies.
+        integrity: how its files are compared with the manifest, see `ehr_embed.core.manifest`.
+
+    Raises:
+        UserError: there is none at `folder`, or its format or files are not what the manifest says.
+    """
+
+    def __init__(self, folder: Path, *, integrity: str = "auto") -> None:
+        self.folder = folder
+        if not (folder / "manifest.json").exists():
+            raise UserError(
+                f"{folder}: no event store here (no manifest.json). Type: python embed.py with the same overrides"
+            )
+        self.manifest: dict[str, Any] = read_manifest(folder / "manifest.json", REBUILD)
+        if (found := self.manifest.get("format")) != FORMAT:
+            raise UserError(f"{folder}: store format {found}, this version reads {FORMAT}. {REBUILD}")
+        check_files(folder, self.manifest["files"], REBUILD, integrity=integrity)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.folder)
+
+    def split(self, name: str) -> SplitEvents:
+        """Open a split's arrays; nothing is read into memory yet.
+
+        Raises:
+            UserError: the dataset has no such split, or a file has not the size the manifest says.
+        """
+        sizes = self.manifest["splits"][name]
+        if not sizes["n_events"]:
+            raise UserError(
+                f"{self.manifest['name']}: the split {name} has no events. Training needs {', '.join(SPLITS)}; "
+                "add the split in metadata/subject_splits.parquet and run python embed.py overwrite=true"
+            )
+        folder = self.folder / name
+        arrays = {key: self._map(folder / f"{key}.bin", dtype, sizes["n_events"]) for key, dtype in DTYPES.items()
+                  if key != "values" or self.manifest["has_values"]}  # fmt: skip
+        subjects = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in SUBJECT_ARRAYS]
+        return SplitEvents(arrays["token_ids"], arrays["times"], arrays.get("values"), *subjects)
+
+    def _map(self, path: Path, dtype: Any, length: int) -> npt.NDArray[Any]:
+        expected = length * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.exists() else 0
+        if found != expected:
+            raise UserError(
+                f"{path}: {found} bytes, expected {expected}; the file was changed since the store was opened. {REBUILD}"
+            )
+        return np.memmap(path, dtype=dtype, mode="r", shape=(length,))
+
+
+def build_store(folder: Path, source: Source, settings: VocabularySettings) -> EventStore:
+    """Fit the vocabulary on train, then write every split's events to `folder`; it appears whole or not at all."""
+    vocabulary = fit_vocabulary(source, settings, scratch=folder.parent)
+    counts = np.zeros(len(vocabulary), np.int64)
+    with atomic_directory(folder) as temporary:
+        writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
+        for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
+            for split, part in by_split(source.read(shard)):
+                token_ids = writers[split].append(part, vocabulary)
+                if split == "train":
+                    counts += np.bincount(token_ids, minlength=len(counts))
+                # or else it lies in memory beside the next shard
+                del part, token_ids
+        vocabulary = vocabulary.with_counts(counts)
+        vocabulary.save(temporary)
+        manifest = {
+            "format": FORMAT,
+            "name": source.name,
+            "source": source.fingerprint(),
+            "settings": settings_key(settings),
+            "vocab_sha256": file_sha256(temporary / "vocab.csv"),
+            "has_values": settings.has_values,
+            "splits": {split: writer.finish() for split, writer in writers.items()},
+        }
+        write_manifest(temporary, manifest, files := describe(temporary))
+    remember(folder, files)
+    return EventStore(folder, integrity="size")
+
+
+def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The events of each split that has any."""
+    found = events["split"].unique()
+    for split in SPLITS:
+        if split in found:
+            yield split, events if len(found) == 1 else events.filter(split=split)
+
+
+def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
+    """The events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
+
+    Raises:
+        UserError: the source has no such split.
+    """
+    tokens, times, values, subjects = [], [], [], []
+    for shard in source.shards:
+        part = source.read(shard)
+        part = part if split is None else part.filter(split=split)
+        token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
+        tokens.append(token_ids)
+        values.append(normal)
+        times.append(event_times(part))
+        subjects.append(subject_rows(part))
+    if not sum(map(len, tokens)):
+        what = "the dataset" if split is None else f"the split {split!r}"
+        raise UserError(f"{source.name}: {what} has no events. Splits are {', '.join(SPLITS)}.")
+    return SplitEvents(
+        np.concatenate(tokens),
+        np.concatenate(times),
+        np.concatenate(values) if vocabulary.settings.has_values else None,
+        *subject_arrays(subjects),
+    )
+
+
+def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
+    """A row a subject, in order of appearance: subject_id, n_events, birth_time (microseconds, `STATIC_TIME` if unknown).
+
+    >>> from datetime import datetime
+    >>> events = {"subject_id": [7, 7, 3], "time": [None, datetime(1970, 1, 1), datetime(2020, 1, 1)],
+    ...     "code": ["SEX//F", "MEDS_BIRTH", "FEVER"]}
+    >>> subject_rows(pl.DataFrame(events)).select("subject_id", "n_events", pl.col("birth_time") == STATIC_TIME).rows()
+    [(7, 2, False), (3, 1, True)]
+    """
+    is_birth = (pl.col("code") == birth_code) | pl.col("code").str.starts_with(f"{birth_code}//")
+    birth = pl.col("time").filter(is_birth).cast(pl.Int64).min()
+    return events.group_by("subject_id", maintain_order=True).agg(
+        pl.len().cast(pl.Int64).alias("n_events"), birth.fill_null(STATIC_TIME).alias("birth_time")
+    )
+
+
+def subject_arrays(parts: list[pl.DataFrame]) -> list[npt.NDArray[np.int64]]:
+    """The arrays of `SUBJECT_ARRAYS`, from the rows of `subject_rows`."""
+    rows = pl.concat(parts)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows["n_events"].to_numpy())])
+    return [rows["subject_id"].to_numpy(), offsets, rows["birth_time"].to_numpy()]
+
+
+def event_times(events: pl.DataFrame) -> npt.NDArray[np.int64]:
+    """Microseconds since 1970-01-01 of every event, `STATIC_TIME` for static ones."""
+    return events["time"].cast(pl.Int64).fill_null(STATIC_TIME).to_numpy()
+
+
+def settings_key(settings: VocabularySettings) -> dict[str, Any]:
+    """What of the settings determines the store: the lookups by content, not by name."""
+    return {**settings.__dict__, "lookups": [file_sha256(path) for path in settings.lookups if Path(path).is_file()]}
+
+
+def store_folder(cache_dir: Path, source: Source, settings: VocabularySettings) -> Path:
+    """Where the store of this source and these settings belongs.
+
+    The data's fingerprint is not part of the name: changed data meet the old store and are refused, not rebuilt unasked.
+    """
+    where = str(source.labels_dir.parent)
+    return cache_dir / "stores" / f"{source.name}-{digest({'root': where, **settings_key(settings)}, 10)}"
+
+
+def check_fingerprint(store: EventStore, source: Source) -> None:
+    """Refuse a store that was built from other data than `source` now holds.
+
+    Raises:
+        UserError: names the first file that differs, with both fingerprints.
+    """
+    found, expected = source.fingerprint(), store.manifest["source"]
+    for file in sorted({*found, *expected}):
+        if found.get(file) != expected.get(file):
+            raise UserError(
+                f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
+                f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
+                f"{REBUILD}"
+            )
+
+
+class _SplitWriter:
+    """Appends a split's events to its files."""
+
+    def __init__(self, folder: Path, has_values: bool) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        keys = [key for key in DTYPES if key != "values" or has_values]
+        self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
+        self.subjects = [pl.DataFrame(schema=dict.fromkeys(("subject_id", "n_events", "birth_time"), pl.Int64))]
+        self.n_unknown = 0
+
+    def append(self, events: pl.DataFrame, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+        """Write events; their token ids."""
+        token_ids, values = vocabulary.encode(events["code"], events["numeric_value"])
+        for key, array in {"token_ids": token_ids, "times": event_times(events), "values": values}.items():
+            if key in self.files:
+                self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
+        self.subjects.append(subject_rows(events))
+        self.n_unknown += int((token_ids == UNKNOWN).sum())
+        return token_ids
+
+    def finish(self) -> dict[str, int]:
+        for file in self.files.values():
+            file.close()
+        arrays = dict(zip(SUBJECT_ARRAYS, subject_arrays(self.subjects), strict=True))
+        for name, array in arrays.items():
+            np.save(self.folder / f"{name}.npy", array)
+        n_subjects = len(arrays["subject_ids"])
+        return {"n_subjects": n_subjects, "n_events": int(arrays["offsets"][-1]), "n_unknown": self.n_unknown}

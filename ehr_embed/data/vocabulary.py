@@ -1,0 +1,361 @@
+"""Tokens: one per code, or per code and value bin. Fitted on train only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path, read_json, write_json
+from ehr_embed.data.code_statistics import code_statistics
+from ehr_embed.data.value_bins import bin_edges, bin_text, robust_scale
+from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
+from ehr_embed.sources.protocol import Source
+
+PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
+UNKNOWN_TEXT = "Unknown event"
+VALUE_MODES = ("bins", "continuous", "both", "none")
+VALUE_LIMIT = 10.0
+"""Normalised values are clipped here: beyond ten robust standard deviations lie typing errors."""
+
+
+@dataclass(frozen=True)
+class VocabularySettings:
+    """What the vocabulary is fitted with.
+
+    Attributes:
+        values: `bins` (token = code and value bin), `continuous` (token = code, number beside it), `both`, or `none`.
+        n_bins: quantile bins per code.
+        min_count: a code with fewer train events folds into its parent's token, or keeps a token of its plain text.
+        lookups: CSV files with columns code,term whose texts win over the dataset's descriptions.
+        describe_unseen: a code that a description or lookup names and train never has gets a token of its own text, without
+            its numbers; else it has its parent's token or is unknown.
+    """
+
+    values: str = "bins"
+    n_bins: int = 10
+    min_count: int = 5
+    lookups: tuple[str, ...] = ()
+    describe_unseen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.values not in VALUE_MODES:
+            raise unknown_name("data.values", self.values, VALUE_MODES)
+        if self.n_bins < 2:
+            raise UserError(f"data.n_bins={self.n_bins}: expected 2 or more; use data.values=none to leave values out.")
+        if self.min_count < 1:
+            raise UserError(f"data.min_count={self.min_count}: expected 1 or more events.")
+
+    @property
+    def has_bins(self) -> bool:
+        return self.values in ("bins", "both")
+
+    @property
+    def has_values(self) -> bool:
+        return self.values in ("continuous", "both")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens and the map from (code, value) to them.
+
+    Attributes:
+        settings: what it was fitted with.
+        tokens: token (row number), str, text, count (train events; 0 until the store is built).
+        codes: code, plain_token, bin_token (first bin's token, -1 = no bins), edges (lower bounds of bins 2...),
+            loc and scale (median and robust standard deviation of the values in train).
+        report: coverage by text step, and what was folded or dropped.
+    """
+
+    settings: VocabularySettings
+    tokens: pl.DataFrame
+    codes: pl.DataFrame
+    report: dict[str, Any]
+
+    @property
+    def texts(self) -> list[str]:
+        """Text of every token; row 0, padding, is empty."""
+        return self.tokens["text"].to_list()
+
+    @property
+    def strings(self) -> list[str]:
+        """Name of every token: its code, with the value bin if it has one; distinct."""
+        return self.tokens["str"].to_list()
+
+    @property
+    def plain_tokens(self) -> npt.NDArray[np.int64]:
+        """Of every token that of its code without the value bin, itself for one that has no bin, (V,)."""
+        tokens = np.arange(len(self))
+        for plain, first, edges in self.codes.select("plain_token", "bin_token", "edges").iter_rows():
+            if first >= 0:
+                tokens[first : first + len(edges) + 1] = plain
+        return tokens
+
+    @property
+    def token_codes(self) -> list[str | None]:
+        """Code of every token: that of a bin without the bin, the parent where rare codes were folded; None for the
+        special tokens."""
+        strings = self.strings
+        return [None] * FIRST_TOKEN + [strings[token] for token in self.plain_tokens[FIRST_TOKEN:].tolist()]
+
+    @property
+    def token_bins(self) -> npt.NDArray[np.float32]:
+        """Number of every token's value bin, from 1, NaN for a token without one, (V,)."""
+        bins = np.full(len(self), np.nan, np.float32)
+        for first, edges in self.codes.select("bin_token", "edges").iter_rows():
+            if first >= 0:
+                bins[first : first + len(edges) + 1] = np.arange(1, len(edges) + 2)
+        return bins
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def encode(self, codes: pl.Series, values: pl.Series) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Token id and normalised value of every event.
+
+        Args:
+            codes: (N,) String.
+            values: (N,) Float32, null = no value.
+
+        Returns:
+            token ids (N,) int32, `UNKNOWN` for a code without token or parent; values (N,) float32 in robust standard
+            deviations from the train median, NaN where there is none or the settings carry no values.
+        """
+        index = pl.DataFrame({"code": self.codes["code"], "index": np.arange(len(self.codes), dtype=np.int64)})
+        row = pl.DataFrame({"code": codes}).join(index, on="code", how="left", maintain_order="left")["index"]
+        known = row.is_not_null().to_numpy()
+        row_N = row.fill_null(0).to_numpy()
+        value_N = values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+        if not len(self.codes):
+            return np.full(len(codes), UNKNOWN, np.int32), np.full(len(codes), np.nan, np.float32)
+
+        token_N = self.codes["plain_token"].to_numpy()[row_N].astype(np.int32)
+        edges = self._edges
+        first_bin_N = self.codes["bin_token"].to_numpy()[row_N]
+        binned = np.flatnonzero((first_bin_N >= 0) & ~np.isnan(value_N))
+        for part in np.array_split(binned, max(1, len(binned) // 100_000)):
+            bins = (edges[row_N[part]] <= value_N[part, None]).sum(axis=1)
+            token_N[part] = first_bin_N[part] + bins
+        token_N[~known] = UNKNOWN
+
+        if not self.settings.has_values:
+            return token_N, np.full(len(codes), np.nan, np.float32)
+        loc_N, scale_N = self.codes["loc"].to_numpy()[row_N], self.codes["scale"].to_numpy()[row_N]
+        normal_N = np.clip((value_N - loc_N) / scale_N, -VALUE_LIMIT, VALUE_LIMIT).astype(np.float32)
+        normal_N[~known] = np.nan
+        return token_N, normal_N
+
+    def decode(self, token_ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> pl.DataFrame:
+        """Codes and numbers of generated events, the inverse of `encode` as far as there is one.
+
+        Args:
+            token_ids: (N,).
+            values: (N,) normalised, NaN = none.
+
+        Returns:
+            code String: the bin is left out, a rare code comes back as the parent it was folded into; numeric_value
+            Float32: null where the value is NaN.
+        """
+        code_of = self.token_codes
+        codes = pl.Series("code", [code_of[token] for token in token_ids.tolist()], dtype=pl.String)
+        scales = self.codes.select("code", "loc", "scale")
+        table = pl.DataFrame({"code": codes, "value": values}).join(
+            scales, on="code", how="left", maintain_order="left"
+        )
+        number = pl.col("value").fill_nan(None) * pl.col("scale").fill_null(1.0) + pl.col("loc").fill_null(0.0)
+        return table.select("code", number.fill_nan(None).cast(pl.Float32).alias("numeric_value"))
+
+    @cached_property
+    def _edges(self) -> npt.NDArray[np.float32]:
+        lists = self.codes["edges"].to_list()
+        edges = np.full((len(lists), max([1, *map(len, lists)])), np.inf, np.float32)
+        for row, values in enumerate(lists):
+            edges[row, : len(values)] = values
+        return edges
+
+    def with_counts(self, counts: npt.NDArray[np.int64]) -> Vocabulary:
+        """The same vocabulary with the number of train events of each token, (V,)."""
+        return Vocabulary(self.settings, self.tokens.with_columns(count=pl.Series(counts)), self.codes, self.report)
+
+    def with_codes(self, texts: pl.DataFrame) -> Vocabulary:
+        """The same vocabulary with a token more for each code of `texts` (code, text), none of which it has.
+
+        Their numbers have no scale in train, so they are left out.
+        """
+        new = np.arange(len(self), len(self) + len(texts))
+        tokens = texts.select(token=pl.Series(new), str="code", text="text", count=pl.lit(0, pl.Int64))
+        codes = texts.select(
+            code="code",
+            plain_token=pl.Series(new, dtype=pl.Int32),
+            bin_token=pl.lit(-1, pl.Int32),
+            edges=pl.lit([], pl.List(pl.Float32)),
+            loc=pl.lit(float("nan")),
+            scale=pl.lit(1.0),
+        )
+        tokens, codes = pl.concat([self.tokens, tokens]), pl.concat([self.codes, codes])
+        return Vocabulary(self.settings, tokens, codes, self.report)
+
+    def save(self, folder: Path) -> None:
+        """Write vocab.csv (token,str,text,count), codes.parquet and vocabulary.json to `folder`."""
+        with atomic_path(folder / "vocab.csv") as path:
+            self.tokens.write_csv(path)
+        with atomic_path(folder / "codes.parquet") as path:
+            self.codes.write_parquet(path)
+        settings = {**self.settings.__dict__, "lookups": list(self.settings.lookups)}
+        write_json(folder / "vocabulary.json", {"settings": settings, "report": self.report})
+
+    @staticmethod
+    def load(folder: Path) -> Vocabulary:
+        """Read what `save` wrote."""
+        about = read_json(folder / "vocabulary.json")
+        schema = {"token": pl.Int64, "str": pl.String, "text": pl.String, "count": pl.Int64}
+        tokens = pl.read_csv(folder / "vocab.csv", schema=schema).with_columns(pl.col("text").fill_null(""))
+        settings = VocabularySettings(**{**about["settings"], "lookups": tuple(about["settings"]["lookups"])})
+        return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
+
+
+def fit_vocabulary(
+    source: Source, settings: VocabularySettings, *, scratch: Path | None = None, seed: int = 0
+) -> Vocabulary:
+    """Fit tokens, bins and value normalisation on the train split of `source`, one shard in memory at a time.
+
+    Args:
+        scratch: folder for what does not fit in memory, None = the system's; nothing is left there.
+
+    Raises:
+        UserError: there is no train event, or `scratch` cannot be written to.
+    """
+    counts, numbers = code_statistics(source, lambda values: _numbers(values, settings), scratch=scratch, seed=seed)
+    metadata, lookups = source.code_metadata(), read_lookups(settings.lookups)
+    every_code = pl.concat([counts["code"], metadata["code"], lookups["code"]]).unique(maintain_order=True)
+    parents = metadata.select("code", pl.col("parent_codes").alias("parent")).explode("parent", empty_as_null=True)
+    parents = parents.drop_nulls().unique(maintain_order=True)
+    every_code = pl.concat([every_code, parents["parent"]]).unique(maintain_order=True)
+    texts = resolve_texts(every_code, metadata, lookups)
+
+    frequent = counts.filter(pl.col("count") >= settings.min_count)
+    rare = counts.filter(pl.col("count") < settings.min_count)
+    described = texts.filter(pl.col("step") != "readable")["code"]
+    useful = parents.filter(
+        pl.col("parent").is_in(described.implode()) | pl.col("parent").is_in(frequent["code"].implode())
+    )
+    useful = useful.unique("code", keep="first", maintain_order=True)
+    folded = rare.join(useful, on="code", how="inner", maintain_order="left")
+    plain = rare.join(useful, on="code", how="anti", maintain_order="left")
+
+    builder = _Builder(dict(zip(texts["code"], texts["text"], strict=True)))
+    for code in frequent["code"]:
+        builder.add(code, numbers.get(code, NO_NUMBERS))
+    for code in plain["code"]:
+        builder.add(code, numbers.get(code, NO_NUMBERS))
+    for code, parent in folded.select("code", "parent").iter_rows():
+        builder.fold(code, parent, numbers.get(code, NO_NUMBERS))
+    # Codes of the other splits are never counted. What metadata say of them is no statistic, so they may be described;
+    # of the others, those whose parent has a token can still use it.
+    own_text = texts.filter(pl.col("step").is_in(["lookup", "description"]) & settings.describe_unseen)
+    described_unseen = own_text.filter(~pl.col("code").is_in(counts["code"].implode()))["code"]
+    for code in described_unseen:
+        builder.describe(code)
+    unseen = useful.filter(~pl.col("code").is_in([*counts["code"], *described_unseen]))
+    unseen = unseen.filter(pl.col("parent").is_in(list(builder.plain)))
+    for code, parent in unseen.iter_rows():
+        builder.fold(code, parent, NO_NUMBERS)
+
+    report = {
+        "text_coverage": coverage(texts, counts),
+        "codes_in_train": len(counts),
+        "codes_with_bins": sum(bool(len(found.edges)) for found in numbers.values()),
+        "rare_codes_folded_into_parent": len(folded),
+        "rare_codes_kept_as_plain_text": len(plain),
+        "unseen_codes_mapped_to_parent": len(unseen),
+        "unseen_codes_described": len(described_unseen),
+        "tokens": len(builder.strings),
+    }
+    return Vocabulary(settings, builder.tokens(), builder.codes(), report)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What of a code's numbers enters the vocabulary."""
+
+    edges: list[float]
+    loc: float
+    scale: float
+
+
+NO_NUMBERS = _Numbers([], 0.0, 1.0)
+
+
+def _numbers(values: npt.NDArray[np.float32], settings: VocabularySettings) -> _Numbers:
+    is_binned = settings.has_bins and len(values) >= settings.min_count
+    edges = bin_edges(values, settings.n_bins).tolist() if is_binned else []
+    return _Numbers(edges, *robust_scale(values))
+
+
+class _Builder:
+    """Collects tokens and the rows of the code map."""
+
+    def __init__(self, text_of: dict[str, str]) -> None:
+        self.text_of = text_of
+        self.strings, self.texts = [self._free("<padding>"), self._free("<unknown>")], ["", UNKNOWN_TEXT]
+        self.plain: dict[str, int] = {}
+        self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
+
+    def _free(self, string: str) -> str:
+        """A name that no code has: vectors and codes are looked up by the tokens' names."""
+        while string in self.text_of:
+            string += "'"
+        return string
+
+    def _token(self, string: str, text: str) -> int:
+        self.strings.append(string)
+        self.texts.append(text)
+        return len(self.strings) - 1
+
+    def _plain_token(self, code: str) -> int:
+        if code not in self.plain:
+            self.plain[code] = self._token(code, self.text_of[code])
+        return self.plain[code]
+
+    def add(self, code: str, numbers: _Numbers) -> None:
+        plain, first, edges = self._plain_token(code), -1, numbers.edges
+        if len(edges):
+            n_bins = len(edges) + 1
+            bins = [
+                self._token(
+                    self._free(f"{code}//bin_{number}_of_{n_bins}"), f"{self.text_of[code]}: {bin_text(number, n_bins)}"
+                )
+                for number in range(1, n_bins + 1)
+            ]
+            first = bins[0]
+        self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale)
+
+    def describe(self, code: str) -> None:
+        """A token of the code's text alone: without events in train its numbers have no scale."""
+        self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
+
+    def fold(self, code: str, parent: str, numbers: _Numbers) -> None:
+        self.rows[code] = (self._plain_token(parent), -1, [], numbers.loc, numbers.scale)
+
+    def tokens(self) -> pl.DataFrame:
+        n = len(self.strings)
+        return pl.DataFrame(
+            {"token": np.arange(n), "str": self.strings, "text": self.texts, "count": np.zeros(n, np.int64)},
+        )
+
+    def codes(self) -> pl.DataFrame:
+        schema: dict[str, Any] = {
+            "code": pl.String,
+            "plain_token": pl.Int32,
+            "bin_token": pl.Int32,
+            "edges": pl.List(pl.Float32),
+            "loc": pl.Float64,
+            "scale": pl.Float64,
+        }
+        return pl.DataFrame([(code, *row) for code, row in self.rows.items()], schema=schema, orient="row")

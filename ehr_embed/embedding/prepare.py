@@ -1,0 +1,114 @@
+"""From a source and an embedder to an event store and an embedding table, built only where missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ehr_embed.core.files import digest, file_sha256, locked, remove_leftovers
+from ehr_embed.data.store import EventStore, build_store, check_fingerprint, store_folder
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.table import build_table, load_table, save_table
+from ehr_embed.sources.protocol import SPLITS, Source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads.
+
+    Attributes:
+        store: events and vocabulary.
+        table: (V, E) vectors of the tokens' texts.
+        table_path: its file.
+        table_digest: changes with the texts or the embedder.
+        identity: digests of the embedder and the vocabulary, which trained weights depend on.
+        embedding_seconds: spent on the table; 0 where it was there.
+    """
+
+    store: EventStore
+    table: Tensor
+    table_path: Path
+    table_digest: str
+    identity: dict[str, str]
+    embedding_seconds: float
+
+
+def prepare(
+    source: Source,
+    settings: VocabularySettings,
+    embedder: Embedder,
+    *,
+    cache_dir: Path,
+    min_text_coverage: float = 0.8,
+    overwrite: bool = False,
+    integrity: str = "auto",
+) -> Prepared:
+    """Open the store and the table, building what is missing; one process at a time builds, others wait for it.
+
+    Raises:
+        UserError: the store was built from other data (unless `overwrite`), or anything the parts refuse.
+    """
+    folder = store_folder(cache_dir, source, settings)
+    with locked(folder.with_suffix(".lock"), f"building {folder}"):
+        remove_leftovers(folder.parent, f"{folder.name}.")
+        remove_leftovers(folder)
+        if overwrite or not (folder / "manifest.json").exists():
+            log.info("building the event store %s", folder)
+            store = build_store(folder, source, settings)
+            report(store, min_text_coverage)
+        else:
+            store = EventStore(folder, integrity=integrity)
+            check_fingerprint(store, source)
+        vocabulary = store.vocabulary
+        about = {
+            "vocab_sha256": store.manifest["vocab_sha256"],
+            "embedder": digest(embedder.fingerprint),
+        }
+        path = folder / f"table-{about['embedder']}.safetensors"
+        began, is_there = time.perf_counter(), path.exists() and not overwrite
+        if not is_there:
+            log.info("embedding %d texts for %s", len(vocabulary), path)
+            table = build_table(embedder.names(vocabulary), embedder=embedder, cache_dir=cache_dir)
+            save_table(path, table, about)
+        embedding_seconds = 0.0 if is_there else time.perf_counter() - began
+    table, _ = load_table(path, expected=about)
+    return Prepared(store, table, path, file_sha256(path)[:16], about, embedding_seconds)
+
+
+def report(store: EventStore, min_text_coverage: float) -> None:
+    """Log where texts came from and what was folded or dropped; warn where too few events have a real text."""
+    found = store.vocabulary.report
+    for what, shares in found["text_coverage"].items():
+        log.info("text of %s from: %s", what, ", ".join(f"{step} {share:.1%}" for step, share in shares.items()))
+    log.info(
+        "%d tokens for %d codes in train; %d codes with value bins; rare codes: %d folded into their parent, %d kept as plain text",
+        found["tokens"],
+        found["codes_in_train"],
+        found["codes_with_bins"],
+        found["rare_codes_folded_into_parent"],
+        found["rare_codes_kept_as_plain_text"],
+    )
+    for split in SPLITS:
+        sizes = store.manifest["splits"][split]
+        log.info(
+            "%s: %d subjects, %d events, %d of them unknown to train",
+            split,
+            sizes["n_subjects"],
+            sizes["n_events"],
+            sizes["n_unknown"],
+        )
+    readable = found["text_coverage"]["events"]["readable"]
+    if 1 - readable < min_text_coverage:
+        log.warning(
+            "only %.1f%% of train events have a real text (data.min_text_coverage=%.1f%%): the embedder sees bare codes for the "
+            "rest. Add descriptions to metadata/codes.parquet, or type: data.lookups=[FILE.csv] with columns code,term",
+            100 * (1 - readable),
+            100 * min_text_coverage,
+        )

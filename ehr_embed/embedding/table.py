@@ -1,0 +1,66 @@
+"""The embedding table: row i is the vector of token i's text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
+from ehr_embed.core.manifest import REBUILD
+from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.vector_cache import embed_texts
+
+
+def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Tensor:
+    """(V, E) float32; row 0, padding, is zero and its text is not embedded."""
+    vectors = embed_texts(embedder, texts[1:], cache_dir=cache_dir)
+    return torch.from_numpy(np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors]))
+
+
+def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
+    """Write the table as float16 safetensors; its metadata, `about` and the vectors' sha256, are its manifest."""
+    vectors = table.half().contiguous()
+    with atomic_path(path) as temporary:
+        save_file({"embeddings": vectors}, temporary, metadata=about | {"sha256": _sha256(vectors, about)})
+
+
+def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[str, str]]:
+    """The table as float32, and its metadata.
+
+    Raises:
+        UserError: the file is damaged, or was made from other texts or by another embedder than `expected` says.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about, vectors = file.metadata() or {}, file.get_tensor("embeddings")
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a readable table ({error}). {REBUILD}") from error
+    said = about.pop("sha256", None)
+    for key, value in expected.items():
+        if about.get(key) != value:
+            raise UserError(
+                f"{path}: {key} is {about.get(key)}, expected {value}; vectors would belong to other texts. {REBUILD}"
+            )
+    if said != (found := _sha256(vectors, about)):
+        wanted = f"its header says {said[:12]}" if said else "and its header none, as earlier versions wrote it"
+        raise UserError(
+            f"{path} was changed: its vectors have sha256 {found[:12]}, {wanted}. Damaged vectors would train a damaged model, so "
+            f"none was loaded. {REBUILD}"
+        )
+    return vectors.float(), about
+
+
+def _sha256(vectors: Tensor, about: dict[str, str]) -> str:
+    """Of the vectors' bytes, shape and type, and of what is said about them."""
+    facts = json.dumps([about, list(vectors.shape), str(vectors.dtype)], sort_keys=True)
+    total = hashlib.sha256(facts.encode())
+    total.update(vectors.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()

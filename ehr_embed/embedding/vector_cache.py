@@ -1,0 +1,183 @@
+"""A text-to-vector cache shared by all datasets: SQLite, addressed by the text's digest, one file an embedder.
+
+The file is its own manifest: it names the embedder, and beside each vector stands a checksum of embedder, text and vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import cannot_write, digest, locked, write_failure
+from ehr_embed.embedders.protocol import Embedder
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+"""SQLite's `user_version`; 0 had no checksums."""
+LOCK_TIMEOUT_S = 600
+LOOKUP_CHUNK = 500
+"""Keys a query; SQLite limits the parameters of one."""
+Vectors = dict[str, npt.NDArray[np.float32]]
+
+
+def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) -> npt.NDArray[np.float32]:
+    """Vectors of texts, (n, E), in their order; only texts that no dataset had before are embedded.
+
+    One process at a time embeds for a cache; others that miss texts wait and take over what it found. Each batch is committed
+    on its own, so that an interrupted run loses at most one.
+
+    Raises:
+        UserError: an empty text, a vector of the wrong shape or with NaN, vectors that do not tell texts apart, a damaged or
+            foreign cache, or one that cannot be written.
+    """
+    if blank := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise UserError(
+            f"text {blank[0]} is empty ({len(blank)} such): an empty text has no meaning to embed. Give it a description."
+        )
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    path = cache_dir / "embeddings" / f"{digest(embedder.fingerprint)}.sqlite"
+    with _opened(path, embedder) as database:
+        found = _look_up(database, path, distinct)
+        if len(found) < len(distinct):
+            with locked(path.with_suffix(".lock"), f"embedding texts into {path}"):
+                found |= _look_up(database, path, [text for text in distinct if text not in found])
+                # The longest first: a batch that does not fit in memory fails at once, not at the end.
+                missing = [text for text in reversed(distinct) if text not in found]
+                found |= _embed(database, path, missing, embedder)
+    result = np.stack([found[text] for text in texts]) if texts else np.empty((0, embedder.embedding_dim), np.float32)
+    check_informative(result, texts)
+    return result
+
+
+def _embed(database: sqlite3.Connection, path: Path, texts: Sequence[str], embedder: Embedder) -> Vectors:
+    found: Vectors = {}
+    with tqdm(total=len(texts), desc="embedding texts", unit="text", disable=None if texts else True) as bar:
+        for start in range(0, len(texts), embedder.batch_size):
+            batch = texts[start : start + embedder.batch_size]
+            vectors = np.ascontiguousarray(embedder.embed(batch), np.float32)
+            _check(vectors, batch, embedder.embedding_dim)
+            rows = [_row(path, text, vector) for text, vector in zip(batch, vectors, strict=True)]
+            with database:
+                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
+            found.update(zip(batch, vectors, strict=True))
+            bar.update(len(batch))
+    return found
+
+
+@contextmanager
+def _opened(path: Path, embedder: Embedder) -> Iterator[sqlite3.Connection]:
+    """The cache, made if it is missing; what SQLite says of a damaged file or a full disk ends in one line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        with closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as database:
+            _open(database, path, embedder)
+            yield database
+    except sqlite3.Error as error:
+        if write_failure(error):
+            raise cannot_write(path, error) from error
+        raise UserError(
+            f"{path}: not a readable vector cache ({error}). Delete it; texts are embedded again."
+        ) from error
+
+
+def _open(database: sqlite3.Connection, path: Path, embedder: Embedder) -> None:
+    fingerprint = json.dumps(embedder.fingerprint, sort_keys=True, default=str)
+    with database:
+        database.execute("BEGIN IMMEDIATE")  # of two processes that open it at once, one makes the tables
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB, checksum BLOB) WITHOUT ROWID"
+        )
+        database.execute("CREATE TABLE IF NOT EXISTS meta (fingerprint TEXT PRIMARY KEY)")
+        _upgrade(database, path)
+        if not (known := [row[0] for row in database.execute("SELECT fingerprint FROM meta")]):
+            database.execute("INSERT INTO meta VALUES (?)", (fingerprint,))
+    if known and known != [fingerprint]:
+        raise UserError(
+            f"{path} holds the vectors of another embedder: expected {fingerprint}, found {' and '.join(known)}. Texts would get "
+            "another model's vectors. Delete it; texts are embedded again."
+        )
+
+
+def _upgrade(database: sqlite3.Connection, path: Path) -> None:
+    """Give the vectors of an earlier version their checksums: to embed them again may take hours."""
+    columns = [row[1] for row in database.execute("PRAGMA table_info(vectors)")]
+    if "checksum" not in columns:
+        log.info("adding checksums to %s", path)
+        database.create_function("checksum", 2, lambda key, vector: _checksum(path, key, vector), deterministic=True)
+        database.execute("ALTER TABLE vectors ADD COLUMN checksum BLOB")
+        database.execute("UPDATE vectors SET checksum = checksum(key, vector)")
+    database.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _look_up(database: sqlite3.Connection, path: Path, texts: Sequence[str]) -> Vectors:
+    """The vectors that are there already, each compared with its checksum."""
+    found: Vectors = {}
+    text_of = {_key(text): text for text in texts}
+    keys = list(text_of)
+    for start in range(0, len(keys), LOOKUP_CHUNK):
+        chunk = keys[start : start + LOOKUP_CHUNK]
+        query = f"SELECT key, vector, checksum FROM vectors WHERE key IN ({','.join('?' * len(chunk))})"
+        for key, vector, checksum in database.execute(query, chunk):
+            # A flipped bit can also give a value another type.
+            is_whole = isinstance(vector, bytes) and key in text_of and checksum == _checksum(path, key, vector)
+            if not is_whole:
+                raise UserError(
+                    f"{path}: the vector of {text_of.get(key, 'a text')!r} does not have the checksum written with it: the "
+                    "file is damaged, and other texts may be. Delete it; texts are embedded again."
+                )
+            found[text_of[key]] = np.frombuffer(vector, np.float32)
+    return found
+
+
+def _row(path: Path, text: str, vector: npt.NDArray[np.float32]) -> tuple[bytes, bytes, bytes]:
+    key, data = _key(text), vector.tobytes()
+    return key, data, _checksum(path, key, data)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _checksum(path: Path, key: bytes, vector: bytes) -> bytes:
+    """Of text and vector, with the embedder that names the file: rows of another cache do not pass."""
+    return hashlib.blake2b(key + vector, digest_size=8, key=path.stem.encode()).digest()
+
+
+def _check(vectors: npt.NDArray[np.float32], texts: Sequence[str], width: int) -> None:
+    if vectors.shape != (len(texts), width):
+        raise UserError(
+            f"the embedder returned vectors of shape {vectors.shape} for {len(texts)} texts, expected ({len(texts)}, {width})."
+        )
+    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        raise UserError(f"the embedder gave NaN or infinity for {texts[int(bad[0])]!r}. Type: embedder.dtype=float32")
+
+
+def check_informative(vectors: npt.NDArray[np.float32], texts: Sequence[str]) -> None:
+    """Refuse vectors that do not tell different texts apart: training on them would silently ignore the texts.
+
+    Raises:
+        UserError: all vectors are zero, or (nearly) the same for different texts.
+
+    >>> check_informative(np.eye(2, dtype=np.float32), ["fever", "cough"])
+    """
+    if len(set(texts)) < 2:
+        return
+    spread = float(np.abs(vectors - vectors.mean(axis=0)).max())
+    if spread <= 1e-4 * max(float(np.abs(vectors).max()), 1e-12) or not np.abs(vectors).max() > 0:
+        raise UserError(
+            f"the embedder gives {len(set(texts))} different texts the same vector (largest difference {spread:.1e}), so it "
+            "contributes nothing. Check embedder.model, embedder.pooling and embedder.prompt."
+        )

@@ -1,0 +1,237 @@
+"""PNG plots of a run. Figures are plain objects drawn by Agg: no display, no pyplot state, safe in worker processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
+
+from ehr_embed.core.files import atomic_path
+from ehr_embed.evaluation.bootstrap import N_CALIBRATION_BINS, calibration_bin
+from ehr_embed.evaluation.metrics import check_binary
+
+_Place = Literal["best", "lower right"]
+Curves = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
+
+# Okabe and Ito's colours, distinguishable without red-green vision; a split keeps its colour in every plot.
+_SPLIT_COLOURS = {"train": "#0072B2", "tuning": "#E69F00", "held_out": "#009E73"}
+_MORE_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#000000", "#888888")
+_MAX_POINTS = 2000
+
+
+def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
+    """Loss by epoch and, where there are any, the tuning metrics on a scale from 0 to 1 beside it.
+
+    Args:
+        history: one dict an epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
+            missing or None in an epoch is skipped; other keys and values that are no numbers are ignored.
+    """
+    keys = list(dict.fromkeys(key for row in history for key in row))
+    losses = [key for key in keys if key.endswith("/loss") and _series(history, key)[0]]
+    metrics = [
+        key
+        for key in keys
+        if key.startswith("tuning/")
+        and not key.endswith(("loss", "perplexity"))  # another scale would flatten the rest
+        and _series(history, key)[0]
+    ]
+    figure = Figure(figsize=(10.5 if metrics else 5.6, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]
+    for index, key in enumerate(losses):
+        split = key.removesuffix("/loss")
+        epochs, values = _series(history, key)
+        label, colour = _title(split), _colour(split, index)
+        if split == "tuning":
+            best = int(np.argmin(values))
+            label += f", lowest {values[best]:.4g} at epoch {epochs[best]:g}"
+            panels[0].plot(epochs[best], values[best], "o", color=colour, markersize=10, fillstyle="none")
+        panels[0].plot(epochs, values, color=colour, label=label, marker="." if len(epochs) <= 40 else "", lw=1.6)
+    _finish(panels[0], "Loss", "epoch", "loss")
+    for index, key in enumerate(metrics):
+        epochs, values = _series(history, key)
+        colour = _MORE_COLOURS[index % len(_MORE_COLOURS)]
+        label = _title(key.removeprefix("tuning/"))
+        panels[1].plot(epochs, values, color=colour, label=label, marker="." if len(epochs) <= 40 else "", lw=1.6)
+    if metrics:
+        _finish(panels[1], "Tuning metrics", "epoch", "value")
+    for panel in panels:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
+    """ROC curves, AUROC in the legend.
+
+    Args:
+        curves: split name -> (labels (n,) 0/1, probabilities (n,)).
+
+    Raises:
+        UserError: a split has one class only, or bad probabilities.
+    """
+    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="chance (0.500)")
+    for index, (name, (labels, probabilities)) in enumerate(curves.items()):
+        y, p = check_binary(labels, probabilities, split_name=name)
+        false_positive_rate, true_positive_rate, _ = roc_curve(y, p)
+        kept = _thin(len(false_positive_rate))
+        label = f"{_title(name)}: AUROC {roc_auc_score(y, p):.3f} (n = {len(y):,})"
+        axes.plot(false_positive_rate[kept], true_positive_rate[kept], color=_colour(name, index), lw=1.8, label=label)
+    _unit_square(axes)
+    _finish(axes, "Receiver operating characteristic", "false positive rate", "true positive rate", place="lower right")
+    _save(figure, path)
+
+
+def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
+    """Precision against recall, average precision in the legend, each split's prevalence as its dashed baseline.
+
+    Args:
+        curves: split name -> (labels (n,) 0/1, probabilities (n,)).
+
+    Raises:
+        UserError: a split has one class only, or bad probabilities.
+    """
+    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, (labels, probabilities)) in enumerate(curves.items()):
+        y, p = check_binary(labels, probabilities, split_name=name)
+        precision, recall, _ = precision_recall_curve(y, p)
+        kept = _thin(len(precision))
+        colour = _colour(name, index)
+        label = f"{_title(name)}: AUPRC {average_precision_score(y, p):.3f} (prevalence {y.mean():.3f}, dashed)"
+        # Steps, because average precision is the area under steps: precision does not change linearly with recall.
+        axes.step(recall[kept], precision[kept], where="post", color=colour, lw=1.8, label=label)
+        axes.axhline(float(y.mean()), color=colour, lw=1, ls="--", alpha=0.8)
+    _unit_square(axes)
+    axes.set(xlabel="recall", ylabel="precision", title="Precision and recall")
+    axes.grid(True, color="0.92", lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    # A precision-recall curve may run through any corner, so the legend goes below the axes.
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
+    """Reliability diagram over 10 equal-width bins, with the number of samples in each bin below it.
+
+    The bins are those of the ECE in `ehr_embed.evaluation.metrics`; bars about a rate are 95% Wilson intervals, which treat
+    samples as independent.
+
+    Args:
+        curves: split name -> (labels (n,) 0/1, probabilities (n,)).
+
+    Raises:
+        UserError: a split has one class only, or bad probabilities.
+    """
+    figure = Figure(figsize=(5.4, 6.4), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="perfect calibration")
+    edges = np.linspace(0, 1, N_CALIBRATION_BINS + 1)
+    bar_width = 0.8 / N_CALIBRATION_BINS / max(1, len(curves))
+    for index, (name, (labels, probabilities)) in enumerate(curves.items()):
+        y, p = check_binary(labels, probabilities, split_name=name)
+        bins = calibration_bin(p)
+        counts = np.bincount(bins, minlength=N_CALIBRATION_BINS)
+        filled = counts > 0
+        n = counts[filled]
+        mean_probability = np.bincount(bins, weights=p, minlength=N_CALIBRATION_BINS)[filled] / n
+        rate = np.bincount(bins, weights=y, minlength=N_CALIBRATION_BINS)[filled] / n
+        ece = float((np.abs(mean_probability - rate) * n).sum() / n.sum())
+        low, high = _wilson(rate, n)
+        colour = _colour(name, index)
+        axes.errorbar(
+            mean_probability,
+            rate,
+            yerr=np.maximum([rate - low, high - rate], 0),
+            color=colour,
+            marker="o",
+            markersize=5,
+            lw=1.6,
+            elinewidth=0.9,
+            capsize=2,
+            label=f"{_title(name)}: ECE {ece:.3f}, AUROC {roc_auc_score(y, p):.3f}",
+        )
+        shift = (index - (len(curves) - 1) / 2) * bar_width
+        below.bar((edges[:-1] + edges[1:]) / 2 + shift, counts, width=bar_width, color=colour)
+    _unit_square(axes)
+    _finish(axes, "Calibration", "", "observed rate", place=None)
+    # Rare outcomes put nearly everything in the first bin; on a linear axis the rest would vanish.
+    below.set_yscale("log")
+    below.set_ylim(bottom=0.7)
+    below.set_xticks(edges[::2])
+    _finish(below, "", "predicted probability", "samples (log)", place=None)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Epochs and finite values of one key.
+
+    >>> _series([{"epoch": 1, "a": 0.5}, {"epoch": 2, "a": None}, {"epoch": 3}, {"epoch": 4, "a": 0.25}], "a")
+    ([1, 4], [0.5, 0.25])
+    """
+    pairs = [(row.get("epoch", index + 1), row.get(key)) for index, row in enumerate(history)]
+    kept = [(epoch, value) for epoch, value in pairs if isinstance(value, int | float) and np.isfinite(value)]
+    return [epoch for epoch, _ in kept], [value for _, value in kept]
+
+
+def _wilson(rate: npt.NDArray[Any], n: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """95% score interval of a proportion (Wilson 1927): finite and within [0, 1] even for 0 of n.
+
+    >>> [bound.round(3).tolist() for bound in _wilson(np.array([0.0, 0.5]), np.array([10, 100]))]
+    [[0.0, 0.404], [0.278, 0.596]]
+    """
+    z = 1.959964
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return centre - half, centre + half
+
+
+def _thin(n_points: int) -> npt.NDArray[np.intp]:
+    """Indices of at most 2000 of `n_points`, both ends among them: a screen shows no more."""
+    return np.unique(np.linspace(0, n_points - 1, min(n_points, _MAX_POINTS)).round().astype(np.intp))
+
+
+def _colour(name: str, index: int) -> str:
+    return _SPLIT_COLOURS.get(name, _MORE_COLOURS[index % len(_MORE_COLOURS)])
+
+
+def _title(name: str) -> str:
+    """Name for a legend: abbreviations in capitals, underscores to spaces.
+
+    >>> _title("held_out"), _title("auroc")
+    ('held out', 'AUROC')
+    """
+    return name.upper() if name in {"auroc", "auprc", "f1", "ece"} else name.replace("_", " ")
+
+
+def _unit_square(axes: Axes) -> None:
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+
+
+def _finish(axes: Axes, title: str, x_label: str, y_label: str, *, place: _Place | None = "best") -> None:
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(True, color="0.92", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if place is not None and axes.get_legend_handles_labels()[0]:
+        axes.legend(loc=place, frameon=True, framealpha=0.85, edgecolor="none", fontsize=9)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})

@@ -1,0 +1,111 @@
+"""Predictions on disk: the table of meds-evaluation for binary tasks, and its natural extension to several classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
+
+
+def write_predictions(
+    path: str | os.PathLike[str],
+    *,
+    subject_ids: npt.ArrayLike,
+    prediction_times: npt.NDArray[np.datetime64],
+    labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    threshold: float,
+) -> None:
+    """Write a binary task's predictions as meds-evaluation 0.0.6 reads them, atomically.
+
+    Columns, and no others: subject_id int64, prediction_time timestamp[us], boolean_value bool,
+    predicted_boolean_value bool (probability >= threshold, before rounding to float32),
+    predicted_boolean_probability float32. Source: `meds_evaluation.schema.PredictionSchema`.
+
+    Args:
+        subject_ids: (n,) integers.
+        prediction_times: (n,) datetime64, any unit.
+        labels: (n,) 0/1.
+        probabilities: (n,) of the positive class.
+
+    Raises:
+        UserError: lengths differ, or the file cannot be written.
+    """
+    p = np.asarray(probabilities)
+    columns = _key_columns(subject_ids, prediction_times) | {
+        "boolean_value": pa.array(np.asarray(labels).astype(bool)),
+        "predicted_boolean_value": pa.array(p.astype(np.float64) >= threshold),
+        "predicted_boolean_probability": pa.array(p.astype(np.float32)),
+    }
+    _write(path, columns)
+
+
+def write_multiclass_predictions(
+    path: str | os.PathLike[str],
+    *,
+    subject_ids: npt.ArrayLike,
+    prediction_times: npt.NDArray[np.datetime64],
+    labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    class_names: Sequence[str],
+) -> None:
+    """Write predictions over C exclusive classes, atomically.
+
+    Columns: subject_id int64, prediction_time timestamp[us], label and predicted_label (names, string), and
+    probability_<class> float32 for each class. meds-evaluation 0.0.6 has no multi-class schema to follow.
+
+    Args:
+        subject_ids: (n,) integers.
+        prediction_times: (n,) datetime64, any unit.
+        labels: (n,) integers in 0 ... C - 1.
+        probabilities: (n, C).
+        class_names: C distinct names, in column order.
+
+    Raises:
+        UserError: shapes disagree, names repeat, or the file cannot be written.
+    """
+    p, y, names = np.asarray(probabilities), np.asarray(labels).astype(np.intp), [str(name) for name in class_names]
+    if p.ndim != 2 or p.shape[1] != len(names):
+        raise UserError(f"{path}: expected probabilities (n, {len(names)}), one column a class, got {p.shape}.")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: class names repeat, and each names a column: {', '.join(names)}.")
+    if len(y) and not (y.min() >= 0 and y.max() < len(names)):
+        raise UserError(f"{path}: labels must lie in 0 ... {len(names) - 1}, got {y.min()} ... {y.max()}.")
+    name_of = np.array(names, dtype=object)
+    columns = _key_columns(subject_ids, prediction_times) | {
+        "label": pa.array(name_of[y], type=pa.string()),
+        "predicted_label": pa.array(name_of[p.argmax(axis=1)], type=pa.string()),
+    }
+    for index, name in enumerate(names):
+        columns[f"probability_{name}"] = pa.array(np.ascontiguousarray(p[:, index], dtype=np.float32))
+    _write(path, columns)
+
+
+def _key_columns(subject_ids: npt.ArrayLike, prediction_times: npt.NDArray[np.datetime64]) -> dict[str, Any]:
+    """The two columns that say whose prediction it is, and as of when."""
+    ids, times = np.asarray(subject_ids), np.asarray(prediction_times)
+    if not np.issubdtype(ids.dtype, np.integer) or not np.issubdtype(times.dtype, np.datetime64):
+        raise UserError(
+            f"predictions need integer subject_ids and datetime64 prediction_times, got {ids.dtype} and {times.dtype}; "
+            "MEDS and meds-evaluation accept nothing else."
+        )
+    return {
+        "subject_id": pa.array(ids.astype(np.int64)),
+        "prediction_time": pa.array(times.astype("datetime64[us]"), type=pa.timestamp("us")),
+    }
+
+
+def _write(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise UserError(f"{path}: columns differ in length: {lengths}. Each row is one sample.")
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)

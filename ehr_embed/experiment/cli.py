@@ -1,0 +1,103 @@
+"""What the entry points share: a user's mistake ends in one message and exit code 2, never in a library's traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import cannot_write, write_failure
+from ehr_embed.core.stopping import REQUEUE, Stopped
+from ehr_embed.search.plugin import register
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def run_main(main: Callable[[], Any], config_name: str) -> None:
+    """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
+    register()
+    try:
+        main()
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(REQUEUE)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished before is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        print(f"error: {explain(error, config_name, sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of a library's own files: what the package writes has its line already
+        if wants_traceback or write_failure(error) is None:
+            raise
+        print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
+    """The message for a user: ours as it is, Hydra's with the valid names."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return str(unknown_name(f"option of {group}", name, error.options, f"Type: {group}=NAME"))
+    if there := re.search(r"Could not append to config\. An item is already at '([\w./@]+)'", str(error)):
+        key = there.group(1)
+        return f"could not add {key!r}: {key!r} is there already, and + adds what is not. Type: {key}=VALUE"
+    if gone := re.search(r"Could not delete from config\. '([\w./@]+)' does not exist", str(error)):
+        return _unknown_key(gone.group(1), config_name, [a for a in arguments if not a.startswith("~")])
+    found = re.search(r"Could not (?:override|append to config\.) '?([\w./@]+)'?", str(error))
+    if isinstance(error, ConfigCompositionException) and found:
+        key = found.group(1)
+        return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
+    if isinstance(error, OmegaConfBaseException) and (key := getattr(error, "full_key", None)):
+        told = f"{key}: {str(error).splitlines()[0]}. Type: {command_of(config_name)} --cfg job   to see all keys."
+    else:
+        told = f"{' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"
+    return told
+
+
+def command_of(config_name: str) -> str:
+    """What a user types to run the entry point of a configuration.
+
+    >>> command_of("train"), command_of("generate")
+    ('python train.py', 'python -m ehr_embed.generate')
+    """
+    is_script = (CONF.parent / f"{config_name}.py").is_file()
+    return f"python {config_name}.py" if is_script else f"python -m ehr_embed.{config_name}"
+
+
+def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
+    """An unknown key, with the keys there are beside it under the other overrides."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
+            cfg = compose(config_name, overrides=simple)
+    except (HydraException, OmegaConfBaseException):
+        return f"could not override {key!r}: no such key. Type: {command_of(config_name)} --cfg job   to see all keys."
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig):
+        return str(
+            unknown_name("key", key, cfg.keys(), f"Type: {command_of(config_name)} --cfg job   to see all keys.")
+        )
+    valid = [str(k) for k in node if k != "_target_"]
+    kind = f"key of {parent}" if parent else "key or group"
+    return str(unknown_name(kind, name, valid, f"Type: {command_of(config_name)} --cfg job   to see all keys."))

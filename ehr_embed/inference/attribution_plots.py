@@ -1,0 +1,227 @@
+"""Attributions drawn: along a subject's timeline as PNG and HTML, and over texts."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ehr_embed.core.files import atomic_path
+
+RAISES, LOWERS = "#D55E00", "#0072B2"
+N_NAMED, N_TEXTS, TEXT_WIDTH = 15, 20, 60
+UNITS = ((3.0, 24.0, "hours"), (3 * 365.25, 1.0, "days"), (float("inf"), 1 / 365.25, "years"))
+"""Longest span in days, units a day, and name of each unit of the time axis."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What is drawn of one prediction.
+
+    Attributes:
+        events: text, days_before (null = static), numeric_value, attribution.
+        subject: its id.
+        prediction_time: when.
+        target: the class.
+        score, baseline_score: its log-odds, and those of an average record.
+    """
+
+    events: pl.DataFrame
+    subject: int
+    prediction_time: datetime
+    target: str
+    score: float
+    baseline_score: float
+
+    @property
+    def title(self) -> str:
+        p = 1 / (1 + np.exp(-self.score))
+        return (
+            f"Subject {self.subject} at {self.prediction_time:%Y-%m-%d %H:%M}: probability of {self.target} {p:.3f}\n"
+            f"log-odds {self.score:+.2f}, of a record of average events {self.baseline_score:+.2f}"
+        )
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """Units a day, and the unit's name."""
+        longest = self.events["days_before"].max()
+        span = float(longest) if isinstance(longest, int | float) else 0.0
+        return next((per_day, name) for limit, per_day, name in UNITS if span <= limit)
+
+    def positions(self) -> tuple[np.ndarray, float | None]:
+        """Place of each event on the time axis, in units before the prediction (negative), and that of static events."""
+        per_day, _ = self.unit
+        days = self.events["days_before"].to_numpy()
+        x = -days * per_day
+        is_static = np.isnan(x)
+        if not is_static.any():
+            return x, None
+        low = float(np.nanmin(x)) if not is_static.all() else 0.0
+        left = low - 0.08 * max(-low, 1.0)
+        return np.where(is_static, left, x), left
+
+
+def event_label(text: str, value: float | None, width: int = TEXT_WIDTH) -> str:
+    """A text with its number, shortened.
+
+    >>> event_label("Creatinine, mg/dL", 1.5), event_label("word " * 30, None, 12)
+    ('Creatinine, mg/dL = 1.5', 'word word …')
+    """
+    number = "" if value is None else f" = {value:.4g}"
+    return textwrap.shorten(text, max(width - len(number), 10), placeholder=" …") + number
+
+
+def label_groups(x: np.ndarray, y: np.ndarray, *, near_x: float = 0.02, near_y: float = 0.08) -> list[list[int]]:
+    """Points, in their order, whose labels would cover each other, put together: those near the first of their group.
+
+    >>> label_groups(np.array([0.0, 0.5, 0.01]), np.array([0.9, 0.9, 0.85]))
+    [[0, 2], [1]]
+    """
+    groups: list[list[int]] = []
+    for point in range(len(x)):
+        near = (g for g in groups if abs(x[g[0]] - x[point]) < near_x and abs(y[g[0]] - y[point]) < near_y)
+        if group := next(near, None):
+            group.append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
+    """Above, every event as a stem at its time; below, the events that moved the prediction most, with the same numbers."""
+    events = timeline.events
+    y = events["attribution"].to_numpy()
+    x, static_at = timeline.positions()
+    per_day, unit = timeline.unit
+    colours = np.where(y >= 0, RAISES, LOWERS)
+    top = np.argsort(-np.abs(y), kind="stable")[:N_NAMED]
+    figure = Figure(figsize=(11, 4.4 + 0.3 * len(top)), layout="constrained")
+    # Subfigures, so that the long names below leave the timeline its full width.
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.8, 0.3 * len(top) + 0.6])[:, 0]
+    above, below = upper.subplots(), lower.subplots()
+    above.vlines(x, 0, y, colors=colours, lw=1.4)
+    above.scatter(x, y, c=colours, s=12, zorder=3)
+    above.axhline(0, color="0.4", lw=0.8)
+    room = max(float(np.abs(y).max()), 1e-9)
+    width = max(float(np.ptp(x)), 1e-9)
+    for numbers in label_groups(x[top] / width, y[top] / room):
+        first = top[numbers[0]]
+        above.annotate(
+            ", ".join(str(number + 1) for number in numbers),
+            (x[first], y[first]),
+            (5, 0),  # beside the stem, which a smaller event at the same time may share
+            textcoords="offset points",
+            ha="left",
+            va="center",
+            fontsize=8,
+        )
+    above.set_ylim(min(0, float(y.min())) - 0.15 * room, max(0, float(y.max())) + 0.15 * room)
+    if static_at is not None:
+        half = 0.02 * max(float(np.ptp(x)), 1.0)
+        above.axvspan(static_at - half, static_at + half, color="0.94", zorder=0)
+        above.text(static_at, 0.99, "static", transform=above.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+    above.set(title=timeline.title, xlabel=f"{unit} before the prediction", ylabel="change of the log-odds")
+    above.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}" if value <= 0 else "")
+    shown = top[::-1]
+    below.barh(np.arange(len(shown)), y[shown], color=colours[shown], height=0.7)
+    below.axvline(0, color="0.4", lw=0.8)
+    days = events["days_before"].to_list()
+    names = [
+        f"{len(top) - place}. {event_label(events['text'][int(i)], events['numeric_value'][int(i)])}, "
+        + ("static" if days[i] is None else f"{days[i] * per_day:.3g} {unit} before")
+        for place, i in enumerate(shown)
+    ]
+    below.set_yticks(np.arange(len(shown)), names, fontsize=9)
+    below.set_xlabel("change of the log-odds (orange raises, blue lowers)")
+    for axes in (above, below):
+        axes.grid(True, color="0.92", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def write_timeline_html(path: str | os.PathLike[str], timeline: Timeline) -> None:
+    """The timeline as one HTML file that needs no network; each event says what it is where the pointer rests."""
+    events = timeline.events
+    x, static_at = timeline.positions()
+    per_day, unit = timeline.unit
+    figure = go.Figure()
+    y = events["attribution"].to_numpy()
+    for name, colour, chosen in (("raises", RAISES, y >= 0), ("lowers", LOWERS, y < 0)):
+        rows = np.flatnonzero(chosen)
+        if not len(rows):
+            continue
+        stems_x = np.column_stack([x[rows], x[rows], np.full(len(rows), np.nan)]).ravel()
+        stems_y = np.column_stack([np.zeros(len(rows)), y[rows], np.full(len(rows), np.nan)]).ravel()
+        part = events[rows.tolist()]
+        about = [
+            f"<b>{_escaped(event_label(text, value, 200))}</b><br>"
+            + ("static" if days is None else f"{days * per_day:.4g} {unit} before")
+            + f"<br>{attribution:+.4f}"
+            for text, value, days, attribution in part.select(
+                "text", "numeric_value", "days_before", "attribution"
+            ).iter_rows()
+        ]
+        figure.add_scatter(
+            x=stems_x, y=stems_y, mode="lines", line={"color": colour, "width": 1.5}, hoverinfo="skip", showlegend=False
+        )
+        figure.add_scatter(
+            x=x[rows], y=y[rows], mode="markers", marker={"color": colour, "size": 7}, name=name,
+            hovertext=about, hoverinfo="text",
+        )  # fmt: skip
+    if static_at is not None:
+        figure.add_annotation(x=static_at, y=1, yref="paper", text="static", showarrow=False)
+    figure.update_layout(
+        title={"text": _escaped(timeline.title).replace("\n", "<br>")},
+        xaxis_title=f"{unit} before the prediction (negative)",
+        yaxis_title="change of the log-odds",
+        template="plotly_white",
+        hovermode="closest",
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
+
+
+def plot_texts(path: str | os.PathLike[str], texts: pl.DataFrame, *, target: str, n_samples: int) -> None:
+    """The texts that raise and that lower the log-odds most on average, over the samples that have them.
+
+    Args:
+        path: of the PNG.
+        texts: text, n_samples, mean_attribution.
+        target: the class.
+        n_samples: samples looked at.
+    """
+    raising = texts.filter(pl.col("mean_attribution") > 0).sort("mean_attribution", descending=True).head(N_TEXTS)
+    lowering = texts.filter(pl.col("mean_attribution") < 0).sort("mean_attribution", descending=True).tail(N_TEXTS)
+    shown = pl.concat([raising, lowering]).reverse()
+    y = shown["mean_attribution"].to_numpy()
+    figure = Figure(figsize=(11, 1.8 + 0.27 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(np.arange(len(shown)), y, color=np.where(y >= 0, RAISES, LOWERS), height=0.7)
+    names = [f"{event_label(text, None)} ({n})" for text, n in shown.select("text", "n_samples").iter_rows()]
+    axes.set_yticks(np.arange(len(shown)), names, fontsize=9)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.axvline(0, color="0.4", lw=0.8)
+    axes.set_title(f"What raises (orange) and lowers (blue) the log-odds of {target}; {n_samples} samples")
+    axes.set_xlabel("mean change of the log-odds over the samples that have the text (their number in brackets)")
+    axes.grid(True, axis="x", color="0.92", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})

@@ -1,0 +1,298 @@
+"""Probabilities from a finished run, for vectors, texts or a MEDS dataset it never saw."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_split
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.inference.trained_run import LOOKUPS, VOCABULARY, open_run, samples_to_predict
+from ehr_embed.models.protocol import ReadsVocabulary
+from ehr_embed.sources.code_texts import read_lookups, resolve_texts
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.tasks.classification import Classification
+
+log = logging.getLogger(__name__)
+Vectors = npt.NDArray[Any] | Tensor
+
+
+class Dataset(NamedTuple):
+    """A MEDS dataset under a run's vocabulary.
+
+    Attributes:
+        vocabulary, embedding: the run's, with the codes it did not have.
+        events: of the subjects asked for.
+        samples: what is visible at each prediction time; their labels are zeros.
+    """
+
+    vocabulary: Vocabulary
+    embedding: EventEmbedding
+    events: SplitEvents
+    samples: Samples
+
+
+class Predictor:
+    """A finished run, ready to predict; `ehr_embed.load` makes one.
+
+    Args:
+        run_dir: the run's folder.
+        device: where the model runs.
+        trusted_packages: further packages whose code the run's `_target_`s may run.
+
+    Attributes:
+        class_names: what the columns of the probabilities are.
+        run: the model, the vectors of its tokens, its vocabulary and its configuration.
+
+    Raises:
+        UserError: not a run's folder, or a run that predicts events.
+    """
+
+    def __init__(self, run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> None:
+        self._trusted = tuple(trusted_packages)
+        self.run, self.device = open_run(run_dir, trusted=self._trusted), torch.device(device)
+        self.class_names = self.run.class_names
+        if not self.class_names:
+            raise UserError(
+                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
+                f"fine-tune it: python train.py task=classification init_from={run_dir}"
+            )
+        self.run.model.to(self.device)
+        self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
+        lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
+        self._lookups = [str(lookups)] if lookups.is_file() else []
+
+    @property
+    def has_exclusive_classes(self) -> bool:
+        """Whether a sample has one of the classes, as against several labels of its own."""
+        return isinstance(self._task, Classification)
+
+    @overload
+    def predict_proba(
+        self, records: str | Path, *, labels: str | None = ..., split: str | None = ..., lookups: Sequence[str] = ...
+    ) -> pl.DataFrame: ...
+
+    @overload
+    def predict_proba(self, records: Vectors | Sequence[Any]) -> npt.NDArray[np.float64]: ...
+
+    def predict_proba(
+        self,
+        records: str | Path | Vectors | Sequence[Any],
+        *,
+        labels: str | None = None,
+        split: str | None = "held_out",
+        lookups: Sequence[str] = (),
+    ) -> npt.NDArray[np.float64] | pl.DataFrame:
+        """Probabilities of the classes, in float32 arithmetic.
+
+        Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
+        dataset where these matter. Of a long record the last `model.max_length` events are seen.
+
+        Args:
+            records: one of
+                vectors of the events of one record (N, E) or of several, (n, N, E) or a list of (N, E);
+                texts of the events of one record, a list, or of several, a list of lists. A text of the vocabulary has its
+                token's vector, any other is embedded by the run's embedder;
+                the root of a MEDS dataset, as str or Path. Codes the run never saw are embedded by the texts that the
+                dataset's own metadata gives them, without their numbers; where the run reads no texts they are the unknown event.
+            labels: for a MEDS dataset: a label set's name or path, whose prediction times to predict at; None = at each
+                subject's last event.
+            split: for a MEDS dataset: whose subjects; None = all, and the dataset needs no splits.
+            lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes win over the dataset's, and
+                over those of the lookups that the run was trained with.
+
+        Returns:
+            (n, C) float64 in the order of the records, columns as `class_names`; for a MEDS dataset a Polars frame of
+            subject_id, prediction_time and probability_<class> for each class.
+
+        Raises:
+            UserError: no record or an empty one, vectors of another width or for a model that reads codes or texts, a text that
+                cannot be embedded, or what the dataset's reader refuses.
+        """
+        if isinstance(records, str | Path):
+            return self._predict_dataset(str(records), labels, split, lookups)
+        if not len(records):
+            raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
+        if isinstance(records, list | tuple) and _has_texts(records):
+            token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        elif isinstance(self.run.model, ReadsVocabulary):
+            raise UserError(
+                f"{type(self.run.model).__name__} reads the codes or texts of events, and vectors carry none. Give texts, or the "
+                "root of a MEDS dataset."
+            )
+        else:
+            is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
+            token_ids, embedding = _vector_tokens([records] if is_one else list(records))
+            vocabulary = self.run.vocabulary
+        return self._predict(*self._events(token_ids), vocabulary, embedding)
+
+    def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
+        """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
+        if split is not None and split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        source = MedsSource(root=root, needs_splits=split is not None)
+        vocabulary, embedding = self._extended(source, split, lookups)
+        events = encode_split(source, vocabulary, split)
+        samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
+        return Dataset(vocabulary, embedding, events, samples)
+
+    def _predict_dataset(
+        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
+    ) -> pl.DataFrame:
+        data = self.read(root, labels=labels, split=split, lookups=lookups)
+        samples = data.samples
+        probabilities = self._predict(data.events, samples, data.vocabulary, data.embedding)
+        columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
+        columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
+        return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+    @torch.inference_mode()
+    def _predict(
+        self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
+    ) -> npt.NDArray[np.float64]:
+        """(n, C) of the samples, whose token ids are those of `vocabulary`."""
+        embedding.to(self.device)
+        dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
+        batches = BucketSampler(
+            dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
+        )
+        result = np.empty((len(samples), len(self.class_names)))
+        with self._reading(vocabulary):
+            for rows in batches:
+                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                result[rows] = self._task.probabilities(logits).cpu().numpy()
+        return result
+
+    @contextmanager
+    def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
+        """Show a model that reads codes or texts what the token ids mean, and the run's own vocabulary again afterwards."""
+        model = self.run.model
+        if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
+            yield
+            return
+        model.set_vocabulary(vocabulary)
+        try:
+            yield
+        finally:
+            model.set_vocabulary(self.run.vocabulary)
+
+    def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
+        """Records without times as events one day apart, and a sample of each whole record."""
+        lengths = np.array([len(tokens) for tokens in token_ids])
+        if not lengths.all():
+            raise UserError(f"record {int(lengths.argmin())} has no events, so there is nothing to predict from.")
+        days = np.concatenate([np.arange(n) for n in lengths])
+        values = np.full(len(days), np.nan, np.float32) if self.run.vocabulary.settings.has_values else None
+        events = SplitEvents(
+            token_ids=np.concatenate(token_ids),
+            times=days * MICROSECONDS_PER_DAY,
+            values=values,
+            subject_ids=np.arange(len(lengths)),
+            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            birth_times=np.full(len(lengths), STATIC_TIME),
+        )
+        return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
+
+    def _tokens(
+        self, records: Sequence[Sequence[str]]
+    ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
+        """Token ids of texts, and the vocabulary and vectors of these tokens: the run's, then the texts it does not have."""
+        texts = self.run.vocabulary.texts
+        token_of = {text: token for token, text in reversed(list(enumerate(texts))) if text}
+        new = list(dict.fromkeys(text for record in records for text in record if text not in token_of))
+        if blank := [text for text in new if not text.strip()]:
+            raise UserError(
+                f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
+            )
+        token_of |= {text: len(texts) + i for i, text in enumerate(new)}
+        token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
+        if new and not self._reads_text:
+            raise UserError(
+                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
+                "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
+            )
+        # A text without a code gets a name that no code has.
+        return token_ids, *self._with_texts(pl.DataFrame({"code": [f"TEXT//{text}" for text in new], "text": new}))
+
+    def _extended(
+        self, source: MedsSource, split: str | None, lookups: Sequence[str]
+    ) -> tuple[Vocabulary, EventEmbedding]:
+        """The run's vocabulary and vectors, with those of the dataset's codes that it never saw."""
+        known = self.run.vocabulary.codes["code"].implode()
+        is_wanted = pl.lit(True) if split is None else pl.col("split") == split
+        parts = [source.read(shard).filter(is_wanted).select(pl.col("code").unique()) for shard in source.shards]
+        new = pl.concat(parts)["code"].unique().sort()
+        new = new.filter(~new.is_in(known))
+        if not len(new):
+            return self.run.vocabulary, self.run.embedding
+        reads_text = self._reads_text
+        log.info("%d codes were not in train; %s", len(new), "their texts are read" if reads_text else "unknown events")
+        if not reads_text:
+            return self.run.vocabulary, self.run.embedding
+        merged = read_lookups([*self._lookups, *lookups])
+        return self._with_texts(resolve_texts(new, source.code_metadata(), merged).select("code", "text"))
+
+    def _with_texts(self, texts: pl.DataFrame) -> tuple[Vocabulary, EventEmbedding]:
+        """The run's vocabulary and vectors, with a token more for each row of `texts` (code, text)."""
+        if not len(texts):
+            return self.run.vocabulary, self.run.embedding
+        table = self.run.embedding.table.cpu()
+        if self._reads_vectors:
+            embedder = self._embedder()
+            try:
+                # In the precision of a table on disk, so that a text has one vector wherever it comes from.
+                vectors = torch.from_numpy(embedder.embed(texts["text"].to_list())).half().float()
+            finally:
+                embedder.close()
+        else:
+            vectors = table.new_zeros(len(texts), table.shape[1])
+        return self.run.vocabulary.with_codes(texts), EventEmbedding(torch.cat([table, vectors]))
+
+    @property
+    def _reads_vectors(self) -> bool:
+        return getattr(self.run.model, "reads_vectors", True)
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether a text that the vocabulary does not have can mean something to the run."""
+        return not self._reads_vectors or self._embedder().reads_text
+
+    def _embedder(self) -> Embedder:
+        embedder: Embedder = instantiate_embedder(
+            check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
+        )
+        return embedder
+
+
+def _has_texts(records: Sequence[Any]) -> bool:
+    first = records[0]
+    return isinstance(first, str) or (isinstance(first, list | tuple) and all(isinstance(x, str) for x in first))
+
+
+def _vector_tokens(records: Sequence[Any]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
+    """A token for each vector, and the table of them; row 0, padding, is zero."""
+    vectors = [torch.as_tensor(record, dtype=torch.float32) for record in records]
+    if wrong := [tuple(record.shape) for record in vectors if record.ndim != 2]:
+        raise UserError(
+            f"expected the vectors of a record as (N, E), got {wrong[0]}. Texts are given as a list, or a list of lists."
+        )
+    table = torch.cat([torch.zeros(1, vectors[0].shape[1]), *vectors])
+    ends = np.cumsum([len(record) for record in vectors])
+    token_ids = [np.arange(end - len(v), end, dtype=np.int32) + 1 for end, v in zip(ends, vectors, strict=True)]
+    return token_ids, EventEmbedding(table)

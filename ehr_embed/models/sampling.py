@@ -1,0 +1,315 @@
+"""Sampling futures from a decoder that was pretrained on next events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import Batch
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.decoder import Decoder
+from ehr_embed.models.heads import EventHead, ValueDistribution, time_edges
+
+SHORTEST_WAIT_DAYS = 1 / 86_400
+"""A second: the least that the first event comes after the prediction time."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How futures are drawn.
+
+    Attributes:
+        n_samples: futures of each prompt.
+        horizon_days: a future ends before its first event later than this after the prediction time.
+        max_new_events: and after this many events.
+        temperature: of the token's distribution; 0 takes the most probable token, the middle of the most probable gap bin
+            and the mean value (greedy).
+        top_k: draw from this many most probable tokens only; None = all.
+        top_p: draw from the most probable tokens that together reach this probability only; None = all.
+        stop_tokens: a future ends with the first of these tokens.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    n_samples: int = 1
+    horizon_days: float = 365.0
+    max_new_events: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.horizon_days > 0:
+            raise UserError(
+                f"horizon_days={self.horizon_days}: expected a time above 0; a future of no length has no events."
+            )
+        for name in ("n_samples", "max_new_events"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k}: expected 1 or more tokens, or null for all.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: expected a probability in (0, 1], or null for all.")
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N generated events of all futures, those of a future in order of time.
+
+    Attributes:
+        is_cut: (B, n_samples) bool, futures that ended by `max_new_events`, before their horizon.
+        prompt: (N,) int64, row of the prompt in its batch.
+        sample: (N,) int64, 0 ... n_samples - 1.
+        token_ids: (N,) int64.
+        days: (N,) float64, after the prediction time.
+        values: (N,) float32, in robust standard deviations from the train median; NaN where the model predicts none.
+    """
+
+    is_cut: Tensor
+    prompt: Tensor
+    sample: Tensor
+    token_ids: Tensor
+    days: Tensor
+    values: Tensor
+
+
+def check_generates(model: nn.Module) -> Decoder:
+    """The model, if it can generate.
+
+    Raises:
+        UserError: it is not causal, or was built for classes.
+    """
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"{type(model).__name__} sees what comes after an event, so it cannot generate. Type: model=decoder task=next_event"
+        )
+    if not isinstance(model.head, EventHead):
+        raise UserError("this decoder predicts classes, not events. Generate from a run of task=next_event.")
+    return model
+
+
+def check_lengths(n_prompt: int, max_new_events: int, max_length: int) -> None:
+    """Refuse prompts that leave no room for the future.
+
+    Raises:
+        UserError: a prompt without events, or one that with its future exceeds the model's `max_length`.
+    """
+    if n_prompt < 1:
+        raise UserError(
+            f"a prompt of {n_prompt} events: expected 1 or more. model.max_length={max_length} and max_new_events="
+            f"{max_new_events} leave {max_length - max_new_events}. Type: a smaller max_new_events"
+        )
+    if n_prompt + max_new_events > max_length:
+        raise UserError(
+            f"a prompt of {n_prompt} events and max_new_events={max_new_events} exceed the model's max_length={max_length}; "
+            f"later events would have positions it never saw. Type: prompt_length={max(1, max_length - max_new_events)}, or "
+            f"a smaller max_new_events"
+        )
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    embedding: EventEmbedding,
+    prompts: Batch,
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    use_cache: bool = True,
+) -> Trajectories:
+    """Draw `n_samples` futures of every prompt.
+
+    Token, then gap, then value are drawn for one event after the other. The first event comes after the prediction time:
+    its gap is drawn given that it reaches beyond. All futures of a batch advance together; finished ones leave it.
+
+    Args:
+        model: a decoder after `task=next_event`, in evaluation mode.
+        prompts: B records up to their prediction times, on the model's device.
+        generator: on that device; the same seed and prompts give the same futures.
+        use_cache: keep keys and values; without, the whole sequence is run again for each event (the reference).
+
+    Raises:
+        UserError: the model cannot generate, or prompt and future do not fit it.
+    """
+    decoder = check_generates(model)
+    head = decoder.head
+    assert isinstance(head, EventHead)
+    n_prompt = int(prompts.is_event.sum(1).max())
+    check_lengths(n_prompt, sampling.max_new_events, decoder.body.max_length)
+    weight_VD, bias_V = head.token_weights(embedding.table)
+    sequences = _Sequences(decoder, embedding, prompts, sampling, use_cache=use_cache)
+    stop_tokens = torch.tensor(sampling.stop_tokens, device=bias_V.device, dtype=torch.int64)
+    events: list[tuple[Tensor, ...]] = []
+    for number in range(sampling.max_new_events):
+        hidden_RD = sequences.hidden()
+        logits_RV = F.linear(hidden_RD, weight_VD.to(hidden_RD.dtype), bias_V.to(hidden_RD.dtype)).float()
+        token_R = draw_token(logits_RV, sampling, generator)
+        time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
+        gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
+        value_R = draw_value(value, sampling, generator) if value else torch.full_like(gap_R, float("nan"))
+        sequences.advance(token_R, gap_R, value_R)
+        happens = sequences.days_R <= sampling.horizon_days
+        found = (sequences.future_R, token_R, sequences.days_R, value_R)
+        events.append(tuple(x[happens] for x in found))
+        sequences.keep(happens & ~torch.isin(token_R, stop_tokens))
+        if not len(sequences.future_R):
+            break
+    is_cut = torch.zeros(len(prompts.token_ids) * sampling.n_samples, dtype=torch.bool, device=bias_V.device)
+    is_cut[sequences.future_R] = True
+    future, token_ids, days, values = (torch.cat(parts) for parts in zip(*events, strict=True))
+    order = torch.argsort(future, stable=True)
+    prompt, sample = future[order] // sampling.n_samples, future[order] % sampling.n_samples
+    return Trajectories(
+        is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[order], days[order], values[order]
+    )
+
+
+class _Sequences:
+    """The R futures that still go on: their states, and the vector of each one's last event."""
+
+    def __init__(
+        self, decoder: Decoder, embedding: EventEmbedding, prompts: Batch, sampling: Sampling, *, use_cache: bool
+    ) -> None:
+        self.decoder, self.embedding = decoder, embedding
+        inputs = embedding.inputs(prompts)
+        n_prompts, width = prompts.token_ids.shape
+        lengths_B = prompts.is_event.sum(1)
+        last_B = lengths_B - 1
+        rows = torch.arange(n_prompts, device=last_B.device)
+        self.future_R = torch.arange(n_prompts * sampling.n_samples, device=last_B.device)
+        prompt_R = self.future_R // sampling.n_samples
+        self.lengths_R = lengths_B[prompt_R]
+        self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R].double()
+        self.age_R = inputs["age_days"][rows, last_B][prompt_R].double()
+        # Days the record has been silent at the prediction time.
+        self.wait_R = prompts.days[rows, last_B][prompt_R].double()
+        self.days_R = -self.wait_R
+        self.cache = None
+        self.inputs: dict[str, Tensor] = {}
+        if use_cache:
+            self.cache = decoder.new_cache(n_prompts, width + sampling.max_new_events)
+            self.hidden_RD = decoder.hidden(inputs, self.cache)[rows, last_B][prompt_R]
+            self.cache.select(prompt_R)
+        else:
+            token_ids_BT = prompts.token_ids.long()
+            without = ("rows", "row_ids", "places", "sequence_starts")  # which are not of the grown records
+            inputs = {name: x for name, x in inputs.items() if name not in without} | {"token_ids": token_ids_BT}
+            room = (0, sampling.max_new_events)
+            self.inputs = {name: F.pad(x[prompt_R], room) for name, x in inputs.items()}
+
+    def hidden(self) -> Tensor:
+        """The vector of each future's last event, (R, D)."""
+        if self.cache is not None:
+            return self.hidden_RD
+        width = int(self.lengths_R.max())
+        inputs = {name: x[:, :width] for name, x in self.inputs.items() if name != "token_ids"}
+        inputs["embeddings"] = self.embedding(self.inputs["token_ids"][:, :width])
+        return self.decoder.hidden(inputs)[torch.arange(len(self.lengths_R)), self.lengths_R - 1]
+
+    def advance(self, token_R: Tensor, gap_R: Tensor, value_R: Tensor) -> None:
+        """Add an event to every future."""
+        self.elapsed_R = self.elapsed_R + gap_R
+        self.age_R = self.age_R + gap_R
+        self.days_R = self.days_R + gap_R
+        new = {
+            "padding_mask": torch.ones_like(token_R, dtype=torch.bool),
+            "gap_days": gap_R.float(),
+            "elapsed_days": self.elapsed_R.float(),
+            "age_days": self.age_R.float(),
+            "values": value_R,
+        }
+        if self.cache is not None:
+            inputs = {name: x[:, None] for name, x in new.items()}
+            inputs["embeddings"] = self.embedding(token_R)[:, None]
+            self.hidden_RD = self.decoder.hidden(inputs, self.cache)[:, 0]
+        else:
+            rows = torch.arange(len(token_R), device=token_R.device)
+            for name, x in (new | {"token_ids": token_R}).items():
+                if name in self.inputs:
+                    self.inputs[name][rows, self.lengths_R] = x
+        self.lengths_R = self.lengths_R + 1
+
+    def keep(self, goes_on: Tensor) -> None:
+        """Drop the futures that have ended."""
+        if bool(goes_on.all()):
+            return
+        rows = goes_on.nonzero()[:, 0]
+        for name in ("future_R", "lengths_R", "elapsed_R", "age_R", "wait_R", "days_R"):
+            setattr(self, name, getattr(self, name)[rows])
+        if self.cache is not None:
+            self.cache.select(rows)
+            self.hidden_RD = self.hidden_RD[rows]
+        self.inputs = {name: x[rows] for name, x in self.inputs.items()}
+
+
+def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Token ids (R,) from scores (R, V), under temperature, top k and top p (Holtzman et al. 2020, arXiv:1904.09751).
+
+    >>> draw_token(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(temperature=0), torch.Generator()).tolist()
+    [1]
+    """
+    if sampling.temperature == 0:
+        return logits_RV.argmax(-1)
+    scores = logits_RV / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < scores.shape[-1]:
+        kept = scores.topk(sampling.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < kept, float("-inf"))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered, order = scores.softmax(-1).sort(descending=True)
+        # A token is kept while those before it have not reached top_p; the first always is.
+        dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
+        scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Days since the previous event (R,) float64, from scores of its bins (R, Q); with `wait_R`, given that the gap exceeds it.
+
+    Within a bin a gap is uniform in log. Of the bin that holds the wait only the part beyond it remains; the last bin has
+    no end and gives its beginning, or the least beyond the wait.
+
+    >>> scores = torch.zeros(1, 64).index_fill(1, torch.tensor([43]), 99)  # 94 to 127 days
+    >>> gap = draw_gap(scores, torch.tensor([100.0]), Sampling(temperature=0), torch.Generator())
+    >>> 100 < gap.item() < 130
+    True
+    """
+    edges = time_edges(time_RQ.device).double()
+    low_Q, high_Q = edges[:-1], edges[1:]  # of all bins but the first, no gap, and the last, which has no end
+    if wait_R is not None:
+        beyond_RQ = (high_Q.log() - torch.maximum(low_Q, wait_R[:, None].clamp(min=1e-9)).log()).clamp(min=0)
+        share_RQ = F.pad(beyond_RQ / (high_Q / low_Q).log(), (1, 0), value=0.0)
+        share_RQ = F.pad(share_RQ, (0, 1), value=1.0)
+        time_RQ = time_RQ + share_RQ.log().float()
+    if sampling.temperature == 0:
+        bin_R, position_R = time_RQ.argmax(-1), torch.full_like(time_RQ[:, 0], 0.5)
+    else:
+        bin_R = torch.multinomial(time_RQ.softmax(-1), 1, generator=generator)[:, 0]
+        position_R = torch.rand(len(bin_R), generator=generator, device=time_RQ.device)
+    start_R = edges[(bin_R - 1).clamp(min=0)]
+    end_R = edges[bin_R.clamp(max=len(edges) - 1)]
+    if wait_R is not None:
+        start_R = torch.maximum(start_R, wait_R)
+    gap_R = start_R * (end_R / start_R).clamp(min=1) ** position_R
+    if wait_R is None:
+        return torch.where(bin_R > 0, gap_R, 0.0)
+    return torch.maximum(gap_R, wait_R + SHORTEST_WAIT_DAYS)
+
+
+def draw_value(value: ValueDistribution, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Normalised values (R,), NaN = none."""
+    if sampling.temperature == 0:
+        drawn_R, is_present = value.mean, value.present > 0
+    else:
+        noise_R = torch.randn(len(value.mean), generator=generator, device=value.mean.device)
+        drawn_R = value.mean + value.log_sd.exp() * noise_R
+        chance_R = torch.rand(len(value.mean), generator=generator, device=value.mean.device)
+        is_present = chance_R < value.present.sigmoid()
+    return drawn_R.masked_fill(~is_present, float("nan"))

@@ -1,0 +1,227 @@
+"""The model card of a run: what it was trained on, how well it does and on whom, and what that does not tell.
+
+After Mitchell et al. 2019 (arXiv:1810.03993). It holds counts and metrics of groups, no subject and no path, so that it can be
+handed on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ehr_embed import __version__
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import EventStore
+from ehr_embed.evaluation.metrics import values_of, with_interval
+from ehr_embed.evaluation.subgroups import MIN_SUBJECTS, Subgroup, subgroups
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.tasks.protocol import Curves
+
+MODEL_CARD = "model_card.md"
+MAX_SUBGROUPS = 60
+WIDE_INTERVAL, WORRYING_ECE = 0.1, 0.05
+EVALUATED = ("held_out", "tuning")
+
+
+def write_model_card(
+    run_dir: Path,
+    *,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    store: EventStore,
+    samples: dict[str, Samples],
+    curves: Curves,
+    audited: dict[str, Any] | None,
+    n_bootstrap: int,
+) -> Path:
+    """Write RUN_DIR/model_card.md; call it when everything else of the run is written.
+
+    Args:
+        run_dir: the run's folder; the calibration plot is shown where it lies there.
+        config: the resolved configuration.
+        metrics: what metrics.json holds.
+        store: the events.
+        samples: of each split, as they were evaluated.
+        curves: the task's; a binary task's have the key held_out, and its subgroups are told.
+        audited: what the audit found; None when it was off.
+        n_bootstrap: replicates of the subgroups' intervals.
+    """
+    groups: list[Subgroup] = []
+    if "held_out" in curves:
+        groups = subgroups(
+            store.vocabulary,
+            store.split("held_out"),
+            samples["held_out"],
+            curves["held_out"][1],
+            threshold=metrics["held_out"]["threshold"],
+            n_bootstrap=n_bootstrap,
+        )
+    parts = [
+        f"# Model card: {run_dir.resolve().name}\n\n{_about(config, metrics['train'])}",
+        f"## Data\n\n{_data(store, metrics, samples)}",
+        f"## Texts\n\n{_texts(store)}",
+        f"## Metrics\n\n{_metrics(metrics)}",
+    ]
+    if groups:
+        parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups)}")
+    if (run_dir / "plots" / "calibration.png").exists():
+        parts.append("## Calibration\n\n![Predicted probability against observed rate](plots/calibration.png)")
+    limits = "\n".join(f"- {line}" for line in limits_of(config, metrics, store, samples, groups, audited))
+    parts.append(f"## Limits\n\n{limits}")
+    path = run_dir / MODEL_CARD
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar within a cell is escaped.
+
+    >>> print(table(["a", "b"], [["1", "x|y"]]))
+    | a | b |
+    |---|---|
+    | 1 | x\\|y |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(
+        "|" + "|".join(line) + "|" if number == 1 else "| " + " | ".join(line) + " |"
+        for number, line in enumerate(cells)
+    )
+
+
+def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
+    def kind(node: dict[str, Any]) -> str:
+        return str(node["_target_"]).rpartition(".")[2]
+
+    labels = config["task"].get("labels")
+    rows = [
+        ["task", kind(config["task"]) + (f", labels {_joined(labels)}" if labels else "")],
+        ["model", f"{kind(config['model'])}, {train['n_parameters']:,} parameters"],
+        ["events as", f"{kind(config['embedder'])} {config['embedder'].get('model', '')}".strip()],
+        ["seed", str(config["seed"])],
+        ["version", f"ehr_embed {__version__}"],
+    ]
+    if "best_epoch" in train:
+        rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
+    again = "To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`."
+    return f"{table(['', ''], rows)}\n\n{again}"
+
+
+def _joined(labels: Any) -> str:
+    names = [labels] if isinstance(labels, str) else labels
+    return ", ".join(Path(name).stem for name in names)  # of a path the name only
+
+
+def _data(store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
+    rows, is_binary = [], "prevalence" in metrics["held_out"]
+    for split in SPLITS:
+        sizes, own = store.manifest["splits"][split], samples[split]
+        prevalence = f"{own.labels.mean():.3f}" if is_binary else ""
+        rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), prevalence])
+    told = table(["split", "subjects", "events", "samples", "prevalence"], rows)
+    return f"Dataset `{store.manifest['name']}`; vocabulary, bins and weights saw train only.\n\n{told}"
+
+
+def _texts(store: EventStore) -> str:
+    report = store.vocabulary.report
+    coverage = report["text_coverage"]
+    rows = [
+        [step, *(f"{100 * coverage[what][step]:.1f} %" for what in ("codes", "events"))] for step in coverage["codes"]
+    ]
+    told = table(["text from", "codes", "events"], rows)
+    return f"{report['tokens']:,} tokens for {report['codes_in_train']:,} codes of train.\n\n{told}"
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    names = values_of(metrics["held_out"])
+    rows = [[name, *(with_interval(metrics[split][name]) for split in EVALUATED)] for name in names]
+    return "With 95 % bootstrap intervals over subjects.\n\n" + table(["metric", *EVALUATED], rows)
+
+
+def _subgroups(groups: list[Subgroup]) -> str:
+    rows = []
+    for group in groups[:MAX_SUBGROUPS]:
+        if group.metrics is None:
+            n = f"fewer than {MIN_SUBJECTS} subjects" if group.n is None else f"{group.n:,}"
+            rows.append([group.name, n, "", "too few", "too few"])
+        else:
+            areas = (with_interval(group.metrics[name]) for name in ("auroc", "auprc"))
+            rows.append([group.name, f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
+    more = len(groups) - MAX_SUBGROUPS
+    tail = f"\n\n{more} more groups are left out." if more > 0 else ""
+    return table(["group", "samples", "prevalence", "AUROC", "AUPRC"], rows) + tail
+
+
+def limits_of(
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+    store: EventStore,
+    samples: dict[str, Samples],
+    groups: list[Subgroup],
+    audited: dict[str, Any] | None,
+) -> list[str]:
+    """What the numbers do not tell, a sentence each, from facts of this run."""
+    held_out, tuning, sizes = metrics["held_out"], metrics["tuning"], store.manifest["splits"]
+    lines = [
+        f"All splits are of one dataset, `{store.manifest['name']}`: how it does elsewhere or later is not known.",
+        f"Held_out has {sizes['held_out']['n_subjects']:,} subjects and {held_out['n']:,} samples; the checkpoint and any "
+        f"threshold were chosen on {tuning['n']:,} samples of tuning, so tuning's own values are too good.",
+    ]
+    if "prevalence" in held_out:
+        n_positive = round(held_out["prevalence"] * held_out["n"])
+        lines.append(f"{n_positive:,} samples of held_out are positive; every value rests on them.")
+    wide = [
+        f"{name} ({entry['high'] - entry['low']:.2f})"
+        for name, entry in held_out.items()
+        if isinstance(entry, dict)
+        and isinstance(entry.get("low"), float)
+        and entry["high"] - entry["low"] > WIDE_INTERVAL
+    ]
+    if wide:
+        lines.append(f"Intervals wider than {WIDE_INTERVAL} on held_out: {', '.join(wide)}.")
+    if "ece" in held_out and held_out["ece"]["value"] > WORRYING_ECE:
+        lines.append(
+            f"Probabilities are off by {held_out['ece']['value']:.2f} on average (ECE of held_out): rank by them, or calibrate."
+        )
+    own = samples["held_out"]
+    cut = float(np.mean(own.start > own.static_stop))
+    lines.append(
+        f"{100 * cut:.1f} % of held_out's samples have older events than the model reads (`model.max_length="
+        f"{config['model'].get('max_length')}`); those are not seen."
+    )
+    shares = [
+        f"{100 * sizes[s]['n_unknown'] / max(1, sizes[s]['n_events']):.2f} % of {s}" for s in ("tuning", "held_out")
+    ]
+    lines.append(f"Events whose code train does not have are one unknown event: {', '.join(shares)}.")
+    readable = store.vocabulary.report["text_coverage"]["events"]["readable"]
+    if readable > 0:
+        lines.append(f"{100 * readable:.1f} % of train's events have no text but their code, put into words.")
+    if (fraction := config["task"].get("label_fraction", 1.0)) < 1:
+        lines.append(f"Only {100 * fraction:g} % of train's labelled subjects were used.")
+    if config["task"].get("shuffle_labels") is not None:
+        lines.append("The labels were shuffled: this run is a check for leaks, no model.")
+    if small := sum(group.metrics is None for group in groups):
+        lines.append(
+            f"{small} of {len(groups)} subgroups are too small to tell (fewer than {MIN_SUBJECTS} subjects, or one class only)."
+        )
+    if not groups and "prevalence" in held_out:
+        lines.append("The data have no static code or birth that tells subgroups apart, so none were compared.")
+    lines.append(_audit_line(audited))
+    return lines
+
+
+def _audit_line(audited: dict[str, Any] | None) -> str:
+    if audited is None:
+        return "No leakage audit was made (`audit=off`)."
+    leaks = Counter(finding["check"] for finding in audited["findings"] if finding["level"] == "leak")
+    if not leaks:
+        unsure = f" ({len(audited['not_checked'])} checks lacked samples)" if audited["not_checked"] else ""
+        return f"The leakage audit found nothing{unsure}; what it cannot see is in docs/audit.md."
+    told = ", ".join(f"{check} {count}" for check, count in leaks.items())
+    return f"**The leakage audit found {leaks.total()} possible leaks ({told}): see audit.json before believing any number.**"

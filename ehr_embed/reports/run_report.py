@@ -1,0 +1,86 @@
+"""What a run says at its end: a summary for the tracker, plots, and the printed table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ehr_embed.evaluation.metrics import values_of, with_interval
+from ehr_embed.evaluation.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
+
+EVALUATED = ("tuning", "held_out")
+
+
+def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """Flat point values: `best/<split>/<metric>`, those of the best checkpoint, and `train/<fact>`.
+
+    >>> summary_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10}, "train": {"epochs": 3}})
+    {'best/tuning/auroc': 0.8, 'train/epochs': 3}
+    """
+    best = {
+        f"best/{split}/{name}": value
+        for split in EVALUATED
+        for name, value in values_of(metrics.get(split, {})).items()
+    }
+    transfer = {
+        f"transfer/{name}_{what}": value
+        for name, of in metrics.get("transfer", {}).items()
+        for what, value in of.items()
+    }
+    return best | transfer | {f"train/{name}": value for name, value in metrics["train"].items()}
+
+
+def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
+    """Loss where something was trained; ROC, precision-recall and calibration for binary labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
+        "loss": (plot_loss, history),
+        "roc": (plot_roc, curves),
+        "precision_recall": (plot_precision_recall, curves),
+        "calibration": (plot_calibration, curves),
+    }
+    paths = []
+    for name, (plot, data) in named.items():
+        if data:
+            plot(folder / f"{name}.png", data)
+            paths.append(folder / f"{name}.png")
+    return paths
+
+
+def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
+    """The table a run ends with."""
+    table = Table(title=f"held-out and tuning metrics with 95 % intervals, {run_dir}", title_justify="left")
+    table.add_column("metric")
+    for split in reversed(EVALUATED):
+        table.add_column(f"{split} (n={metrics[split]['n']})", justify="right")
+    for name in values_of(metrics["held_out"]):
+        table.add_row(name, *(with_interval(metrics[split][name]) for split in reversed(EVALUATED)))
+    if "prevalence" in metrics["held_out"]:
+        table.add_row("prevalence", *(f"{metrics[split]['prevalence']:.3f}" for split in reversed(EVALUATED)))
+    for name in metrics["held_out"].get("baselines", {}):
+        for metric in ("perplexity", "top1_accuracy"):
+            cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
+            table.add_row(f"{metric}, {name}", *cells)
+    if bayes := metrics.get("bayes_auroc"):
+        table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
+    console = Console()
+    console.print(table)
+    for name, of in metrics.get("transfer", {}).items():
+        console.print(
+            f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
+            highlight=False,
+        )
+    train = metrics["train"]
+    trained = ""
+    if "epochs" in train:
+        trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
+        if "mfu" in train:
+            trained += f"{train['mfu']:.0%} of the peak arithmetic, {train['padding_share']:.0%} padding, "
+    console.print(
+        f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
+        highlight=False,
+    )

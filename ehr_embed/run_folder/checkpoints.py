@@ -1,0 +1,233 @@
+"""Reading checkpoints, and starting a model from one."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import file_sha256
+from ehr_embed.core.manifest import checked
+from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.training.optimizer import body_of
+
+log = logging.getLogger(__name__)
+BEST = "best_checkpoint.pt"
+DOS_FOLDER = 0x10
+"""Bit of a ZIP entry's external attributes (APPNOTE 6.3.10, section 4.4.15; MS-DOS directory)."""
+SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
+"""Keys of a model that change what its weights mean and no tensor's shape."""
+
+
+def checkpoint_path(where: str | Path) -> Path:
+    """The best checkpoint of a run's folder, or the file that `where` names."""
+    path = Path(where).expanduser()
+    return path / BEST if path.is_dir() else path
+
+
+def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a run (its best one) or of a file, and its path.
+
+    Torch compares nothing of what it reads with the CRC-32 beside it, and the manifest of a run is there at its end only: the
+    first is done always, the second where there is one.
+
+    Raises:
+        UserError: there is none, the file is damaged or another one, or not a checkpoint of this package.
+    """
+    path = checkpoint_path(where)
+    if not path.is_file():
+        raise UserError(
+            f"init_from={where}: expected a run's folder with {BEST} inside, or a checkpoint file; found none."
+        )
+    checked(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong: the file is damaged")
+            # No checksum covers the archive's list of records. One that is said to be a folder torch does not read: its tensor
+            # would be whatever is in memory.
+            if folders := [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]:
+                raise zipfile.BadZipFile(f"{folders[0]} in it is said to be a folder: the file is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({first_line}). Train it again, or use another.") from error
+    expected = {"model_state_dict", "config", "identity", "sizes", "class_names"}
+    if not isinstance(checkpoint, dict) or not expected <= set(checkpoint):
+        raise UserError(
+            f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."
+        )
+    return path, checkpoint
+
+
+def initialise(
+    model: nn.Module,
+    embedding: EventEmbedding,
+    where: str | Path,
+    *,
+    config: dict[str, Any],
+    identity: dict[str, str],
+    vocabulary: Vocabulary,
+    class_names: list[str] | None = None,
+) -> None:
+    """Start `model` from a checkpoint: its body, or with `class_names` all of it. Says what is new and what was left out.
+
+    A checkpoint whose token vectors were learned gives them to `embedding`: to another vocabulary by the tokens' names,
+    where a name that it never saw has the unknown event's vector (`full`) or its text's (`residual`). After a frozen
+    table, whatever this run does with its own starts at the texts' vectors.
+
+    Args:
+        where: a run's folder or a checkpoint file.
+        config: this run's configuration, to say what differs.
+        identity: digests of this run's embedder and vocabulary.
+        vocabulary: this run's, with counts of train's events.
+        class_names: what this run predicts, where it does not train the head and takes that of the checkpoint.
+
+    Raises:
+        UserError: a model without a body to start, another embedder, other names or shapes, learned token vectors that this run
+            would treat otherwise or whose names are not beside the checkpoint, or with `class_names` other ones, or a head that
+            belongs to another vocabulary.
+    """
+    whole = class_names is not None
+    if not whole:
+        body_of(model)
+    path, checkpoint = read_checkpoint(where)
+    theirs, ours = checkpoint["identity"]["embedder"], identity["embedder"]
+    if theirs != ours:
+        raise UserError(
+            f"{path} was trained on vectors of {_embedder(checkpoint['config'])} (digest {theirs}), this run embeds with "
+            f"{_embedder(config)} (digest {ours}): its weights would read another language. Use the same embedder options."
+        )
+    if class_names is not None and (there := checkpoint["class_names"]) and there != class_names:
+        raise UserError(
+            f"{path} predicts {', '.join(there)}, this run's labels are {', '.join(class_names) or 'no classes'}: a head that is "
+            "not trained again can answer its own question only. Set task.labels as there, or train: trainer=short"
+        )
+    saved, own = checkpoint["model_state_dict"], model.state_dict()
+    wanted = {name for name in own if whole or name.startswith("body.")}
+    given = {name for name in saved if whole or name.startswith("body.")}
+    _refuse_mismatch(path, {n: saved[n] for n in given}, {n: own[n] for n in wanted}, checkpoint["config"], config)
+    has_token_vectors = any(name.startswith("head.tokens.") for name in given)
+    if whole and has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
+        raise UserError(
+            f"{path} has a vector for each token of another vocabulary ({checkpoint['identity']['vocab_sha256'][:12]}, here "
+            f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."
+        )
+    if learned := checkpoint.get("embedding_state_dict"):
+        _refuse_other_training(path, checkpoint, embedding)
+        if checkpoint["identity"]["vocab_sha256"] == identity["vocab_sha256"]:
+            embedding.load_state_dict(learned)
+        else:
+            names = _names_beside(path, checkpoint)
+            vectors = by_name(learned["learned"], names, vocabulary, unknown_as_known=embedding.trainable == "full")
+            embedding.load_state_dict({"learned": vectors})
+    model.load_state_dict({name: saved[name] for name in wanted}, strict=whole)
+    new, left_out = sorted(set(own) - wanted), sorted(set(saved) - given)
+    log.info("init_from %s (epoch %d): %d tensors loaded", path, checkpoint["epoch"], len(wanted))
+    log.info("new, to be learned: %s; left out: %s", ", ".join(new) or "nothing", ", ".join(left_out) or "nothing")
+
+
+def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknown_as_known: bool) -> Tensor:
+    """What was learned for tokens of one vocabulary, for those of another that have the same name; logs how many these are.
+
+    Args:
+        learned: (V, E) of the tokens `names`.
+        names: (V,) strings of the tokens it was learned for.
+        vocabulary: the other one.
+        unknown_as_known: a token without a namesake has the row of the unknown event, else zeros.
+
+    Returns:
+        (V', E) for the tokens of `vocabulary`.
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    rows = torch.tensor([row_of.get(name, UNKNOWN) for name in vocabulary.strings])
+    found = torch.tensor([name in row_of for name in vocabulary.strings])
+    counts = torch.from_numpy(vocabulary.tokens["count"].to_numpy().copy())
+    n_events = int(counts.sum())
+    share = int(counts[found].sum()) / max(n_events, 1)
+    what = "the vector of the unknown event" if unknown_as_known else "no learned offset, so their text's vector"
+    log.log(
+        logging.INFO if share else logging.WARNING,
+        "learned vectors matched by name: %d of %d tokens, %.1f%% of train's %d events; the others have %s",
+        int(found[UNKNOWN + 1 :].sum()),
+        len(vocabulary) - UNKNOWN - 1,
+        100 * share,
+        n_events,
+        what,
+    )
+    vectors = learned[rows]
+    if not unknown_as_known:
+        vectors[~found] = 0.0
+    vectors[PADDING] = learned[PADDING]
+    return vectors
+
+
+def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
+    """Names of the tokens of a checkpoint, from the vocabulary in its run's folder."""
+    file = path.parent / "vocabulary" / "vocab.csv"
+    expected = checkpoint["identity"]["vocab_sha256"]
+    if not file.is_file() or file_sha256(file) != expected:
+        found = f"one with sha256 {file_sha256(file)[:12]}" if file.is_file() else "none"
+        raise UserError(
+            f"{path} learned a vector for each token of another vocabulary. To carry them over by name, the one it was trained "
+            f"with (sha256 {expected[:12]}) must be beside it as vocabulary/vocab.csv; found {found}. Type: init_from=RUN_DIR "
+            "with the run's whole folder"
+        )
+    return pl.read_csv(file, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
+
+
+def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
+    trainable = checkpoint["config"]["embedder"]["trainable"]
+    if trainable != embedding.trainable:
+        raise UserError(
+            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
+            f"for its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
+        )
+
+
+def _refuse_mismatch(
+    path: Path, saved: dict[str, Any], own: dict[str, Any], their_config: dict[str, Any], config: dict[str, Any]
+) -> None:
+    problems = [
+        f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in sorted(set(saved) & set(own))
+        if isinstance(saved[name], Tensor)
+        and saved[name].shape != own[name].shape  # else the extra state of an estimator
+    ]
+    problems += [f"{name} is only there" for name in sorted(set(saved) - set(own))]
+    problems += [f"{name} is only here" for name in sorted(set(own) - set(saved))]
+    there, here = their_config["model"], config["model"]
+    problems += [
+        f"model.{key} is {there.get(key)} there and {here.get(key)} here"
+        for key in SHAPELESS
+        if there.get(key) != here.get(key)
+    ]
+    theirs, ours = their_config["data"]["values"], config["data"]["values"]
+    if theirs != ours and "values" in (here.get("summaries") or ()):
+        problems.append(f"data.values is {theirs} there and {ours} here")
+    if not problems:
+        return
+    differ = [f"model.{key}={there.get(key)} there, {here.get(key)} here" for key in {**there, **here}
+              if there.get(key) != here.get(key)]  # fmt: skip
+    differ += [f"data.values={theirs} there, {ours} here"] if theirs != ours else []
+    raise UserError(
+        f"{path} does not fit this model: {problems[0]}"
+        + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+        + f". What differs: {'; '.join(differ) or 'the kind of model'}. Set these as there."
+    )
+
+
+def _embedder(config: dict[str, Any]) -> str:
+    own = config["embedder"]
+    return str(own.get("model") or str(own["_target_"]).rpartition(".")[2])

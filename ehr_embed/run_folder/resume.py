@@ -1,0 +1,236 @@
+"""What becomes of a run's folder in which a run was begun before: it goes on, is finished already, or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import cannot_write, remove_leftovers
+from ehr_embed.core.manifest import MANIFEST, checked
+from ehr_embed.data.samples import Samples
+from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.run_folder.finish import FINISHED
+from ehr_embed.training.state import LATEST, Continuation
+
+log = logging.getLogger(__name__)
+MODES = ("auto", "force", "overwrite")
+HARMLESS = (
+    "run_dir",
+    "cache_dir",
+    "resume",
+    "audit",
+    "trusted_packages",
+    "integrity",
+    "data.source.overwrite",
+    "tracker",
+    "hydra",
+    "defaults",
+    "trainer.checkpoint_every",
+    "trainer.save_every",
+    "trainer.num_workers",
+    "trainer.data_device",
+    "trainer.profile",
+    "embedder.batch_size",
+    "embedder.device",
+)
+"""Keys, or whole groups, that change nothing in what a run computes."""
+NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
+"""Keys that the configurations of earlier versions do not have, with what these did."""
+LEFT_BY_RUNS = (
+    "metrics.*",
+    "summary.json",
+    "audit.json",
+    "model_card.md",
+    "*checkpoint*.pt",
+    "predictions",
+    "plots",
+    "wandb_id.txt",
+    "profile.json",
+)
+
+
+CLAIM_TIMEOUT_S = 5.0
+"""A job whose search was killed sees it within a second, and ends."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """What there is in a run's folder.
+
+    Attributes:
+        is_finished: it ended with these settings.
+        checkpoint: to go on from; None = start.
+        is_changed: to go on with other settings (resume=force).
+    """
+
+    is_finished: bool = False
+    checkpoint: Path | None = None
+    is_changed: bool = False
+
+    def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
+        """Read the checkpoint to go on from; None where there is none.
+
+        Args:
+            identity: digests of this start's embedder and vocabulary.
+            samples: of each split, with their labels.
+
+        Raises:
+            UserError: the data or the embedder are others than before, which no `resume` allows.
+        """
+        if self.checkpoint is None:
+            return None
+        path, checkpoint = read_checkpoint(self.checkpoint)
+        here = {**identity, "samples": samples_digest(samples)}
+        there = {**checkpoint["identity"], "samples": checkpoint.get("samples_digest")}
+        names = {"embedder": "the embedder", "vocab_sha256": "the vocabulary", "samples": "the samples or labels"}
+        for key, value in here.items():
+            if there.get(key) != value:
+                raise UserError(
+                    f"{path} was trained on other data: {names.get(key, key)} had digest {str(there.get(key))[:12]}, now "
+                    f"{value[:12]}. Half a run on each would be neither. Type: run_dir=ANOTHER, or resume=overwrite to start "
+                    "again here"
+                )
+        progress = checkpoint["progress"]
+        place = f"batch {progress['batch']}" if progress["batch"] else "its end"
+        log.info("continuing %s at epoch %d, %s (step %d)", path.parent, progress["epoch"], place, progress["step"])
+        return Continuation(path, checkpoint, self.is_changed)
+
+
+def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
+    """What an earlier start left in `run_dir`, and whether one with `config` may go on from it.
+
+    Args:
+        how: `auto` (go on with the same settings), `force` (with changed ones too), `overwrite` (start again).
+
+    Raises:
+        UserError: the run there has other settings and `how` is `auto`; an unknown `how`.
+    """
+    if how not in MODES:
+        raise unknown_name("resume", how, MODES)
+    is_finished = (run_dir / FINISHED).exists()
+    latest = run_dir / LATEST if (run_dir / LATEST).exists() else None
+    if how == "overwrite" or not (is_finished or latest):
+        return FoundRun()
+    # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
+    there = _read_config(run_dir) if is_finished or latest is None else _config_of(latest)
+    changes = differences(there, config)
+    if changes and how != "force":
+        raise UserError(
+            f"{run_dir} holds a run with other settings: {'; '.join(changes)}. To go on with the new ones, type: "
+            "resume=force; to start again here: resume=overwrite; to keep both: run_dir=ANOTHER"
+        )
+    if is_finished and not changes:
+        return FoundRun(is_finished=True)
+    return FoundRun(checkpoint=latest, is_changed=bool(changes))
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise UserError(
+            f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
+            "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
+        )
+    config = OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def _config_of(latest: Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_checkpoint(latest)[1]["config"]
+    return config
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The keys in which two resolved configurations differ, with both values; `HARMLESS` ones are left out.
+
+    A path below `cache_dir` is compared by what follows.
+
+    >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
+    ['trainer.epochs was 5, now 9']
+    """
+    old, new = (dict(_flat(config, str(config.get("cache_dir", "")))) for config in (there, here))
+    for key, value in NEW.items():
+        for config in (old, new):
+            if key in old or key in new:
+                config.setdefault(key, value)
+    keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
+    changed = [key for key in keys if key not in old or key not in new or old[key] != new[key]]
+    return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]
+
+
+def _is_harmless(key: str) -> bool:
+    own = key.removeprefix("pretrain.")
+    return any(own == name or own.startswith(f"{name}.") for name in HARMLESS)
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    if key not in config:
+        return "not set"
+    return "null" if config[key] is None else str(config[key])
+
+
+def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, cache_dir, f"{prefix}{key}.")
+        elif isinstance(value, str) and cache_dir and value.startswith(f"{cache_dir}/"):
+            yield f"{prefix}{key}", f"CACHE{value.removeprefix(cache_dir)}"
+        else:
+            yield f"{prefix}{key}", value
+
+
+def samples_digest(samples: Mapping[str, Samples]) -> str:
+    """Digest of who is predicted when, from which events, with which labels, in all splits."""
+    total = hashlib.sha256()
+    for split in sorted(samples):
+        total.update(split.encode())
+        for array in vars(samples[split]).values():
+            total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
+    """Make the folder this process's own while inside: the mark of the end and what a kill left half-written are gone.
+
+    Args:
+        is_new: also remove the results and checkpoints of an earlier run.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    lock = FileLock(run_dir / ".lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=CLAIM_TIMEOUT_S)
+    except Timeout:
+        raise UserError(
+            f"{run_dir}: another process is at work there, and two would overwrite each other's checkpoints. "
+            "Wait for its end, or type: run_dir=ANOTHER"
+        ) from None
+    except OSError as error:
+        raise cannot_write(run_dir, error) from error
+    try:
+        for name in (FINISHED, MANIFEST):  # what is written from now on is in no manifest
+            (run_dir / name).unlink(missing_ok=True)
+        for folder in (run_dir, run_dir / "predictions", run_dir / "vocabulary"):
+            remove_leftovers(folder)
+        if is_new:
+            for pattern in LEFT_BY_RUNS:
+                for path in run_dir.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        lock.release()

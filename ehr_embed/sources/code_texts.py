@@ -1,0 +1,121 @@
+"""The text of each code: lookup file, description, parent's description, or a readable form of the code itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from ehr_embed.core.errors import UserError
+
+STEPS = ("lookup", "description", "parent", "readable")
+"""Where a text can come from, the best first."""
+
+
+def readable_code(code: str) -> str:
+    """A code written so that a sentence transformer can read it.
+
+    >>> readable_code("LAB//Heart_Rate//bpm")
+    'Lab, Heart Rate, bpm'
+    >>> readable_code("MEDS_BIRTH")
+    'Birth'
+    >>> readable_code("ICD10CM/E11.9")
+    'ICD10CM E11.9'
+    """
+    parts = [re.sub(r"[_/|]+", " ", part).strip() for part in code.removeprefix("MEDS_").split("//")]
+    words = [
+        part.capitalize() if part.isalpha() and part.isupper() and len(part) > 2 else part for part in parts if part
+    ]
+    return ", ".join(words) or code
+
+
+def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
+    """Merge lookup CSVs with columns `code,term`; a later file overrides an earlier one.
+
+    Raises:
+        UserError: a file is missing or lacks the columns.
+    """
+    frames = [pl.DataFrame(schema={"code": pl.String, "term": pl.String})]
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"data.lookups: no such file {path}. Expected CSV files with columns code,term.")
+        try:
+            frame = pl.read_csv(path, infer_schema=False)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,term."
+            ) from error
+        if not {"code", "term"} <= set(frame.columns):
+            raise UserError(f"{path}: expected columns code,term, found {', '.join(frame.columns)}.")
+        frames.append(frame.select("code", "term"))
+    return pl.concat(frames).drop_nulls().filter(pl.col("term") != "").unique("code", keep="last", maintain_order=True)
+
+
+def resolve_texts(codes: pl.Series, metadata: pl.DataFrame, lookups: pl.DataFrame) -> pl.DataFrame:
+    """The text of every code and the step it came from.
+
+    Args:
+        codes: distinct codes, String.
+        metadata: code, description, parent_codes; rows may repeat a code, their descriptions are joined by "; ".
+        lookups: code, term; they win over descriptions.
+
+    Returns:
+        code, text, step (one of `STEPS`), in the order of `codes`.
+
+    >>> metadata = pl.DataFrame({"code": ["A", "A", "P"], "description": ["fever", "pyrexia", "cough"],
+    ...     "parent_codes": [None, None, None]}, schema_overrides={"parent_codes": pl.List(pl.String)})
+    >>> metadata = pl.concat([metadata, pl.DataFrame({"code": ["B"], "description": [None], "parent_codes": [["P"]]},
+    ...     schema=metadata.schema)])
+    >>> resolve_texts(pl.Series(["A", "B", "C"]), metadata, read_lookups([])).rows()
+    [('A', 'fever; pyrexia', 'description'), ('B', 'cough', 'parent'), ('C', 'C', 'readable')]
+    """
+    cleaned = metadata.with_columns(pl.col("description").str.strip_chars()).filter(pl.col("description") != "")
+    described = cleaned.unique(["code", "description"], keep="first", maintain_order=True)
+    described = described.group_by("code", maintain_order=True).agg(pl.col("description").str.join("; "))
+    known = pl.concat([lookups.rename({"term": "known"}), described.rename({"description": "known"})])
+    known = known.unique("code", keep="first", maintain_order=True)
+    parents = (
+        metadata.select("code", pl.col("parent_codes").alias("parent"))
+        .explode("parent", empty_as_null=True)
+        .drop_nulls()
+        .join(known.rename({"code": "parent", "known": "parent_text"}), on="parent", how="inner", maintain_order="left")
+        .unique("code", keep="first", maintain_order=True)
+        .select("code", "parent_text")
+    )
+    table = pl.DataFrame({"code": codes.cast(pl.String)})
+    table = table.join(lookups, on="code", how="left", maintain_order="left")
+    table = table.join(described, on="code", how="left", maintain_order="left")
+    table = table.join(parents, on="code", how="left", maintain_order="left")
+    readable = pl.col("code").map_elements(readable_code, return_dtype=pl.String)
+    step = (
+        pl.when(pl.col("term").is_not_null()).then(pl.lit("lookup"))
+        .when(pl.col("description").is_not_null()).then(pl.lit("description"))
+        .when(pl.col("parent_text").is_not_null()).then(pl.lit("parent"))
+        .otherwise(pl.lit("readable"))
+    )  # fmt: skip
+    return table.select(
+        "code", pl.coalesce("term", "description", "parent_text", readable).alias("text"), step.alias("step")
+    )
+
+
+def coverage(texts: pl.DataFrame, counts: pl.DataFrame) -> dict[str, dict[str, float]]:
+    """Share of codes and of events whose text came from each step.
+
+    Args:
+        texts: as returned by `resolve_texts`.
+        counts: code, count (events in train).
+
+    >>> texts = pl.DataFrame({"code": ["A", "B"], "text": ["a", "b"], "step": ["lookup", "readable"]})
+    >>> coverage(texts, pl.DataFrame({"code": ["A", "B"], "count": [9, 1]}))["events"]
+    {'lookup': 0.9, 'description': 0.0, 'parent': 0.0, 'readable': 0.1}
+    """
+    joined = texts.join(counts, on="code", how="inner")
+    n_codes, n_events = max(len(joined), 1), max(int(joined["count"].sum()), 1)
+    by_step = {step: joined.filter(step=step) for step in STEPS}
+    return {
+        "codes": {step: len(frame) / n_codes for step, frame in by_step.items()},
+        "events": {step: int(frame["count"].sum()) / n_events for step, frame in by_step.items()},
+    }

@@ -1,0 +1,132 @@
+"""Fitting a model that takes its features as a table: what `Trainer.fit` does for it instead of epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import link_file
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.protocol import FeatureSet, FitsAtOnce
+from ehr_embed.run_folder.checkpoints import BEST
+from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
+from ehr_embed.training.optimizer import body_of
+from ehr_embed.training.state import LATEST, Progress, write_latest
+from ehr_embed.training.throughput import rates
+
+if TYPE_CHECKING:
+    from ehr_embed.training.trainer import Trainer
+
+
+def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
+    """Fit `model`, which is a `FitsAtOnce`, to the task's train samples; leaves the checkpoints and tells the log one epoch.
+
+    Train is read once for what the features are and once for the features, tuning once.
+
+    Returns:
+        Facts of the run as `Trainer.fit` gives them; n_parameters is `n_fitted`, events_per_s train's events over all of
+        `seconds`.
+
+    Raises:
+        UserError: something that only a model trained along gradients can do: a frozen body, learned token vectors, several
+            labels a sample, smoothed labels, several processes.
+    """
+    assert isinstance(model, FitsAtOnce)
+    task = trainer.task
+    _refuse_gradients(trainer, model, embedding)
+    began = time.perf_counter()
+    embedding.to(trainer.fabric.device)
+    model.to(trainer.fabric.device)
+    model.choose_features(_inputs(trainer, embedding, "train"))
+    train, tuning = (_feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
+
+    def score(outputs: npt.NDArray[np.float64]) -> float:
+        return float(tuning_values(task, outputs)[task.monitor])
+
+    model.fit(train, tuning, score=score, is_higher_better=task.is_higher_better, seed=trainer.seed)
+    seconds = time.perf_counter() - began
+    n_events, n_padded = _events(trainer)
+
+    losses = {}
+    for split in ("train", "tuning"):
+        losses[split], outputs = trainer._predict(model, embedding, split)
+    tuning_metrics = tuning_values(task, outputs)
+    row = {"epoch": 1, "step": 1, "train/loss": losses["train"], "train/events_per_s": n_events / seconds}
+    row |= {"tuning/loss": losses["tuning"]}
+    row |= {f"tuning/{name}": metric for name, metric in tuning_metrics.items()}
+    progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
+    # There is no optimizer and no schedule, whose state readers of a checkpoint look for.
+    write_latest(
+        trainer.run_dir,
+        model.state_dict(),
+        progress,
+        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
+    )
+    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
+    trainer.log(row, 1)
+    return {
+        "n_parameters": model.n_fitted(),
+        "precision": "64-true",
+        "n": len(train.labels),
+        "epochs": 1,
+        "best_epoch": 1,
+        "seconds": seconds,
+        **rates(n_events, n_padded, 0, seconds, None, None),
+        "history": [row],
+    }
+
+
+def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> None:
+    name, task = type(model).__name__, trainer.task
+    if trainer.settings.freeze is not None:
+        body_of(model)
+    if any(parameter.requires_grad for parameter in embedding.parameters()):
+        raise UserError(
+            f"embedder.trainable={embedding.trainable}: {name} reads the codes of events and not their vectors, which would "
+            "stay as they were. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs nothing"
+        )
+    if not isinstance(task, WeighsSamples):
+        raise UserError(
+            f"{name} is fitted to one class a sample, and {type(task).__name__} has something else. Type: task=classification, "
+            "once for each label set"
+        )
+    if task.label_smoothing:
+        raise UserError(
+            f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
+        )
+    if trainer.processes.size > 1:
+        raise UserError(f"{name} is fitted in one process, here are {trainer.processes.size}. Type: trainer.devices=1")
+
+
+def _inputs(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
+    for batch in trainer._loader(split):
+        yield embedding.inputs(batch.to(trainer.fabric.device))
+
+
+@torch.inference_mode()
+def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
+    """Features, labels and weights of a split in sample order."""
+    task = trainer.task
+    assert isinstance(task, WeighsSamples)
+    labels: npt.NDArray[Any] = task.samples[split].labels
+    features = np.empty((len(labels), 0), np.float32)
+    for batch in trainer._loader(split):
+        found = model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy()
+        if not features.size:
+            features = np.empty((len(labels), found.shape[1]), np.float32)
+        features[batch.sample.cpu().numpy()] = found
+    return FeatureSet(features, labels, task.sample_weights(split))
+
+
+def _events(trainer: Trainer) -> tuple[int, int]:
+    """Events of train, without and with padding."""
+    sampler = trainer._loader("train").sampler
+    lengths = trainer.task.dataset("train").lengths
+    return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())

@@ -1,0 +1,116 @@
+"""Which parameters learn, how fast and when, and which of them decay."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.embedding.event_embedding import EventEmbedding
+
+BLOCK = re.compile(r"body\.(?:\w+\.)*?(?:blocks|layers?|h)\.(\d+)\.")
+SCHEDULES = ("plateau", "cosine", "constant")
+LAST_NORMS = ("body.norm.", "body.final_norm.")
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    body = getattr(model, "body", None)
+    if not isinstance(body, nn.Module):
+        raise UserError(
+            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
+        )
+    return body
+
+
+def parameter_groups(
+    model: nn.Module,
+    embedding: EventEmbedding,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    layer_decay: float,
+) -> list[dict[str, Any]]:
+    """Parameters with their learning rate and weight decay, the head's first.
+
+    Matrices decay; biases, norms and single vectors keep their size. With `layer_decay` d the block that is n from the top
+    learns at d^n times the head's rate, and the input at that of a block below the first (Clark et al. 2020,
+    arXiv:2003.10555, appendix A).
+
+    The embedding is part of the input and learns at its rate: an element of a vector of norm one is about 1/sqrt(E) large,
+    as is a weight of the projection that reads it, so a step changes both by the same share. An offset decays like a
+    matrix, towards the text's vector, which is where a token with few events should stay; a whole vector does not, since
+    towards zero it would forget its text.
+
+    Raises:
+        UserError: `layer_decay` below 1 for a model without blocks, or whose blocks are frozen.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    if layer_decay < 1 and not n_layers:
+        raise UserError(
+            f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
+            "is nothing to decay over. Type: trainer.layer_decay=1"
+        )
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
+        groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
+    for (
+        parameter
+    ) in embedding.parameters():  # a group of its own, which stays whole where the model is spread over processes
+        if parameter.requires_grad:
+            groups.setdefault((n_layers + 1, embedding.trainable == "residual", True), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay**depth,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (depth, decays, _), parameters in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
+
+
+def schedules(
+    optimizer: Any,
+    name: str,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_learning_rate: float,
+    patience: int,
+    is_higher_better: bool,
+) -> tuple[Any, ReduceLROnPlateau | None]:
+    """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None.
+
+    Args:
+        name: one of `SCHEDULES`.
+        patience: epochs without improvement before plateau halves the rate.
+    """
+    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
+    if name == "plateau":
+        mode: Any = "max" if is_higher_better else "min"
+        return warmup, ReduceLROnPlateau(optimizer, mode=mode, factor=0.5, patience=patience, min_lr=min_learning_rate)
+    if name == "constant":
+        return warmup, None
+    after = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup_steps), eta_min=min_learning_rate)
+    return SequentialLR(optimizer, [warmup, after], milestones=[warmup_steps]), None
+
+
+def _block(name: str) -> int:
+    """Number of the block a parameter belongs to, in this project's models and those of Hugging Face; -1 for none.
+
+    >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
+    (3, -1)
+    >>> _block("body.encoder.layer.5.output.dense.bias"), _block("body.embeddings.LayerNorm.bias"), _block("head.layers.0.w")
+    (5, -1, -1)
+    """
+    found = BLOCK.match(name)
+    return int(found[1]) if found else -1

@@ -1,0 +1,97 @@
+"""The settings of the training loop, checked when they are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.data.device_events import DATA_DEVICES
+from ehr_embed.training.optimizer import SCHEDULES
+from ehr_embed.training.precision import choose_precision
+from ehr_embed.training.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
+
+MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How to train; conf/trainer/default.yaml says what each key means."""
+
+    epochs: int = 50
+    batch_size: int = 32
+    batch_tokens: int = 16_384
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 1e-6
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    schedule: str = "plateau"
+    scheduler_patience: int = 3
+    clip_norm: float = 1.0
+    patience: int = 10
+    save_every: int = 10
+    checkpoint_every: int | None = 500
+    n_bootstrap: int = 1000
+    num_workers: int = 0
+    data_device: str = "auto"
+    accelerator: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    freeze: str | None = None
+    layer_decay: float = 1.0
+    compile: bool = False
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
+        choose_precision(self.precision, self.accelerator)
+        if self.freeze not in (None, "body"):
+            raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(
+                f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
+            )
+        for name in (
+            "warmup_steps",
+            "learning_rate",
+            "min_learning_rate",
+            "weight_decay",
+            "clip_norm",
+            "scheduler_patience",
+        ):
+            check_range(f"trainer.{name}", getattr(self, name), 0)
+        check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
+        check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
+        if self.data_device not in DATA_DEVICES:
+            raise unknown_name("trainer.data_device", self.data_device, DATA_DEVICES)
+        if self.accelerator not in ACCELERATORS:
+            raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
+        check_range("trainer.devices", self.devices, 1, MAX_DEVICES)
+        check_range("trainer.nodes", self.nodes, 1, MAX_NODES)
+        if self.strategy not in STRATEGIES:
+            raise unknown_name("trainer.strategy", self.strategy, STRATEGIES)
+        if self.strategy == "fsdp" and self.precision == "16-mixed":
+            raise UserError(
+                "trainer.strategy=fsdp with trainer.precision=16-mixed: gradients that are spread cannot be scaled. "
+                "Type: trainer.precision=bf16-mixed"
+            )
+        if self.epochs < 0:
+            raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
+        for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
+
+    def launch(self) -> Processes:
+        """Join the processes that train together and choose their devices, see `ehr_embed.training.processes.launch`."""
+        return launch(
+            accelerator=self.accelerator,
+            precision=choose_precision(self.precision, self.accelerator),
+            devices=self.devices,
+            nodes=self.nodes,
+            strategy=self.strategy,
+        )
