@@ -24,9 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.experiment import run as experiment
 from ehr_embed.experiment.cli import explain
 from ehr_embed.experiment.run import run
-from ehr_embed.experiment.run import run as experiment
 from ehr_embed.sources.cohort import write_demo_cohort
 from tests import fuzz
 from tests.conftest import ROOT, Event, write_meds
