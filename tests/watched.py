@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.experiment.run import run as experiment
+from ehr_embed.experiment import run as experiment
 
 
 def told(
