@@ -197,6 +197,28 @@ def test_stopped_in_the_evaluation_of_an_epoch(dataset, uninterrupted, tmp_path,
     assert what_is_left(tmp_path / "run") == expected
 
 
+def test_a_run_that_an_earlier_version_stopped_goes_on(dataset, uninterrupted, tmp_path, monkeypatch):
+    """Its checkpoint has the sum of the batches' mean losses and no count; only that epoch's train loss may differ."""
+    expected = uninterrupted("plateau")
+    cfg, latest = settings(dataset, tmp_path / "run", *KINDS["plateau"]), tmp_path / "run" / "latest_checkpoint.pt"
+    with monkeypatch.context() as patch:
+        after_steps(patch, 3, terminate)
+        with pytest.raises(Stopped):
+            run(cfg)
+    checkpoint = torch.load(latest, weights_only=True)
+    progress = checkpoint["progress"]
+    assert progress["batch"] == 3
+    progress["loss_sum"] *= 3 / progress.pop("loss_count")
+    torch.save(checkpoint, latest)
+    run(cfg)
+    found = what_is_left(tmp_path / "run")
+    assert found["best"] == expected["best"]
+    assert found["predictions"] == expected["predictions"]
+    first, other = found["rows"][0], expected["rows"][0]
+    assert first["train/loss"] == pytest.approx(other["train/loss"], rel=0.2)
+    assert first | {"train/loss": 0} == other | {"train/loss": 0}
+
+
 def test_a_kill_loses_at_most_checkpoint_every_steps(dataset, tmp_path, monkeypatch, caplog):
     cfg = settings(dataset, tmp_path / "run", "trainer.checkpoint_every=3", "trainer.epochs=9")
     for taken in (4, 5, 11):
