@@ -283,8 +283,8 @@ def padded_length(lengths: Any) -> Any:
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     """Index arrays of batches whose samples have similar lengths.
 
-    A batch holds at most `batch_size` samples (None = any number) and, padded, at most `batch_tokens` events. With `shuffle` the samples are
-    shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
+    A batch holds at most `batch_size` samples (None = any number) and, padded, at most `batch_tokens` events. With `shuffle` the
+    samples are shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
     from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
     where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
 

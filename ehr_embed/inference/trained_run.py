@@ -38,6 +38,7 @@ class TrainedRun:
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
+        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
     """
 
     config: DictConfig
@@ -45,6 +46,7 @@ class TrainedRun:
     embedding: EventEmbedding
     vocabulary: Vocabulary
     class_names: list[str]
+    precision: str | None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -83,6 +85,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         embedding=embedding.requires_grad_(False),
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
+        precision=checkpoint.get("precision"),
     )
 
 

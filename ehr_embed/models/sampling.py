@@ -12,7 +12,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
-from ehr_embed.models.heads import EventHead, ValueDistribution, time_edges
+from ehr_embed.models.heads import EventHead, ValueDistribution, time_edges, token_logits
 
 SHORTEST_WAIT_DAYS = 1 / 86_400
 """A second: the least that the first event comes after the prediction time."""
@@ -150,7 +150,7 @@ def generate(
     events: list[tuple[Tensor, ...]] = []
     for number in range(sampling.max_new_events):
         hidden_RD = sequences.hidden()
-        logits_RV = F.linear(hidden_RD, weight_VD.to(hidden_RD.dtype), bias_V.to(hidden_RD.dtype)).float()
+        logits_RV = token_logits(hidden_RD, weight_VD, bias_V)
         token_R = draw_token(logits_RV, sampling, generator)
         time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
         gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)

@@ -22,7 +22,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of, monitored
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Classification:
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""
-        logits = model(embedding.inputs(batch))
+        logits = logits_of(model, embedding.inputs(batch))
         loss_B = self.loss(logits, batch.labels)
         if loss_B.shape != batch.labels.shape:
             raise UserError(

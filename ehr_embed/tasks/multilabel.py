@@ -23,7 +23,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of, monitored
 
 
 class Multilabel:
@@ -114,7 +114,7 @@ class Multilabel:
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the losses of all known labels, their number, and the probabilities, each label's on its own."""
-        logits = model(embedding.inputs(batch))
+        logits = logits_of(model, embedding.inputs(batch))
         loss_BL = self.loss(logits, batch.labels)
         if loss_BL.shape != batch.labels.shape:
             raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +21,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.directions import LOWER_IS_BETTER
 from ehr_embed.evaluation.metrics import values_of
 
+log = logging.getLogger(__name__)
 Outputs = npt.NDArray[np.float64]
 """What a task keeps of each sample for evaluation: probabilities, or sums over its events."""
 Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
@@ -190,6 +193,25 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
         "a mean over each batch would give events or samples of small batches more weight. Return the sum of the losses and how "
         "many they are, as docs/extending.md shows"
     )
+
+
+@cache
+def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
+    """Say once that a model's logits came in half precision."""
+    log.warning(
+        "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. Compute the "
+        "model's last layer with ehr_embed.models.heads.LogitLinear in place of torch.nn.Linear, or type: trainer.precision=32-true",
+        model,
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return a model's logits, with a warning where they were rounded to half precision."""
+    logits: Tensor = model(inputs)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        warn_of_rounded(type(getattr(model, "module", model)).__name__, logits.dtype)
+    return logits
 
 
 def as_tensor(values: npt.ArrayLike) -> Tensor:

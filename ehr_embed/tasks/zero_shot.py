@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch

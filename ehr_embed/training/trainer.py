@@ -46,7 +46,7 @@ class Trainer:
         processes: what `settings.launch` gave.
         task: after `setup`.
         run_dir: where checkpoints go.
-        config: the resolved configuration, stored in every checkpoint.
+        config: the resolved configuration, stored in every checkpoint beside the precision.
         identity: digests of the embedder and the vocabulary, which the weights depend on; stored too.
         sizes: what the model was built with beside its configuration; stored too.
         seed: order of the batches, and what a task draws.
@@ -68,14 +68,15 @@ class Trainer:
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
+        self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about = {
             "config": config,
             "identity": identity,
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "precision": self.precision,
         }
-        self.precision = choose_precision(settings.precision, settings.accelerator)
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
