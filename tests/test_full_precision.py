@@ -1,4 +1,4 @@
-"""Logits in float32 whatever precision the layers have: different records have different probabilities, and `predict` those of the run."""
+"""Logits are float32 whatever the layers are: different records have different probabilities, and `predict` finds the run's."""
 
 from __future__ import annotations
 

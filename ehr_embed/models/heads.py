@@ -201,8 +201,8 @@ class EventHead(nn.Module):
         return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
 
     def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, ValueDistribution | None]:
-        """Return, given hidden states and the vectors of the tokens that follow, scores of the gap's bin (N, N_TIME_BINS) float32, and
-        the distribution of the normalised value, None without values.
+        """Return, given hidden states and the vectors of the tokens that follow, scores of the gap's bin (N, N_TIME_BINS) float32,
+        and the distribution of the normalised value, None without values.
 
         Outside training both are computed in float32.
         """

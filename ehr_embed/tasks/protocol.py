@@ -199,8 +199,9 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
 def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
     """Say once that a model's logits came in half precision."""
     log.warning(
-        "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. Compute the "
-        "model's last layer with ehr_embed.models.heads.LogitLinear in place of torch.nn.Linear, or type: trainer.precision=32-true",
+        "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. "
+        "Let the model's last layer be an ehr_embed.models.heads.LogitLinear in place of a torch.nn.Linear, or type: "
+        "trainer.precision=32-true",
         model,
         str(dtype).removeprefix("torch."),
     )
