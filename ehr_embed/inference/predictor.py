@@ -22,6 +22,7 @@ from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_split
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.table import as_stored
 from ehr_embed.inference.trained_run import LOOKUPS, VOCABULARY, open_run, samples_to_predict
 from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.sources.code_texts import read_lookups, resolve_texts
@@ -260,7 +261,7 @@ class Predictor:
             embedder = self._embedder()
             try:
                 # In the precision of a table on disk, so that a text has one vector wherever it comes from.
-                vectors = torch.from_numpy(embedder.embed(texts["text"].to_list())).half().float()
+                vectors = as_stored(torch.from_numpy(embedder.embed(texts["text"].to_list()))).float()
             finally:
                 embedder.close()
         else:
