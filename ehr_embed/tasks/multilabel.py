@@ -95,13 +95,13 @@ class Multilabel:
         """Return the weights of a negative and of a positive of each label, (2, L)."""
         if self.class_weights is None:
             return None
-        rate = np.nanmean(self.samples["train"].labels, axis=0, dtype=np.float64)
+        rate = np.asarray(np.nanmean(self.samples["train"].labels, axis=0, dtype=np.float64))
         if isinstance(self.class_weights, str):
             if self.class_weights != "balanced":
                 raise UserError(
                     f"task.class_weights={self.class_weights}: expected null, balanced, or one number a label."
                 )
-            return _of_mean_one((1 - rate) / rate, rate)
+            return _of_mean_one(np.asarray((1 - rate) / rate), rate)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers for {self.num_classes} labels: "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,8 @@ Outputs = npt.NDArray[np.float64]
 Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
 
 
-class StepResult(NamedTuple):
+@dataclass(frozen=True)
+class StepResult:
     """What a task makes of a batch; the trainer divides sums by counts, so that each event or sample weighs the same.
 
     Attributes:
