@@ -13,6 +13,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from torch import nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.moved import new_name, renamed
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.protocol import ReadsVocabulary
 
@@ -121,7 +122,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
     """
     allowed = ALLOWED_PREFIXES + _prefixes(trusted)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = renamed(OmegaConf.to_container(config, resolve=True))
     check_targets(plain, allowed)
     _check_types(config)
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
@@ -170,7 +171,7 @@ def _check_types(config: DictConfig) -> None:
         UserError: naming the first key whose value has another type.
     """
     try:
-        hints = get_type_hints(_constructor(hydra.utils.get_object(str(config.get("_target_")))))
+        hints = get_type_hints(_constructor(hydra.utils.get_object(new_name(str(config.get("_target_"))))))
     except (ImportError, ValueError) as error:
         raise _not_found(config.get("_target_"), error) from error
     except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here

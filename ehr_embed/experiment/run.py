@@ -26,6 +26,7 @@ from ehr_embed.config.instantiate import build_model, instantiate, instantiate_e
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.launchers import n_launched
+from ehr_embed.core.moved import renamed
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
@@ -344,7 +345,7 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
 
 def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """The configuration as plain values, with what a repetition needs of Hydra's own part."""
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = renamed(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, dict)
     defaults = ["_self_", {"override hydra/job_logging": "stdout"}]
     hydra = {"run": {"dir": "."}, "output_subdir": None}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.moved import renamed
 from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
@@ -90,7 +91,7 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(
             f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."
         )
-    return path, checkpoint
+    return path, checkpoint | {"config": renamed(checkpoint["config"])}
 
 
 def write_latest(

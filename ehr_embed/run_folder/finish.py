@@ -12,6 +12,7 @@ from ehr_embed import __version__
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import json_text, read_json, write_json
 from ehr_embed.core.manifest import checked, describe, write_manifest
+from ehr_embed.core.moved import renamed
 from ehr_embed.core.plain_yaml import read_yaml
 from ehr_embed.run_folder.layout import (
     AUDIT,
@@ -68,7 +69,7 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not readable as YAML ({error}). Restore the run's folder, or train again.") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected the keys of a configuration. Restore the run's folder, or train again.")
-    return {str(key): value for key, value in config.items()}
+    return {str(key): renamed(value) for key, value in config.items()}
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:

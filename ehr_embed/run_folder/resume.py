@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.moved import renamed
 from ehr_embed.data.samples import Samples
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.finish import read_config
@@ -170,7 +171,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
     """
-    old, new = (dict(_flat(config, str(config.get("cache_dir", "")))) for config in (there, here))
+    old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
     for key, value in NEW.items():
         for config in (old, new):
             if key in old or key in new:
