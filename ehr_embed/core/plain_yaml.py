@@ -36,4 +36,8 @@ def read_yaml(path: Path) -> Any:
         OSError: it cannot be read.
     """
     with path.open(encoding="utf-8") as file:
-        return yaml.load(file, _Loader)
+        loader = _Loader(file)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
