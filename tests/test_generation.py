@@ -15,8 +15,8 @@ from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.samples import build_samples
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents, encode_split
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.inference.trained_run import samples_to_predict
+from ehr_embed.inference.trajectories import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import EventHead, time_bin
