@@ -289,7 +289,8 @@ def test_other_settings_are_refused_with_both_values_and_the_way_on(dataset, sto
     message = (
         r"run holds a run with other settings: seed was 0, now 3; task\.fraction_seed was 0, now 3; "
         r"trainer\.learning_rate was 0\.0001, now 0\.5\. "
-        r"To go on .*resume=force; .*resume=overwrite; .*run_dir=ANOTHER"
+        r"To go on .*resume=force; to go on as it was: seed=0 task\.fraction_seed=0 trainer\.learning_rate=0\.0001; "
+        r".*resume=overwrite; .*run_dir=ANOTHER"
     )
     with pytest.raises(UserError, match=message):
         run(changed)
