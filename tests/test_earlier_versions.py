@@ -174,3 +174,11 @@ def test_a_search_is_continued(place, cohort, inside):  # noqa: F811
     assert table["state"].to_list() == ["finished"] * 3
     pairs = compare([place / "multirun" / "rates"], place / "compared", n_bootstrap=20)
     assert len(pairs) == 9  # three pairs, three metrics
+
+
+def test_a_member_that_imports_an_old_module_is_told_where_it_is(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_old.py").write_text("from ehr_embed.gone import Batch\n\n\nclass Model:\n    pass\n")
+    monkeypatch.setitem(MODULES, "gone", "data.batches")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"ehr_embed\.gone, which is now ehr_embed\.data\.batches.*ehr_embed\.api"):
+        instantiate(OmegaConf.create({"_target_": "mine_of_old.Model"}), trusted=["mine_of_old"])
