@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ehr_embed.core.manifest import RUN_FOLDERS
+from ehr_embed.run_folder import layout
+from ehr_embed.run_folder.layout import PREDICTIONS, VOCABULARY
 from tests.conftest import ROOT
 
 HOUSE = ROOT / "ehr_embed"
@@ -88,3 +91,21 @@ def test_a_wrong_import_is_caught(tmp_path):
     done = lint()
     assert done.returncode == 1
     assert re.search(r"packages below it BROKEN.*OmegaConf BROKEN", done.stdout, re.DOTALL), done.stdout
+
+
+def test_what_lies_in_folders_of_a_run_is_looked_for_in_its_manifest():
+    assert set(RUN_FOLDERS) == {VOCABULARY, PREDICTIONS}  # core knows no run folder and says it again
+
+
+def test_a_file_name_of_a_run_folder_stands_in_one_module():
+    names = {value for key, value in vars(layout).items() if key.isupper() and isinstance(value, str) and "." in value}
+    names -= {layout.TABLE, layout.LOOKUPS, layout.LOCK, layout.CHECKPOINTS}
+    assert "best_checkpoint.pt" in names
+    found = [
+        f"{path.relative_to(ROOT)}: {node.value}"
+        for path in HOUSE.rglob("*.py")
+        if path.name != "layout.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert found == []
