@@ -107,7 +107,7 @@ def test_rounded_logits_of_a_foreign_model_are_said_once(caplog):
         protocol.logits_of(model, inputs)
     assert len(caplog.records) == 1
     assert "Foreign gives its logits in bfloat16" in caplog.text
-    assert "ehr_embed.models.heads.LogitLinear" in caplog.text
+    assert "ehr_embed.api.LogitLinear" in caplog.text
 
 
 def test_a_run_predicts_in_its_own_precision():

@@ -191,7 +191,7 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
         return result
     name = type(task).__name__
     raise UserError(
-        f"{name}.step returned a {type(result).__name__}, expected ehr_embed.tasks.protocol.StepResult(loss_sum, count, outputs): "
+        f"{name}.step returned a {type(result).__name__}, expected ehr_embed.api.StepResult(loss_sum, count, outputs): "
         "a mean over each batch would give events or samples of small batches more weight. Return the sum of the losses and how "
         "many they are, as docs/extending.md shows"
     )
@@ -202,7 +202,7 @@ def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
     """Say once that a model's logits came in half precision."""
     log.warning(
         "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. "
-        "Let the model's last layer be an ehr_embed.models.heads.LogitLinear in place of a torch.nn.Linear, or type: "
+        "Let the model's last layer be an ehr_embed.api.LogitLinear in place of a torch.nn.Linear, or type: "
         "trainer.precision=32-true",
         model,
         str(dtype).removeprefix("torch."),
