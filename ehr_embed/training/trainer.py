@@ -16,10 +16,10 @@ from tqdm import tqdm
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
+from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.run_folder.checkpoints import BEST
-from ehr_embed.run_folder.resume import samples_digest
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.memory import peak_memory_mib
