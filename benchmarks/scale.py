@@ -4,15 +4,16 @@
     python -m benchmarks.scale --events 100000000 --folder SCRATCH
     python -m benchmarks.scale --events 1000000 --steps embed train --model code_encoder
 
-Each size is a dataset of `--events` events of `--codes` codes (half of them with numbers), a thousand events per subject on average, and
-one label per subject. Its steps run one after the other, each in a process of its own: `embed` (store and table, by the hashing
-embedder), `train` (one epoch of `--model`, then the evaluation with `--replicates` replicates of the bootstrap), `again` (the same run with
-another seed, which finds what the first one kept with the store) and `predict` (all subjects of held_out, from the MEDS files). The folder
-of a size is removed before the next one.
+Each size is a dataset of `--events` events of `--codes` codes (half of them with numbers), a thousand events per subject on
+average, and one label per subject. Its steps run one after the other, each in a process of its own: `embed` (store and table, by
+the hashing embedder), `train` (one epoch of `--model`, then the evaluation with `--replicates` replicates of the bootstrap),
+`again` (the same run with another seed, which finds what the first one kept with the store) and `predict` (all subjects of
+held_out, from the MEDS files). The folder of a size is removed before the next one.
 
 `peak_memory_mib` is all that was resident: the libraries (of which `of_it_libraries_mib` are not files), what the step allocated
-(`of_it_own_mib`, sampled), and pages of the mapped store, which the system takes back when it needs them. `growth` compares each size with the one before it: the exponent of the
-number of events, 1 where a step takes ten times as long or as much for ten times the events.
+(`of_it_own_mib`, sampled), and pages of the mapped store, which the system takes back when it needs them. `growth` compares each
+size with the one before it: the exponent of the number of events, 1 where a step takes ten times as long or as much for ten times
+the events.
 """
 
 from __future__ import annotations

@@ -330,7 +330,9 @@ def test_the_next_run_reads_no_event_and_other_labels_read_the_samples_alone(tmp
     for name in ("record_hashes", "sample_features"):
         real = getattr(leakage_audit, name)
         monkeypatch.setattr(
-            leakage_audit, name, lambda *args, name=name, real=real, **options: read.append(name) or real(*args, **options)
+            leakage_audit,
+            name,
+            lambda *args, name=name, real=real, **options: read.append(name) or real(*args, **options),
         )
 
     def audited(**options) -> dict:
@@ -347,7 +349,7 @@ def test_the_next_run_reads_no_event_and_other_labels_read_the_samples_alone(tmp
     assert again | {"seconds": 0} == first | {"seconds": 0}
     assert not audited(shuffle_labels=1)["findings"]
     assert read == ["sample_features"]
+    task = Classification(labels="case")
+    task.setup(store, root / "labels", 512)
     with pytest.raises(UserError, match=r"audit=error: 1 possible leaks"):
-        task = Classification(labels="case")
-        task.setup(store, root / "labels", 512)
         audit(store, task.samples, task.class_names, mode="error")
