@@ -94,14 +94,16 @@ class FeatureTable:
         return data, np.where(np.isnan(self.usual), fill, 0.0)
 
     def medians(self) -> npt.NDArray[np.float64]:
-        """Return the median of each column over its rows without NaN, (F,)."""
+        """Return the median of each column over its rows without NaN, (F,); NaN where there is none."""
         columns = self.cells.tocsc()
         result = np.empty(len(self.usual))
         for column, (low, high) in enumerate(zip(columns.indptr[:-1], columns.indptr[1:], strict=True)):
             data = columns.data[low:high]
             numbers = data[~np.isnan(data)].astype(np.float64)
             n_zero = 0 if np.isnan(self.usual[column]) else len(self) - (high - low)
-            if max((numbers < 0).sum(), (numbers > 0).sum()) * 2 < len(numbers) + n_zero:
+            if not len(numbers) + n_zero:
+                result[column] = np.nan
+            elif max((numbers < 0).sum(), (numbers > 0).sum()) * 2 < len(numbers) + n_zero:
                 result[column] = 0.0
             else:
                 result[column] = np.median(np.concatenate([numbers, np.zeros(n_zero)]))
