@@ -72,10 +72,12 @@ class NewCodes:
         """Return the vocabulary with a token for each of the codes."""
         distinct = set(codes.unique().drop_nulls())
         new = sorted(distinct - self._own - self._ignored - self.token_of.keys())
-        if new and self._texts_of is None:
+        if not new:
+            return self.vocabulary
+        if self._texts_of is None:
             log.info("%d codes were not in train: they are unknown events", len(new))
             self._ignored.update(new)
-        elif new:
+        else:
             log.info("%d codes were not in train; their texts are read", len(new))
             self.add(self._texts_of(new))
         return self.vocabulary
