@@ -61,7 +61,9 @@ def test_a_table_gives_back_what_it_was_given(rows):
     np.testing.assert_array_equal(table.dense(slice(None)), x)
     np.testing.assert_array_equal(table.dense([len(x) - 1, 0]), x[[-1, 0]])
     np.testing.assert_array_equal(np.concatenate([table.dense(rows) for rows in table.blocks()]), x)
-    medians = [np.median(column[~np.isnan(column)]) if (~np.isnan(column)).any() else NAN for column in x.T.astype(float)]
+    medians = [
+        np.median(column[~np.isnan(column)]) if (~np.isnan(column)).any() else NAN for column in x.T.astype(float)
+    ]
     np.testing.assert_array_equal(table.medians(), medians)
 
 

@@ -26,15 +26,9 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
-from ehr_embed.inference.trained_run import (
-    LOOKUPS,
-    VOCABULARY,
-    nothing_to_predict,
-    open_run,
-    samples_to_predict,
-    times_to_predict,
-)
+from ehr_embed.inference.trained_run import nothing_to_predict, open_run, samples_to_predict, times_to_predict
 from ehr_embed.models.protocol import ReadsVocabulary
+from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
@@ -162,7 +156,9 @@ class Predictor:
         """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
         source, new = self._open(root, split, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
-        samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
+        samples = samples_to_predict(
+            events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
+        )
         return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _predict_dataset(
@@ -179,7 +175,7 @@ class Predictor:
             if not len(times):
                 continue
             none = np.zeros(len(times), np.int64)
-            samples = build_samples(events, times, none, max_length=self.run.config.model.max_length)
+            samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
             found = self._predict(events, samples, new.vocabulary, new.embedding)
             columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
             keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
@@ -218,9 +214,9 @@ class Predictor:
     ) -> npt.NDArray[np.float64]:
         """(n, C) of the samples, whose token ids are those of `vocabulary`."""
         embedding.to(self.device)
-        dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
+        dataset, trainer = BatchDataset(events, samples), self.run.config["trainer"]
         batches = BucketSampler(
-            dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
+            dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
         with self._reading(vocabulary):
@@ -257,7 +253,7 @@ class Predictor:
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             birth_times=np.full(len(lengths), STATIC_TIME),
         )
-        return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
+        return events, samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
 
     def _tokens(
         self, records: Sequence[Sequence[str]]
