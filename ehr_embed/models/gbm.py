@@ -18,7 +18,7 @@ from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
 STOPS = ("loss", "metric")
-BIN_SAMPLES, BIN_SAMPLE_BYTES = 200_000, 2 << 30
+BIN_SAMPLES, BIN_SAMPLE_BYTES = 200_000, 1 << 30
 """Samples from which LightGBM takes the bins of a feature, at most, and what they may take in memory, where they lie densely."""
 
 
