@@ -194,6 +194,11 @@ def _constructor(target: Any) -> Any:
 
 
 def _not_found(target: object, error: Exception) -> UserError:
+    cause = error.__cause__ or error
+    if isinstance(cause, ModuleNotFoundError) and cause.name and (now := new_name(cause.name)) != cause.name:
+        return UserError(
+            f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
+        )
     return UserError(f"cannot find {target}: {error.__cause__ or error}. Check _target_.")
 
 

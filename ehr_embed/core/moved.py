@@ -99,7 +99,7 @@ MODULES = {
     "table": "embedding.table",
     "tasks.directions": "evaluation.directions",
     "tasks.labels": "data.labels",
-    "texts": "data.code_texts",
+    "texts": "sources.code_texts",
     "trainer": "training.trainer",
     "trainer_settings": "training.settings",
     "training_state": "training.state",

@@ -1,4 +1,4 @@
-"""From a composed configuration to a finished run: the only module below the entry points that knows Hydra."""
+"""From a composed configuration to a finished run."""
 
 from __future__ import annotations
 
