@@ -37,18 +37,26 @@ def line(main, capsys, *arguments: str) -> dict:
     return found
 
 
-def test_scale_measures_each_step_of_each_size(capsys, tmp_path):
-    sizes = ("--events", "3000", "9000", "--codes", "40", "--replicates", "5", "--subjects-a-shard", "30")
-    scale.main([*sizes, "--model", "mean_pool", "--steps", "embed", "train", "predict", "--folder", str(tmp_path)])
-    text = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    (found,) = map(json.loads, text)
-    small, large = found["sizes"]
-    assert 1.5 < large["n_events"] / small["n_events"] < 6
-    for row in (small, large):
-        assert row["train"]["events_per_s"] > 0
-        assert row["predict"]["n_predictions"] == 10
-        assert all(row[step]["peak_memory_mib"] > row[step]["of_it_own_mib"] for step in ("embed", "train", "predict"))
-    assert set(large["growth"]) == {"embed", "train", "predict"}
+def test_scale_measures_each_step(capsys, tmp_path):
+    size = (
+        "--events",
+        "3000",
+        "--codes",
+        "40",
+        "--replicates",
+        "5",
+        "--subjects-a-shard",
+        "30",
+        "--model",
+        "mean_pool",
+    )
+    scale.main([*size, "--steps", "embed", "train", "predict", "--folder", str(tmp_path)])
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    (row,) = found["sizes"]
+    assert 1000 < row["n_events"] < 9000
+    assert row["train"]["events_per_s"] > 0
+    assert row["predict"]["n_predictions"] == 10
+    assert all(row[step]["peak_memory_mib"] > row[step]["of_it_own_mib"] for step in ("embed", "train", "predict"))
     assert not list(tmp_path.iterdir()), "a size's folder is removed"
 
 
