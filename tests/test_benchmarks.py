@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import batches, disk, embedding, generation_cache, gpu, packing, store_building, training, utilisation
+from benchmarks import (
+    batches,
+    disk,
+    embedding,
+    generation_cache,
+    gpu,
+    packing,
+    scale,
+    store_building,
+    training,
+    utilisation,
+)
 from benchmarks.common import write_cohort
 from ehr_embed.sources.meds import MedsSource
 
@@ -24,6 +35,29 @@ def line(main, capsys, *arguments: str) -> dict:
     assert set(found) >= STATED
     assert found["versions"]["torch"]
     return found
+
+
+def test_scale_measures_each_step(capsys, tmp_path):
+    size = (
+        "--events",
+        "3000",
+        "--codes",
+        "40",
+        "--replicates",
+        "5",
+        "--subjects-a-shard",
+        "30",
+        "--model",
+        "mean_pool",
+    )
+    scale.main([*size, "--steps", "embed", "train", "predict", "--folder", str(tmp_path)])
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    (row,) = found["sizes"]
+    assert 1000 < row["n_events"] < 9000
+    assert row["train"]["events_per_s"] > 0
+    assert row["predict"]["n_predictions"] == 10
+    assert all(row[step]["peak_memory_mib"] > row[step]["of_it_own_mib"] for step in ("embed", "train", "predict"))
+    assert not list(tmp_path.iterdir()), "a size's folder is removed"
 
 
 def test_training_compares_one_model_on_the_same_events(capsys):

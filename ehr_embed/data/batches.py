@@ -322,7 +322,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """All batches of the epoch, over all ranks; drawn once, as it takes a loop over all samples."""
+        """Return all batches of the epoch, over all ranks; they are drawn once, since every sample is sorted and cut."""
         if self._batches is None:
             self._batches = self._drawn()
         return self._batches
@@ -338,14 +338,27 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Cut samples in ascending order of length; the longest of a batch is its last."""
-        batches, start = [], 0
-        for stop in range(1, len(order) + 1):
-            full = stop - start == self.batch_size or stop == len(order)
-            if full or (stop - start + 1) * self.padded[order[stop]] > self.batch_tokens:
-                batches.append(order[start:stop])
-                start = stop
-        return batches
+        """Cut samples in ascending order of length; the longest of a batch is its last.
+
+        The loop is over the distinct padded lengths, of which there are few: samples of one length fill batches of one size.
+        """
+        padded, n = self.padded[order], len(order)
+        if not n:
+            return []
+        run_starts = np.flatnonzero(np.diff(padded, prepend=-1))
+        run_stops = np.append(run_starts[1:], n)
+        sizes = np.minimum(self.batch_size, self.batch_tokens // padded[run_starts])
+        stops, start = [], 0
+        for run_start, run_stop, size in zip(run_starts.tolist(), run_stops.tolist(), sizes.tolist(), strict=True):
+            if run_start - start >= size:  # the open batch cannot take a sample of this length
+                stops.append(np.array([run_start]))
+                start = run_start
+            full = np.arange(start + size, run_stop + 1, size)
+            stops.append(full)
+            start += size * len(full)
+        stops.append(np.array([n] if start < n else [], np.int64))
+        every = np.concatenate(stops).tolist()
+        return [order[begin:stop] for begin, stop in zip([0, *every[:-1]], every, strict=True)]
 
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return iter(self._own()[self.first :])

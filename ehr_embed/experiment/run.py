@@ -49,7 +49,7 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
-from ehr_embed.tasks.protocol import Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
@@ -322,7 +322,11 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
     """Metrics of the evaluated splits, with thresholds from tuning."""
     task.fit_thresholds(outputs["tuning"])
-    return {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    metrics = {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    if isinstance(task, HasBaselines):
+        for split, found in metrics.items():
+            found["baselines"] = task.baselines(split)
+    return metrics
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:

@@ -107,16 +107,25 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
     Raises:
         UserError: no label belongs to a subject of the split, or no subject has a timed event.
     """
-    if labels is None:
-        last = events.times[events.offsets[1:] - 1]
-        timed = last != STATIC_TIME
-        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
-        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    else:
-        frame = read_labels(labels, labels_dir).frame
-        frame = frame.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    frame = times_to_predict(events, None if labels is None else read_labels(labels, labels_dir).frame)
     if not len(frame):
-        raise UserError(
-            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
-        )
+        raise nothing_to_predict()
     return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+
+
+def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
+    """Return the rows of `labels` that belong to subjects of the events; None: the time of each subject's last event, if it has
+    one. The first columns are subject_id and prediction_time."""
+    if labels is not None:
+        return labels.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    last = events.times[events.offsets[1:] - 1]
+    timed = last != STATIC_TIME
+    frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
+    return frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def nothing_to_predict() -> UserError:
+    """Return what is said where a label set and a split have no subject in common."""
+    return UserError(
+        "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.moved import renamed
-from ehr_embed.data.samples import Samples
+from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.finish import read_config
 from ehr_embed.run_folder.layout import (
@@ -200,16 +198,6 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
             yield f"{prefix}{key}", f"CACHE{value.removeprefix(cache_dir)}"
         else:
             yield f"{prefix}{key}", value
-
-
-def samples_digest(samples: Mapping[str, Samples]) -> str:
-    """Digest of who is predicted when, from which events, with which labels, in all splits."""
-    total = hashlib.sha256()
-    for split in sorted(samples):
-        total.update(split.encode())
-        for array in vars(samples[split]).values():
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
 
 
 @contextmanager

@@ -102,6 +102,15 @@ class WeighsSamples(Protocol):
         ...
 
 
+@runtime_checkable
+class HasBaselines(Protocol):
+    """A task whose metrics stand beside those of something that needs no model."""
+
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """Return the metrics of each baseline on a split; called once per run, by the process that writes the results."""
+        ...
+
+
 def check_causality(task: Task, model: nn.Module) -> None:
     """Refuse a model that would see what it is to predict, or that cannot see what the task shows it.
 

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
+from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
-from ehr_embed.run_folder.resume import samples_digest
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.optimizer import parameter_groups, schedules
