@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.evaluation.code_screening import visible_events
@@ -193,7 +194,9 @@ def explain(cfg: DictConfig) -> list[Path]:
     for key in ("max_samples", "min_samples"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}: expected 1 or more.")
-    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
+    device = device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
+    predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     explainer = Explainer(
         predictor, target=cfg.target, n_steps=cfg.n_steps, max_steps=cfg.max_steps, tolerance=cfg.tolerance
     )

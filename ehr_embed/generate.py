@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.samples import Samples
@@ -50,7 +51,8 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """
     if cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
-    trusted = tuple(cfg.trusted_packages)
+    trusted, device = tuple(cfg.trusted_packages), device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
     max_length = check_generates(run.model).body.max_length
     sampling = Sampling(
@@ -74,7 +76,6 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 
-    device = device_named(cfg.device)
     model, embedding = run.model.to(device), run.embedding.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     dataset, frames, began = BatchDataset(events, samples), [], time.perf_counter()
