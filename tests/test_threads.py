@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +21,9 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped
 from ehr_embed.core.threads import Choice, choose, free_cores, usable_cores, use, use_threads
 from ehr_embed.experiment.run import pretraining, run
+from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.state import Progress
 from ehr_embed.training.threads import RATE, SlowEpochWarning
-from tests.conftest import ROOT
 from tests.test_conf import composed
 from tests.test_resume import after_steps, dataset, settings, terminate, what_is_left  # noqa: F401
 from tests.test_trainer import planted, train  # noqa: F401
@@ -108,8 +107,7 @@ def test_a_gpu_leaves_torch_as_it_is(machine):
 @pytest.mark.parametrize("wrong", ["two", 0, 1.5, True, None])
 def test_what_is_no_number_of_threads_is_refused(wrong):
     with pytest.raises(UserError, match=r"trainer\.threads=.*(trainer\.threads=auto|auto chooses)"):
-        composed_settings = {"trainer.threads": wrong}
-        threads.check_threads(*composed_settings.popitem())
+        TrainerSettings(threads=wrong)
 
 
 def test_a_run_goes_on_with_the_number_it_had(machine, caplog):

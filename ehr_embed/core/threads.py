@@ -198,7 +198,7 @@ def _affinity() -> set[int] | None:
 
 
 def _busy_seconds(cores: set[int]) -> float | None:
-    """CPU seconds that these cores have worked, or that the hypervisor gave to others; None where Linux's counters are not there."""
+    """CPU seconds that these cores worked or the hypervisor gave to others; None where Linux's counters are missing."""
     try:
         return busy_seconds((_PROC / "stat").read_text(), cores, own_nice=os.nice(0)) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
