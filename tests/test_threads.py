@@ -11,19 +11,24 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from ehr_embed.core import threads
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped
 from ehr_embed.core.threads import Choice, choose, free_cores, usable_cores, use, use_threads
-from ehr_embed.experiment.run import pretraining, run
+from ehr_embed.experiment.run import embed, pretraining, run
+from ehr_embed.explain import explain
+from ehr_embed.generate import generate_trajectories
+from ehr_embed.predict import predict
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.state import Progress
-from ehr_embed.training.threads import RATE, SlowEpochWarning
+from ehr_embed.training.threads import RATE, SlowEpochWarning, use_threads_of_run
 from tests.test_conf import composed
 from tests.test_resume import after_steps, dataset, settings, terminate, what_is_left  # noqa: F401
 from tests.test_trainer import planted, train  # noqa: F401
@@ -304,3 +309,47 @@ def test_no_warning_tears_the_progress_bar_of_a_terminal(planted, tmp_path, monk
     text = shown.getvalue().decode()
     assert "loss=" in text, "the bar was drawn"
     assert "requires_grad" not in text
+
+
+def test_all_processes_of_a_run_take_the_least_number_that_one_of_them_chose(machine, caplog):
+    machine(8, 8.0, 4)
+
+    def largest(number: int) -> int:
+        assert number == -4, "the number chosen here"
+        return -2  # on another machine
+
+    fabric = SimpleNamespace(device=torch.device("cpu"))
+    with caplog.at_level(logging.INFO):
+        use_threads_of_run(TrainerSettings(), SimpleNamespace(fabric=fabric, largest=largest), None)
+    assert torch.get_num_threads() == 2
+    assert "another process" in caplog.text
+    fabric.device = torch.device("cuda")
+    torch.set_num_threads(3)
+    use_threads_of_run(TrainerSettings(), SimpleNamespace(fabric=fabric, largest=largest), None)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (predict, {"run": "none", "device": "cpu"}),
+        (explain, {"run": "none", "device": "cpu", "max_samples": 1, "min_samples": 1}),
+        (generate_trajectories, {"run": "none", "device": "cpu", "split": "held_out", "trusted_packages": []}),
+    ],
+)
+def test_the_commands_on_a_finished_run_choose_too(machine, command, keys):
+    machine(4, 2.0, 4)
+    for threads_key, expected in (({"threads": 3}, 3), ({"threads": "auto"}, 2), ({}, 2)):
+        with pytest.raises(UserError, match="run=none"):
+            command(OmegaConf.create(keys | {"trusted_packages": []} | threads_key))
+        assert torch.get_num_threads() == expected
+    with pytest.raises(UserError, match="threads=many"):
+        command(OmegaConf.create(keys | {"trusted_packages": [], "threads": "many"}))
+
+
+def test_embedding_follows_the_trainer_s_number(machine, tmp_path):
+    machine(4, 1.0, 4)
+    embed(
+        composed(f"cache_dir={tmp_path}", "data.n_subjects=120", "embedder=hashing", "trainer.threads=2", name="embed")
+    )
+    assert torch.get_num_threads() == 2
