@@ -350,6 +350,6 @@ def test_the_commands_on_a_finished_run_choose_too(machine, command, keys):
 def test_embedding_follows_the_trainer_s_number(machine, tmp_path):
     machine(4, 1.0, 4)
     embed(
-        composed(f"cache_dir={tmp_path}", "data.n_subjects=120", "embedder=hashing", "trainer.threads=2", name="embed")
+        composed(f"cache_dir={tmp_path}", "data.n_subjects=400", "embedder=hashing", "trainer.threads=2", name="embed")
     )
     assert torch.get_num_threads() == 2
