@@ -19,6 +19,7 @@ from benchmarks import (
     packing,
     scale,
     store_building,
+    threads,
     training,
     utilisation,
 )
@@ -140,6 +141,27 @@ def test_packing_compares_batches_with_the_padding_asked_for(capsys):
     found = line(packing.main, capsys, *sizes, "--model-dim", "16", "--layers", "1", "--device", "cpu")
     assert found["padding_share"] == pytest.approx(0.25, abs=0.02)
     assert found["ratio"] == pytest.approx(found["events_per_s_packed"] / found["events_per_s_padded"], rel=1e-2)
+
+
+def test_threads_trains_idle_and_beside_a_busy_process(capsys, monkeypatch):
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    n = torch.get_num_threads()
+    found = line(threads.main, capsys, *TINY_MODEL, "--repeats", "1")
+    for state in ("idle", "busy"):
+        assert all(1 <= chosen <= n for chosen in found[f"threads_{state}_auto"])
+        assert found[f"events_per_s_{state}_auto"] > 0
+    assert found["busy_to_idle_1"] == pytest.approx(
+        found["events_per_s_busy_1"] / found["events_per_s_idle_1"], rel=1e-2
+    )
+    assert torch.get_num_threads() == n
+
+
+def test_threads_asks_for_an_environment_that_leaves_the_choice_open(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        threads.main([])
+    assert "env -u OMP_NUM_THREADS" in capsys.readouterr().err
 
 
 def test_the_cohort_is_what_the_benchmarks_say(tmp_path):

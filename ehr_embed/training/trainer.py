@@ -30,6 +30,7 @@ from ehr_embed.training.profiling import profiler
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
 from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.threads import SlowEpochWarning
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
 __all__ = ["Trainer", "TrainerSettings"]
@@ -73,6 +74,7 @@ class Trainer:
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "threads": torch.get_num_threads(),
         }
         self.precision = choose_precision(settings.precision, settings.accelerator)
 
@@ -134,6 +136,7 @@ class Trainer:
             torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
         progress = state.progress
         speed = self._speed(model, embedding)
+        warn_if_slow = SlowEpochWarning(self.fabric.device, progress.history)
 
         profiled = profiler(self.run_dir, is_on=settings.profile and self.processes.is_first)
         with stop_requests(is_deferred=True) as stop, profiled as after_batch:
@@ -172,6 +175,7 @@ class Trainer:
                 state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
+                warn_if_slow(row)
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
@@ -272,7 +276,7 @@ class Trainer:
             after_batch()
             if number % PROGRESS_EVERY == 0 and not bar.disable:
                 rate = progress.n_events / (time.perf_counter() - began)
-                bar.set_postfix(loss=f"{float(loss):.4f}", events_per_s=f"{rate:,.0f}")
+                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", events_per_s=f"{rate:,.0f}")
             if not steps:
                 continue
             self._synchronise(state.embedding)
