@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation.bootstrap import Booleans, Floats, Integers, Ranking, SubjectBootstrap
+from ehr_embed.evaluation.cells import MANY_SAMPLES, Cells
 
 METRICS = ("auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece")
 
@@ -152,7 +153,7 @@ def binary_metrics(
     """
     y, p = check_binary(labels, probabilities, split_name=split_name)
     bootstrap = SubjectBootstrap.of(subject_ids, n_samples=len(y), n_bootstrap=n_bootstrap, seed=seed)
-    replicates = _binary_replicates(bootstrap, y, p, p >= threshold)
+    replicates = _binary_replicates(bootstrap, y, p, p >= threshold, is_alone=True)
     return summaries(replicates, confidence) | _binary_facts(bootstrap, y, threshold)
 
 
@@ -277,17 +278,33 @@ def multilabel_metrics(
     return summaries(_mean_replicates(replicates), confidence) | facts
 
 
-def _binary_replicates(bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans) -> dict[str, Floats]:
-    """Every metric in every replicate: name -> (1 + n_bootstrap,), NaN where undefined."""
-    ranking = Ranking.fit(y, p)
-    subject = bootstrap.subject[ranking.order]
-    ones = np.ones(len(y))
-    columns = [bootstrap.totals(values) for values in (ones, y, predicted, y & predicted, (p - y) ** 2)]
-    table = np.column_stack([*columns, bootstrap.calibration_totals(p, y)])
+def _binary_replicates(
+    bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans, *, is_alone: bool = False
+) -> dict[str, Floats]:
+    """Every metric in every replicate: name -> (1 + n_bootstrap,), NaN where undefined.
+
+    Args:
+        is_alone: no other metric needs the same draws.
+    """
+    values = (np.ones(len(y)), y, predicted, y & predicted, (p - y) ** 2)
     areas, sums = [], []
-    for weights in bootstrap.weights():
-        areas.append(ranking.areas(np.take(weights, subject, axis=1)))
-        sums.append(weights @ table)
+    if len(y) > MANY_SAMPLES:
+        cells = Cells.fit(y, p, predicted)
+        means = cells.calibration_means(p, y)
+        table = np.column_stack([*(cells.mean(column) for column in values), means])
+        for weights in cells.own_weights(bootstrap) if is_alone else cells.weights(bootstrap):
+            areas.append(cells.ranking.areas(weights))
+            sums.append(weights @ table)
+        for area, exact in zip(areas[0], cells.of_data, strict=True):
+            area[0] = exact
+    else:
+        ranking = Ranking.fit(y, p)
+        subject = bootstrap.subject[ranking.order]
+        totals = bootstrap.calibration_totals(p, y)
+        table = np.column_stack([*(bootstrap.totals(column) for column in values), totals])
+        for weights in bootstrap.weights():
+            areas.append(ranking.areas(np.take(weights, subject, axis=1)))
+            sums.append(weights @ table)
     n, n_positive, n_predicted, n_both, squares, *gaps = np.concatenate(sums).T
     n_wrong = n_positive + n_predicted - 2 * n_both
     with np.errstate(invalid="ignore"):
