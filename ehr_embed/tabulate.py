@@ -153,6 +153,8 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     for name in chosen:
         if name not in known:
             raise unknown_name("metric", name, sorted(known))
+    if alone := [str(run) for run in runs if read_metrics(run).get("held_out", {}).get("n_subjects") == 1]:
+        notes.append(f"held_out of {len(alone)} runs is one subject, so nothing tells how they do on others: {', '.join(alone)}")
     folds = [_folds(members) for members in grouped.values()]
     notes += _check_samples(folds)
     groups = [

@@ -24,6 +24,9 @@ MANY_SUBJECTS = 2**17
 """Above, a draw goes block by block; at and below, all at once, so that a seed gives the intervals that it always gave."""
 _BLOCK = 2**16  # a uint16 numbers the subjects of a block, and their counts fit into a core's cache
 
+NO_INTERVAL = "no interval: one subject"
+"""Said in the place of an interval where all draws are the data themselves."""
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.intp]
 Booleans = npt.NDArray[np.bool_]
@@ -144,7 +147,10 @@ def draw_counts(n_subjects: int, rng: np.random.Generator) -> Integers:
 @dataclass(frozen=True)
 class SubjectBootstrap:
     """Draws of subjects with replacement. Replicate 0 is the data as it is; 1 ... n_bootstrap are the draws.
-    The same seed gives the same draws, so replicates of several classes or labels can be averaged."""
+
+    The same seed gives the same draws, so replicates of several classes or labels can be averaged. Of one subject there are no
+    draws: each would be the data themselves, and an interval of no width would look like certainty.
+    """
 
     subject: Integers  # (n,) index in 0 ... n_subjects - 1 of each sample's subject
     n_subjects: int
@@ -162,7 +168,7 @@ class SubjectBootstrap:
         if n_bootstrap < 0:
             raise UserError(f"n_bootstrap must be 0 (no interval) or more, got {n_bootstrap}.")
         unique, subject = np.unique(ids, return_inverse=True)
-        return cls(subject.astype(np.intp), len(unique), n_bootstrap, seed)
+        return cls(subject.astype(np.intp), len(unique), n_bootstrap if len(unique) > 1 else 0, seed)
 
     def weights(self) -> Iterator[Floats]:
         """Yield chunks (b, n_subjects) of how often each subject is drawn, 1 + n_bootstrap rows in all."""

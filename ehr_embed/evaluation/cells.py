@@ -83,3 +83,35 @@ class Cells:
         yield self.size[None].astype(np.float64)
         for n_rows in chunk_rows(bootstrap.n_bootstrap, len(self.size)):
             yield rng.multinomial(n, self.size / n, size=n_rows).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class SampleAreas:
+    """AUROC and average precision of samples under the weights of their subjects."""
+
+    ranking: Ranking
+    subject: Integers  # (n,) of each sample, in the order of the ranking, or of the cells
+    first: Integers | None  # (c,) where each cell begins; None = samples are weighed one by one
+    of_data: tuple[float, float] | None
+
+    @classmethod
+    def fit(cls, bootstrap: SubjectBootstrap, labels: Booleans, scores: Floats) -> SampleAreas:
+        """Sort the samples of `labels` and `scores` (n,), and group them into cells if they are many."""
+        if len(labels) <= MANY_SAMPLES:
+            ranking = Ranking.fit(labels, scores)
+            return cls(ranking, bootstrap.subject[ranking.order], None, None)
+        cells = Cells.fit(labels, scores)
+        order = np.argsort(cells.cell, kind="stable")
+        first = np.r_[0, np.cumsum(cells.size)[:-1]]
+        return cls(cells.ranking, bootstrap.subject[order], first, cells.of_data)
+
+    def of(self, weights: Floats, *, is_first: bool) -> tuple[Floats, Floats]:
+        """Both areas (b,) under the weights (b, n_subjects); `is_first` = the first row is the data themselves."""
+        own = np.take(weights, self.subject, axis=1)
+        if self.first is not None:
+            own = np.add.reduceat(own, self.first, axis=1)
+        areas = self.ranking.areas(own)
+        if is_first and self.of_data is not None:
+            for area, exact in zip(areas, self.of_data, strict=True):
+                area[0] = exact
+        return areas

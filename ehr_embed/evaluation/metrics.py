@@ -34,6 +34,20 @@ def with_interval(entry: Mapping[str, float | None]) -> str:
     return f"{entry['value']:.3f}{tail}"
 
 
+def intervals_missing(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each split of `metrics` (split -> its metrics) that has no intervals because it is one subject.
+
+    >>> intervals_missing({"tuning": {"n_subjects": 1, "n": 40}, "held_out": {"n_subjects": 9, "n": 9}})
+    ['All 40 samples of tuning are of one subject: nothing tells how the metrics vary between subjects, hence no intervals.']
+    """
+    return [
+        f"All {own['n']:,} samples of {split} are of one subject: nothing tells how the metrics vary between subjects, hence "
+        "no intervals."
+        for split, own in metrics.items()
+        if isinstance(own, Mapping) and own.get("n_subjects") == 1
+    ]
+
+
 def check_binary(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, *, split_name: str, what: str = "labels"
 ) -> tuple[Booleans, Floats]:
@@ -140,7 +154,7 @@ def binary_metrics(
         n_bootstrap: replicates; 0 gives point values only, at the cost of one sort.
 
     Returns:
-        Each of `METRICS` -> {"value", "low", "high"}, low and high None without replicates; and "n", "n_subjects",
+        Each of `METRICS` -> {"value", "low", "high"}, low and high None without replicates or of one subject; and "n", "n_subjects",
         "prevalence", "threshold". Ready for JSON.
 
     Raises:
