@@ -82,6 +82,7 @@ def test_binary_points_equal_sklearn(sample: tuple[np.ndarray, np.ndarray, np.nd
         "recall": sk.recall_score(y, predicted),
         "brier": sk.brier_score_loss(y, p),
         "ece": naive_ece(y, p),
+        "loss": sk.log_loss(y, p),
     }
     assert {name: result[name]["value"] for name in METRICS} == pytest.approx(expected)
     assert all(result[name]["low"] is None and result[name]["high"] is None for name in METRICS)
@@ -246,6 +247,7 @@ def test_multiclass_equals_sklearn() -> None:
         "recall": sk.recall_score(y, predicted, average="macro"),
         "brier": ((p - onehot) ** 2).sum(axis=1).mean(),
         "ece": naive_ece(predicted == y, p.max(axis=1)),
+        "loss": sk.log_loss(y, p),
     }
     assert {name: result[name]["value"] for name in METRICS} == pytest.approx(expected)
     assert all(result[name]["low"] < result[name]["high"] for name in METRICS)

@@ -83,9 +83,7 @@ def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> 
     return paired_replicates([predictions], n_bootstrap=n_bootstrap, seed=seed)[0]
 
 
-def paired_replicates(
-    runs: Sequence[Predictions], *, n_bootstrap: int, seed: int = 0
-) -> list[dict[str, Floats]]:
+def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: int = 0) -> list[dict[str, Floats]]:
     """Return, for each run, every metric of `METRICS` on the data and on `n_bootstrap` draws of subjects: (1 + n_bootstrap,).
 
     Several classes or labels: the mean of one-versus-rest areas, and the sum of squared errors. All runs, which predict for the
@@ -96,7 +94,8 @@ def paired_replicates(
     subjects = runs[0].keys["subject_id"].to_numpy()
     bootstrap = SubjectBootstrap.of(subjects, n_samples=n, n_bootstrap=n_bootstrap, seed=seed)
     areas = [
-        [SampleAreas.fit(bootstrap, run.labels[:, c], run.probabilities[:, c]) for c in range(n_classes)] for run in runs
+        [SampleAreas.fit(bootstrap, run.labels[:, c], run.probabilities[:, c]) for c in range(n_classes)]
+        for run in runs
     ]
     columns = [((run.probabilities - run.labels) ** 2).sum(axis=1) for run in runs]
     table = np.column_stack([bootstrap.totals(column) for column in (np.ones(n), *columns)])

@@ -46,7 +46,7 @@ class Ranking:
     segment_start: Integers  # (s,) sorted position at which each segment begins
     tie_start: Integers  # (g,) segments ranked strictly above the tie
     tie_stop: Integers  # (g,) the same, and the tie itself
-    positive_start: Integers  # (g,) positives ranked strictly above the tie
+    positive_start: npt.NDArray[Any]  # (g,) positives ranked strictly above the tie
 
     @classmethod
     def fit(cls, labels: Booleans, scores: Floats) -> Ranking:

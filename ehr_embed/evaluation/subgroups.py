@@ -91,7 +91,10 @@ def static_codes(
     # One number per token and sample that has it, sorted by token.
     key = np.unique(token_N.astype(np.int64) * len(samples) + sample_N)
     tokens, first = np.unique(key // len(samples), return_index=True)
-    of_token = [key[start:stop] % len(samples) for start, stop in zip(first, np.r_[first[1:], len(key)][: len(first)], strict=True)]
+    of_token = [
+        key[start:stop] % len(samples)
+        for start, stop in zip(first, np.r_[first[1:], len(key)][: len(first)], strict=True)
+    ]
     groups = {
         int(token): members
         for token, members in zip(tokens, of_token, strict=True)
