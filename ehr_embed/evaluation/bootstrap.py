@@ -46,7 +46,7 @@ class Ranking:
     segment_start: Integers  # (s,) sorted position at which each segment begins
     tie_start: Integers  # (g,) segments ranked strictly above the tie
     tie_stop: Integers  # (g,) the same, and the tie itself
-    positive_start: npt.NDArray[Any]  # (g,) positives ranked strictly above the tie
+    positive_start: Integers  # (g,) positives ranked strictly above the tie
 
     @classmethod
     def fit(cls, labels: Booleans, scores: Floats) -> Ranking:
@@ -59,7 +59,8 @@ class Ranking:
         has_positive = positives[stops] > positives[starts]
         starts, stops = starts[has_positive], stops[has_positive]
         edges = np.unique(np.r_[0, starts, stops, len(order)])
-        tie_start, tie_stop = np.searchsorted(edges, starts), np.searchsorted(edges, stops)
+        # Typed as a single number by NumPy's stubs.
+        tie_start, tie_stop = (np.asarray(np.searchsorted(edges, places)) for places in (starts, stops))
         return cls(order, np.flatnonzero(y), edges[:-1], tie_start, tie_stop, positives[starts])
 
     def areas(self, weights: Floats) -> tuple[Floats, Floats]:
