@@ -298,6 +298,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         def conclude() -> float:
             history = facts.pop("history")
             metrics = evaluate(task, outputs, n_bootstrap=settings.n_bootstrap)
+            metrics["monitor"] = {"name": task.monitor, "is_higher_better": task.is_higher_better}
             metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
             metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
             if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):

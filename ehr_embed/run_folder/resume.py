@@ -44,6 +44,7 @@ HARMLESS = (
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
+    "data.monitor",  # the default of task.monitor, which is compared
     "tracker",
     "hydra",
     "defaults",

@@ -19,10 +19,11 @@ from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
+from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Classification:
         labels: name of a label set of the dataset, or a path; None = the only one there is.
         class_weights: None, "balanced" (inverse train frequency), or one weight a class.
         label_smoothing: share of probability spread over all classes, in [0, 1).
-        monitor: metric on tuning that chooses the best checkpoint.
+        monitor: metric on tuning that chooses the best checkpoint; of more than two classes, the mean over classes.
         shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
         label_fraction: share of train's labelled subjects that are used, in (0, 1]; tuning and held_out stay whole.
         fraction_seed: draws those subjects.
@@ -46,13 +47,13 @@ class Classification:
         labels: str | None = None,
         class_weights: str | Sequence[float] | None = None,
         label_smoothing: float = 0.0,
-        monitor: str = "f1",
+        monitor: str = "auroc",
         shuffle_labels: int | None = None,
         label_fraction: float = 1.0,
         fraction_seed: int = 0,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
-        self.is_higher_better = monitored(monitor, METRICS)
+        self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         self.shuffle_labels = shuffle_labels
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1).")
@@ -81,6 +82,7 @@ class Classification:
 
     is_trained = True
     needs_causal: bool | None = None
+    metrics: Sequence[Metric] = CLASS_METRICS
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         label_set = read_labels(self.labels, labels_dir)

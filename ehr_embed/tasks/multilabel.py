@@ -18,10 +18,11 @@ from ehr_embed.data.labels import LabelSet, available_labels, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
 
 
 class Multilabel:
@@ -38,16 +39,17 @@ class Multilabel:
         *,
         labels: Sequence[str] | None = None,
         class_weights: str | Sequence[float] | None = None,
-        monitor: str = "f1",
+        monitor: str = "auroc",
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
-        self.is_higher_better = monitored(monitor, METRICS)
+        self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         check_class_weights(class_weights)
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 
     is_trained = True
     needs_causal: bool | None = None
+    metrics: Sequence[Metric] = CLASS_METRICS
 
     @property
     def class_names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ehr_embed.data.samples import Samples, packed_samples, window_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.models.heads import EventScores
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
 from ehr_embed.tasks.ngrams import NgramCounts, count_distinct
-from ehr_embed.tasks.protocol import Curves, Outputs, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs
 
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")
@@ -48,6 +49,7 @@ class NextEvent:
 
     is_trained = True
     needs_causal = True
+    metrics: Sequence[Metric] = EVENT_METRICS
 
     def __init__(
         self,
@@ -67,7 +69,8 @@ class NextEvent:
                 raise UserError(f"task.{name}={weight}: expected 0 or more.")
         self.windows, self.evaluated_windows = windows, evaluated_windows
         self.time_weight, self.value_weight = time_weight, value_weight
-        self.monitor, self.is_higher_better = monitor, monitored(monitor, EVENT_METRICS)
+        self.monitor, self._monitored = monitor, metric_named(monitor, self.metrics)
+        self.is_higher_better = self._monitored.is_higher_better
         self.samples: dict[str, Samples] = {}
 
     @property
@@ -85,9 +88,9 @@ class NextEvent:
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         if max_length < 3:
             raise UserError(f"model.max_length={max_length}: expected 3 or more events, to predict one from another.")
-        if self.monitor == "value_loss" and not store.manifest["has_values"]:
+        if self._monitored.needs == "values" and not store.manifest["has_values"]:
             raise UserError(
-                "task.monitor=value_loss needs events that carry values. Type: data.values=both, or another monitor"
+                f"task.monitor={self.monitor} needs events that carry values. Type: data.values=both, or another monitor"
             )
         self._max_length = max_length
         self._families = Families.of(store.vocabulary)
