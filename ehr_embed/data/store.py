@@ -23,6 +23,7 @@ from ehr_embed.sources.protocol import SPLITS, Source
 FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
+MICROSECONDS_PER_DAY = 86_400_000_000
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 

@@ -49,6 +49,7 @@ from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.tasks.protocol import Outputs, Task, check_causality
+from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.processes import run_ranks
 from ehr_embed.training.trainer import Trainer, TrainerSettings
@@ -214,7 +215,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             print_metrics(done, run_dir)
         return float(done["tuning"][task.monitor]["value"])
     source, prepared = processes.first(lambda: prepare_from(cfg))
-    task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    set_up(task, prepared.store, source.labels_dir, cfg.model.max_length)
     audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)

@@ -1,0 +1,71 @@
+"""The time boundary: no sample reaches past its prediction time, whoever built it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, SplitEvents
+
+REMEDY = (
+    "Build the samples with ehr_embed.data.samples.build_samples, or end each one at the first event after its "
+    "prediction time, in the record of its own subject"
+)
+
+
+def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these samples") -> None:
+    """Refuse samples that show an event later than their prediction time, or one of another record.
+
+    Events of a record are in order of time, static ones first, so the last event of a sample's two ranges tells for all of
+    them: at most two times per sample are read from the store, whatever the length of the records. A static event is always
+    visible. The prediction time of a pretraining window is that of its last event (`window_samples`): there the check says
+    that the window is what it claims to be.
+
+    Args:
+        events: the split's events.
+        samples: (n,) samples of this split.
+        where: what they belong to, for the message.
+
+    Raises:
+        UserError: a range that is reversed or not within its subject's record; a visible event after the prediction time.
+    """
+    if not len(samples):
+        return
+    ranges = ((samples.static_start, samples.static_stop), (samples.start, samples.stop))
+    reversed_ = np.zeros(len(samples), bool)
+    for start, stop in ranges:
+        reversed_ |= start > stop
+    if reversed_.any():
+        raise _refusal(samples, reversed_, where, "begin after their end")
+    is_foreign, is_late = np.zeros(len(samples), bool), np.zeros(len(samples), bool)
+    for start, stop in ranges:
+        filled = np.flatnonzero(stop > start)
+        first, last = start[filled], stop[filled] - 1
+        in_store = (first >= 0) & (last < len(events.times))
+        is_foreign[filled[~in_store]] = True
+        filled, first, last = filled[in_store], first[in_store], last[in_store]
+        row = np.searchsorted(events.offsets, first, side="right") - 1
+        is_own = (last < events.offsets[row + 1]) & (events.subject_ids[row] == samples.subject_ids[filled])
+        is_foreign[filled[~is_own]] = True
+        is_late[filled] |= events.times[last] > samples.prediction_times[filled]
+    if is_foreign.any():
+        raise _refusal(samples, is_foreign, where, "hold events that are not in the record of their subject")
+    if is_late.any():
+        number = int(np.flatnonzero(is_late)[0])
+        last_time = max(int(events.times[stop[number] - 1]) for start, stop in ranges if stop[number] > start[number])
+        days = (last_time - int(samples.prediction_times[number])) / MICROSECONDS_PER_DAY
+        raise _refusal(
+            samples, is_late, where, "reach past their prediction time", f", by {days:.4g} days with its last event"
+        )
+
+
+def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: str, detail: str = "") -> UserError:
+    number = int(np.flatnonzero(wrong)[0])
+    when = samples.prediction_times[number].astype("datetime64[us]")
+    return UserError(
+        f"{where}: {int(wrong.sum())} of {len(samples)} samples {what}, such as that of subject {samples.subject_ids[number]} at "
+        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: a model that "
+        f"is shown what comes after it would be measured on what it read. {REMEDY}."
+    )
