@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.samples import Samples
-from ehr_embed.data.store import MICROSECONDS_PER_DAY, SplitEvents
+from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.data.samples import Samples, ragged_searchsorted
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
 REMEDY = (
     "Build the samples with ehr_embed.data.samples.build_samples, or end each one at the first event after its "
@@ -59,6 +60,41 @@ def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these
         raise _refusal(
             samples, is_late, where, "reach past their prediction time", f", by {days:.4g} days with its last event"
         )
+
+
+def say_unseen(events: SplitEvents, samples: Samples, *, where: str) -> None:
+    """Say how many samples show nothing but static events though their subject has timed ones, all of them later.
+
+    Such a prediction time is mostly one in another unit, or a default such as 1900-01-01.
+
+    Args:
+        events: the split's events.
+        samples: (n,) samples of this split, which keep the boundary.
+        where: what they belong to, for the message.
+
+    Raises:
+        UserError: these are all samples, or nearly all.
+    """
+    blank = np.flatnonzero(samples.start == samples.stop)
+    order = np.argsort(events.subject_ids, kind="stable")
+    row = order[np.searchsorted(events.subject_ids, samples.subject_ids[blank], sorter=order)]
+    end, times = events.offsets[row + 1], samples.prediction_times[blank]
+    first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
+    early = np.zeros(len(blank), bool)
+    has_timed = np.flatnonzero(first_timed < end)
+    # Where static events fill all the room, a sample without a timed event may be right.
+    early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
+    if not early.any():
+        return
+    number = blank[np.flatnonzero(early)[0]]
+    when = samples.prediction_times[number].astype("datetime64[us]")
+    say_or_refuse(
+        int(early.sum()),
+        len(samples),
+        f"prediction times of {where}, such as {when} of subject {samples.subject_ids[number]}, lie before every timed event of "
+        "their subject, so that nothing but static events is seen",
+        remedy="Mend the times of the label set (column prediction_time), or remove these rows.",
+    )
 
 
 def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: str, detail: str = "") -> UserError:

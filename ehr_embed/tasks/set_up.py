@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ehr_embed.data.boundary import check_boundary
+from ehr_embed.data.boundary import check_boundary, say_unseen
 from ehr_embed.data.store import EventStore
 from ehr_embed.tasks.protocol import Task
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
-    """Let a task build the samples of all splits, and refuse them if one reaches past its prediction time.
+    """Let a task build the samples of all splits, and check them.
 
+    Samples that reach past their prediction time are refused, and so are splits that see (nearly) nothing but static events.
     Samples that a task draws anew for each epoch are checked as they enter a `BatchDataset` or `PackedDataset`.
 
     Args:
@@ -21,8 +22,10 @@ def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> 
         max_length: events a sample may have.
 
     Raises:
-        UserError: what the task refuses; the splits' samples break the boundary, see `check_boundary`.
+        UserError: what the task, `check_boundary` or `say_unseen` refuses.
     """
     task.setup(store, labels_dir, max_length)
     for split, samples in task.samples.items():
-        check_boundary(store.split(split), samples, where=f"{type(task).__name__}, split {split}")
+        events, where = store.split(split), f"{type(task).__name__}, split {split}"
+        check_boundary(events, samples, where=where)
+        say_unseen(events, samples, where=where)
