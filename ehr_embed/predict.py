@@ -17,7 +17,8 @@ from ehr_embed.evaluation.predictions import write_multiclass_predictions, write
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.trained_run import device_named
-from ehr_embed.run_folder.finish import FINISHED, read_metrics
+from ehr_embed.run_folder.finish import read_metrics
+from ehr_embed.run_folder.layout import FINISHED
 from ehr_embed.tasks.classification import encode_classes
 
 log = logging.getLogger(__name__)

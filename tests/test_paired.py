@@ -9,10 +9,16 @@ import polars as pl
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from ehr_embed.compare import main, paired_tests
-from ehr_embed.comparison.paired_bootstrap import Predictions, difference, read_predictions, replicates
+from ehr_embed.compare import main
+from ehr_embed.comparison.compare import paired_tests
+from ehr_embed.comparison.paired_bootstrap import difference, replicates
 from ehr_embed.core.errors import UserError
-from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.evaluation.predictions import (
+    Predictions,
+    read_predictions,
+    write_multiclass_predictions,
+    write_predictions,
+)
 
 
 def binary(scores: np.ndarray, labels: np.ndarray, subjects: np.ndarray | None = None) -> Predictions:
@@ -89,7 +95,7 @@ def test_predictions_are_read_whatever_their_order(tmp_path):
     write_predictions(
         path, subject_ids=[7, 7], prediction_times=times, labels=[1, 0], probabilities=[0.75, 0.25], threshold=0.5
     )
-    read = read_predictions(tmp_path, "held_out")
+    read = read_predictions(path)
     assert read.labels[:, 0].tolist() == [False, True]
     assert read.probabilities[:, 0].tolist() == [0.25, 0.75]
 
@@ -108,7 +114,7 @@ def test_several_classes_are_averaged(tmp_path):
         probabilities=probabilities,
         class_names=["a", "b", "c"],
     )
-    value = replicates(read_predictions(tmp_path, "held_out"), n_bootstrap=0)["auroc"][0]
+    value = replicates(read_predictions(path), n_bootstrap=0)["auroc"][0]
     assert value == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"), abs=1e-6)
 
 

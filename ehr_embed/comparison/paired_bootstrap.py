@@ -7,73 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import polars as pl
 
-from ehr_embed.core.errors import UserError
-from ehr_embed.core.manifest import checked
 from ehr_embed.evaluation.bootstrap import Floats, Ranking, SubjectBootstrap
-from ehr_embed.sources.meds import readable
+from ehr_embed.evaluation.predictions import Predictions, read_predictions
+from ehr_embed.run_folder.layout import predictions_file
 
 METRICS = ("auroc", "auprc", "brier")
-KEYS = ["subject_id", "prediction_time"]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One run's predictions on a split, in the order of subject and time.
-
-    Args:
-        keys: (n,) subject_id and prediction_time.
-        labels: (n, C) true where the sample has the class; C = 1 for a binary task.
-        probabilities: (n, C).
-    """
-
-    keys: pl.DataFrame
-    labels: npt.NDArray[np.bool_]
-    probabilities: Floats
-
-    def refuse_other_samples(self, other: Predictions, name: str, other_name: str) -> None:
-        """Refuse a pair that is not paired.
-
-        Raises:
-            UserError: other subjects or times, classes or labels.
-        """
-        if not self.keys.equals(other.keys):
-            raise UserError(
-                f"{name} and {other_name} predict for different subjects or times ({len(self.keys)} and {len(other.keys)} "
-                "predictions), so their difference is no effect of the model. Compare runs on the same dataset and labels."
-            )
-        if self.labels.shape != other.labels.shape or (self.labels != other.labels).any():
-            raise UserError(f"{name} and {other_name} have different labels for the same subjects: different tasks.")
-
-
-def read_predictions(run: Path, split: str) -> Predictions:
-    """Predictions of a binary, multi-class or multi-label run.
-
-    Raises:
-        UserError: the file holds neither, or is not the one that the run's manifest lists.
-    """
-    path = run / "predictions" / f"{split}.parquet"
-    with readable(path):
-        frame = pl.read_parquet(checked(path)).sort(KEYS)
-    if "predicted_boolean_probability" in frame.columns:
-        labels = frame["boolean_value"].to_numpy()[:, None]
-        probabilities = frame["predicted_boolean_probability"].cast(pl.Float64).to_numpy()[:, None]
-        return Predictions(frame.select(KEYS), labels, probabilities)
-    if many := [name.removesuffix("/label") for name in frame.columns if name.endswith("/label")]:
-        labels = frame.select(f"{name}/label" for name in many).to_numpy().astype(bool)
-        return Predictions(
-            frame.select(KEYS), labels, frame.select(f"{name}/probability" for name in many).cast(pl.Float64).to_numpy()
-        )
-    columns = [name for name in frame.columns if name.startswith("probability_")]
-    if "label" not in frame.columns or not columns:
-        raise UserError(
-            f"{path}: expected the predictions of a classification task, got columns {', '.join(frame.columns)}."
-        )
-    names = [name.removeprefix("probability_") for name in columns]
-    one_hot = np.stack([(frame["label"] == name).to_numpy() for name in names], axis=1)
-    return Predictions(frame.select(KEYS), one_hot, frame.select(columns).cast(pl.Float64).to_numpy())
 
 
 def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> dict[str, Floats]:
@@ -103,7 +42,7 @@ def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
     Raises:
         UserError: the runs predict for other subjects, times or labels.
     """
-    members = [read_predictions(run, split) for run in runs]
+    members = [read_predictions(predictions_file(run, split)) for run in runs]
     for run, member in zip(runs, members, strict=True):
         members[0].refuse_other_samples(member, str(runs[0]), str(run))
     mean = np.mean([member.probabilities for member in members], axis=0)

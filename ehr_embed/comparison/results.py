@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ehr_embed.comparison.outcome import FILE_NAME, Outcome, message_of, read_outcome
+from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.manifest import checked
 from ehr_embed.evaluation.directions import LOWER_IS_BETTER
-from ehr_embed.run_folder.finish import FINISHED, read_metrics
+from ehr_embed.run_folder import finish
+from ehr_embed.run_folder.finish import read_metrics
+from ehr_embed.run_folder.layout import FINISHED, OUTCOME
 
 Row = dict[str, Any]
 """run, state, objective; overrides by key; `<split>/<metric>` and its /low and /high; seconds, events_per_s, ..."""
@@ -103,9 +102,9 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: expected the folder of a run or of a sweep, found no such folder.")
-        folders = {file.parent for name in ("metrics.json", FILE_NAME) for file in path.rglob(name)}
+        folders = {file.parent for name in (FINISHED, OUTCOME) for file in path.rglob(name)}
         if not folders:
-            raise UserError(f"{path}: no metrics.json and no {FILE_NAME} in it or below, so no run has ended here.")
+            raise UserError(f"{path}: no {FINISHED} and no {OUTCOME} in it or below, so no run has ended here.")
         # A run's own folder may hold the run of an earlier stage, which is no rival of it.
         folders = {folder for folder in folders if not folders.intersection(folder.parents)}
         found += sorted(folders, key=_by_number)
@@ -165,10 +164,7 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's resolved configuration by dotted key; empty if it left none."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return {}
-    return dict(_flat(OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)))
+    return dict(_flat(finish.read_config(folder) or {}))
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import hydra.utils
@@ -10,8 +10,12 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
+from torch import nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.moved import new_name, renamed
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.protocol import ReadsVocabulary
 
 ALLOWED_PREFIXES = ("ehr_embed.", "torch.nn.", "torch.optim.", "optuna.samplers.", "optuna.pruners.")
 """Not all of torch: `torch.load` and `torch.hub.load` run what they are given."""
@@ -83,7 +87,7 @@ def _is_defined_in(target: str, allowed: tuple[str, ...]) -> bool:
     return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(allowed)
 
 
-def check_stored(config: DictConfig, group: str, trusted: Sequence[str] = ()) -> DictConfig:
+def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
     """A group of a configuration that came with a checkpoint, once it is known to name members of that group only.
 
     Its own `trusted_packages` are the word of whoever wrote it, and count for nothing.
@@ -96,7 +100,8 @@ def check_stored(config: DictConfig, group: str, trusted: Sequence[str] = ()) ->
     Raises:
         UserError: as `check_targets`.
     """
-    node: DictConfig = config.data.source if group == "source" else config[group]
+    stored = OmegaConf.create(dict(config))
+    node: DictConfig = stored.data.source if group == "source" else stored[group]
     check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group] + _prefixes(trusted))
     return node
 
@@ -117,7 +122,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
     """
     allowed = ALLOWED_PREFIXES + _prefixes(trusted)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = renamed(OmegaConf.to_container(config, resolve=True))
     check_targets(plain, allowed)
     _check_types(config)
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
@@ -136,7 +141,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         ) from error
 
 
-def trainable_of(embedder: DictConfig) -> str:
+def trainable_of(embedder: Mapping[Any, Any]) -> str:
     """What training does with the vectors of an embedder's config: its key `trainable`, `frozen` where it has none.
 
     >>> trainable_of(OmegaConf.create({"_target_": "a.B", "trainable": "full"})), trainable_of(OmegaConf.create({}))
@@ -166,7 +171,7 @@ def _check_types(config: DictConfig) -> None:
         UserError: naming the first key whose value has another type.
     """
     try:
-        hints = get_type_hints(_constructor(hydra.utils.get_object(str(config.get("_target_")))))
+        hints = get_type_hints(_constructor(hydra.utils.get_object(new_name(str(config.get("_target_"))))))
     except (ImportError, ValueError) as error:
         raise _not_found(config.get("_target_"), error) from error
     except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
@@ -189,4 +194,23 @@ def _constructor(target: Any) -> Any:
 
 
 def _not_found(target: object, error: Exception) -> UserError:
+    cause = error.__cause__ or error
+    if isinstance(cause, ModuleNotFoundError) and cause.name and (now := new_name(cause.name)) != cause.name:
+        return UserError(
+            f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
+        )
     return UserError(f"cannot find {target}: {error.__cause__ or error}. Check _target_.")
+
+
+def build_model(
+    config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
+) -> nn.Module:
+    """The model of a configuration, for events of `vocabulary`.
+
+    Raises:
+        UserError: as `instantiate`.
+    """
+    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    if isinstance(model, ReadsVocabulary):
+        model.set_vocabulary(vocabulary)
+    return model

@@ -18,9 +18,10 @@ from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, ragged_arange
 from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
-from ehr_embed.models.body import LENGTH_MULTIPLE
 
 HOST = torch.device("cpu")
+LENGTH_MULTIPLE = 8
+"""Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 BUCKET_BATCHES = 64
 """Batches' worth of shuffled samples that are sorted by length together."""
 

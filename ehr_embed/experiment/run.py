@@ -1,4 +1,4 @@
-"""From a composed configuration to a finished run: the only module below the entry points that knows Hydra."""
+"""From a composed configuration to a finished run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
 from ehr_embed.config.check import check_config
-from ehr_embed.config.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.config.instantiate import build_model, instantiate, instantiate_embedder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.launchers import n_launched
+from ehr_embed.core.moved import renamed
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
@@ -33,14 +34,14 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.exports.protocol import Export
-from ehr_embed.inference.trained_run import LOOKUPS, TABLE, VOCABULARY
-from ehr_embed.models.protocol import adapt, build_model, check_vectors
+from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import EVALUATED, print_metrics, summary_of, write_plots
-from ehr_embed.reports.transfer import kept
+from ehr_embed.reports.transfer_metrics import kept
 from ehr_embed.run_folder.checkpoints import checkpoint_path, initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
+from ehr_embed.run_folder.layout import AUDIT, CONFIG, ENVIRONMENT, LOOKUPS, PLOTS, TABLE, VOCABULARY, predictions_file
 from ehr_embed.run_folder.resume import claimed, find_run
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.code_texts import read_lookups
@@ -51,6 +52,7 @@ from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.tasks.protocol import Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
 from ehr_embed.training.trainer import Trainer, TrainerSettings
 
@@ -263,7 +265,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             stack.enter_context(tracker)
             write_inputs(run_dir, config, prepared)
             if audited is not None:
-                write_json(run_dir / "audit.json", audited)
+                write_json(run_dir / AUDIT, audited)
 
         processes.on_first(begin)
         trainer = Trainer(
@@ -277,7 +279,12 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             seed=cfg.seed,
             log=log_epoch,
         )
-        facts = trainer.fit(model, embedding, start) if is_trained else trainer.facts(model, embedding)
+        if not is_trained:
+            facts = trainer.facts(model, embedding)
+        elif isinstance(model, FitsAtOnce):
+            facts = fit_at_once(trainer, model, embedding)
+        else:
+            facts = trainer.fit(model, embedding, start)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
 
         def conclude() -> float:
@@ -290,9 +297,9 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
                 metrics["bayes_auroc"] = bayes
             for split in EVALUATED:
-                task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
+                task.write_predictions(predictions_file(run_dir, split), split, outputs[split])
             curves = task.curves(outputs)
-            plots = write_plots(run_dir / "plots", history, curves)
+            plots = write_plots(run_dir / PLOTS, history, curves)
             write_model_card(
                 run_dir,
                 config=config,
@@ -327,9 +334,9 @@ CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
 
 def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
     """What the run starts from: configuration, versions and hardware, vocabulary and table."""
-    with atomic_path(run_dir / "config.yaml") as path:
+    with atomic_path(run_dir / CONFIG) as path:
         path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
-    write_json(run_dir / "environment.json", environment())
+    write_json(run_dir / ENVIRONMENT, environment())
     prepared.store.vocabulary.save(run_dir / VOCABULARY)
     link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
     if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
@@ -339,7 +346,7 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
 
 def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """The configuration as plain values, with what a repetition needs of Hydra's own part."""
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = renamed(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, dict)
     defaults = ["_self_", {"override hydra/job_logging": "stdout"}]
     hydra = {"run": {"dir": "."}, "output_subdir": None}

@@ -22,8 +22,9 @@ from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_split
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.inference.trained_run import LOOKUPS, VOCABULARY, open_run, samples_to_predict
+from ehr_embed.inference.trained_run import open_run, samples_to_predict
 from ehr_embed.models.protocol import ReadsVocabulary
+from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
@@ -149,7 +150,9 @@ class Predictor:
         source = MedsSource(root=root, needs_splits=split is not None)
         vocabulary, embedding = self._extended(source, split, lookups)
         events = encode_split(source, vocabulary, split)
-        samples = samples_to_predict(events, labels, source.labels_dir, max_length=self.run.config.model.max_length)
+        samples = samples_to_predict(
+            events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
+        )
         return Dataset(vocabulary, embedding, events, samples)
 
     def _predict_dataset(
@@ -168,9 +171,9 @@ class Predictor:
     ) -> npt.NDArray[np.float64]:
         """(n, C) of the samples, whose token ids are those of `vocabulary`."""
         embedding.to(self.device)
-        dataset, trainer = BatchDataset(events, samples), self.run.config.trainer
+        dataset, trainer = BatchDataset(events, samples), self.run.config["trainer"]
         batches = BucketSampler(
-            dataset.lengths, batch_size=trainer.batch_size, batch_tokens=trainer.batch_tokens, shuffle=False
+            dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
         with self._reading(vocabulary):
@@ -207,7 +210,7 @@ class Predictor:
             offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
             birth_times=np.full(len(lengths), STATIC_TIME),
         )
-        return events, samples_to_predict(events, None, Path(), max_length=self.run.config.model.max_length)
+        return events, samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
 
     def _tokens(
         self, records: Sequence[Sequence[str]]

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ehr_embed.config.instantiate import check_stored, trainable_of
+from ehr_embed.config.instantiate import build_model, check_stored, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
@@ -25,11 +24,10 @@ from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
-from ehr_embed.models.protocol import build_model
 from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.run_folder.layout import TABLE, VOCABULARY
 
 log = logging.getLogger(__name__)
-VOCABULARY, TABLE, LOOKUPS = "vocabulary", "table.safetensors", "lookups.csv"
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,14 @@ class TrainedRun:
     """What a run leaves for use on other data.
 
     Attributes:
-        config: its resolved configuration.
+        config: its resolved configuration, as plain values.
         model: with the best checkpoint's weights, in evaluation mode.
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
     """
 
-    config: DictConfig
+    config: dict[str, Any]
     model: nn.Module
     embedding: EventEmbedding
     vocabulary: Vocabulary
@@ -74,12 +72,12 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config = OmegaConf.create(checkpoint["config"])
+    config: dict[str, Any] = checkpoint["config"]
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
-    embedding = EventEmbedding(table, trainable_of(config.embedder))
+    embedding = EventEmbedding(table, trainable_of(config["embedder"]))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
     return TrainedRun(
         config=config,

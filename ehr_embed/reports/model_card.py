@@ -19,10 +19,10 @@ from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import values_of, with_interval
 from ehr_embed.evaluation.subgroups import MIN_SUBJECTS, Subgroup, subgroups
+from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves
 
-MODEL_CARD = "model_card.md"
 MAX_SUBGROUPS = 60
 WIDE_INTERVAL, WORRYING_ECE = 0.1, 0.05
 EVALUATED = ("held_out", "tuning")
@@ -69,7 +69,7 @@ def write_model_card(
     ]
     if groups:
         parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups)}")
-    if (run_dir / "plots" / "calibration.png").exists():
+    if (run_dir / PLOTS / "calibration.png").exists():
         parts.append("## Calibration\n\n![Predicted probability against observed rate](plots/calibration.png)")
     limits = "\n".join(f"- {line}" for line in limits_of(config, metrics, store, samples, groups, audited))
     parts.append(f"## Limits\n\n{limits}")

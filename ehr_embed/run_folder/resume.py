@@ -13,15 +13,28 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
-from ehr_embed.core.manifest import MANIFEST, checked
+from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.moved import renamed
 from ehr_embed.data.samples import Samples
-from ehr_embed.run_folder.checkpoints import read_checkpoint
-from ehr_embed.run_folder.finish import FINISHED
-from ehr_embed.training.state import LATEST, Continuation
+from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
+from ehr_embed.run_folder.finish import read_config
+from ehr_embed.run_folder.layout import (
+    AUDIT,
+    CHECKPOINTS,
+    FINISHED,
+    LATEST,
+    LOCK,
+    MODEL_CARD,
+    PLOTS,
+    PREDICTIONS,
+    PROFILE,
+    SUMMARY,
+    VOCABULARY,
+    WANDB_ID,
+)
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "force", "overwrite")
@@ -49,14 +62,14 @@ NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "tr
 """Keys that the configurations of earlier versions do not have, with what these did."""
 LEFT_BY_RUNS = (
     "metrics.*",
-    "summary.json",
-    "audit.json",
-    "model_card.md",
-    "*checkpoint*.pt",
-    "predictions",
-    "plots",
-    "wandb_id.txt",
-    "profile.json",
+    SUMMARY,
+    AUDIT,
+    MODEL_CARD,
+    CHECKPOINTS,
+    PREDICTIONS,
+    PLOTS,
+    WANDB_ID,
+    PROFILE,
 )
 
 
@@ -123,7 +136,7 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     if how == "overwrite" or not (is_finished or latest):
         return FoundRun()
     # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
-    there = _read_config(run_dir) if is_finished or latest is None else _config_of(latest)
+    there = _config_beside(run_dir) if is_finished or latest is None else _config_of(latest)
     changes = differences(there, config)
     if changes and how != "force":
         raise UserError(
@@ -135,16 +148,14 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     return FoundRun(checkpoint=latest, is_changed=bool(changes))
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "config.yaml"
-    if not path.exists():
+def _config_beside(run_dir: Path) -> dict[str, Any]:
+    config = read_config(run_dir)
+    if config is None:
         raise UserError(
             f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
             "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
         )
-    config = OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return config
 
 
 def _config_of(latest: Path) -> dict[str, Any]:
@@ -160,7 +171,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
     """
-    old, new = (dict(_flat(config, str(config.get("cache_dir", "")))) for config in (there, here))
+    old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
     for key, value in NEW.items():
         for config in (old, new):
             if key in old or key in new:
@@ -211,7 +222,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     Raises:
         UserError: another process has it, or it cannot be written to.
     """
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=CLAIM_TIMEOUT_S)
@@ -225,7 +236,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     try:
         for name in (FINISHED, MANIFEST):  # what is written from now on is in no manifest
             (run_dir / name).unlink(missing_ok=True)
-        for folder in (run_dir, run_dir / "predictions", run_dir / "vocabulary"):
+        for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)
         if is_new:
             for pattern in LEFT_BY_RUNS:

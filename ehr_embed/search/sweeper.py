@@ -109,7 +109,7 @@ class StudySweeper(Sweeper):
                     self._run_batches(self.launcher)
         finally:
             # Here, because pandas and the plots take a second to load that `python train.py` has no use for.
-            from ehr_embed.comparison.report import report_study
+            from ehr_embed.search.study_report import report_study
 
             table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
         if self.shared.is_over():
@@ -121,7 +121,7 @@ class StudySweeper(Sweeper):
 
     def _tabulate(self) -> None:
         """A row a trial, with means over its seeds."""
-        from ehr_embed.tabulate import print_table, tabulate, write_table
+        from ehr_embed.comparison.tabulate import print_table, tabulate, write_table
 
         names = [parameter.name for parameter in self.shared.space.parameters]
         tabulated = tabulate([self.folder], metrics=self.columns, by=names)

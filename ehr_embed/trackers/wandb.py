@@ -15,6 +15,7 @@ import wandb
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.run_folder.layout import WANDB_ID
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
-ID_FILE = "wandb_id.txt"
 """In the run's folder: which W&B run a later start in it goes on with."""
 SECRET = re.compile(r"(?:^|[_.-])(?:token|secret|passw(?:or)?d|api_?key|credentials?)$", re.IGNORECASE)
 """Keys whose values are nobody's business; `batch_tokens` is not one."""
@@ -181,7 +181,7 @@ class WandbTracker:
         log.warning("%s: this run is recorded offline; to upload it, type: wandb sync %s/offline-run-*", reason, folder)
 
     def _init(self, mode: Mode) -> wandb.Run:
-        path = self._run_dir / ID_FILE
+        path = self._run_dir / WANDB_ID
         arguments = dict(self._init_arguments)
         if path.exists():
             arguments["id"] = path.read_text(encoding="utf-8").strip()

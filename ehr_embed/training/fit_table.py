@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import FeatureSet, FitsAtOnce
-from ehr_embed.run_folder.checkpoints import BEST
+from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
+from ehr_embed.run_folder.checkpoints import write_latest
+from ehr_embed.run_folder.layout import BEST, LATEST
 from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
-from ehr_embed.training.optimizer import body_of
-from ehr_embed.training.state import LATEST, Progress, write_latest
+from ehr_embed.training.state import Progress, rng_state
 from ehr_embed.training.throughput import rates
-
-if TYPE_CHECKING:
-    from ehr_embed.training.trainer import Trainer
+from ehr_embed.training.trainer import Trainer
 
 
 def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
@@ -66,8 +64,9 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     write_latest(
         trainer.run_dir,
         model.state_dict(),
-        progress,
+        dict(vars(progress)),
         trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
+        rng_state(),
     )
     link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
     trainer.log(row, 1)

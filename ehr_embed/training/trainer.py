@@ -17,19 +17,19 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import FitsAtOnce
-from ehr_embed.run_folder.checkpoints import BEST
+from ehr_embed.models.protocol import body_of
+from ehr_embed.run_folder.checkpoints import Continuation
+from ehr_embed.run_folder.layout import BEST
 from ehr_embed.run_folder.resume import samples_digest
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
-from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.memory import peak_memory_mib
-from ehr_embed.training.optimizer import body_of, parameter_groups, schedules
+from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.profiling import profiler
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
-from ehr_embed.training.state import Continuation, Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
 __all__ = ["Trainer", "TrainerSettings"]
@@ -92,8 +92,6 @@ class Trainer:
             UserError: the loss became NaN or infinite, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
-        if isinstance(model, FitsAtOnce):
-            return fit_at_once(self, model, embedding)
         settings = self.settings
         embedding.to(self.fabric.device)
         if settings.freeze == "body":
