@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, ragged_arange
-from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
-MICROSECONDS_PER_DAY = 86_400_000_000
 HOST = torch.device("cpu")
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
@@ -124,6 +124,7 @@ class BatchDataset(_OnDevice):
     """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
+        check_boundary(events, samples)
         self.events = events
         self.samples = samples
 
@@ -151,6 +152,7 @@ class PackedDataset(_OnDevice):
     """
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
+        check_boundary(events, samples)
         self.events, self.samples = events, samples
         n_rows = int(row[-1]) + 1
         self.first = np.searchsorted(row, np.arange(n_rows + 1))

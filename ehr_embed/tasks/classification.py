@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
@@ -24,8 +24,6 @@ from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_t
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
-
-log = logging.getLogger(__name__)
 
 
 class Classification:
@@ -198,18 +196,20 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
     """
     parts = {}
     known = pl.concat([pl.Series(split.subject_ids) for split in events.values()])
-    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))["subject_id"].unique()
+    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))["subject_id"].unique().sort()
     if len(absent) == labels.frame["subject_id"].n_unique():
         raise UserError(
             f"label set {labels.name}: none of its {len(absent)} subjects (such as {absent[0]}) has events in the dataset. "
             "Point task.labels and data.root at the same dataset."
         )
     if len(absent):
-        log.warning(
-            "label set %s: %d subjects (such as %d) have labels but no events in any split; their labels are left out",
-            labels.name,
+        say_or_refuse(
             len(absent),
-            absent.min(),
+            labels.frame["subject_id"].n_unique(),
+            f"subjects of the label set {labels.name} (such as {absent[0]}) have no events in any split; their labels are "
+            "left out",
+            remedy="Point task.labels and data.root at the same dataset, or look at its splits.",
+            refused_from=ONLY_SAID,  # a splits file of one's own may name a small part of the labelled subjects
         )
     for split, arrays in events.items():
         frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))

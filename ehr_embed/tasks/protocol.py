@@ -65,7 +65,7 @@ class Task(Protocol):
         ...
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        """Read the labels, if any, and build the samples of all splits."""
+        """Read the labels, if any, and build the samples of all splits; called by `set_up` alone, which checks them."""
         ...
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
