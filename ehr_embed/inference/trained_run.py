@@ -40,6 +40,7 @@ class TrainedRun:
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
+        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
     """
 
     config: dict[str, Any]
@@ -47,6 +48,7 @@ class TrainedRun:
     embedding: EventEmbedding
     vocabulary: Vocabulary
     class_names: list[str]
+    precision: str | None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -85,6 +87,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         embedding=embedding.requires_grad_(False),
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
+        precision=checkpoint.get("precision"),
     )
 
 
