@@ -16,6 +16,7 @@ from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap
+from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import summaries
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.exports.protocol import Export
@@ -55,6 +56,7 @@ __all__ = [
     "LogitLinear",
     "MedsSource",
     "MedsWriter",
+    "Metric",
     "Model",
     "Outputs",
     "Pooling",

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
 from ehr_embed.inference.predictor import Predictor
@@ -25,7 +26,9 @@ def explain(cfg: DictConfig) -> list[Path]:
     for key in ("max_samples", "min_samples"):
         if cfg[key] < 1:
             raise UserError(f"{key}={cfg[key]}: expected 1 or more.")
-    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
+    device = device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
+    predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     explainer = Explainer(
         predictor, target=cfg.target, n_steps=cfg.n_steps, max_steps=cfg.max_steps, tolerance=cfg.tolerance
     )

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import encode_split
@@ -28,7 +29,8 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """
     if cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
-    trusted = tuple(cfg.trusted_packages)
+    trusted, device = tuple(cfg.trusted_packages), device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
     max_length = check_generates(run.model).body.max_length
     sampling = Sampling(
@@ -55,7 +57,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
         run,
         BatchDataset(events, samples),
         sampling,
-        device=device_named(cfg.device),
+        device=device,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         use_cache=cfg.use_cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ehr_embed.config.instantiate import build_model, check_stored, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
@@ -23,6 +26,8 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,18 +113,46 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
     """Records up to the prediction times of a label set, or up to each subject's last event; their labels are zeros.
 
     Raises:
-        UserError: no label belongs to a subject of the split, or no subject has a timed event.
+        UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
+            before every timed event.
     """
-    if labels is None:
-        last = events.times[events.offsets[1:] - 1]
-        timed = last != STATIC_TIME
-        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
-        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    else:
-        frame = read_labels(labels, labels_dir).frame
-        frame = frame.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    frame = times_to_predict(events, asked)
+    if asked is None:
+        say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))
+    elif len(frame) < len(asked):
+        log.info("%d of the %d rows of labels %s are of the subjects asked for", len(frame), len(asked), labels)
     if not len(frame):
-        raise UserError(
-            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
-        )
-    return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+        raise nothing_to_predict()
+    samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+    say_unseen(events, samples, where=f"labels {labels}")
+    return samples
+
+
+def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
+    """Return the rows of `labels` that belong to subjects of the events; None: the time of each subject's last event, if it has
+    one. The first columns are subject_id and prediction_time."""
+    if labels is not None:
+        return labels.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    last = events.times[events.offsets[1:] - 1]
+    timed = last != STATIC_TIME
+    frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
+    return frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def say_static_only(n: int, of: int) -> None:
+    """Say how many of the subjects have static events only, and so no last event to predict at."""
+    say_or_refuse(
+        n,
+        of,
+        "subjects have static events only, so they have no last event to predict at, and are left out",
+        remedy="Give their prediction times: task.labels=NAME, or labels=NAME where futures are generated.",
+        refused_from=ONLY_SAID,
+    )
+
+
+def nothing_to_predict() -> UserError:
+    """Return the error for a label set and a split that have no subject in common."""
+    return UserError(
+        "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+    )

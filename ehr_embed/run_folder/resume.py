@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -12,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.moved import renamed
-from ehr_embed.data.samples import Samples
+from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.finish import read_config
 from ehr_embed.run_folder.layout import (
@@ -47,6 +45,7 @@ HARMLESS = (
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
+    "data.monitor",  # the default of task.monitor, which is compared
     "tracker",
     "hydra",
     "defaults",
@@ -55,10 +54,12 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "trainer.threads",
     "embedder.batch_size",
     "embedder.device",
 )
-"""Keys, or whole groups, that change nothing in what a run computes."""
+"""Keys, or whole groups, that change nothing in what a run computes; `trainer.threads` changes the order in which numbers are
+added, and so the last digits, as another machine would."""
 NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
 """Keys that the configurations of earlier versions do not have, with what these did."""
 LEFT_BY_RUNS = (
@@ -86,11 +87,14 @@ class FoundRun:
         is_finished: it ended with these settings.
         checkpoint: to go on from; None = start.
         is_changed: to go on with other settings (resume=force).
+        threads: CPU threads that each of its processes had, which to take again for the same digits; None where the run is of an
+            earlier version or goes on with other settings.
     """
 
     is_finished: bool = False
     checkpoint: Path | None = None
     is_changed: bool = False
+    threads: int | None = None
 
     def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
         """Read the checkpoint to go on from; None where there is none.
@@ -137,7 +141,8 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     if how == "overwrite" or not (is_finished or latest):
         return FoundRun()
     # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
-    there = _config_beside(run_dir) if is_finished or latest is None else _config_of(latest)
+    checkpoint = {} if is_finished or latest is None else read_checkpoint(latest)[1]
+    there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
     changes = differences(there, config)
     if changes and how != "force":
         old = _overrides(there, config)
@@ -148,7 +153,9 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         )
     if is_finished and not changes:
         return FoundRun(is_finished=True)
-    return FoundRun(checkpoint=latest, is_changed=bool(changes))
+    threads = checkpoint.get("threads")
+    has_threads = isinstance(threads, int) and threads > 0 and not changes
+    return FoundRun(checkpoint=latest, is_changed=bool(changes), threads=threads if has_threads else None)
 
 
 def _config_beside(run_dir: Path) -> dict[str, Any]:
@@ -158,11 +165,6 @@ def _config_beside(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
             "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
         )
-    return config
-
-
-def _config_of(latest: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_checkpoint(latest)[1]["config"]
     return config
 
 
@@ -225,16 +227,6 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
             yield f"{prefix}{key}", f"CACHE{value.removeprefix(cache_dir)}"
         else:
             yield f"{prefix}{key}", value
-
-
-def samples_digest(samples: Mapping[str, Samples]) -> str:
-    """Digest of who is predicted when, from which events, with which labels, in all splits."""
-    total = hashlib.sha256()
-    for split in sorted(samples):
-        total.update(split.encode())
-        for array in vars(samples[split]).values():
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
 
 
 @contextmanager

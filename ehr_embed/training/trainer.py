@@ -16,11 +16,11 @@ from tqdm import tqdm
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
+from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
-from ehr_embed.run_folder.resume import samples_digest
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.optimizer import parameter_groups, schedules
@@ -31,6 +31,7 @@ from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
 from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
 from ehr_embed.training.step_mean import StepMean, count_of
+from ehr_embed.training.threads import SlowEpochWarning
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
 __all__ = ["Trainer", "TrainerSettings"]
@@ -76,6 +77,7 @@ class Trainer:
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
             "precision": self.precision,
+            "threads": torch.get_num_threads(),
         }
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
@@ -136,6 +138,7 @@ class Trainer:
             torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
         progress = state.progress
         speed = self._speed(model, embedding)
+        warn_if_slow = SlowEpochWarning(self.fabric.device, progress.history)
 
         profiled = profiler(self.run_dir, is_on=settings.profile and self.processes.is_first)
         with stop_requests(is_deferred=True) as stop, profiled as after_batch:
@@ -174,6 +177,7 @@ class Trainer:
                 state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
+                warn_if_slow(row)
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
