@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
@@ -25,8 +24,7 @@ from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.attribution import Attribution, integrated_gradients
 from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
 from ehr_embed.inference.predictor import Dataset, Predictor
-from ehr_embed.inference.trained_run import device_named
-from ehr_embed.sources.protocol import Source
+from ehr_embed.inference.trained_run import device_named, trained_on
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +197,7 @@ def explain(cfg: DictConfig) -> list[Path]:
     )
     root = cfg.data.root
     if root is None:
-        trusted = tuple(cfg.trusted_packages)
-        own: Source = instantiate(check_stored(predictor.run.config, "source", trusted), trusted=trusted)
-        root = str(own.labels_dir.parent)
+        root = str(trained_on(predictor.run, trusted=tuple(cfg.trusted_packages)).labels_dir.parent)
     split = "held_out" if cfg.split is None and cfg.subject is None else cfg.split
     data = predictor.read(root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups))
     folder = Path(cfg.output).expanduser()

@@ -16,7 +16,6 @@ from meds import DataSchema
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
@@ -25,7 +24,7 @@ from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import encode_split
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict
+from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
 from ehr_embed.models.sampling import Sampling, Trajectories, check_generates, check_lengths, generate
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
@@ -66,11 +65,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     check_lengths(prompt_length, cfg.max_new_events, max_length)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
-    source: Source = (
-        instantiate(check_stored(run.config, "source", trusted), trusted=trusted)
-        if cfg.data.root is None
-        else MedsSource(root=cfg.data.root)
-    )
+    source: Source = trained_on(run, trusted=trusted) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
 

@@ -34,7 +34,7 @@ from tests.wandb_offline import read_offline_runs
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 MAY_UNPICKLE = ("ehr_embed/core/plain_pickle.py", "ehr_embed/search/worker.py", "ehr_embed/training/processes.py")
 """The restricted unpickler, a job of a search, which reads its parent's pipe, and a process of a run, which its parent called."""
-MAY_INSTANTIATE = ("ehr_embed/config/instantiate.py",)
+MAY_INSTANTIATE = ("ehr_embed/config/instantiate.py", "ehr_embed/config/targets.py")
 CODE_RUNNERS = (
     "eval",
     "exec",

@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ehr_embed.config.instantiate import check_stored, trainable_of
+from ehr_embed.config.instantiate import check_stored, instantiate, stored_node, trainable_of
+from ehr_embed.config.targets import check_plain, source_writes
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
@@ -24,6 +25,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.models.protocol import build_model
 from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.sources.protocol import Source
 
 VOCABULARY, TABLE, LOOKUPS = "vocabulary", "table.safetensors", "lookups.csv"
 
@@ -70,7 +72,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config = OmegaConf.create(checkpoint["config"])
+    config = OmegaConf.create(check_plain(checkpoint["config"], f"the configuration in {path}"))
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
@@ -84,6 +86,29 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
     )
+
+
+def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
+    """Return the source of the dataset that a run was trained on, opened for reading.
+
+    A source that imports a corpus could write where the stored configuration says. In its place the MEDS dataset at its `root` is
+    read, where there is one.
+
+    Raises:
+        UserError: the stored configuration names no source of this package or of `trusted`, or one that writes and whose dataset
+            is not at its `root`.
+    """
+    node = stored_node(run.config, "source")
+    if isinstance(node, dict) and "_target_" in node and source_writes(node["_target_"], trusted):
+        root = node.get("root")
+        if not isinstance(root, str) or not (Path(root).expanduser() / "data").is_dir():
+            raise UserError(
+                f"this run's source, {node['_target_']}, imports a corpus, and a stored configuration may not write. Its dataset is "
+                "read from where the import lies, which is not known here. Type: data.root=DIR with the MEDS dataset"
+            )
+        kept = {key: node[key] for key in ("root", "splits", "split_column") if key in node}
+        return instantiate(OmegaConf.create({"_target_": "ehr_embed.sources.meds.MedsSource", **kept}))  # type: ignore[no-any-return]
+    return instantiate(check_stored(run.config, "source", trusted), trusted=trusted)  # type: ignore[no-any-return]
 
 
 def device_named(name: str) -> torch.device:
