@@ -12,12 +12,14 @@ from omegaconf import DictConfig
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.trained_run import device_named
-from ehr_embed.run_folder.finish import FINISHED, read_metrics
+from ehr_embed.run_folder.finish import read_metrics
+from ehr_embed.run_folder.layout import FINISHED
 from ehr_embed.tasks.classification import encode_classes
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,9 @@ def predict(cfg: DictConfig) -> Path:
         UserError: what `Predictor` refuses; labels that are not the run's classes; a run without metrics.json where a
             threshold is needed.
     """
-    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
+    device = device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
+    predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     began = time.perf_counter()
     found = predictor.predict_proba(
         cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)

@@ -101,7 +101,7 @@ def test_a_run_loaded_again_predicts_what_it_predicted(runs, root, model):
     expected = pl.read_parquet(runs / model / "predictions" / "held_out.parquet")["predicted_boolean_probability"]
     found = predictor.predict_proba(root, labels="case")["probability_true"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    predictor.run.config.trainer.batch_size = 7
+    predictor.run.config["trainer"]["batch_size"] = 7
     by_sevens = predictor.predict_proba(root, labels="case")["probability_true"]
     np.testing.assert_allclose(by_sevens, found, rtol=1e-12)
     texts = predictor.run.vocabulary.texts

@@ -96,6 +96,35 @@ def test_every_sample_once_within_the_budget(lengths, batch_size, batch_tokens, 
         assert len(batch) * (-(-array[batch].max() // 8) * 8) <= batch_tokens
 
 
+def cut_sample_by_sample(sampler: BucketSampler, order: np.ndarray) -> list[np.ndarray]:
+    """The rule of `BucketSampler._cut` as a loop over samples: a batch is closed where the next sample would not fit."""
+    batches, start = [], 0
+    for stop in range(1, len(order) + 1):
+        full = stop - start == sampler.batch_size or stop == len(order)
+        if full or (stop - start + 1) * sampler.padded[order[stop]] > sampler.batch_tokens:
+            batches.append(order[start:stop])
+            start = stop
+    return batches
+
+
+@given(
+    st.lists(st.integers(1, 100), max_size=200),
+    st.integers(1, 20),
+    st.integers(104, 500),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_batches_are_those_of_a_loop_over_samples(lengths, batch_size, batch_tokens, shuffle, epoch):
+    fast, slow = (
+        BucketSampler(np.array(lengths, np.int64), batch_size=batch_size, batch_tokens=batch_tokens, shuffle=shuffle)
+        for _ in range(2)
+    )
+    slow._cut = lambda order: cut_sample_by_sample(slow, order)
+    for sampler in (fast, slow):
+        sampler.set_epoch(epoch)
+    assert [batch.tolist() for batch in fast.batches()] == [batch.tolist() for batch in slow.batches()]
+
+
 def test_epochs_differ_and_seeds_repeat():
     lengths = np.random.default_rng(0).integers(1, 50, 500)
 

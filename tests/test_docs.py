@@ -237,7 +237,7 @@ def test_a_model_in_one_file_and_one_yaml(follow):
 def test_an_embedder_in_one_file_and_one_yaml(follow):
     folder = follow("extending.md", "An embedder")
     run = open_run(folder / "runs" / "letters")
-    assert run.config.embedder["_target_"] == "my.letters.LetterEmbedder"
+    assert run.config["embedder"]["_target_"] == "my.letters.LetterEmbedder"
     table, texts = run.embedding.table, run.vocabulary.texts
     assert table.shape == (len(texts), 702)
     text = texts[5].lower()

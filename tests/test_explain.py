@@ -13,8 +13,9 @@ from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
-from ehr_embed.explain import Explainer, event_table, explain
+from ehr_embed.explain import explain
 from ehr_embed.inference.attribution import integrated_gradients
+from ehr_embed.inference.explainer import Explainer, event_table
 from ehr_embed.inference.predictor import Predictor
 from tests.conftest import write_meds
 from tests.test_conf import composed

@@ -14,8 +14,8 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.store import EventStore, encode_split
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.generate import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.inference.trained_run import samples_to_predict
+from ehr_embed.inference.trajectories import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import time_bin

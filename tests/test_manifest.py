@@ -17,7 +17,6 @@ import torch
 from omegaconf import DictConfig
 
 import ehr_embed
-from ehr_embed.comparison.paired_bootstrap import read_predictions
 from ehr_embed.core import manifest
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import check_files, describe
@@ -26,6 +25,7 @@ from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedding.table import load_table, save_table
 from ehr_embed.embedding.vector_cache import embed_texts
+from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.experiment.run import prepare_from, run
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.finish import read_metrics
@@ -140,7 +140,7 @@ RUN = (
     ("metrics.json", lambda folder: read_metrics(folder / "run")),
     ("metrics.json", continued),
     ("config.yaml", continued),
-    ("predictions/held_out.parquet", lambda folder: read_predictions(folder / "run", "held_out")),
+    ("predictions/held_out.parquet", lambda folder: read_predictions(folder / "run/predictions/held_out.parquet")),
     ("manifest.json", lambda folder: ehr_embed.load(folder / "run")),
 )
 

@@ -331,7 +331,12 @@ def test_a_search_sends_neither_paths_nor_what_went_wrong(ward, tmp_path):
     log_search(OmegaConf.create({"tracker": tracker}), optuna.create_study(study_name="s"), tmp_path, table)
     files = list(sent(tmp_path))
     assert any(b"hospital_export" in data for _, data in files)
-    assert [s for _, data in files for s in (ward.parent.name, "770012001", "Quagga", "gnu-meadow", "h0ofbeat") if s.encode() in data] == []
+    assert [
+        s
+        for _, data in files
+        for s in (ward.parent.name, "770012001", "Quagga", "gnu-meadow", "h0ofbeat")
+        if s.encode() in data
+    ] == []
 
 
 URLS = (
@@ -367,7 +372,9 @@ def test_the_files_of_a_search_show_no_password(tmp_path):
     url = "sqlite:///study.db?password=h0ofbeat"
     facts = {"storage": masked(url), "command": masked(f"train.py -m hydra.sweeper.storage={url}")}
     rows = [{"run": "0", "state": "finished", "objective": 0.5, "tracker.api_key": "h0ofbeat", "note": url}]
-    write_report([*rows, {**rows[0], "run": "1", "note": "x"}], tmp_path, directions=["maximize"], facts=facts, has_plots=False)
+    write_report(
+        [*rows, {**rows[0], "run": "1", "note": "x"}], tmp_path, directions=["maximize"], facts=facts, has_plots=False
+    )
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in written} == {"summary.csv", "study.json"}
     assert [path.name for path in written if "h0ofbeat" in path.read_text()] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,16 @@ ATTACKS: list[tuple[str, Any]] = [
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
     """A current folder that Python imports from, with a module that tells when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("evil.py", "runs/foreign/evil.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(EVIL)
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in sys.modules if name.rpartition(".")[2] == "evil"]:
+        del sys.modules[name]
 
 
 def ran(folder: Path) -> bool:
@@ -236,10 +239,10 @@ def test_a_stored_source_that_writes_is_read_at_its_root_or_asked_for(trained, w
     (before,) = ward.glob("labels/**/*.parquet") if not labels.exists() else (labels,)
     content = before.read_bytes()
     demo = named("ehr_embed.sources.demo.demo_source", root=str(ward), n_subjects=200, seed=0, overwrite=True)
-    object.__setattr__(run, "config", OmegaConf.create({"data": {"source": demo}}))
+    object.__setattr__(run, "config", {"data": {"source": demo}})
     assert trained_on(run).labels_dir == ward / "labels"
     assert before.read_bytes() == content
-    object.__setattr__(run, "config", OmegaConf.create({"data": {"source": demo | {"root": str(tmp_path / "none")}}}))
+    object.__setattr__(run, "config", {"data": {"source": demo | {"root": str(tmp_path / "none")}}})
     with pytest.raises(UserError, match=r"data\.root=DIR"):
         trained_on(run)
     assert not (tmp_path / "none").exists()

@@ -88,7 +88,7 @@ def test_labels_of_subjects_without_events_are_left_out_and_said(prepared, caplo
     write_labels(prepared[1] / "more", [*((s, 2.0, s % 2 == 1) for s in SUBJECTS), (99, 2.0, True)])
     task = setup(prepared, Classification(labels="more"))
     assert 99 not in np.concatenate([samples.subject_ids for samples in task.samples.values()])
-    assert "1 subjects (such as 99) have labels but no events" in caplog.text
+    assert "1 of 10 subjects of the label set more (such as 99) have no events in any split" in caplog.text
 
 
 def test_labels_that_cannot_be_used_are_refused(prepared):

@@ -157,7 +157,7 @@ def test_pretraining_hands_on_what_it_learned(runs, tmp_path):
 def test_vectors_that_have_no_place_are_refused(runs):
     identity = torch.load(runs.folder / "residual" / "best_checkpoint.pt", weights_only=True)["identity"]
     opened = open_run(runs.folder / "residual")
-    config = {"model": dict(opened.config.model), "embedder": {"_target_": "x"}, "data": {"values": "bins"}}
+    config = {"model": dict(opened.config["model"]), "embedder": {"_target_": "x"}, "data": {"values": "bins"}}
     start = {"config": config, "vocabulary": opened.vocabulary}
     table = torch.zeros_like(opened.embedding.table)
     with pytest.raises(UserError, match=r"trainable=residual, this run has frozen.*Type: embedder\.trainable=residual"):

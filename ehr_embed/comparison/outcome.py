@@ -13,8 +13,8 @@ import optuna
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json, write_json
 from ehr_embed.core.secrets import masked
+from ehr_embed.run_folder.layout import OUTCOME
 
-FILE_NAME = "outcome.json"
 MAX_MESSAGE_LENGTH = 1000  # a storage's text field holds 2048
 
 
@@ -66,10 +66,10 @@ def message_of(error: BaseException) -> str:
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Leave `outcome.json` in the job's folder, atomically."""
-    write_json(folder / FILE_NAME, asdict(outcome))
+    write_json(folder / OUTCOME, asdict(outcome))
 
 
 def read_outcome(folder: Path) -> Outcome | None:
     """What the job left; None if it did not come to its end."""
-    path = folder / FILE_NAME
+    path = folder / OUTCOME
     return Outcome(**read_json(path)) if path.exists() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra.utils
@@ -10,9 +11,23 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
+from torch import nn
 
-from ehr_embed.config.targets import STORED, check_own, check_plain, check_stored_node, not_found, own_object
+from ehr_embed.config.targets import (
+    STORED,
+    check_own,
+    check_plain,
+    check_stored_node,
+    not_found,
+    own_object,
+    source_writes,
+)
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.protocol import ReadsVocabulary
+
+MEDS = "ehr_embed.sources.meds.MedsSource"
+"""What reads the dataset that an import left."""
 
 
 def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
@@ -42,6 +57,29 @@ def stored_node(config: Mapping[str, Any], group: str) -> Any:
     for part in STORED[group].node.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return check_plain({group: node})[group]
+
+
+def instantiate_stored_source(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> Any:
+    """Return the source of a configuration that came with a checkpoint, opened for reading.
+
+    A source that imports a corpus could write where the configuration says. In its place the MEDS dataset at its `root` is read,
+    where there is one.
+
+    Raises:
+        UserError: the configuration names no source of this package or of `trusted`, or one that writes and whose dataset is not
+            at its `root`.
+    """
+    node = stored_node(config, "source")
+    if isinstance(node, Mapping) and "_target_" in node and source_writes(node["_target_"], tuple(trusted)):
+        root = node.get("root")
+        if not isinstance(root, str) or not (Path(root).expanduser() / "data").is_dir():
+            raise UserError(
+                f"this run's source, {node['_target_']}, imports a corpus, and a stored configuration may not write. Where its "
+                "MEDS dataset lies now is not known. Type: data.root=DIR"
+            )
+        kept = {key: node[key] for key in ("root", "splits", "split_column") if key in node}
+        return instantiate(OmegaConf.create({"_target_": MEDS, **kept}))
+    return instantiate(check_stored(config, "source", trusted), trusted=trusted)
 
 
 def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
@@ -76,7 +114,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         ) from error
 
 
-def trainable_of(embedder: DictConfig) -> str:
+def trainable_of(embedder: Mapping[Any, Any]) -> str:
     """What training does with the vectors of an embedder's config: its key `trainable`, `frozen` where it has none.
 
     >>> trainable_of(OmegaConf.create({"_target_": "a.B", "trainable": "full"})), trainable_of(OmegaConf.create({}))
@@ -120,3 +158,17 @@ def _check_types(config: DictConfig, target: Any) -> None:
             name = config._get_full_key(key)
             expected = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
             raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error
+
+
+def build_model(
+    config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
+) -> nn.Module:
+    """Return the model of a configuration, for events of `vocabulary`.
+
+    Raises:
+        UserError: as `instantiate`.
+    """
+    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    if isinstance(model, ReadsVocabulary):
+        model.set_vocabulary(vocabulary)
+    return model

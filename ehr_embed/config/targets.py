@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import hydra.utils
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.moved import new_name
 
 PACKAGE = "ehr_embed"
 LIBRARIES = {
@@ -57,20 +58,20 @@ STORED = {
 
 
 def looked_up_name(target: object) -> str:
-    """Return the name under which a target is looked up.
+    """Return the name under which a target is looked up: today's, for a name of an earlier version.
 
     Raises:
         UserError: the target is no dotted public name.
 
-    >>> looked_up_name("ehr_embed.models.encoder.Encoder")
-    'ehr_embed.models.encoder.Encoder'
+    >>> looked_up_name("ehr_embed.trainer.TrainerSettings")
+    'ehr_embed.training.settings.TrainerSettings'
     """
     if not isinstance(target, str) or not PUBLIC_NAME.fullmatch(target):
         raise UserError(
             f"_target_={_shown(target)} is outside the trusted packages: expected the public dotted name of a class, such as "
             "ehr_embed.models.encoder.Encoder. A name with another form could reach code that no YAML of this package names."
         )
-    return target
+    return new_name(target)
 
 
 def check_own(config: Any, trusted: Sequence[str] = ()) -> Any:
@@ -326,7 +327,12 @@ def check_plain(config: Any, where: str = "the stored configuration") -> dict[st
 
 def not_found(target: object, error: object) -> UserError:
     """Return the error for a name that leads nowhere."""
-    return UserError(f"cannot find {_shown(target)}: {getattr(error, '__cause__', None) or error}. Check _target_.")
+    cause = getattr(error, "__cause__", None) or error
+    if isinstance(cause, ModuleNotFoundError) and cause.name and (now := new_name(cause.name)) != cause.name:
+        return UserError(
+            f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
+        )
+    return UserError(f"cannot find {_shown(target)}: {cause}. Check _target_.")
 
 
 def _is_below(name: str, packages: Sequence[str]) -> bool:

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, ragged_arange
-from ehr_embed.data.store import STATIC_TIME, SplitEvents
-from ehr_embed.models.body import LENGTH_MULTIPLE
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
-MICROSECONDS_PER_DAY = 86_400_000_000
 HOST = torch.device("cpu")
+LENGTH_MULTIPLE = 8
+"""Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 BUCKET_BATCHES = 64
 """Batches' worth of shuffled samples that are sorted by length together."""
 
@@ -123,6 +124,7 @@ class BatchDataset(_OnDevice):
     """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
+        check_boundary(events, samples)
         self.events = events
         self.samples = samples
 
@@ -150,6 +152,7 @@ class PackedDataset(_OnDevice):
     """
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
+        check_boundary(events, samples)
         self.events, self.samples = events, samples
         n_rows = int(row[-1]) + 1
         self.first = np.searchsorted(row, np.arange(n_rows + 1))
@@ -321,7 +324,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """All batches of the epoch, over all ranks; drawn once, as it takes a loop over all samples."""
+        """Return all batches of the epoch, over all ranks; they are drawn once, since every sample is sorted and cut."""
         if self._batches is None:
             self._batches = self._drawn()
         return self._batches
@@ -337,14 +340,27 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Cut samples in ascending order of length; the longest of a batch is its last."""
-        batches, start = [], 0
-        for stop in range(1, len(order) + 1):
-            full = stop - start == self.batch_size or stop == len(order)
-            if full or (stop - start + 1) * self.padded[order[stop]] > self.batch_tokens:
-                batches.append(order[start:stop])
-                start = stop
-        return batches
+        """Cut samples in ascending order of length; the longest of a batch is its last.
+
+        The loop is over the distinct padded lengths, of which there are few: samples of one length fill batches of one size.
+        """
+        padded, n = self.padded[order], len(order)
+        if not n:
+            return []
+        run_starts = np.flatnonzero(np.diff(padded, prepend=-1))
+        run_stops = np.append(run_starts[1:], n)
+        sizes = np.minimum(self.batch_size, self.batch_tokens // padded[run_starts])
+        stops, start = [], 0
+        for run_start, run_stop, size in zip(run_starts.tolist(), run_stops.tolist(), sizes.tolist(), strict=True):
+            if run_start - start >= size:  # the open batch cannot take a sample of this length
+                stops.append(np.array([run_start]))
+                start = run_start
+            full = np.arange(start + size, run_stop + 1, size)
+            stops.append(full)
+            start += size * len(full)
+        stops.append(np.array([n] if start < n else [], np.int64))
+        every = np.concatenate(stops).tolist()
+        return [order[begin:stop] for begin, stop in zip([0, *every[:-1]], every, strict=True)]
 
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return iter(self._own()[self.first :])

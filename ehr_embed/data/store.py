@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,12 @@ from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
 
 FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
+MICROSECONDS_PER_DAY = 86_400_000_000
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 
@@ -108,13 +111,19 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     counts = np.zeros(len(vocabulary), np.int64)
     with atomic_directory(folder) as temporary:
         writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
+        n_by_split: Counter[str] = Counter()
         for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
-            for split, part in by_split(source.read(shard)):
+            events = source.read(shard)
+            n_by_split.update(dict(events["split"].value_counts().iter_rows()))
+            refuse_near_misses(n_by_split, where=source.name)
+            for split, part in by_split(events):
                 token_ids = writers[split].append(part, vocabulary)
                 if split == "train":
                     counts += np.bincount(token_ids, minlength=len(counts))
                 # or else it lies in memory beside the next shard
                 del part, token_ids
+            del events
+        check_split_names(n_by_split, where=source.name, of="events")
         vocabulary = vocabulary.with_counts(counts)
         vocabulary.save(temporary)
         manifest = {
@@ -140,29 +149,65 @@ def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
-    """The events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
+    """Return the events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
 
     Raises:
         UserError: the source has no such split.
     """
-    tokens, times, values, subjects = [], [], [], []
+    return joined(list(encode_shards(source, lambda _: vocabulary, split)))
+
+
+def encode_shards(
+    source: Source, vocabulary_for: Callable[[pl.Series], Vocabulary], split: str | None
+) -> Iterator[SplitEvents]:
+    """Yield the events of each shard that has any of the split, each shard being read once.
+
+    Args:
+        vocabulary_for: gives the vocabulary of a shard from the codes of its events.
+
+    Raises:
+        UserError: the source has no such split.
+    """
+    n_shards = 0
     for shard in source.shards:
         part = source.read(shard)
         part = part if split is None else part.filter(split=split)
+        if not len(part):
+            continue
+        n_shards += 1
+        vocabulary = vocabulary_for(part["code"])
         token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
-        tokens.append(token_ids)
-        values.append(normal)
-        times.append(event_times(part))
-        subjects.append(subject_rows(part))
-    if not sum(map(len, tokens)):
+        values = normal if vocabulary.settings.has_values else None
+        yield SplitEvents(token_ids, event_times(part), values, *subject_arrays([subject_rows(part)]))
+    if not n_shards:
         what = "the dataset" if split is None else f"the split {split!r}"
         raise UserError(f"{source.name}: {what} has no events. Splits are {', '.join(SPLITS)}.")
-    return SplitEvents(
-        np.concatenate(tokens),
-        np.concatenate(times),
-        np.concatenate(values) if vocabulary.settings.has_values else None,
-        *subject_arrays(subjects),
-    )
+
+
+def joined(parts: list[SplitEvents]) -> SplitEvents:
+    """Return the subjects of all parts, one part after the other; the list is emptied, so that no part is held twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    names = ("token_ids", "times", "values", "subject_ids", "birth_times")
+    arrays = {
+        name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+        for name in names
+    }
+    sizes = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])
+    parts.clear()
+    return SplitEvents(**arrays, offsets=np.cumsum(sizes))  # type: ignore[arg-type]
+
+
+def n_doubled(events: pl.DataFrame) -> int:
+    """Count the events that are exact copies of another one: same subject, time, code and number.
+
+    Rows are compared by 64-bit hashes: of 10^8 rows about one in 4,000 counts is off by one.
+
+    >>> events = {"subject_id": [1, 1, 1], "time": [None] * 3, "code": ["A", "A", "A"], "numeric_value": [1.0, 1.0, None]}
+    >>> n_doubled(pl.DataFrame(events))
+    1
+    """
+    return len(events) - events.select("subject_id", "time", "code", "numeric_value").hash_rows().n_unique()
 
 
 def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
@@ -232,7 +277,7 @@ class _SplitWriter:
         keys = [key for key in DTYPES if key != "values" or has_values]
         self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
         self.subjects = [pl.DataFrame(schema=dict.fromkeys(("subject_id", "n_events", "birth_time"), pl.Int64))]
-        self.n_unknown = 0
+        self.n_unknown = self.n_doubled = 0
 
     def append(self, events: pl.DataFrame, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
         """Write events; their token ids."""
@@ -242,6 +287,7 @@ class _SplitWriter:
                 self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
         self.subjects.append(subject_rows(events))
         self.n_unknown += int((token_ids == UNKNOWN).sum())
+        self.n_doubled += n_doubled(events)
         return token_ids
 
     def finish(self) -> dict[str, int]:
@@ -251,4 +297,6 @@ class _SplitWriter:
         for name, array in arrays.items():
             np.save(self.folder / f"{name}.npy", array)
         n_subjects = len(arrays["subject_ids"])
-        return {"n_subjects": n_subjects, "n_events": int(arrays["offsets"][-1]), "n_unknown": self.n_unknown}
+        n_events = int(arrays["offsets"][-1])
+        counts = {"n_subjects": n_subjects, "n_events": n_events, "n_unknown": self.n_unknown}
+        return counts | {"n_doubled": self.n_doubled}

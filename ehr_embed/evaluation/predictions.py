@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.manifest import checked
+from ehr_embed.sources.meds import readable
+
+KEYS = ["subject_id", "prediction_time"]
 
 
 def write_predictions(
@@ -109,3 +116,59 @@ def _write(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
         raise UserError(f"{path}: columns differ in length: {lengths}. Each row is one sample.")
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One run's predictions on a split, in the order of subject and time.
+
+    Args:
+        keys: (n,) subject_id and prediction_time.
+        labels: (n, C) true where the sample has the class; C = 1 for a binary task.
+        probabilities: (n, C).
+    """
+
+    keys: pl.DataFrame
+    labels: npt.NDArray[np.bool_]
+    probabilities: npt.NDArray[np.float64]
+
+    def refuse_other_samples(self, other: Predictions, name: str, other_name: str) -> None:
+        """Refuse a pair that is not paired.
+
+        Raises:
+            UserError: other subjects or times, classes or labels.
+        """
+        if not self.keys.equals(other.keys):
+            raise UserError(
+                f"{name} and {other_name} predict for different subjects or times ({len(self.keys)} and {len(other.keys)} "
+                "predictions), so their difference is no effect of the model. Compare runs on the same dataset and labels."
+            )
+        if self.labels.shape != other.labels.shape or (self.labels != other.labels).any():
+            raise UserError(f"{name} and {other_name} have different labels for the same subjects: different tasks.")
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Return the predictions of a binary, multi-class or multi-label run.
+
+    Raises:
+        UserError: the file holds neither, or is not the one that the run's manifest lists.
+    """
+    with readable(path):
+        frame = pl.read_parquet(checked(path)).sort(KEYS)
+    if "predicted_boolean_probability" in frame.columns:
+        labels = frame["boolean_value"].to_numpy()[:, None]
+        probabilities = frame["predicted_boolean_probability"].cast(pl.Float64).to_numpy()[:, None]
+        return Predictions(frame.select(KEYS), labels, probabilities)
+    if many := [name.removesuffix("/label") for name in frame.columns if name.endswith("/label")]:
+        labels = frame.select(f"{name}/label" for name in many).to_numpy().astype(bool)
+        return Predictions(
+            frame.select(KEYS), labels, frame.select(f"{name}/probability" for name in many).cast(pl.Float64).to_numpy()
+        )
+    columns = [name for name in frame.columns if name.startswith("probability_")]
+    if "label" not in frame.columns or not columns:
+        raise UserError(
+            f"{path}: expected the predictions of a classification task, got columns {', '.join(frame.columns)}."
+        )
+    names = [name.removeprefix("probability_") for name in columns]
+    one_hot = np.stack([(frame["label"] == name).to_numpy() for name in names], axis=1)
+    return Predictions(frame.select(KEYS), one_hot, frame.select(columns).cast(pl.Float64).to_numpy())

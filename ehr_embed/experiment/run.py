@@ -1,4 +1,4 @@
-"""From a composed configuration to a finished run: the only module below the entry points that knows Hydra."""
+"""From a composed configuration to a finished run."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
 from ehr_embed.config.check import check_config
-from ehr_embed.config.instantiate import instantiate, instantiate_embedder, trainable_of
+from ehr_embed.config.instantiate import build_model, instantiate, instantiate_embedder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.launchers import n_launched
+from ehr_embed.core.moved import renamed
 from ehr_embed.core.stopping import stop_requests
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.exports.protocol import Export
-from ehr_embed.inference.trained_run import LOOKUPS, TABLE, VOCABULARY
-from ehr_embed.models.protocol import adapt, build_model, check_vectors
+from ehr_embed.inference.trained_run import device_named
+from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import EVALUATED, print_metrics, summary_of, write_plots
-from ehr_embed.reports.transfer import kept
+from ehr_embed.reports.transfer_metrics import kept
 from ehr_embed.run_folder.checkpoints import checkpoint_path, initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
+from ehr_embed.run_folder.layout import AUDIT, CONFIG, ENVIRONMENT, LOOKUPS, PLOTS, TABLE, VOCABULARY, predictions_file
 from ehr_embed.run_folder.resume import claimed, find_run
 from ehr_embed.search.trial import NoTrial, TrialHandle, current_trial
 from ehr_embed.sources.code_texts import read_lookups
@@ -48,9 +51,12 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
-from ehr_embed.tasks.protocol import Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
+from ehr_embed.training.threads import use_threads_of_run
 from ehr_embed.training.trainer import Trainer, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -110,6 +116,8 @@ def embed(cfg: DictConfig) -> None:
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
         export.check()  # before the embedding, which may take hours
+    threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)  # which configurations of earlier runs do not have
+    use_threads(threads, key="trainer.threads", device=device_named("auto").type)
     source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
     report(prepared.store, cfg.data.min_text_coverage)
     n_tokens, width = prepared.table.shape
@@ -177,6 +185,9 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for group, chosen in cfg.pretrain.items():
             stage[group] = OmegaConf.merge(cfg[group], chosen) if group == "data" else chosen
         stage.pretrain, stage.init_from = None, None
+        # What the user says of the machine holds for both stages, unless `pretrain.trainer.threads` says otherwise.
+        if OmegaConf.select(stage, "trainer.threads", default=AUTO) == AUTO:
+            stage.trainer.threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)
         for key in ("name", "run_id"):
             if stage.tracker.get(key):  # the two stages are two runs
                 stage.tracker[key] = f"{stage.tracker[key]}-pretrain"
@@ -213,8 +224,9 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
             print_metrics(done, run_dir)
         return float(done["tuning"][task.monitor]["value"])
+    use_threads_of_run(settings, processes, found.threads)  # before the embedding, which takes a CPU too
     source, prepared = processes.first(lambda: prepare_from(cfg))
-    task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    set_up(task, prepared.store, source.labels_dir, cfg.model.max_length)
     audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
@@ -262,7 +274,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             stack.enter_context(tracker)
             write_inputs(run_dir, config, prepared)
             if audited is not None:
-                write_json(run_dir / "audit.json", audited)
+                write_json(run_dir / AUDIT, audited)
 
         processes.on_first(begin)
         trainer = Trainer(
@@ -276,12 +288,18 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             seed=cfg.seed,
             log=log_epoch,
         )
-        facts = trainer.fit(model, embedding, start) if is_trained else trainer.facts(model, embedding)
+        if not is_trained:
+            facts = trainer.facts(model, embedding)
+        elif isinstance(model, FitsAtOnce):
+            facts = fit_at_once(trainer, model, embedding)
+        else:
+            facts = trainer.fit(model, embedding, start)
         outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
 
         def conclude() -> float:
             history = facts.pop("history")
             metrics = evaluate(task, outputs, n_bootstrap=settings.n_bootstrap)
+            metrics["monitor"] = {"name": task.monitor, "is_higher_better": task.is_higher_better}
             metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
             metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
             if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
@@ -289,9 +307,9 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             if "auroc" in metrics["held_out"] and (bayes := _bayes(source)):
                 metrics["bayes_auroc"] = bayes
             for split in EVALUATED:
-                task.write_predictions(run_dir / "predictions" / f"{split}.parquet", split, outputs[split])
+                task.write_predictions(predictions_file(run_dir, split), split, outputs[split])
             curves = task.curves(outputs)
-            plots = write_plots(run_dir / "plots", history, curves)
+            plots = write_plots(run_dir / PLOTS, history, curves)
             write_model_card(
                 run_dir,
                 config=config,
@@ -315,7 +333,11 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
     """Metrics of the evaluated splits, with thresholds from tuning."""
     task.fit_thresholds(outputs["tuning"])
-    return {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    metrics = {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    if isinstance(task, HasBaselines):
+        for split, found in metrics.items():
+            found["baselines"] = task.baselines(split)
+    return metrics
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
@@ -326,9 +348,9 @@ CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
 
 def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
     """What the run starts from: configuration, versions and hardware, vocabulary and table."""
-    with atomic_path(run_dir / "config.yaml") as path:
+    with atomic_path(run_dir / CONFIG) as path:
         path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
-    write_json(run_dir / "environment.json", environment())
+    write_json(run_dir / ENVIRONMENT, environment())
     prepared.store.vocabulary.save(run_dir / VOCABULARY)
     link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
     if paths := prepared.store.vocabulary.settings.lookups:  # a later dataset's new codes need them too
@@ -338,7 +360,7 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
 
 def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """The configuration as plain values, with what a repetition needs of Hydra's own part."""
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = renamed(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, dict)
     defaults = ["_self_", {"override hydra/job_logging": "stdout"}]
     hydra = {"run": {"dir": "."}, "output_subdir": None}

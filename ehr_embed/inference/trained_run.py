@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,26 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ehr_embed.config.instantiate import check_stored, instantiate, stored_node, trainable_of
-from ehr_embed.config.targets import check_plain, source_writes
+from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
-from ehr_embed.models.protocol import build_model
 from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.run_folder.layout import TABLE, VOCABULARY
 from ehr_embed.sources.protocol import Source
 
-VOCABULARY, TABLE, LOOKUPS = "vocabulary", "table.safetensors", "lookups.csv"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class TrainedRun:
     """What a run leaves for use on other data.
 
     Attributes:
-        config: its resolved configuration.
+        config: its resolved configuration, as plain values.
         model: with the best checkpoint's weights, in evaluation mode.
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
     """
 
-    config: DictConfig
+    config: dict[str, Any]
     model: nn.Module
     embedding: EventEmbedding
     vocabulary: Vocabulary
@@ -72,12 +74,12 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config = OmegaConf.create(check_plain(checkpoint["config"], f"the configuration in {path}"))
+    config = check_plain(checkpoint["config"], f"the configuration in {path}")
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
     model.load_state_dict(checkpoint["model_state_dict"])
-    embedding = EventEmbedding(table, trainable_of(config.embedder))
+    embedding = EventEmbedding(table, trainable_of(config["embedder"]))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
     return TrainedRun(
         config=config,
@@ -91,24 +93,11 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
 def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
     """Return the source of the dataset that a run was trained on, opened for reading.
 
-    A source that imports a corpus could write where the stored configuration says. In its place the MEDS dataset at its `root` is
-    read, where there is one.
-
     Raises:
-        UserError: the stored configuration names no source of this package or of `trusted`, or one that writes and whose dataset
-            is not at its `root`.
+        UserError: as `instantiate_stored_source`.
     """
-    node = stored_node(run.config, "source")
-    if isinstance(node, dict) and "_target_" in node and source_writes(node["_target_"], trusted):
-        root = node.get("root")
-        if not isinstance(root, str) or not (Path(root).expanduser() / "data").is_dir():
-            raise UserError(
-                f"this run's source, {node['_target_']}, imports a corpus, and a stored configuration may not write. Its dataset is "
-                "read from where the import lies, which is not known here. Type: data.root=DIR with the MEDS dataset"
-            )
-        kept = {key: node[key] for key in ("root", "splits", "split_column") if key in node}
-        return instantiate(OmegaConf.create({"_target_": "ehr_embed.sources.meds.MedsSource", **kept}))  # type: ignore[no-any-return]
-    return instantiate(check_stored(run.config, "source", trusted), trusted=trusted)  # type: ignore[no-any-return]
+    source: Source = instantiate_stored_source(run.config, trusted)
+    return source
 
 
 def device_named(name: str) -> torch.device:
@@ -133,18 +122,46 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
     """Records up to the prediction times of a label set, or up to each subject's last event; their labels are zeros.
 
     Raises:
-        UserError: no label belongs to a subject of the split, or no subject has a timed event.
+        UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
+            before every timed event.
     """
-    if labels is None:
-        last = events.times[events.offsets[1:] - 1]
-        timed = last != STATIC_TIME
-        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
-        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    else:
-        frame = read_labels(labels, labels_dir).frame
-        frame = frame.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    frame = times_to_predict(events, asked)
+    if asked is None:
+        say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))
+    elif len(frame) < len(asked):
+        log.info("%d of the %d rows of labels %s are of the subjects asked for", len(frame), len(asked), labels)
     if not len(frame):
-        raise UserError(
-            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
-        )
-    return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+        raise nothing_to_predict()
+    samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+    say_unseen(events, samples, where=f"labels {labels}")
+    return samples
+
+
+def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
+    """Return the rows of `labels` that belong to subjects of the events; None: the time of each subject's last event, if it has
+    one. The first columns are subject_id and prediction_time."""
+    if labels is not None:
+        return labels.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    last = events.times[events.offsets[1:] - 1]
+    timed = last != STATIC_TIME
+    frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
+    return frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def say_static_only(n: int, of: int) -> None:
+    """Say how many of the subjects have static events only, and so no last event to predict at."""
+    say_or_refuse(
+        n,
+        of,
+        "subjects have static events only, so they have no last event to predict at, and are left out",
+        remedy="Give their prediction times: task.labels=NAME, or labels=NAME where futures are generated.",
+        refused_from=ONLY_SAID,
+    )
+
+
+def nothing_to_predict() -> UserError:
+    """Return the error for a label set and a split that have no subject in common."""
+    return UserError(
+        "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+    )

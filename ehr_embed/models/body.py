@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.data.batches import LENGTH_MULTIPLE
 from ehr_embed.models.blocks import Block, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
@@ -19,8 +20,6 @@ ROTARY = ("rope", "rope_time")
 TIMES = ("gap", "elapsed", "age")
 VALUES = ("film", "add", "none")
 MAX_WIDTH, MAX_LAYERS = 65_536, 1024
-LENGTH_MULTIPLE = 8
-"""Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
 
 
 class EventInput(nn.Module):

@@ -9,12 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.feature_table import FeatureTable
 
 
 class Model(Protocol):
@@ -49,12 +48,12 @@ class FeatureSet:
     """A split as a table.
 
     Attributes:
-        features: (n, F) float32, NaN = missing.
+        features: (n, F), NaN = missing; `features.dense(rows)` gives some rows as float32.
         labels: (n,) int64, classes.
         weights: (n,) float64, of each sample in the loss.
     """
 
-    features: npt.NDArray[np.float32]
+    features: FeatureTable
     labels: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
 
@@ -88,18 +87,18 @@ class FitsAtOnce(Protocol):
         ...
 
 
-def build_model(
-    config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
-) -> nn.Module:
-    """The model of a configuration, for events of `vocabulary`.
+def body_of(model: nn.Module) -> nn.Module:
+    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
 
     Raises:
-        UserError: as `instantiate`.
+        UserError: the model has no such part.
     """
-    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
-    if isinstance(model, ReadsVocabulary):
-        model.set_vocabulary(vocabulary)
-    return model
+    body = getattr(model, "body", None)
+    if not isinstance(body, nn.Module):
+        raise UserError(
+            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
+        )
+    return body
 
 
 def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.models.body import LENGTH_MULTIPLE
+from ehr_embed.data.batches import LENGTH_MULTIPLE
 
 DAYS_A_MONTH, DAYS_A_YEAR = 30.4375, 365.25
 GAPS = (

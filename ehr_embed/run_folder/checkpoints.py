@@ -1,4 +1,4 @@
-"""Reading checkpoints, and starting a model from one."""
+"""Checkpoints: how they are written and read, and how a model starts from one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import pickle
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,40 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import file_sha256
+from ehr_embed.core.files import atomic_path, file_sha256
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.moved import renamed
 from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.training.optimizer import body_of
+from ehr_embed.models.protocol import body_of
+from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
 
 log = logging.getLogger(__name__)
-BEST = "best_checkpoint.pt"
 DOS_FOLDER = 0x10
 """Bit of a ZIP entry's external attributes (APPNOTE 6.3.10, section 4.4.15; MS-DOS directory)."""
 SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
 """Keys of a model that change what its weights mean and no tensor's shape."""
+
+
+@dataclass
+class Continuation:
+    """A run to go on with.
+
+    Attributes:
+        path: of its latest checkpoint.
+        checkpoint: what that holds.
+        is_changed: whether this start has other settings; then learning rates and schedule are the new ones, at its step.
+    """
+
+    path: Path
+    checkpoint: dict[str, Any]
+    is_changed: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training up to the checkpoint."""
+        progress = self.checkpoint["progress"]
+        return float(progress["total_seconds"] + progress["seconds"])
 
 
 def checkpoint_path(where: str | Path) -> Path:
@@ -68,7 +91,29 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(
             f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."
         )
-    return path, checkpoint
+    return path, checkpoint | {"config": renamed(checkpoint["config"])}
+
+
+def write_latest(
+    run_dir: Path, weights: dict[str, Any], progress: dict[str, Any], rest: dict[str, Any], rng: dict[str, Any]
+) -> None:
+    """Write `latest_checkpoint.pt`.
+
+    Args:
+        weights: of the model.
+        progress: where training stands; its `epoch` is also the checkpoint's.
+        rest: what else the checkpoint holds.
+        rng: state of the random generators.
+    """
+    checkpoint = {
+        "model_state_dict": weights,
+        **rest,
+        "epoch": progress["epoch"],
+        "progress": progress,
+        "rng_state": rng,
+    }
+    with atomic_path(run_dir / LATEST) as path:
+        torch.save(checkpoint, path)
 
 
 def initialise(
@@ -175,7 +220,7 @@ def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknow
 
 def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
     """Names of the tokens of a checkpoint, from the vocabulary in its run's folder."""
-    file = path.parent / "vocabulary" / "vocab.csv"
+    file = path.parent / VOCABULARY / "vocab.csv"
     expected = checkpoint["identity"]["vocab_sha256"]
     if not file.is_file() or file_sha256(file) != expected:
         found = f"one with sha256 {file_sha256(file)[:12]}" if file.is_file() else "none"

@@ -1,4 +1,4 @@
-"""The end of a run: the manifest of its folder, then `metrics.json`, by which it is known to be finished."""
+"""The end of a run: the manifest of its folder, then `metrics.json`, by which it is known to be finished; and their readers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from ehr_embed import __version__
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import json_text, read_json, write_json
 from ehr_embed.core.manifest import checked, describe, write_manifest
+from ehr_embed.core.moved import renamed
+from ehr_embed.core.plain_yaml import read_yaml
+from ehr_embed.run_folder.layout import (
+    AUDIT,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    FINISHED,
+    HISTORY,
+    MODEL_CARD,
+    PREDICTIONS,
+    VOCABULARY,
+)
 
-FINISHED = "metrics.json"
-"""Written last: a run that has it is finished."""
 LISTED = (
-    "config.yaml",
-    "environment.json",
-    "audit.json",
-    "model_card.md",
-    "metrics.jsonl",
-    "*checkpoint*.pt",
-    "vocabulary/*",
-    "predictions/*.parquet",
+    CONFIG,
+    ENVIRONMENT,
+    AUDIT,
+    MODEL_CARD,
+    HISTORY,
+    CHECKPOINTS,
+    f"{VOCABULARY}/*",
+    f"{PREDICTIONS}/*.parquet",
 )
 """What the manifest lists, beside the metrics: all that is read again, by this package or by a reader."""
 
@@ -38,6 +52,24 @@ def finish(run_dir: Path, metrics: dict[str, Any], made_from: dict[str, Any]) ->
     files[FINISHED] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     write_manifest(run_dir, {"ehr_embed": __version__, "made_from": made_from}, files)
     write_json(run_dir / FINISHED, metrics)
+
+
+def read_config(run_dir: Path) -> dict[str, Any] | None:
+    """Return the resolved configuration of a run from its config.yaml; None where it left none.
+
+    Raises:
+        UserError: the file is damaged, or not the one that the run's manifest lists.
+    """
+    path = run_dir / CONFIG
+    if not path.exists():
+        return None
+    try:
+        config = read_yaml(checked(path))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML ({error}). Restore the run's folder, or train again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected the keys of a configuration. Restore the run's folder, or train again.")
+    return {str(key): renamed(value) for key, value in config.items()}
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:

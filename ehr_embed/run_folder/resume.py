@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,17 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
-from ehr_embed.core.manifest import MANIFEST, checked
-from ehr_embed.data.samples import Samples
-from ehr_embed.run_folder.checkpoints import read_checkpoint
-from ehr_embed.run_folder.finish import FINISHED
-from ehr_embed.training.state import LATEST, Continuation
+from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.moved import renamed
+from ehr_embed.data.samples import Samples, samples_digest
+from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
+from ehr_embed.run_folder.finish import read_config
+from ehr_embed.run_folder.layout import (
+    AUDIT,
+    CHECKPOINTS,
+    FINISHED,
+    LATEST,
+    LOCK,
+    MODEL_CARD,
+    PLOTS,
+    PREDICTIONS,
+    PROFILE,
+    SUMMARY,
+    VOCABULARY,
+    WANDB_ID,
+)
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "force", "overwrite")
@@ -33,6 +44,7 @@ HARMLESS = (
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
+    "data.monitor",  # the default of task.monitor, which is compared
     "tracker",
     "hydra",
     "defaults",
@@ -41,22 +53,24 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "trainer.threads",
     "embedder.batch_size",
     "embedder.device",
 )
-"""Keys, or whole groups, that change nothing in what a run computes."""
+"""Keys, or whole groups, that change nothing in what a run computes; `trainer.threads` changes the order in which numbers are
+added, and so the last digits, as another machine would."""
 NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
 """Keys that the configurations of earlier versions do not have, with what these did."""
 LEFT_BY_RUNS = (
     "metrics.*",
-    "summary.json",
-    "audit.json",
-    "model_card.md",
-    "*checkpoint*.pt",
-    "predictions",
-    "plots",
-    "wandb_id.txt",
-    "profile.json",
+    SUMMARY,
+    AUDIT,
+    MODEL_CARD,
+    CHECKPOINTS,
+    PREDICTIONS,
+    PLOTS,
+    WANDB_ID,
+    PROFILE,
 )
 
 
@@ -72,11 +86,14 @@ class FoundRun:
         is_finished: it ended with these settings.
         checkpoint: to go on from; None = start.
         is_changed: to go on with other settings (resume=force).
+        threads: CPU threads that each of its processes had, which to take again for the same digits; None where the run is of an
+            earlier version or goes on with other settings.
     """
 
     is_finished: bool = False
     checkpoint: Path | None = None
     is_changed: bool = False
+    threads: int | None = None
 
     def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
         """Read the checkpoint to go on from; None where there is none.
@@ -123,7 +140,8 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     if how == "overwrite" or not (is_finished or latest):
         return FoundRun()
     # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
-    there = _read_config(run_dir) if is_finished or latest is None else _config_of(latest)
+    checkpoint = {} if is_finished or latest is None else read_checkpoint(latest)[1]
+    there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
     changes = differences(there, config)
     if changes and how != "force":
         raise UserError(
@@ -132,23 +150,18 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         )
     if is_finished and not changes:
         return FoundRun(is_finished=True)
-    return FoundRun(checkpoint=latest, is_changed=bool(changes))
+    threads = checkpoint.get("threads")
+    has_threads = isinstance(threads, int) and threads > 0 and not changes
+    return FoundRun(checkpoint=latest, is_changed=bool(changes), threads=threads if has_threads else None)
 
 
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "config.yaml"
-    if not path.exists():
+def _config_beside(run_dir: Path) -> dict[str, Any]:
+    config = read_config(run_dir)
+    if config is None:
         raise UserError(
             f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
             "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
         )
-    config = OmegaConf.to_container(OmegaConf.load(checked(path)), resolve=False)
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
-
-
-def _config_of(latest: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_checkpoint(latest)[1]["config"]
     return config
 
 
@@ -160,7 +173,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
     """
-    old, new = (dict(_flat(config, str(config.get("cache_dir", "")))) for config in (there, here))
+    old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
     for key, value in NEW.items():
         for config in (old, new):
             if key in old or key in new:
@@ -191,16 +204,6 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
             yield f"{prefix}{key}", value
 
 
-def samples_digest(samples: Mapping[str, Samples]) -> str:
-    """Digest of who is predicted when, from which events, with which labels, in all splits."""
-    total = hashlib.sha256()
-    for split in sorted(samples):
-        total.update(split.encode())
-        for array in vars(samples[split]).values():
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
-
-
 @contextmanager
 def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     """Make the folder this process's own while inside: the mark of the end and what a kill left half-written are gone.
@@ -211,7 +214,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     Raises:
         UserError: another process has it, or it cannot be written to.
     """
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / LOCK)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=CLAIM_TIMEOUT_S)
@@ -225,7 +228,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     try:
         for name in (FINISHED, MANIFEST):  # what is written from now on is in no manifest
             (run_dir / name).unlink(missing_ok=True)
-        for folder in (run_dir, run_dir / "predictions", run_dir / "vocabulary"):
+        for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)
         if is_new:
             for pattern in LEFT_BY_RUNS:

@@ -26,9 +26,9 @@ class SearchCallback(Callback):
         """Forget what an earlier job left in this folder."""
         self._began = time.perf_counter()
         if config.hydra.mode == RunMode.MULTIRUN:
-            from ehr_embed.comparison.outcome import FILE_NAME
+            from ehr_embed.run_folder.layout import OUTCOME
 
-            (Path(config.hydra.runtime.output_dir) / FILE_NAME).unlink(missing_ok=True)
+            (Path(config.hydra.runtime.output_dir) / OUTCOME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Leave how the job ended, in the process that ran it, whichever launcher started it."""

@@ -109,7 +109,7 @@ class StudySweeper(Sweeper):
                     self._run_batches(self.launcher)
         finally:
             # Here, because pandas and the plots take a second to load that `python train.py` has no use for.
-            from ehr_embed.comparison.report import report_study
+            from ehr_embed.search.study_report import report_study
 
             table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
         if self.shared.is_over():
@@ -121,7 +121,7 @@ class StudySweeper(Sweeper):
 
     def _tabulate(self) -> None:
         """A row a trial, with means over its seeds."""
-        from ehr_embed.tabulate import print_table, tabulate, write_table
+        from ehr_embed.comparison.tabulate import print_table, tabulate, write_table
 
         names = [parameter.name for parameter in self.shared.space.parameters]
         tabulated = tabulate([self.folder], metrics=self.columns, by=names)
@@ -132,11 +132,12 @@ class StudySweeper(Sweeper):
         """Everything that can be refused, before anything is started or written."""
         loader = self.hydra_context.config_loader
         space, self.fixed = parse_space(arguments, self.params, loader)
-        self.example = check_jobs(space, self.fixed, loader, self.config)
+        examples = check_jobs(space, self.fixed, loader, self.config)
+        self.example = examples[0]
         names = [parameter.name for parameter in space.parameters] + list(split_overrides(self.fixed))
         if self.seeds and "seed" in names:
             raise UserError("hydra.sweeper.seeds and an override of seed exclude each other: give one of them.")
-        directions = chosen_directions(self.direction, self.objectives, self.example)
+        directions = chosen_directions(self.direction, self.objectives, examples)
         # Of a trial with several jobs or other objectives than the monitored metric, epochs tell the pruner nothing.
         self.jobs_report = len(directions) == 1 and not self.seeds and not self.objectives
         trusted = list(self.example.get("trusted_packages") or [])

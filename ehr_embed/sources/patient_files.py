@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256, tail_digest
+from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter, write_parquet
@@ -134,13 +135,14 @@ class _Import:
     def run(self, files: dict[str, list[Path]]) -> None:
         """Read every file once, and write the dataset."""
         pending: list[tuple[int, npt.NDArray[np.int64]]] = []
+        n_empty = 0
         with tqdm(total=sum(map(len, files.values())), desc="import", unit="file", disable=None) as bar:
             for split in SPLITS:
                 for path in files[split]:
                     ids, vectors, label = read_patient_file(path)
                     bar.update()
                     if not len(ids):
-                        log.warning("%s has no events; it is left out", path)
+                        n_empty += 1
                         continue
                     self.add(path, ids, vectors)
                     subject = len(self.labels)
@@ -149,6 +151,9 @@ class _Import:
                     if sum(len(ids) for _, ids in pending) >= SHARD_EVENTS:
                         self._write(split, pending)
                 self._write(split, pending)
+        say_or_refuse(
+            n_empty, sum(map(len, files.values())), "files have no events, and are left out", remedy="Write them again."
+        )
         self._finish()
 
     def add(self, path: Path, ids: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
-from yaml import YAMLError  # what OmegaConf.load raises
+from yaml import YAMLError
 
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.plain_yaml import read_yaml
 from ehr_embed.sources.code_texts import readable_code
 
 LOOKUPS = ("medical", "lab", "region", "time")
@@ -51,7 +51,7 @@ def read_rules(prefixes: Mapping[str, Any], prefix_file: str | None) -> dict[str
         if not Path(prefix_file).is_file():
             raise UserError(f"data.prefix_file: no such file {prefix_file}. Expected YAML of prefixes and their rules.")
         try:
-            more = OmegaConf.to_container(OmegaConf.load(prefix_file))
+            more = read_yaml(Path(prefix_file))
         except (YAMLError, OSError) as error:
             raise UserError(f"{prefix_file}: not readable as YAML ({error}).") from error
         if not isinstance(more, dict):

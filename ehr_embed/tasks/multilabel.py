@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
 
 
 class Multilabel:
@@ -38,16 +40,17 @@ class Multilabel:
         *,
         labels: Sequence[str] | None = None,
         class_weights: str | Sequence[float] | None = None,
-        monitor: str = "f1",
+        monitor: str = "auroc",
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
-        self.is_higher_better = monitored(monitor, METRICS)
+        self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         check_class_weights(class_weights)
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 
     is_trained = True
     needs_causal: bool | None = None
+    metrics: Sequence[Metric] = CLASS_METRICS
 
     @property
     def class_names(self) -> list[str]:
@@ -74,7 +77,7 @@ class Multilabel:
             raise UserError(
                 f"task=multilabel takes boolean label sets; {', '.join(others)} are not. Use task=classification."
             )
-        joined = _join(label_sets)
+        joined = join_labels(label_sets)
         self.label_names = [label_set.name for label_set in label_sets]
         self._events = {split: store.split(split) for split in SPLITS}
         for split, (events, frame) in split_labels(joined, self._events).items():
@@ -159,14 +162,27 @@ class Multilabel:
         }
 
 
-def _join(label_sets: list[LabelSet]) -> LabelSet:
-    """Rows that every label set has, one value column a set."""
+def join_labels(label_sets: list[LabelSet]) -> LabelSet:
+    """Join the rows that every label set has, one value column per set; say how many of each set have no partner.
+
+    Raises:
+        UserError: (nearly) none of the rows of the smallest set are in all others.
+    """
+    keys = ["subject_id", "prediction_time"]
     frame = label_sets[0].frame.rename({"value": label_sets[0].name})
     for other in label_sets[1:]:
-        frame = frame.join(other.frame.rename({"value": other.name}), on=["subject_id", "prediction_time"], how="inner")
-    name = "+".join(label_set.name for label_set in label_sets)
-    if not len(frame):
-        raise UserError(
-            f"label sets {name} share no subject and prediction time, so they cannot be predicted together."
+        frame = frame.join(other.frame.rename({"value": other.name}), on=keys, how="inner")
+    sizes = ", ".join(f"{label_set.name}: {len(label_set.frame):,}" for label_set in label_sets)
+    # Sets may differ in size; what the smallest one loses, it loses to times or subjects that do not fit.
+    for label_set in sorted(label_sets, key=lambda label_set: len(label_set.frame), reverse=True):
+        is_smallest = len(label_set.frame) == min(len(other.frame) for other in label_sets)
+        say_or_refuse(
+            len(label_set.frame) - len(frame),
+            len(label_set.frame),
+            f"rows of the label set {label_set.name} share no subject and prediction time with a row of every other one ({sizes}; "
+            f"joined: {len(frame):,}), so they cannot be predicted together, and are left out",
+            remedy="Give the label sets the same prediction times, or choose sets that have them: task.labels=[NAME,NAME].",
+            refused_from=NEARLY_ALL if is_smallest else ONLY_SAID,
         )
-    return LabelSet(name, frame.sort("subject_id", "prediction_time"), "boolean_value")
+    name = "+".join(label_set.name for label_set in label_sets)
+    return LabelSet(name, frame.sort(keys), "boolean_value")

@@ -11,12 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.directions import LOWER_IS_BETTER
+from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
 
 Outputs = npt.NDArray[np.float64]
@@ -27,8 +27,11 @@ Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
 class Task(Protocol):
     """Owns samples, targets, loss and metrics; knows no model."""
 
+    metrics: Sequence[Metric]
+    """The metrics that `evaluate` gives, each with its direction; a class attribute, so that a search can ask without data."""
+
     monitor: str
-    """Metric on tuning that chooses the best checkpoint."""
+    """Metric on tuning that chooses the best checkpoint, one of `metrics`."""
 
     needs_causal: bool | None
     """Whether the model must not see what comes after an event (True), must (False), or may be either (None)."""
@@ -58,11 +61,11 @@ class Task(Protocol):
 
     @property
     def is_higher_better(self) -> bool:
-        """Direction of the monitored metric."""
+        """Direction of the monitored metric, as `metrics` declares it."""
         ...
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        """Read the labels, if any, and build the samples of all splits."""
+        """Read the labels, if any, and build the samples of all splits; called by `set_up` alone, which checks them."""
         ...
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
@@ -102,6 +105,15 @@ class WeighsSamples(Protocol):
         ...
 
 
+@runtime_checkable
+class HasBaselines(Protocol):
+    """A task whose metrics stand beside those of something that needs no model."""
+
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """Return the metrics of each baseline on a split; called once per run, by the process that writes the results."""
+        ...
+
+
 def check_causality(task: Task, model: nn.Module) -> None:
     """Refuse a model that would see what it is to predict, or that cannot see what the task shows it.
 
@@ -127,20 +139,6 @@ def tuning_values(task: Task, outputs: Outputs) -> dict[str, float]:
     """Each metric of tuning from its outputs (n, n_outputs), by which decision thresholds are chosen first."""
     task.fit_thresholds(outputs)
     return values_of(task.evaluate("tuning", outputs, n_bootstrap=0))
-
-
-def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:
-    """Whether higher values of the monitored metric are better.
-
-    Raises:
-        UserError: not a metric of the task.
-
-    >>> monitored("auroc", ("auroc", "brier")), monitored("brier", ("auroc", "brier"))
-    (True, False)
-    """
-    if monitor not in metrics:
-        raise unknown_name("task.monitor", monitor, metrics)
-    return monitor not in LOWER_IS_BETTER
 
 
 def check_class_weights(weights: str | Sequence[float] | None) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import append_line, atomic_path, write_json
+from ehr_embed.run_folder.layout import HISTORY, SUMMARY
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
 
@@ -36,7 +37,7 @@ class JsonlTracker:
         table_path: Path | None = None,
     ) -> None:
         self._run_dir = Path(run_dir)
-        self._history = self._run_dir / "metrics.jsonl"
+        self._history = self._run_dir / HISTORY
         self._tags = list(tags)
         self._table_digest = table_digest
         self._summary: dict[str, Any] = {}
@@ -51,7 +52,7 @@ class JsonlTracker:
     ) -> None:
         facts = {"state": state_of(exc_type), "tags": self._tags, "table_digest": self._table_digest}
         try:
-            write_json(self._run_dir / "summary.json", facts | {"values": self._summary})
+            write_json(self._run_dir / SUMMARY, facts | {"values": self._summary})
         except UserError:
             if exc is None:  # else a full disk is said by what met it first
                 raise

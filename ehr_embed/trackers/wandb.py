@@ -16,6 +16,7 @@ import wandb
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.secrets import MASK, is_secret, masked
+from ehr_embed.run_folder.layout import WANDB_ID
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
@@ -23,7 +24,6 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
-ID_FILE = "wandb_id.txt"
 """In the run's folder: which W&B run a later start in it goes on with."""
 MAX_TAG_LENGTH = 64  # W&B refuses longer ones
 
@@ -182,7 +182,7 @@ class WandbTracker:
         log.warning("%s: this run is recorded offline; to upload it, type: wandb sync %s/offline-run-*", reason, folder)
 
     def _init(self, mode: Mode) -> wandb.Run:
-        path = self._run_dir / ID_FILE
+        path = self._run_dir / WANDB_ID
         arguments = dict(self._init_arguments)
         if path.exists():
             arguments["id"] = path.read_text(encoding="utf-8").strip()

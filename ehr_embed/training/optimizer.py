@@ -16,20 +16,6 @@ SCHEDULES = ("plateau", "cosine", "constant")
 LAST_NORMS = ("body.norm.", "body.final_norm.")
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
-
-    Raises:
-        UserError: the model has no such part.
-    """
-    body = getattr(model, "body", None)
-    if not isinstance(body, nn.Module):
-        raise UserError(
-            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
-        )
-    return body
-
-
 def parameter_groups(
     model: nn.Module,
     embedding: EventEmbedding,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from ehr_embed.run_folder.layout import PROFILE
+
 log = logging.getLogger(__name__)
-TRACE = "profile.json"
 SKIPPED, WARM_UP, PROFILED = 2, 1, 8
 """Batches: the first ones allocate and compile."""
 SHOWN = 10
@@ -34,8 +35,8 @@ def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
 
     def finish(found: Any) -> None:
         if n_profiled() > 0:
-            found.export_chrome_trace(str(run_dir / TRACE))
-            print(summary(found, n_profiled()), f"\ntrace: {run_dir / TRACE}")
+            found.export_chrome_trace(str(run_dir / PROFILE))
+            print(summary(found, n_profiled()), f"\ntrace: {run_dir / PROFILE}")
 
     plan = schedule(wait=SKIPPED, warmup=WARM_UP, active=PROFILED, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.threads import AUTO, check_threads
 from ehr_embed.data.device_events import DATA_DEVICES
 from ehr_embed.training.optimizer import SCHEDULES
 from ehr_embed.training.precision import choose_precision
@@ -43,6 +44,7 @@ class TrainerSettings:
     layer_decay: float = 1.0
     compile: bool = False
     profile: bool = False
+    threads: int | str = AUTO
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -63,6 +65,7 @@ class TrainerSettings:
             "scheduler_patience",
         ):
             check_range(f"trainer.{name}", getattr(self, name), 0)
+        check_threads("trainer.threads", self.threads)
         check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
         check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
         if self.data_device not in DATA_DEVICES:

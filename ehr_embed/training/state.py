@@ -14,14 +14,13 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import atomic_path, link_file
+from ehr_embed.core.files import link_file
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.run_folder.checkpoints import BEST
+from ehr_embed.run_folder.checkpoints import Continuation, write_latest
+from ehr_embed.run_folder.layout import BEST, LATEST, epoch_checkpoint
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.sharding import load_optimizer, load_weights, whole
-
-LATEST = "latest_checkpoint.pt"
 
 
 @dataclass
@@ -91,27 +90,6 @@ class Progress:
 
 
 @dataclass
-class Continuation:
-    """A run to go on with.
-
-    Attributes:
-        path: of its latest checkpoint.
-        checkpoint: what that holds.
-        is_changed: whether this start has other settings; then learning rates and schedule are the new ones, at its step.
-    """
-
-    path: Path
-    checkpoint: dict[str, Any]
-    is_changed: bool = False
-
-    @property
-    def seconds(self) -> float:
-        """Spent on training up to the checkpoint."""
-        progress = self.checkpoint["progress"]
-        return float(progress["total_seconds"] + progress["seconds"])
-
-
-@dataclass
 class TrainingState:
     """All that a step or an epoch changes.
 
@@ -154,7 +132,7 @@ class TrainingState:
             rest["embedding_state_dict"] = learned
         if others:
             rest["other_rng_states"] = others
-        write_latest(run_dir, weights, self.progress, self.about | rest, rng)
+        write_latest(run_dir, weights, dict(vars(self.progress)), self.about | rest, rng)
 
     def keep(self, run_dir: Path, *, save_every: int) -> None:
         """Keep the latest checkpoint, of an epoch that is over, as the best one or that epoch's, if it is.
@@ -165,7 +143,7 @@ class TrainingState:
         if self.progress.best_epoch == epoch:
             names.append(BEST)
         if epoch % save_every == 0:
-            names.append(f"checkpoint_epoch_{epoch}.pt")
+            names.append(epoch_checkpoint(epoch))
         for name in names:
             link_file(run_dir / LATEST, run_dir / name)
 
@@ -223,21 +201,6 @@ class TrainingState:
         if self.plateau.last_epoch:
             for group, saved in zip(self.optimizer.param_groups, saved_groups, strict=True):
                 group["lr"] *= saved["lr"] / saved["initial_lr"]
-
-
-def write_latest(
-    run_dir: Path, weights: dict[str, Any], progress: Progress, rest: dict[str, Any], rng: dict[str, Any] | None = None
-) -> None:
-    """Write `latest_checkpoint.pt`: the model's weights, where training stands, the random generators, and `rest`."""
-    checkpoint = {
-        "model_state_dict": weights,
-        **rest,
-        "epoch": progress.epoch,
-        "progress": dict(progress.__dict__),
-        "rng_state": rng or rng_state(),
-    }
-    with atomic_path(run_dir / LATEST) as path:
-        torch.save(checkpoint, path)
 
 
 def rng_state() -> dict[str, Any]:

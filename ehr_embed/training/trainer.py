@@ -16,20 +16,21 @@ from tqdm import tqdm
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
+from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import FitsAtOnce
-from ehr_embed.run_folder.checkpoints import BEST
-from ehr_embed.run_folder.resume import samples_digest
+from ehr_embed.models.protocol import body_of
+from ehr_embed.run_folder.checkpoints import Continuation
+from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
-from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.memory import peak_memory_mib
-from ehr_embed.training.optimizer import body_of, parameter_groups, schedules
+from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.profiling import profiler
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
-from ehr_embed.training.state import Continuation, Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.threads import SlowEpochWarning
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
 __all__ = ["Trainer", "TrainerSettings"]
@@ -73,6 +74,7 @@ class Trainer:
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "threads": torch.get_num_threads(),
         }
         self.precision = choose_precision(settings.precision, settings.accelerator)
 
@@ -92,8 +94,6 @@ class Trainer:
             UserError: the loss became NaN or infinite, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
-        if isinstance(model, FitsAtOnce):
-            return fit_at_once(self, model, embedding)
         settings = self.settings
         embedding.to(self.fabric.device)
         if settings.freeze == "body":
@@ -136,6 +136,7 @@ class Trainer:
             torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
         progress = state.progress
         speed = self._speed(model, embedding)
+        warn_if_slow = SlowEpochWarning(self.fabric.device, progress.history)
 
         profiled = profiler(self.run_dir, is_on=settings.profile and self.processes.is_first)
         with stop_requests(is_deferred=True) as stop, profiled as after_batch:
@@ -174,6 +175,7 @@ class Trainer:
                 state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
+                warn_if_slow(row)
                 self._leave_if_asked(stop, progress)
 
         self.fabric.barrier()
@@ -274,7 +276,7 @@ class Trainer:
             after_batch()
             if number % PROGRESS_EVERY == 0 and not bar.disable:
                 rate = progress.n_events / (time.perf_counter() - began)
-                bar.set_postfix(loss=f"{float(loss):.4f}", events_per_s=f"{rate:,.0f}")
+                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", events_per_s=f"{rate:,.0f}")
             if not steps:
                 continue
             self._synchronise(state.embedding)

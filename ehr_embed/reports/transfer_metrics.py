@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ehr_embed.run_folder.finish import FINISHED, read_metrics
+from ehr_embed.run_folder.finish import read_metrics
+from ehr_embed.run_folder.layout import FINISHED
 
 MEASURES = ("auroc", "auprc")
 """Ranking measures alone: thresholds are chosen anew on the other data's tuning split."""

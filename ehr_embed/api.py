@@ -1,0 +1,84 @@
+"""The stable names: what a model, an embedder, a task or a source of one's own imports.
+
+These names stay where they are while the modules that define them may move. docs/extending.md shows one member of each axis, built
+with them and nothing else. The protocols say, with shapes, what a member must have and what it may have.
+"""
+
+from __future__ import annotations
+
+from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.files import atomic_path, file_sha256
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, Batch, BatchDataset
+from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
+from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
+from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.bootstrap import SubjectBootstrap
+from ehr_embed.evaluation.metric import Metric
+from ehr_embed.evaluation.metrics import summaries
+from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.exports.protocol import Export
+from ehr_embed.models.blocks import Block
+from ehr_embed.models.body import Body, EventInput
+from ehr_embed.models.heads import Pooling, build_head, check_classifies
+from ehr_embed.models.protocol import AdaptsToVectors, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
+from ehr_embed.sources.imported import import_folder, import_once
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.meds_writer import MedsWriter
+from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import Curves, Outputs, Task
+from ehr_embed.trackers.protocol import Tracker
+
+__all__ = [
+    "MICROSECONDS_PER_DAY",
+    "PADDING",
+    "SPLITS",
+    "STATIC_TIME",
+    "UNKNOWN",
+    "AdaptsToVectors",
+    "Batch",
+    "BatchDataset",
+    "Block",
+    "Body",
+    "Classification",
+    "Curves",
+    "Embedder",
+    "EventEmbedding",
+    "EventInput",
+    "EventStore",
+    "Export",
+    "FeatureSet",
+    "FitsAtOnce",
+    "LabelSet",
+    "MedsSource",
+    "MedsWriter",
+    "Metric",
+    "Model",
+    "Outputs",
+    "Pooling",
+    "ReadsVocabulary",
+    "Samples",
+    "Source",
+    "SplitEvents",
+    "SubjectBootstrap",
+    "Task",
+    "Tracker",
+    "UserError",
+    "Vocabulary",
+    "atomic_path",
+    "build_head",
+    "build_samples",
+    "check_classifies",
+    "check_range",
+    "file_sha256",
+    "import_folder",
+    "import_once",
+    "read_labels",
+    "summaries",
+    "unknown_name",
+    "write_multiclass_predictions",
+    "write_predictions",
+]

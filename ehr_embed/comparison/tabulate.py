@@ -1,0 +1,346 @@
+"""One table of many runs: those that differ only in their seed are one row, with mean, SD and 95 % interval over them.
+
+Where these are folds of a cross-validation (data.split_column), a fold's seeds are averaged first, and mean and SD are over folds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+from scipy import stats
+
+from ehr_embed.comparison.outcome import read_outcome
+from ehr_embed.comparison.paired_bootstrap import METRICS, ensemble
+from ehr_embed.comparison.report import wide_console
+from ehr_embed.comparison.results import (
+    differences,
+    find_runs,
+    flat_metrics,
+    read_config,
+    split_overrides,
+)
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path, digest
+from ehr_embed.core.manifest import checked
+from ehr_embed.evaluation.predictions import read_predictions
+from ehr_embed.run_folder.finish import read_metrics
+from ehr_embed.run_folder.layout import FINISHED, predictions_file
+
+FOLDER = "folder"
+"""`--by folder`: a row for each folder on the command line."""
+FOLD = "data.split_column"
+"""Key that tells the folds of a cross-validation apart."""
+REPEATS = ("seed", FOLD, "data.source.split_column", "task.fraction_seed")
+"""Keys in which runs may differ and still be repetitions of each other."""
+SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
+TITLES = {
+    "events_per_s": "training speed, events/s",
+    "ms_per_step": "iteration speed, ms a step",
+    "n_trained": "parameters trained",
+    "n_parameters": "parameters in all",
+    "model_mib": "model size, MiB",
+    "peak_memory_mib": "peak memory, MiB",
+    "train_seconds": "training, s",
+    "seconds": "in all, s",
+    "embedding_seconds": "embedding, once, s",
+}
+ENSEMBLE = "ensemble/"
+"""`ensemble/auroc`: on held_out, of the mean of the probabilities that a row's runs give."""
+ONCE = ("embedding_seconds",)
+"""Facts that only the first of a row's runs pays for: added up."""
+BYTES_A_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Of the n values that a row's runs have of one metric, or its folds, each the mean of its runs.
+
+    Attributes:
+        mean: their mean.
+        sd: sample standard deviation; None for one value.
+        low, high: 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one value. Over seeds it says
+            how much training varies, and nothing of the subjects being a sample; over folds it is too narrow, since they share
+            subjects to train on (Bengio and Grandvalet 2004).
+    """
+
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row: runs that repeat each other.
+
+    Attributes:
+        keys: what tells it from other rows.
+        runs: their folders.
+        statistics: by metric; one that no run of the row has is missing.
+    """
+
+    keys: dict[str, str]
+    runs: list[Path]
+    statistics: dict[str, Statistic]
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """The rows, the metrics asked for, and what has to be said beside them."""
+
+    groups: list[Group]
+    metrics: list[str]
+    notes: list[str]
+
+
+def statistic(values: Sequence[float]) -> Statistic:
+    """Mean, SD and interval.
+
+    >>> found = statistic([0.7, 0.8, 0.9])
+    >>> round(found.mean, 3), round(found.sd, 3), round(found.low, 3), round(found.high, 3)
+    (0.8, 0.1, 0.552, 1.048)
+    >>> statistic([0.7])
+    Statistic(mean=0.7, sd=None, low=None, high=None)
+    """
+    mean, n = fmean(values), len(values)
+    if n == 1:
+        return Statistic(mean, None, None, None)
+    sd = stdev(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    return Statistic(mean, sd, mean - half, mean + half)
+
+
+def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence[str] = ()) -> Tabulated:
+    """Group the runs under `paths`.
+
+    Args:
+        paths: folders of runs or of sweeps.
+        metrics: `<split>/<metric>`, a fact of training such as events_per_s, any number of metrics.json by its path, or
+            `ensemble/<metric>`; empty = those of `SHOWN` that the runs have.
+        by: keys of the configuration, overridden groups, or `folder`; empty = every key in which the runs differ, except
+            those that repeat a run (`REPEATS`).
+
+    Raises:
+        UserError: no run has results; an unknown metric or key; a row whose runs predict for other subjects or labels, or of
+            which only some have a metric.
+    """
+    origin = {run: path for path in paths for run in find_runs([path])}
+    runs = [run for run in origin if (run / FINISHED).exists()]
+    notes = []
+    if left_out := [str(run) for run in origin if run not in runs]:
+        notes.append(f"{len(left_out)} runs have no metrics.json and are left out: {', '.join(left_out)}")
+    if not runs:
+        raise UserError(
+            f"none of {len(origin)} runs has a metrics.json: all failed or were stopped. See their log.txt."
+        )
+    grouped: dict[tuple[tuple[str, str], ...], list[Path]] = {}
+    for run, keys in zip(runs, _keys(runs, origin, by), strict=True):
+        grouped.setdefault(tuple(keys.items()), []).append(run)
+    values = {run: numbers_of(read_metrics(run)) for run in runs}
+    chosen = list(metrics) or [name for name in SHOWN if any(name in row for row in values.values())]
+    known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in METRICS}
+    for name in chosen:
+        if name not in known:
+            raise unknown_name("metric", name, sorted(known))
+    if alone := [str(run) for run in runs if read_metrics(run).get("held_out", {}).get("n_subjects") == 1]:
+        notes.append(
+            f"held_out of {len(alone)} runs is one subject, so nothing tells how they do on others: {', '.join(alone)}"
+        )
+    folds = [_folds(members) for members in grouped.values()]
+    notes += _check_samples(folds)
+    groups = [
+        Group(dict(keys), members, _statistics(row, values, chosen))
+        for (keys, members), row in zip(grouped.items(), folds, strict=True)
+    ]
+    return Tabulated(groups, chosen, notes)
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of `metrics.json`: metrics by split, facts of training, and what follows from these.
+
+    `ms_per_step` is training time over optimizer steps, `model_mib` the size of all parameters in float32.
+
+    >>> numbers_of({"held_out": {"auroc": {"value": 0.8}, "n": 9}, "train": {"seconds": 2.0, "steps": 100}})
+    {'held_out/auroc': 0.8, 'train_seconds': 2.0, 'steps': 100, 'ms_per_step': 20.0, 'held_out/n': 9}
+    """
+    found = flat_metrics(metrics)
+    if found.get("steps"):
+        found["ms_per_step"] = 1000 * found["train_seconds"] / found["steps"]
+    if "n_parameters" in found:
+        found["model_mib"] = found["n_parameters"] * BYTES_A_PARAMETER / 2**20
+    for part, entries in metrics.items():
+        if part not in ("train", "monitor") and isinstance(entries, Mapping):
+            found |= {f"{part}/{name}": entry for name, entry in entries.items() if isinstance(entry, int | float)}
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def _keys(runs: Sequence[Path], origin: Mapping[Path, Path], by: Sequence[str]) -> list[dict[str, str]]:
+    """What tells each run's row from others."""
+    configs = [read_config(run) for run in runs]
+    overrides = [split_overrides(outcome.overrides if (outcome := read_outcome(run)) else []) for run in runs]
+    # An override says in one word, such as a group's option, what many keys of the configuration say.
+    varying = differences(overrides if all(overrides) else configs)
+    if not by:
+        keys = dict.fromkeys(key for row in varying for key in row)
+        by = [key for key in keys if key not in REPEATS]
+    known = [
+        config | chosen | {FOLDER: str(origin[run])}
+        for run, config, chosen in zip(runs, configs, overrides, strict=True)
+    ]
+    for key in by:
+        if not any(key in row for row in known):
+            raise unknown_name("--by", key, [FOLDER, *dict.fromkeys(key for row in varying for key in row)])
+    return [{key: str(row.get(key, "")) for key in by} for row in known]
+
+
+def _statistics(
+    folds: Mapping[str, Sequence[Path]], values: Mapping[Path, Mapping[str, float]], metrics: Sequence[str]
+) -> dict[str, Statistic]:
+    found, runs = {}, [run for members in folds.values() for run in members]
+    if asked := [name for name in metrics if name.startswith(ENSEMBLE)]:
+        together = [ensemble(members, "held_out") for members in folds.values()]
+        found = {name: statistic([fold[name.removeprefix(ENSEMBLE)] for fold in together]) for name in asked}
+    for name in metrics:
+        missing = [run for run in runs if name not in values[run]]
+        if missing and len(missing) < len(runs):
+            raise UserError(
+                f"{missing[0]} has no {name}, and other runs of its row have: a mean over some of them would mislead. Run it "
+                "again, leave it out, or leave the metric out."
+            )
+        if not missing:
+            by_fold = [[values[run][name] for run in members] for members in folds.values()]
+            column = [fmean(fold) for fold in by_fold] if len(by_fold) > 1 else by_fold[0]
+            found[name] = Statistic(sum(map(sum, by_fold)), None, None, None) if name in ONCE else statistic(column)
+    return found
+
+
+def _folds(runs: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs by the fold they are about; without a cross-validation it is one."""
+    folds: dict[str, list[Path]] = {}
+    for run in runs:
+        folds.setdefault(str(read_config(run).get(FOLD)), []).append(run)
+    return folds
+
+
+def _check_samples(rows: Sequence[Mapping[str, Sequence[Path]]]) -> list[str]:
+    """A note where rows, runs by fold, are about other subjects or labels than each other.
+
+    Raises:
+        UserError: runs of one row are, without being folds of a cross-validation.
+    """
+    seen = []
+    for folds in rows:
+        digests = {}
+        for fold, members in folds.items():
+            first, expected = members[0], samples_digest(members[0])
+            for run in members[1:]:
+                if samples_digest(run) != expected:
+                    raise UserError(
+                        f"{first} and {run} stand in one row but predict for different subjects, times or labels, so their "
+                        f"mean means nothing. Give the key in which they differ with --by, or --by {FOLDER}"
+                    )
+            digests[fold] = expected
+        seen.append(digests)
+    if any(samples != seen[0] for samples in seen):
+        return ["rows are about different subjects or labels: differences between them are not of the models alone"]
+    return []
+
+
+def samples_digest(run: Path, split: str = "held_out") -> str:
+    """What tells a run's subjects, times and labels of a split from those of other runs; their number where it is all that
+    is known."""
+    checked(path := predictions_file(run, split))  # damage is said; predictions of another kind are not
+    try:
+        predictions = read_predictions(path)
+    except (UserError, OSError):
+        return str(read_metrics(run).get(split, {}).get("n"))
+    return digest([*map(str, predictions.keys.rows()), predictions.labels.tolist()])
+
+
+def table_frame(tabulated: Tabulated) -> pd.DataFrame:
+    """A row a group: its keys, n_runs, each metric with /sd, /low and /high, and the runs' folders."""
+    rows = []
+    for group in tabulated.groups:
+        row: dict[str, Any] = {**group.keys, "n_runs": len(group.runs)}
+        for name, found in group.statistics.items():
+            row[name] = found.mean
+            ends = {"sd": found.sd, "low": found.low, "high": found.high}
+            row |= {f"{name}/{end}": value for end, value in ends.items() if value is not None}
+        rows.append(row | {"runs": " ".join(map(str, group.runs))})
+    return pd.DataFrame(rows)
+
+
+def cells(tabulated: Tabulated) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the printed table: keys, number of runs, and each metric as text."""
+    keys = list(tabulated.groups[0].keys)
+    titles = [*keys, "runs", *(TITLES.get(name, name) for name in tabulated.metrics)]
+    rows = [
+        [*group.keys.values(), str(len(group.runs))]
+        + [cell(name, group.statistics.get(name)) for name in tabulated.metrics]
+        for group in tabulated.groups
+    ]
+    return titles, rows
+
+
+def cell(name: str, found: Statistic | None) -> str:
+    """A metric as mean ± SD [interval]; a fact as mean ± SD, and alone where it does not vary.
+
+    >>> cell("held_out/auroc", statistic([0.7, 0.8, 0.9])), cell("held_out/auroc", statistic([0.7]))
+    ('0.800 ± 0.100 [0.552, 1.048]', '0.700')
+    >>> cell("n_parameters", statistic([1200, 1200])), cell("ms_per_step", statistic([12.0, 14.0])), cell("seconds", None)
+    ('1,200', '13.0 ± 1.4', '')
+    """
+    if found is None:
+        return ""
+    is_metric, size = "/" in name, abs(found.mean)
+    # Three digits of what is large; of what is small, such as an AUROC, three decimals.
+    decimals = 0 if size >= 100 else 1 if size >= 10 else 3 if is_metric else 2
+    text = f"{found.mean:,.{decimals}f}"
+    if not found.sd:
+        return text
+    text += f" ± {found.sd:,.{decimals}f}"
+    return f"{text} [{found.low:,.{decimals}f}, {found.high:,.{decimals}f}]" if is_metric else text
+
+
+def markdown(tabulated: Tabulated) -> str:
+    """The table for a document, with the notes below it."""
+    titles, rows = cells(tabulated)
+    n_keys = len(tabulated.groups[0].keys)
+    rule = ["---"] * n_keys + ["---:"] * (len(titles) - n_keys)
+    lines = [f"| {' | '.join(line)} |" for line in (titles, rule, *rows)]
+    return "\n".join([*lines, *(f"\n{note}" for note in tabulated.notes)]) + "\n"
+
+
+def write_table(tabulated: Tabulated, stem: Path) -> None:
+    """Write STEM.csv, every number, and STEM.md, the printed table."""
+    with atomic_path(stem.parent / f"{stem.name}.csv") as path:
+        table_frame(tabulated).to_csv(path, index=False)
+    with atomic_path(stem.parent / f"{stem.name}.md") as path:
+        path.write_text(markdown(tabulated), encoding="utf-8")
+
+
+def print_table(tabulated: Tabulated) -> None:
+    """The table and its notes; with more metrics than rows it is turned, since a terminal is longer than wide."""
+    titles, rows = cells(tabulated)
+    shown = Table(title="mean ± SD [95 % interval of the mean] over runs", title_justify="left")
+    n_keys = len(tabulated.groups[0].keys)
+    if len(tabulated.metrics) > len(rows):
+        names = [" ".join(row[:n_keys]) for row in rows]
+        columns = [titles[n_keys:], *(row[n_keys:] for row in rows)]
+        titles, n_keys = [" ".join(titles[:n_keys]), *names], 1
+        rows = [list(row) for row in zip(*columns, strict=True)]
+    for number, title in enumerate(titles):
+        shown.add_column(title, justify="left" if number < n_keys else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console = wide_console()
+    console.print(shown)
+    for note in tabulated.notes:
+        console.print(note, highlight=False)

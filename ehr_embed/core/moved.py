@@ -1,0 +1,145 @@
+"""Where what an earlier version called by another name is now: configurations that runs and checkpoints keep hold such names.
+
+Whatever is moved or renamed gets a line here, so that what was trained before still opens. Both sides of the tables are below
+`ehr_embed.`: no name can be sent out of the package, and what a stored configuration may build is decided after the names changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PACKAGE = "ehr_embed"
+DEFINITIONS = {
+    "compare.compare": "comparison.compare.compare",
+    "compare.paired_tests": "comparison.compare.paired_tests",
+    "experiment.convert": "experiment.run.convert",
+    "experiment.embed": "experiment.run.embed",
+    "experiment.evaluate": "experiment.run.evaluate",
+    "experiment.open_source": "experiment.run.open_source",
+    "experiment.prepare_from": "experiment.run.prepare_from",
+    "experiment.run_stage": "experiment.run.run_stage",
+    "explain.Explainer": "inference.explainer.Explainer",
+    "explain.event_table": "inference.explainer.event_table",
+    "generate.TRAJECTORY_SCHEMA": "inference.trajectories.TRAJECTORY_SCHEMA",
+    "generate.as_events": "inference.trajectories.as_events",
+    "models.body.LENGTH_MULTIPLE": "data.batches.LENGTH_MULTIPLE",
+    "models.protocol.build_model": "config.instantiate.build_model",
+    "optimizer.body_of": "models.protocol.body_of",
+    "paired.Predictions": "evaluation.predictions.Predictions",
+    "paired.read_predictions": "evaluation.predictions.read_predictions",
+    "runs.LOOKUPS": "run_folder.layout.LOOKUPS",
+    "runs.TABLE": "run_folder.layout.TABLE",
+    "runs.VOCABULARY": "run_folder.layout.VOCABULARY",
+    "checkpoints.BEST": "run_folder.layout.BEST",
+    "finished.FINISHED": "run_folder.layout.FINISHED",
+    "search.report.report_study": "search.study_report.report_study",
+    "search.report.trial_row": "search.study_report.trial_row",
+    "tabulate.markdown": "comparison.tabulate.markdown",
+    "tabulate.statistic": "comparison.tabulate.statistic",
+    "tabulate.table_frame": "comparison.tabulate.table_frame",
+    "tabulate.tabulate": "comparison.tabulate.tabulate",
+    "tabulate.write_table": "comparison.tabulate.write_table",
+    "trainer.TrainerSettings": "training.settings.TrainerSettings",
+    "training_state.Continuation": "run_folder.checkpoints.Continuation",
+    "training_state.LATEST": "run_folder.layout.LATEST",
+    "training_state.write_latest": "run_folder.checkpoints.write_latest",
+}
+"""Single definitions, old name -> new, both below `ehr_embed.`; they win over their modules' line."""
+MODULES = {
+    "attribution": "inference.attribution",
+    "audit": "evaluation.leakage_audit",
+    "batches": "data.batches",
+    "bootstrap": "evaluation.bootstrap",
+    "check_config": "config.check",
+    "checkpoints": "run_folder.checkpoints",
+    "cli": "experiment.cli",
+    "code_statistics": "data.code_statistics",
+    "embedders.cache": "embedding.vector_cache",
+    "errors": "core.errors",
+    "event_embedding": "embedding.event_embedding",
+    "event_set": "data.event_set",
+    "event_tensors": "data.device_events",
+    "examples": "reports.example_records",
+    "explain_plots": "inference.attribution_plots",
+    "features": "evaluation.code_screening",
+    "files": "core.files",
+    "finished": "run_folder.finish",
+    "fit_at_once": "training.fit_table",
+    "generation": "models.sampling",
+    "instantiate": "config.instantiate",
+    "launchers": "core.launchers",
+    "manifest": "core.manifest",
+    "memory": "training.memory",
+    "metrics": "evaluation.metrics",
+    "model_card": "reports.model_card",
+    "optimizer": "training.optimizer",
+    "paired": "comparison.paired_bootstrap",
+    "plots": "evaluation.plots",
+    "precision": "training.precision",
+    "predictions": "evaluation.predictions",
+    "predictor": "inference.predictor",
+    "prepare": "embedding.prepare",
+    "pretrained": "core.pretrained_weights",
+    "processes": "training.processes",
+    "profiling": "training.profiling",
+    "resume": "run_folder.resume",
+    "run_report": "reports.run_report",
+    "runs": "inference.trained_run",
+    "samples": "data.samples",
+    "search.outcome": "comparison.outcome",
+    "search.plots": "comparison.study_plots",
+    "search.report": "comparison.report",
+    "search.results": "comparison.results",
+    "search.runs": "search.trial_jobs",
+    "sharding": "training.sharding",
+    "speed": "training.throughput",
+    "stopping": "core.stopping",
+    "store": "data.store",
+    "subgroups": "evaluation.subgroups",
+    "table": "embedding.table",
+    "tasks.directions": "evaluation.metric",
+    "tasks.labels": "data.labels",
+    "texts": "sources.code_texts",
+    "trainer": "training.trainer",
+    "trainer_settings": "training.settings",
+    "training_state": "training.state",
+    "transfer": "reports.transfer_metrics",
+    "unpickle": "core.plain_pickle",
+    "value_bins": "data.value_bins",
+    "vocabulary": "data.vocabulary",
+}
+"""Modules, old name -> new, both below `ehr_embed.`."""
+
+
+def new_name(dotted: str) -> str:
+    """Return the dotted name of today for one of an earlier version; any other name as it is.
+
+    >>> new_name("ehr_embed.trainer.TrainerSettings"), new_name("ehr_embed.store.EventStore")
+    ('ehr_embed.training.settings.TrainerSettings', 'ehr_embed.data.store.EventStore')
+    >>> new_name("ehr_embed.models.encoder.Encoder"), new_name("my.store.Store")
+    ('ehr_embed.models.encoder.Encoder', 'my.store.Store')
+    """
+    package, _, rest = dotted.partition(".")
+    if package != PACKAGE:
+        return dotted
+    if rest in DEFINITIONS:
+        return f"{PACKAGE}.{DEFINITIONS[rest]}"
+    parts = rest.split(".")
+    for n in range(len(parts), 0, -1):
+        if (module := ".".join(parts[:n])) in MODULES:
+            return ".".join([PACKAGE, MODULES[module], *parts[n:]])
+    return dotted
+
+
+def renamed(config: Any) -> Any:
+    """Return a configuration of plain values in which every `_target_`, at any depth, has its name of today.
+
+    >>> renamed({"trainer": {"_target_": "ehr_embed.trainer.TrainerSettings", "epochs": 3}, "seed": 0})
+    {'trainer': {'_target_': 'ehr_embed.training.settings.TrainerSettings', 'epochs': 3}, 'seed': 0}
+    """
+    if isinstance(config, dict):
+        return {
+            key: new_name(value) if key == "_target_" and isinstance(value, str) else renamed(value)
+            for key, value in config.items()
+        }
+    return [renamed(item) for item in config] if isinstance(config, list) else config

@@ -1,0 +1,185 @@
+"""Which events moved a subject's prediction, and which texts move those of a split most."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
+from ehr_embed.data.store import STATIC_TIME
+from ehr_embed.evaluation.code_screening import visible_events
+from ehr_embed.inference.attribution import Attribution, integrated_gradients
+from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
+from ehr_embed.inference.predictor import Dataset, Predictor
+
+log = logging.getLogger(__name__)
+
+
+class Explainer:
+    """Attributes the log-odds of one class of a run to events.
+
+    Args:
+        predictor: the run.
+        target: its class or label; None = the last one.
+        n_steps, max_steps, tolerance: as in `integrated_gradients`.
+
+    Raises:
+        UserError: the run has no such class.
+    """
+
+    def __init__(
+        self, predictor: Predictor, *, target: str | None, n_steps: int, max_steps: int, tolerance: float
+    ) -> None:
+        names = predictor.class_names
+        if target is not None and target not in names:
+            raise unknown_name("target", target, names)
+        if not (1 <= n_steps <= max_steps and tolerance > 0):
+            raise UserError(
+                f"n_steps={n_steps}, max_steps={max_steps}, tolerance={tolerance}: expected 1 <= n_steps <= max_steps and a "
+                "tolerance above 0."
+            )
+        self.predictor, self.target = predictor, names[-1] if target is None else target
+        self._index = names.index(self.target)
+        self._steps: dict[str, Any] = {"n_steps": n_steps, "max_steps": max_steps, "tolerance": tolerance}
+        counts = torch.as_tensor(predictor.run.vocabulary.tokens["count"].to_numpy().copy(), dtype=torch.float32)
+        vectors = predictor.run.embedding.table.cpu()
+        self._baseline = (counts @ vectors / counts.sum()).to(predictor.device)
+
+    def score(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-odds of the target, (B,)."""
+        logits = self.predictor.run.model(inputs).float()
+        own = logits[:, self._index]
+        if not self.predictor.has_exclusive_classes:
+            return own
+        others = [index for index in range(logits.shape[1]) if index != self._index]
+        return own - logits[:, others].logsumexp(-1)
+
+    def attribute(self, data: Dataset, row: int) -> Attribution:
+        """Of one sample of the dataset, its padding left out."""
+        batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
+        embedding = data.embedding.to(self.predictor.device)
+        inputs = embedding.inputs(batch)
+        # Each event gets a vector of its own: through rows that events share, one could not be told from another. And the path
+        # is of many records, for which places and sequence_starts, those of one, do not hold.
+        for name in ("rows", "row_ids", "places", "sequence_starts"):
+            del inputs[name]
+        inputs["embeddings"] = embedding(batch.token_ids).detach()
+        found = integrated_gradients(self.score, inputs, self._baseline, **self._steps)
+        n = int(data.samples.lengths[row])
+        return Attribution(found.events[:n], found.score, found.baseline_score, found.gap, found.n_steps)
+
+
+def event_table(data: Dataset, row: int, found: Attribution) -> pl.DataFrame:
+    """The sample's events in the model's order: time (null = static), days_before, code, text, numeric_value, attribution."""
+    samples = data.samples.take(np.array([row]))
+    _, index = next(visible_events(samples))
+    tokens, times = data.events.token_ids[index], data.events.times[index]
+    values = np.full(len(index), np.nan, np.float32) if data.events.values is None else data.events.values[index]
+    strings, texts = data.vocabulary.strings, data.vocabulary.texts
+    special = tokens < 2  # the unknown event has no code to decode to
+    decoded = data.vocabulary.decode(np.where(special, 2, tokens).astype(np.int64), np.where(special, np.nan, values))
+    is_static = times == STATIC_TIME
+    days = np.where(is_static, np.nan, (samples.prediction_times[0] - times) / MICROSECONDS_PER_DAY)
+    frame = pl.DataFrame(
+        {
+            "time": pl.Series(np.where(is_static, 0, times)).cast(pl.Datetime("us")),
+            "days_before": days,
+            "code": [strings[t] if s else code for t, s, code in zip(tokens, special, decoded["code"], strict=True)],
+            "text": [texts[token] for token in tokens],
+            "numeric_value": decoded["numeric_value"],
+            "attribution": found.events,
+        }
+    )
+    static = pl.Series(is_static)
+    return frame.with_columns(
+        time=pl.when(static).then(None).otherwise(pl.col("time")), days_before=pl.col("days_before").fill_nan(None)
+    )
+
+
+def explain_subject(
+    explainer: Explainer, data: Dataset, subject: int, prediction_time: str | None, folder: Path
+) -> list[Path]:
+    """Write subject_<ID>.csv, .png and .html.
+
+    Raises:
+        UserError: no prediction of this subject, or none at this time.
+    """
+    rows = np.flatnonzero(data.samples.subject_ids == subject)
+    if not len(rows):
+        some = ", ".join(map(str, data.samples.subject_ids[:5]))
+        raise UserError(f"subject={subject} has no prediction here. Subjects that have one are {some}, ...")
+    times = data.samples.prediction_times[rows].astype("datetime64[us]")
+    row = rows[np.argmax(times)]
+    if prediction_time is not None:
+        wanted = rows[times == np.datetime64(_parsed(prediction_time), "us")]
+        if not len(wanted):
+            listed = ", ".join(str(time) for time in np.sort(times)[:10])
+            raise UserError(f"prediction_time={prediction_time}: subject {subject} is predicted at {listed}. Take one.")
+        row = wanted[0]
+    found = explainer.attribute(data, int(row))
+    table = event_table(data, int(row), found)
+    log.info(
+        "log-odds of %s: %.3f, of an average record %.3f; %d events, gap %.1e after %d steps",
+        explainer.target, found.score, found.baseline_score, len(table), found.gap, found.n_steps,
+    )  # fmt: skip
+    when = data.samples.prediction_times[row].astype("datetime64[us]").astype(datetime)
+    timeline = Timeline(table, subject, when, explainer.target, found.score, found.baseline_score)
+    paths = [folder / f"subject_{subject}.{kind}" for kind in ("csv", "png", "html")]
+    with atomic_path(paths[0]) as path:
+        table.write_csv(path)
+    plot_timeline(paths[1], timeline)
+    write_timeline_html(paths[2], timeline)
+    return paths
+
+
+def explain_split(
+    explainer: Explainer, data: Dataset, *, max_samples: int, min_samples: int, seed: int, folder: Path
+) -> list[Path]:
+    """Write texts.csv, every text of the samples drawn, and texts.png, the 20 that raise and lower the prediction most.
+
+    Columns: text, n_samples and n_events that have it, mean_attribution and mean_abs_attribution over these samples of the sum
+    over the text's events.
+    """
+    n = len(data.samples)
+    drawn = np.sort(np.random.default_rng(seed).permutation(n)[:max_samples])
+    parts, gaps, steps = [], [], []
+    for row in tqdm(drawn.tolist(), desc="explain", unit="sample", disable=None):
+        found = explainer.attribute(data, row)
+        gaps.append(found.gap)
+        steps.append(found.n_steps)
+        parts.append(event_table(data, row, found).select("text", "attribution", sample=pl.lit(row)))
+    log.info("%d samples of %d, largest gap %.1e, at most %d steps", len(drawn), n, max(gaps), max(steps))
+    by_sample = pl.concat(parts).group_by("text", "sample").agg(pl.col("attribution").sum(), n_events=pl.len())
+    texts = by_sample.group_by("text").agg(
+        n_samples=pl.len(),
+        n_events=pl.col("n_events").sum(),
+        mean_attribution=pl.col("attribution").mean(),
+        mean_abs_attribution=pl.col("attribution").abs().mean(),
+    )
+    texts = texts.sort("mean_abs_attribution", "text", descending=[True, False])
+    frequent = texts.filter(pl.col("n_samples") >= min_samples)
+    if not len(frequent):
+        raise UserError(
+            f"no text is in min_samples={min_samples} of the {len(drawn)} samples. Type: min_samples=1, or more max_samples"
+        )
+    with atomic_path(folder / "texts.csv") as path:
+        texts.write_csv(path)
+    plot_texts(folder / "texts.png", frequent, target=explainer.target, n_samples=len(drawn))
+    return [folder / "texts.csv", folder / "texts.png"]
+
+
+def _parsed(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise UserError(f"prediction_time={text}: expected a time as 2020-01-31 or 2020-01-31T12:00:00.") from error

@@ -1,0 +1,107 @@
+"""Futures of subjects, sampled from a run of task=next_event, as MEDS events."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import torch
+from meds import DataSchema
+from tqdm import tqdm
+
+from ehr_embed.core.files import atomic_path
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.inference.trained_run import TrainedRun
+from ehr_embed.models.sampling import Sampling, Trajectories, generate
+
+log = logging.getLogger(__name__)
+TRAJECTORY_SCHEMA: dict[str, Any] = {
+    "subject_id": pl.Int64,
+    "time": pl.Datetime("us"),
+    "code": pl.String,
+    "numeric_value": pl.Float32,
+    "prediction_time": pl.Datetime("us"),
+}
+"""MEDS' data schema and the time up to which the generator saw the record: GeneratedTrajectorySchema of
+MEDS-trajectory-evaluation 0.0.6, which keeps the samples of one prompt in separate files."""
+
+
+def sample_futures(
+    run: TrainedRun,
+    prompts: BatchDataset,
+    sampling: Sampling,
+    *,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    use_cache: bool,
+) -> pl.DataFrame:
+    """Sample futures of each prompt.
+
+    Args:
+        run: a run of task=next_event.
+        prompts: each record up to its prediction time.
+        sampling: how many futures, how long, and how each event is drawn.
+        device: where the model runs.
+        batch_size: prompts at a time.
+        seed: of the draws.
+        use_cache: keep the keys and values of attention instead of computing them again for every event.
+
+    Returns:
+        The columns of `TRAJECTORY_SCHEMA` and `sample`, the number of the future; one row per event.
+    """
+    samples, model, embedding = prompts.samples, run.model.to(device), run.embedding.to(device)
+    generator, frames, began = torch.Generator(device).manual_seed(seed), [], time.perf_counter()
+    for rows in tqdm(np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size)), disable=None):
+        trajectories = generate(model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache)
+        frames.append(as_events(trajectories, samples.take(rows), run.vocabulary))
+    futures = pl.concat(frames)
+    log.info(
+        "%d events in %d futures of %d prompts, %.0f events/s", len(futures), len(samples) * sampling.n_samples,
+        len(samples), len(futures) / (time.perf_counter() - began),
+    )  # fmt: skip
+    return futures
+
+
+def write_futures(futures: pl.DataFrame, folder: Path, *, n_samples: int) -> list[Path]:
+    """Write one file per sample, which holds one future of every prompt, and remove those of an earlier sampling.
+
+    Args:
+        futures: what `sample_futures` returned.
+        folder: where the files go, as 0.parquet, 1.parquet, ...
+        n_samples: futures per prompt.
+    """
+    for stale in folder.glob("[0-9]*.parquet"):  # a sampling with more samples would mix with this one
+        stale.unlink()
+    paths = [folder / f"{sample}.parquet" for sample in range(n_samples)]
+    for sample, path in enumerate(paths):
+        with atomic_path(path) as temporary:
+            # MEDS' strings are not Polars' large ones.
+            table = DataSchema.align(futures.filter(sample=sample).drop("sample").to_arrow())
+            pq.write_table(table, temporary)
+    return paths
+
+
+def as_events(trajectories: Trajectories, samples: Samples, vocabulary: Vocabulary) -> pl.DataFrame:
+    """Generated events with the columns of `TRAJECTORY_SCHEMA`, and `sample`."""
+    prompt = trajectories.prompt.cpu().numpy()
+    decoded = vocabulary.decode(trajectories.token_ids.cpu().numpy(), trajectories.values.float().cpu().numpy())
+    prediction_times = samples.prediction_times[prompt]
+    after = np.round(trajectories.days.cpu().numpy() * MICROSECONDS_PER_DAY).astype(np.int64)
+    columns = {
+        "subject_id": samples.subject_ids[prompt],
+        "time": prediction_times + after,
+        "code": decoded["code"],
+        "numeric_value": decoded["numeric_value"],
+        "prediction_time": prediction_times,
+        "sample": trajectories.sample.cpu().numpy(),
+    }
+    frame = pl.DataFrame(columns)
+    return frame.with_columns(pl.col(name).cast(dtype) for name, dtype in TRAJECTORY_SCHEMA.items())
