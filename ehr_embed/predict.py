@@ -10,8 +10,10 @@ import hydra
 import polars as pl
 from omegaconf import DictConfig
 
+from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.experiment.cli import CONF, run_main
@@ -24,6 +26,7 @@ from ehr_embed.tasks.classification import encode_classes
 log = logging.getLogger(__name__)
 
 
+@checks_config
 def predict(cfg: DictConfig) -> Path:
     """Predict as `cfg` (conf/predict.yaml) says, and write the table.
 
@@ -31,7 +34,9 @@ def predict(cfg: DictConfig) -> Path:
         UserError: what `Predictor` refuses; labels that are not the run's classes; a run without metrics.json where a
             threshold is needed.
     """
-    predictor = Predictor(cfg.run, device=str(device_named(cfg.device)), trusted_packages=cfg.trusted_packages)
+    device = device_named(cfg.device)
+    use_threads(cfg.get("threads", AUTO), device=device.type)
+    predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     began = time.perf_counter()
     found = predictor.predict_proba(
         cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)

@@ -13,6 +13,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents, build_store
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.evaluation import leakage_audit
 from ehr_embed.evaluation.code_screening import (
     COUNT,
     LAST_VALUE,
@@ -320,3 +321,35 @@ def test_samples_beyond_the_limit_are_drawn(tmp_path, monkeypatch):
     report = audited(write_set(tmp_path / "set", plant, n=120))
     assert leaks(report) == [("single_code", "BILLED")]
     assert report["findings"][0]["details"]["n"] == 80
+
+
+def test_the_next_run_reads_no_event_and_other_labels_read_the_samples_alone(tmp_path, monkeypatch):
+    root = write_set(tmp_path / "set", lambda n, case, events: [*events, (n, 5.0, "TELLS", None)] if case else events)
+    store = build_store(tmp_path / "store", MedsSource(root=str(root)), VocabularySettings(min_count=1))
+    read: list[str] = []
+    for name in ("record_hashes", "sample_features"):
+        real = getattr(leakage_audit, name)
+        monkeypatch.setattr(
+            leakage_audit,
+            name,
+            lambda *args, name=name, real=real, **options: read.append(name) or real(*args, **options),
+        )
+
+    def audited(**options) -> dict:
+        read.clear()
+        task = Classification(labels="case", **options)
+        task.setup(store, root / "labels", 512)
+        return audit(store, task.samples, task.class_names)
+
+    first = audited()
+    assert {finding["check"] for finding in first["findings"]} == {"single_code"}
+    assert set(read) == {"record_hashes", "sample_features"}
+    again = audited()
+    assert not read
+    assert again | {"seconds": 0} == first | {"seconds": 0}
+    assert not audited(shuffle_labels=1)["findings"]
+    assert read == ["sample_features"]
+    task = Classification(labels="case")
+    task.setup(store, root / "labels", 512)
+    with pytest.raises(UserError, match=r"audit=error: 1 possible leaks"):
+        audit(store, task.samples, task.class_names, mode="error")

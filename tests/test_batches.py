@@ -96,6 +96,35 @@ def test_every_sample_once_within_the_budget(lengths, batch_size, batch_tokens, 
         assert len(batch) * (-(-array[batch].max() // 8) * 8) <= batch_tokens
 
 
+def cut_sample_by_sample(sampler: BucketSampler, order: np.ndarray) -> list[np.ndarray]:
+    """The rule of `BucketSampler._cut` as a loop over samples: a batch is closed where the next sample would not fit."""
+    batches, start = [], 0
+    for stop in range(1, len(order) + 1):
+        full = stop - start == sampler.batch_size or stop == len(order)
+        if full or (stop - start + 1) * sampler.padded[order[stop]] > sampler.batch_tokens:
+            batches.append(order[start:stop])
+            start = stop
+    return batches
+
+
+@given(
+    st.lists(st.integers(1, 100), max_size=200),
+    st.integers(1, 20),
+    st.integers(104, 500),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_batches_are_those_of_a_loop_over_samples(lengths, batch_size, batch_tokens, shuffle, epoch):
+    fast, slow = (
+        BucketSampler(np.array(lengths, np.int64), batch_size=batch_size, batch_tokens=batch_tokens, shuffle=shuffle)
+        for _ in range(2)
+    )
+    slow._cut = lambda order: cut_sample_by_sample(slow, order)
+    for sampler in (fast, slow):
+        sampler.set_epoch(epoch)
+    assert [batch.tolist() for batch in fast.batches()] == [batch.tolist() for batch in slow.batches()]
+
+
 def test_epochs_differ_and_seeds_repeat():
     lengths = np.random.default_rng(0).integers(1, 50, 500)
 
@@ -114,6 +143,21 @@ def test_bucketing_saves_padding():
     sampler = BucketSampler(lengths, batch_size=32, batch_tokens=16384, shuffle=True)
     padded = sum(len(batch) * lengths[batch].max() for batch in sampler)
     assert lengths.sum() / padded > 0.9
+
+
+def test_events_alone_bound_a_batch_and_fill_it():
+    """Of short records 32 samples fill a fifth of the budget, and a step's events would differ by as much."""
+    lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
+    filling = {}
+    for batch_size in (32, None):
+        sampler = BucketSampler(lengths, batch_size=batch_size, batch_tokens=4096, shuffle=True)
+        batches = list(sampler)
+        assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(4000))
+        assert max(len(batch) * sampler.padded[batch].max() for batch in batches) <= 4096
+        filling[batch_size] = lengths.sum() / len(batches) / 4096
+    assert filling[None] > 0.88
+    assert filling[32] < 0.7
+    assert list(BucketSampler(lengths[:0], batch_size=None, batch_tokens=4096, shuffle=True)) == []
 
 
 def test_a_sample_over_the_budget_is_refused():

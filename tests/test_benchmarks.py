@@ -10,7 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import batches, disk, embedding, generation_cache, gpu, packing, store_building, training, utilisation
+from benchmarks import (
+    batches,
+    disk,
+    embedding,
+    generation_cache,
+    gpu,
+    packing,
+    scale,
+    selection,
+    store_building,
+    threads,
+    training,
+    utilisation,
+)
 from benchmarks.common import write_cohort
 from ehr_embed.sources.meds import MedsSource
 
@@ -24,6 +37,29 @@ def line(main, capsys, *arguments: str) -> dict:
     assert set(found) >= STATED
     assert found["versions"]["torch"]
     return found
+
+
+def test_scale_measures_each_step(capsys, tmp_path):
+    size = (
+        "--events",
+        "3000",
+        "--codes",
+        "40",
+        "--replicates",
+        "5",
+        "--subjects-a-shard",
+        "30",
+        "--model",
+        "mean_pool",
+    )
+    scale.main([*size, "--steps", "embed", "train", "predict", "--folder", str(tmp_path)])
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    (row,) = found["sizes"]
+    assert 1000 < row["n_events"] < 9000
+    assert row["train"]["events_per_s"] > 0
+    assert row["predict"]["n_predictions"] == 10
+    assert all(row[step]["peak_memory_mib"] > row[step]["of_it_own_mib"] for step in ("embed", "train", "predict"))
+    assert not list(tmp_path.iterdir()), "a size's folder is removed"
 
 
 def test_training_compares_one_model_on_the_same_events(capsys):
@@ -108,6 +144,27 @@ def test_packing_compares_batches_with_the_padding_asked_for(capsys):
     assert found["ratio"] == pytest.approx(found["events_per_s_packed"] / found["events_per_s_padded"], rel=1e-2)
 
 
+def test_threads_trains_idle_and_beside_a_busy_process(capsys, monkeypatch):
+    for name in threads.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    n = torch.get_num_threads()
+    found = line(threads.main, capsys, *TINY_MODEL, "--repeats", "1")
+    for state in ("idle", "busy"):
+        assert all(1 <= chosen <= n for chosen in found[f"threads_{state}_auto"])
+        assert found[f"events_per_s_{state}_auto"] > 0
+    assert found["busy_to_idle_1"] == pytest.approx(
+        found["events_per_s_busy_1"] / found["events_per_s_idle_1"], rel=1e-2
+    )
+    assert torch.get_num_threads() == n
+
+
+def test_threads_asks_for_an_environment_that_leaves_the_choice_open(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        threads.main([])
+    assert "env -u OMP_NUM_THREADS" in capsys.readouterr().err
+
+
 def test_the_cohort_is_what_the_benchmarks_say(tmp_path):
     source = MedsSource(root=str(write_cohort(tmp_path / "meds", n_subjects=1000, subjects_a_shard=300)))
     lengths = np.concatenate([source.read(shard)["subject_id"].value_counts()["count"] for shard in source.shards])
@@ -138,3 +195,11 @@ def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 1
     assert "no GPU here" in capsys.readouterr().out
+
+
+def test_f1_picks_the_better_model_less_often_than_auroc(capsys):
+    found = selection.shares((0.76, 0.78), n=2000, prevalence=0.05, correlation=0.8, n_draws=300)
+    assert found["auroc"] > found["f1"] + 0.03
+    assert 0.8 < found["auroc"] < 0.97
+    selection.main(["--n-draws", "3", "--n", "100"])
+    assert "| auroc | auprc | f1 | loss | brier |" in capsys.readouterr().out

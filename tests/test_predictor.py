@@ -16,6 +16,7 @@ import ehr_embed
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.store import encode_split
 from ehr_embed.experiment.run import run
+from ehr_embed.inference import predictor as predictor_module
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.sources.meds import MedsSource
 from tests.conftest import ROOT, write_labels, write_meds
@@ -119,11 +120,77 @@ def test_codes_and_texts_never_seen_are_embedded(predictor, tmp_path):
     root = write_meds(tmp_path / "other", {"held_out": events}, codes=codes)
     write_labels(root / "labels" / "x", [(s, 1.0, True) for s in (1, 2, 3)])
     found = predictor.predict_proba(root, labels="x")["probability_true"].to_numpy()
-    raw = predictor._embedder().embed(["N2", "Something else entirely"])
+    raw = predictor._embedder.embed(["N2", "Something else entirely"])
     np.testing.assert_allclose(found[:2], predictor.predict_proba([raw[:1], raw[1:]])[:, 1], atol=1e-3)
     np.testing.assert_allclose(found[1:2], predictor.predict_proba(["Something else entirely"])[:, 1], atol=1e-6)
     np.testing.assert_allclose(found[2:], predictor.predict_proba(["N1"])[:, 1], atol=1e-6)
     assert len(set(found.round(4))) == 3
+
+
+def write_shards(root: Path, *, n: int) -> Path:
+    """A shard for each of `n` subjects of held_out, with a code of its own, in the reverse order of their ids."""
+    events = {"held_out": [(s, 0.0, code, None) for s in range(n) for code in ("N1", f"NEW{s}")]}
+    codes = [(f"NEW{s}", f"Something new {s}", None) for s in range(n)]
+    write_meds(root, events, codes=codes)
+    (path,) = (root / "data").rglob("*.parquet")
+    every = pl.read_parquet(path)
+    path.unlink()
+    for part in every.partition_by("subject_id"):
+        part.write_parquet(path.with_name(f"{9 - part['subject_id'][0]}.parquet"))
+    write_labels(root / "labels" / "x", [(s, 1.0, True) for s in range(n)])
+    return root
+
+
+@pytest.mark.parametrize("labels", ["x", None])
+@pytest.mark.parametrize("chunk_events", [1, 5, 1000])
+def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch, labels, chunk_events):
+    root, read, held = write_shards(tmp_path / "shards", n=6), [], []
+    predictor = ehr_embed.load(folder / "runs" / "first")
+    real_read, real_predict = MedsSource.read, Predictor._predict
+    monkeypatch.setattr(predictor_module, "CHUNK_EVENTS", chunk_events)
+    monkeypatch.setattr(MedsSource, "read", lambda self, shard: read.append(shard) or real_read(self, shard))
+    monkeypatch.setattr(
+        Predictor,
+        "_predict",
+        lambda self, events, *rest: held.append(len(events.token_ids)) or real_predict(self, events, *rest),
+    )
+    found = predictor.predict_proba(root, labels=labels)
+    assert len(read) == len(set(read)) == 6
+    assert held == {1: [2] * 6, 5: [6, 6], 1000: [12]}[chunk_events]
+    assert found["subject_id"].to_list() == ([5, 4, 3, 2, 1, 0] if labels is None else list(range(6)))
+    monkeypatch.setattr(predictor_module, "CHUNK_EVENTS", 10**9)
+    at_once = ehr_embed.load(folder / "runs" / "first").predict_proba(root, labels=labels)
+    np.testing.assert_allclose(found["probability_true"], at_once["probability_true"], atol=1e-6)
+    assert found.columns == at_once.columns
+    assert found["probability_true"].n_unique() == 6
+
+
+def test_a_loaded_run_embeds_a_new_text_once_and_keeps_its_tables(folder, tmp_path, monkeypatch):
+    root, embedded = write_shards(tmp_path / "shards", n=4), []
+    predictor = ehr_embed.load(folder / "runs" / "first")
+    real = type(predictor._embedder).embed
+    monkeypatch.setattr(
+        type(predictor._embedder), "embed", lambda self, texts: embedded.extend(texts) or real(self, texts)
+    )
+    first = predictor.predict_proba(root, labels="x")
+    tables = predictor.read(str(root), labels="x", split="held_out", lookups=())
+    assert predictor.predict_proba(root, labels="x").equals(first)
+    again = predictor.read(str(root), labels="x", split="held_out", lookups=())
+    assert again.vocabulary is tables.vocabulary
+    assert again.embedding is tables.embedding
+    assert again.vocabulary.texts is again.vocabulary.texts, "no list of all tokens per sample"
+    one = predictor.predict_proba(["N1", "Something new 3", "Something newer"])
+    np.testing.assert_array_equal(predictor.predict_proba(["N1", "Something new 3", "Something newer"]), one)
+    assert sorted(embedded) == [*(f"Something new {s}" for s in range(4)), "Something newer"]
+
+
+def test_texts_of_another_state_of_a_dataset_are_read_again(folder, tmp_path):
+    root = write_shards(tmp_path / "shards", n=2)
+    predictor = ehr_embed.load(folder / "runs" / "first")
+    before = predictor.predict_proba(root)
+    codes = root / "metadata" / "codes.parquet"
+    pl.read_parquet(codes).with_columns(description=pl.lit("Result of the test")).write_parquet(codes)
+    assert not predictor.predict_proba(root).equals(before)
 
 
 @pytest.mark.parametrize(

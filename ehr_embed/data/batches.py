@@ -286,8 +286,8 @@ def padded_length(lengths: Any) -> Any:
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     """Index arrays of batches whose samples have similar lengths.
 
-    A batch holds at most `batch_size` samples and, padded, at most `batch_tokens` events. With `shuffle` the samples are
-    shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
+    A batch holds at most `batch_size` samples (None = any number) and, padded, at most `batch_tokens` events. With `shuffle` the
+    samples are shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
     from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
     where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
 
@@ -299,14 +299,14 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self,
         lengths: npt.NDArray[np.int64],
         *,
-        batch_size: int,
+        batch_size: int | None,
         batch_tokens: int,
         shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"trainer.batch_size={batch_size}: expected 1 or more samples.")
         self.padded = padded_length(lengths)
         if len(lengths) and self.padded.max() > batch_tokens:
@@ -324,7 +324,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """All batches of the epoch, over all ranks; drawn once, as it takes a loop over all samples."""
+        """Return all batches of the epoch, over all ranks; they are drawn once, since every sample is sorted and cut."""
         if self._batches is None:
             self._batches = self._drawn()
         return self._batches
@@ -334,20 +334,34 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         if not self.shuffle:
             return self._cut(np.argsort(self.padded, kind="stable"))
         rng = np.random.default_rng([self.seed, self.epoch])
-        order, group = rng.permutation(n), BUCKET_BATCHES * self.batch_size
+        in_batch = self.batch_size or max(1, int(self.batch_tokens * n // max(1, self.padded.sum())))
+        order, group = rng.permutation(n), BUCKET_BATCHES * in_batch
         groups = [order[i : i + group] for i in range(0, n, group)]
         batches = [batch for part in groups for batch in self._cut(part[np.argsort(self.padded[part], kind="stable")])]
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Cut samples in ascending order of length; the longest of a batch is its last."""
-        batches, start = [], 0
-        for stop in range(1, len(order) + 1):
-            full = stop - start == self.batch_size or stop == len(order)
-            if full or (stop - start + 1) * self.padded[order[stop]] > self.batch_tokens:
-                batches.append(order[start:stop])
-                start = stop
-        return batches
+        """Cut samples in ascending order of length; the longest of a batch is its last.
+
+        The loop is over the distinct padded lengths, of which there are few: samples of one length fill batches of one size.
+        """
+        padded, n = self.padded[order], len(order)
+        if not n:
+            return []
+        run_starts = np.flatnonzero(np.diff(padded, prepend=-1))
+        run_stops = np.append(run_starts[1:], n)
+        sizes = np.minimum(self.batch_size or n, self.batch_tokens // padded[run_starts])
+        stops, start = [], 0
+        for run_start, run_stop, size in zip(run_starts.tolist(), run_stops.tolist(), sizes.tolist(), strict=True):
+            if run_start - start >= size:  # the open batch cannot take a sample of this length
+                stops.append(np.array([run_start]))
+                start = run_start
+            full = np.arange(start + size, run_stop + 1, size)
+            stops.append(full)
+            start += size * len(full)
+        stops.append(np.array([n] if start < n else [], np.int64))
+        every = np.concatenate(stops).tolist()
+        return [order[begin:stop] for begin, stop in zip([0, *every[:-1]], every, strict=True)]
 
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return iter(self._own()[self.first :])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -62,39 +64,66 @@ def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these
         )
 
 
-def say_unseen(events: SplitEvents, samples: Samples, *, where: str) -> None:
-    """Say how many samples show nothing but static events though their subject has timed ones, all of them later.
+@dataclass
+class UnseenRecords:
+    """Count the samples that show nothing but static events though their subject has timed ones, all of them later.
 
     Such a prediction time is mostly one in another unit, or a default such as 1900-01-01.
 
-    Args:
-        events: the split's events.
-        samples: (n,) samples of this split, which keep the boundary.
-        where: what they belong to, for the message.
+    Attributes:
+        n: how many samples are like that.
+        of: how many samples were looked at.
+        example: the prediction time and the subject of the first of them.
+    """
+
+    n: int = 0
+    of: int = 0
+    example: str = ""
+
+    def add(self, events: SplitEvents, samples: Samples) -> None:
+        """Count those of further samples (n,), which keep the boundary, of a split or of a part of one."""
+        self.of += len(samples)
+        blank = np.flatnonzero(samples.start == samples.stop)
+        order = np.argsort(events.subject_ids, kind="stable")
+        row = order[np.searchsorted(events.subject_ids, samples.subject_ids[blank], sorter=order)]
+        end, times = events.offsets[row + 1], samples.prediction_times[blank]
+        first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
+        early = np.zeros(len(blank), bool)
+        has_timed = np.flatnonzero(first_timed < end)
+        # Where static events fill all the room, a sample without a timed event may be right.
+        early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
+        if not early.any():
+            return
+        if not self.n:
+            number = blank[np.flatnonzero(early)[0]]
+            when = samples.prediction_times[number].astype("datetime64[us]")
+            self.example = f"{when} of subject {samples.subject_ids[number]}"
+        self.n += int(early.sum())
+
+    def say(self, where: str) -> None:
+        """Say how many there were; `where` is what the samples belong to, for the message.
+
+        Raises:
+            UserError: these are all samples, or nearly all.
+        """
+        say_or_refuse(
+            self.n,
+            self.of,
+            f"prediction times of {where}, such as {self.example}, lie before every timed event of their subject, so that "
+            "nothing but static events is seen",
+            remedy="Mend the times of the label set (column prediction_time), or remove these rows.",
+        )
+
+
+def say_unseen(events: SplitEvents, samples: Samples, *, where: str) -> None:
+    """Say how many of the samples of a split are `UnseenRecords`, or refuse them.
 
     Raises:
         UserError: these are all samples, or nearly all.
     """
-    blank = np.flatnonzero(samples.start == samples.stop)
-    order = np.argsort(events.subject_ids, kind="stable")
-    row = order[np.searchsorted(events.subject_ids, samples.subject_ids[blank], sorter=order)]
-    end, times = events.offsets[row + 1], samples.prediction_times[blank]
-    first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
-    early = np.zeros(len(blank), bool)
-    has_timed = np.flatnonzero(first_timed < end)
-    # Where static events fill all the room, a sample without a timed event may be right.
-    early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
-    if not early.any():
-        return
-    number = blank[np.flatnonzero(early)[0]]
-    when = samples.prediction_times[number].astype("datetime64[us]")
-    say_or_refuse(
-        int(early.sum()),
-        len(samples),
-        f"prediction times of {where}, such as {when} of subject {samples.subject_ids[number]}, lie before every timed event of "
-        "their subject, so that nothing but static events is seen",
-        remedy="Mend the times of the label set (column prediction_time), or remove these rows.",
-    )
+    found = UnseenRecords()
+    found.add(events, samples)
+    found.say(where)
 
 
 def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: str, detail: str = "") -> UserError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,16 @@ class Samples:
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
         """The samples at `index`, (m,)."""
         return Samples(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+def samples_digest(samples: Mapping[str, Samples]) -> str:
+    """Return a digest of who is predicted when, from which events, with which labels, in all splits."""
+    total = hashlib.sha256()
+    for split in sorted(samples):
+        total.update(split.encode())
+        for array in vars(samples[split]).values():
+            total.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def ragged_searchsorted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,29 +152,53 @@ def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
-    """The events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
+    """Return the events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
 
     Raises:
         UserError: the source has no such split.
     """
-    tokens, times, values, subjects = [], [], [], []
+    return joined(list(encode_shards(source, lambda _: vocabulary, split)))
+
+
+def encode_shards(
+    source: Source, vocabulary_for: Callable[[pl.Series], Vocabulary], split: str | None
+) -> Iterator[SplitEvents]:
+    """Yield the events of each shard that has any of the split, each shard being read once.
+
+    Args:
+        vocabulary_for: gives the vocabulary of a shard from the codes of its events.
+
+    Raises:
+        UserError: the source has no such split.
+    """
+    n_shards = 0
     for shard in source.shards:
         part = source.read(shard)
         part = part if split is None else part.filter(split=split)
+        if not len(part):
+            continue
+        n_shards += 1
+        vocabulary = vocabulary_for(part["code"])
         token_ids, normal = vocabulary.encode(part["code"], part["numeric_value"])
-        tokens.append(token_ids)
-        values.append(normal)
-        times.append(event_times(part))
-        subjects.append(subject_rows(part))
-    if not sum(map(len, tokens)):
+        values = normal if vocabulary.settings.has_values else None
+        yield SplitEvents(token_ids, event_times(part), values, *subject_arrays([subject_rows(part)]))
+    if not n_shards:
         what = "the dataset" if split is None else f"the split {split!r}"
         raise UserError(f"{source.name}: {what} has no events. Splits are {', '.join(SPLITS)}.")
-    return SplitEvents(
-        np.concatenate(tokens),
-        np.concatenate(times),
-        np.concatenate(values) if vocabulary.settings.has_values else None,
-        *subject_arrays(subjects),
-    )
+
+
+def joined(parts: list[SplitEvents]) -> SplitEvents:
+    """Return the subjects of all parts, one part after the other; the list is emptied, so that no part is held twice."""
+    if len(parts) == 1:
+        return parts.pop()
+    names = ("token_ids", "times", "values", "subject_ids", "birth_times")
+    arrays = {
+        name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+        for name in names
+    }
+    sizes = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)])
+    parts.clear()
+    return SplitEvents(**arrays, offsets=np.cumsum(sizes))  # type: ignore[arg-type]
 
 
 def n_doubled(events: pl.DataFrame) -> int:

@@ -63,7 +63,7 @@ class VocabularySettings:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and the map from (code, value) to them.
+    """Tokens and the map from (code, value) to them. What follows from them is made once, and must not be changed.
 
     Attributes:
         settings: what it was fitted with.
@@ -78,17 +78,17 @@ class Vocabulary:
     codes: pl.DataFrame
     report: dict[str, Any]
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
         """Text of every token; row 0, padding, is empty."""
         return self.tokens["text"].to_list()
 
-    @property
+    @cached_property
     def strings(self) -> list[str]:
         """Name of every token: its code, with the value bin if it has one; distinct."""
         return self.tokens["str"].to_list()
 
-    @property
+    @cached_property
     def plain_tokens(self) -> npt.NDArray[np.int64]:
         """Of every token that of its code without the value bin, itself for one that has no bin, (V,)."""
         tokens = np.arange(len(self))
@@ -97,14 +97,14 @@ class Vocabulary:
                 tokens[first : first + len(edges) + 1] = plain
         return tokens
 
-    @property
+    @cached_property
     def token_codes(self) -> list[str | None]:
         """Code of every token: that of a bin without the bin, the parent where rare codes were folded; None for the
         special tokens."""
         strings = self.strings
         return [None] * FIRST_TOKEN + [strings[token] for token in self.plain_tokens[FIRST_TOKEN:].tolist()]
 
-    @property
+    @cached_property
     def token_bins(self) -> npt.NDArray[np.float32]:
         """Number of every token's value bin, from 1, NaN for a token without one, (V,)."""
         bins = np.full(len(self), np.nan, np.float32)
@@ -162,14 +162,18 @@ class Vocabulary:
             code String: the bin is left out, a rare code comes back as the parent it was folded into; numeric_value
             Float32: null where the value is NaN.
         """
-        code_of = self.token_codes
-        codes = pl.Series("code", [code_of[token] for token in token_ids.tolist()], dtype=pl.String)
-        scales = self.codes.select("code", "loc", "scale")
-        table = pl.DataFrame({"code": codes, "value": values}).join(
-            scales, on="code", how="left", maintain_order="left"
-        )
-        number = pl.col("value").fill_nan(None) * pl.col("scale").fill_null(1.0) + pl.col("loc").fill_null(0.0)
-        return table.select("code", number.fill_nan(None).cast(pl.Float32).alias("numeric_value"))
+        code_of, row_of = self.token_codes, self._row_of_code
+        codes = [code_of[token] for token in token_ids.tolist()]
+        row_N = np.array([-1 if code is None else row_of.get(code, -1) for code in codes], np.int64)
+        scale_N, loc_N = np.ones(len(codes)), np.zeros(len(codes))
+        scale_N[row_N >= 0] = self.codes["scale"].to_numpy()[row_N[row_N >= 0]]
+        loc_N[row_N >= 0] = self.codes["loc"].to_numpy()[row_N[row_N >= 0]]
+        numbers = pl.Series("numeric_value", values * scale_N + loc_N).fill_nan(None).cast(pl.Float32)
+        return pl.DataFrame({"code": pl.Series(codes, dtype=pl.String), "numeric_value": numbers})
+
+    @cached_property
+    def _row_of_code(self) -> dict[str, int]:
+        return {code: row for row, code in enumerate(self.codes["code"])}
 
     @cached_property
     def _edges(self) -> npt.NDArray[np.float32]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -18,7 +18,8 @@ import numpy.typing as npt
 from meds import death_code
 
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.data.samples import Samples, ragged_arange
+from ehr_embed.data.kept import kept_facts
+from ehr_embed.data.samples import Samples, ragged_arange, samples_digest
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.evaluation.code_screening import (
@@ -34,6 +35,8 @@ from ehr_embed.evaluation.code_screening import (
 
 log = logging.getLogger(__name__)
 MODES = ("error", "warn", "off")
+FORMAT = 1
+"""Of what is kept with the store. Raise it where a check is added, removed or decides otherwise."""
 AUROC_LIMIT = 0.98
 MIN_DUPLICATE_EVENTS = 10
 """Shorter records may be equal by chance."""
@@ -70,6 +73,9 @@ def audit(
     in train tells a class with an AUROC above 0.98 or below 0.02), `record_shape` (so does the length of the record or its
     end), `prevalence` (a class much more frequent in one split than in train; a note).
 
+    What is found is kept in the store's folder: that of the events for every run on the store, that of the samples for every
+    run and trial with the same samples and labels.
+
     Args:
         store: the events.
         samples: of each split.
@@ -88,19 +94,15 @@ def audit(
     if mode == "off":
         return None
     began = time.perf_counter()
-    events = {split: store.split(split) for split in samples}
-    findings = [*split_overlap(events), *duplicate_subjects(events)]
-    not_checked: list[str] = []
-    classes = {split: class_columns(part.labels, class_names) for split, part in samples.items()}
-    if classes["train"]:
-        findings += death_before_prediction(store.vocabulary, events, samples, classes)
-        features = sample_features(store.vocabulary, events["train"], samples["train"])
-        for name, is_class in classes["train"].items():
-            found, skipped = single_code(store.vocabulary, features, is_class[features.rows], name)
-            findings += found
-            not_checked += skipped
-        findings += prevalence(classes)
-    goes_on = {split: followed_share(events[split], part, classes[split]) for split, part in samples.items()}
+    of_events, had_events = kept_facts(
+        store, "audit-events", {"format": FORMAT, "splits": list(samples)}, lambda: _audit_events(store, samples)
+    )
+    about = {"format": FORMAT, "samples": samples_digest(samples), "class_names": class_names}
+    of_samples, had_samples = kept_facts(
+        store, "audit-samples", about, lambda: _audit_samples(store, samples, class_names)
+    )
+    findings = [Finding(**finding) for finding in (*of_events["findings"], *of_samples["findings"])]
+    not_checked = of_samples["not_checked"]
     findings.sort(key=lambda finding: finding.level)  # leaks first
     leaks = [finding for finding in findings if finding.level == "leak"]
     if mode == "error" and leaks:
@@ -114,12 +116,43 @@ def audit(
     for line in not_checked:
         log.info("audit: %s", line)
     seconds = time.perf_counter() - began
-    log.info("audit: %d possible leaks (%.1f s)", len(leaks), seconds)
+    kept = " of events and samples" if had_events and had_samples else " of events" if had_events else None
+    source = "" if kept is None else f"; the audit{kept} was kept from an earlier run in {store.folder}"
+    log.info("audit: %d possible leaks (%.1f s%s)", len(leaks), seconds, source)
     return {
         "findings": [asdict(finding) for finding in findings],
         "not_checked": not_checked,
-        "share_with_later_events": goes_on,
+        "share_with_later_events": of_samples["share_with_later_events"],
         "seconds": seconds,
+    }
+
+
+def _audit_events(store: EventStore, splits: Iterable[str]) -> dict[str, Any]:
+    """What follows from the events alone, whatever is predicted."""
+    events = {split: store.split(split) for split in splits}
+    return {"findings": [asdict(finding) for finding in (*split_overlap(events), *duplicate_subjects(events))]}
+
+
+def _audit_samples(store: EventStore, samples: Mapping[str, Samples], class_names: list[str]) -> dict[str, Any]:
+    """What follows from the samples and their labels."""
+    events = {split: store.split(split) for split in samples}
+    findings: list[Finding] = []
+    not_checked: list[str] = []
+    classes = {split: class_columns(part.labels, class_names) for split, part in samples.items()}
+    if classes["train"]:
+        findings += death_before_prediction(store.vocabulary, events, samples, classes)
+        features = sample_features(store.vocabulary, events["train"], samples["train"])
+        for name, is_class in classes["train"].items():
+            found, skipped = single_code(store.vocabulary, features, is_class[features.rows], name)
+            findings += found
+            not_checked += skipped
+        findings += prevalence(classes)
+    return {
+        "findings": [asdict(finding) for finding in findings],
+        "not_checked": not_checked,
+        "share_with_later_events": {
+            split: followed_share(events[split], part, classes[split]) for split, part in samples.items()
+        },
     }
 
 

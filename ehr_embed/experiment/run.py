@@ -21,19 +21,21 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
-from ehr_embed.config.check import check_config
+from ehr_embed.config.check import check_config, checks_config
 from ehr_embed.config.instantiate import build_model, instantiate, instantiate_embedder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.moved import renamed
 from ehr_embed.core.stopping import stop_requests
+from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.exports.protocol import Export
+from ehr_embed.inference.trained_run import device_named
 from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
@@ -49,11 +51,12 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
-from ehr_embed.tasks.protocol import Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
+from ehr_embed.training.threads import use_threads_of_run
 from ehr_embed.training.trainer import Trainer, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -106,13 +109,15 @@ def open_source(cfg: DictConfig) -> Source:
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, say what there is, and export it where the configuration asks for it."""
-    check_config(cfg)
     build = _builder(cfg)
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
         export.check()  # before the embedding, which may take hours
+    threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)  # which configurations of earlier runs do not have
+    use_threads(threads, key="trainer.threads", device=device_named("auto").type)
     source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
     report(prepared.store, cfg.data.min_text_coverage)
     n_tokens, width = prepared.table.shape
@@ -124,15 +129,16 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and say what is there."""
-    check_config(cfg)
     source: Source = _builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration; everything it leaves is in the run directory.
 
@@ -142,7 +148,6 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
-    check_config(cfg)
     settings: TrainerSettings = _builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()  # before `${now:}` means something else in each of them
@@ -180,6 +185,9 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for group, chosen in cfg.pretrain.items():
             stage[group] = OmegaConf.merge(cfg[group], chosen) if group == "data" else chosen
         stage.pretrain, stage.init_from = None, None
+        # What the user says of the machine holds for both stages, unless `pretrain.trainer.threads` says otherwise.
+        if OmegaConf.select(stage, "trainer.threads", default=AUTO) == AUTO:
+            stage.trainer.threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)
         for key in ("name", "run_id"):
             if stage.tracker.get(key):  # the two stages are two runs
                 stage.tracker[key] = f"{stage.tracker[key]}-pretrain"
@@ -216,6 +224,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", run_dir)
             print_metrics(done, run_dir)
         return float(done["tuning"][task.monitor]["value"])
+    use_threads_of_run(settings, processes, found.threads)  # before the embedding, which takes a CPU too
     source, prepared = processes.first(lambda: prepare_from(cfg))
     set_up(task, prepared.store, source.labels_dir, cfg.model.max_length)
     audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
@@ -290,6 +299,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         def conclude() -> float:
             history = facts.pop("history")
             metrics = evaluate(task, outputs, n_bootstrap=settings.n_bootstrap)
+            metrics["monitor"] = {"name": task.monitor, "is_higher_better": task.is_higher_better}
             metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
             metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
             if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):
@@ -323,7 +333,11 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
     """Metrics of the evaluated splits, with thresholds from tuning."""
     task.fit_thresholds(outputs["tuning"])
-    return {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    metrics = {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    if isinstance(task, HasBaselines):
+        for split, found in metrics.items():
+            found["baselines"] = task.baselines(split)
+    return metrics
 
 
 CONFIG_HEADER = """# The resolved configuration of one run. To run it again:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -16,22 +17,37 @@ from torch import Tensor
 
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import file_sha256
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
-from ehr_embed.data.samples import Samples
-from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_split
+from ehr_embed.data.boundary import UnseenRecords
+from ehr_embed.data.labels import read_labels
+from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.inference.trained_run import open_run, samples_to_predict
+from ehr_embed.embedding.table import as_stored
+from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
+from ehr_embed.inference.trained_run import (
+    nothing_to_predict,
+    open_run,
+    samples_to_predict,
+    say_static_only,
+    times_to_predict,
+)
 from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
-from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
+CHUNK_EVENTS = 2_000_000
+"""Events of a dataset that are predicted from at a time, and thus held in memory (beside the shard that is read)."""
+ROW = "__row"
 
 
 class Dataset(NamedTuple):
@@ -78,6 +94,9 @@ class Predictor:
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
+        self._vectors = KeptVectors(self._embedded)
+        self._texts: NewCodes | None = None
+        self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
     @property
     def has_exclusive_classes(self) -> bool:
@@ -100,7 +119,7 @@ class Predictor:
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Probabilities of the classes, in float32 arithmetic.
+        """Return probabilities of the classes, in the precision that the run was evaluated in where this device is fast at it.
 
         Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
         dataset where these matter. Of a long record the last `model.max_length` events are seen.
@@ -145,25 +164,66 @@ class Predictor:
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
-        if split is not None and split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        source = MedsSource(root=root, needs_splits=split is not None)
-        vocabulary, embedding = self._extended(source, split, lookups)
-        events = encode_split(source, vocabulary, split)
+        source, new = self._open(root, split, lookups)
+        events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
             events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
         )
-        return Dataset(vocabulary, embedding, events, samples)
+        return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _predict_dataset(
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> pl.DataFrame:
-        data = self.read(root, labels=labels, split=split, lookups=lookups)
-        samples = data.samples
-        probabilities = self._predict(data.events, samples, data.vocabulary, data.embedding)
-        columns: dict[str, Any] = {"subject_id": samples.subject_ids, "prediction_time": samples.prediction_times}
-        columns |= {f"probability_{name}": probabilities[:, i] for i, name in enumerate(self.class_names)}
-        return pl.DataFrame(columns).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+        """Predict some shards at a time: no more of the dataset than `CHUNK_EVENTS` and a shard is in memory."""
+        source, new = self._open(root, split, lookups)
+        asked = None if labels is None else read_labels(labels, source.labels_dir).frame
+        if asked is not None:
+            asked = asked.with_columns(pl.int_range(pl.len()).alias(ROW))
+        frames, unseen, n_subjects = [], UnseenRecords(), 0
+        for events in self._chunks(source, new, split):
+            times = times_to_predict(events, asked)
+            n_subjects += len(events.subject_ids)
+            if not len(times):
+                continue
+            none = np.zeros(len(times), np.int64)
+            samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+            unseen.add(events, samples)
+            found = self._predict(events, samples, new.vocabulary, new.embedding)
+            columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+            keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
+            frames.append(times.select(keys).with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
+        if not frames:
+            raise nothing_to_predict()
+        result = pl.concat(frames)
+        unseen.say(f"labels {labels}")
+        if asked is None:
+            say_static_only(n_subjects - len(result), n_subjects)
+        elif len(result) < len(asked):
+            log.info("%d of the %d rows of labels %s are of the subjects asked for", len(result), len(asked), labels)
+        return result if asked is None else result.sort(ROW).drop(ROW)
+
+    def _open(self, root: str, split: str | None, lookups: Sequence[str]) -> tuple[MedsSource, NewCodes]:
+        """Open a MEDS dataset, with what was found of its new codes by an earlier call."""
+        if split is not None and split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        source = MedsSource(root=root, needs_splits=split is not None)
+        sums = [file_sha256(path) for path in lookups if Path(path).is_file()]
+        about = {"root": root, "source": source.fingerprint(), "lookups": sums}
+        if self._dataset is None or self._dataset[0] != about or self._dataset[1].is_full:
+            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self._reads_text else None
+            self._dataset = about, NewCodes(self.run, self._vectors, texts)
+        return source, self._dataset[1]
+
+    def _chunks(self, source: MedsSource, new: NewCodes, split: str | None) -> Iterator[SplitEvents]:
+        """Yield the events of whole shards, as few as have `CHUNK_EVENTS`: small shards would make small batches."""
+        parts: list[SplitEvents] = []
+        for events in encode_shards(source, new.vocabulary_for, split):
+            parts.append(events)
+            if sum(len(part.token_ids) for part in parts) >= CHUNK_EVENTS:
+                del events
+                yield joined(parts)
+        if parts:
+            yield joined(parts)
 
     @torch.inference_mode()
     def _predict(
@@ -176,9 +236,10 @@ class Predictor:
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
-        with self._reading(vocabulary):
+        precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
+        with self._reading(vocabulary), precision:
             for rows in batches:
-                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                logits = logits_of(self.run.model, embedding.inputs(dataset[rows].to(self.device)))
                 result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
 
@@ -216,56 +277,42 @@ class Predictor:
         self, records: Sequence[Sequence[str]]
     ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
         """Token ids of texts, and the vocabulary and vectors of these tokens: the run's, then the texts it does not have."""
-        texts = self.run.vocabulary.texts
-        token_of = {text: token for token, text in reversed(list(enumerate(texts))) if text}
-        new = list(dict.fromkeys(text for record in records for text in record if text not in token_of))
-        if blank := [text for text in new if not text.strip()]:
+        known = self._token_of_text
+        wanted = dict.fromkeys(text for record in records for text in record if text not in known)
+        if blank := [text for text in wanted if not text.strip()]:
             raise UserError(
                 f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
             )
-        token_of |= {text: len(texts) + i for i, text in enumerate(new)}
-        token_ids = [np.array([token_of[text] for text in record], np.int32) for record in records]
-        if new and not self._reads_text:
+        if wanted and not self._reads_text:
             raise UserError(
-                f"{new[0]!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
+                f"{next(iter(wanted))!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
                 "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
+        if self._texts is None or self._texts.is_full:
+            self._texts = NewCodes(self.run, self._vectors, None)
         # A text without a code gets a name that no code has.
-        return token_ids, *self._with_texts(pl.DataFrame({"code": [f"TEXT//{text}" for text in new], "text": new}))
+        self._texts.add({f"TEXT//{text}": text for text in wanted})
+        token_of = self._texts.token_of
+        token_ids = [
+            np.array([known[text] if text in known else token_of[f"TEXT//{text}"] for text in record], np.int32)
+            for record in records
+        ]
+        return token_ids, self._texts.vocabulary, self._texts.embedding
 
-    def _extended(
-        self, source: MedsSource, split: str | None, lookups: Sequence[str]
-    ) -> tuple[Vocabulary, EventEmbedding]:
-        """The run's vocabulary and vectors, with those of the dataset's codes that it never saw."""
-        known = self.run.vocabulary.codes["code"].implode()
-        is_wanted = pl.lit(True) if split is None else pl.col("split") == split
-        parts = [source.read(shard).filter(is_wanted).select(pl.col("code").unique()) for shard in source.shards]
-        new = pl.concat(parts)["code"].unique().sort()
-        new = new.filter(~new.is_in(known))
-        if not len(new):
-            return self.run.vocabulary, self.run.embedding
-        reads_text = self._reads_text
-        log.info("%d codes were not in train; %s", len(new), "their texts are read" if reads_text else "unknown events")
-        if not reads_text:
-            return self.run.vocabulary, self.run.embedding
-        merged = read_lookups([*self._lookups, *lookups])
-        return self._with_texts(resolve_texts(new, source.code_metadata(), merged).select("code", "text"))
+    @cached_property
+    def _token_of_text(self) -> dict[str, int]:
+        """The first token of each text of the run's vocabulary."""
+        return {text: token for token, text in reversed(list(enumerate(self.run.vocabulary.texts))) if text}
 
-    def _with_texts(self, texts: pl.DataFrame) -> tuple[Vocabulary, EventEmbedding]:
-        """The run's vocabulary and vectors, with a token more for each row of `texts` (code, text)."""
-        if not len(texts):
-            return self.run.vocabulary, self.run.embedding
-        table = self.run.embedding.table.cpu()
-        if self._reads_vectors:
-            embedder = self._embedder()
-            try:
-                # In the precision of a table on disk, so that a text has one vector wherever it comes from.
-                vectors = torch.from_numpy(embedder.embed(texts["text"].to_list())).half().float()
-            finally:
-                embedder.close()
-        else:
-            vectors = table.new_zeros(len(texts), table.shape[1])
-        return self.run.vocabulary.with_codes(texts), EventEmbedding(torch.cat([table, vectors]))
+    def _embedded(self, texts: list[str]) -> Tensor:
+        """Return the vectors of texts in the precision of a table on disk: a text has one vector wherever it comes from."""
+        if not self._reads_vectors:
+            return torch.zeros(len(texts), self.run.embedding.table.shape[1])
+        embedder = self._embedder
+        try:
+            return as_stored(torch.from_numpy(embedder.embed(texts))).float()
+        finally:
+            embedder.close()
 
     @property
     def _reads_vectors(self) -> bool:
@@ -274,9 +321,11 @@ class Predictor:
     @property
     def _reads_text(self) -> bool:
         """Whether a text that the vocabulary does not have can mean something to the run."""
-        return not self._reads_vectors or self._embedder().reads_text
+        return not self._reads_vectors or self._embedder.reads_text
 
+    @cached_property
     def _embedder(self) -> Embedder:
+        """The run's embedder; its model is loaded when a text is embedded, and stays so."""
         embedder: Embedder = instantiate_embedder(
             check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
         )

@@ -12,7 +12,8 @@ import polars as pl
 import torch
 from torch import nn
 
-from ehr_embed.config.instantiate import build_model, check_stored, trainable_of
+from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
@@ -26,6 +27,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+from ehr_embed.sources.protocol import Source
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class TrainedRun:
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
+        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
     """
 
     config: dict[str, Any]
@@ -47,6 +50,7 @@ class TrainedRun:
     embedding: EventEmbedding
     vocabulary: Vocabulary
     class_names: list[str]
+    precision: str | None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -72,7 +76,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config: dict[str, Any] = checkpoint["config"]
+    config = check_plain(checkpoint["config"], f"the configuration in {path}")
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
@@ -85,7 +89,18 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         embedding=embedding.requires_grad_(False),
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
+        precision=checkpoint.get("precision"),
     )
+
+
+def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
+    """Return the source of the dataset that a run was trained on, opened for reading.
+
+    Raises:
+        UserError: as `instantiate_stored_source`.
+    """
+    source: Source = instantiate_stored_source(run.config, trusted)
+    return source
 
 
 def device_named(name: str) -> torch.device:
@@ -113,27 +128,43 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
         UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
             before every timed event.
     """
-    if labels is None:
-        last = events.times[events.offsets[1:] - 1]
-        timed = last != STATIC_TIME
-        say_or_refuse(
-            int((~timed).sum()),
-            len(timed),
-            "subjects have static events only, so they have no last event to predict at, and are left out",
-            remedy="Give their prediction times: task.labels=NAME, or labels=NAME where futures are generated.",
-            refused_from=ONLY_SAID,
-        )
-        frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
-        frame = frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    else:
-        every = read_labels(labels, labels_dir).frame
-        frame = every.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
-        if len(frame) < len(every):
-            log.info("%d of the %d rows of labels %s are of the subjects asked for", len(frame), len(every), labels)
+    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    frame = times_to_predict(events, asked)
+    if asked is None:
+        say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))
+    elif len(frame) < len(asked):
+        log.info("%d of the %d rows of labels %s are of the subjects asked for", len(frame), len(asked), labels)
     if not len(frame):
-        raise UserError(
-            "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
-        )
+        raise nothing_to_predict()
     samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
     say_unseen(events, samples, where=f"labels {labels}")
     return samples
+
+
+def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
+    """Return the rows of `labels` that belong to subjects of the events; None: the time of each subject's last event, if it has
+    one. The first columns are subject_id and prediction_time."""
+    if labels is not None:
+        return labels.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
+    last = events.times[events.offsets[1:] - 1]
+    timed = last != STATIC_TIME
+    frame = pl.DataFrame({"subject_id": events.subject_ids[timed], "prediction_time": last[timed]})
+    return frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+
+
+def say_static_only(n: int, of: int) -> None:
+    """Say how many of the subjects have static events only, and so no last event to predict at."""
+    say_or_refuse(
+        n,
+        of,
+        "subjects have static events only, so they have no last event to predict at, and are left out",
+        remedy="Give their prediction times: task.labels=NAME, or labels=NAME where futures are generated.",
+        refused_from=ONLY_SAID,
+    )
+
+
+def nothing_to_predict() -> UserError:
+    """Return the error for a label set and a split that have no subject in common."""
+    return UserError(
+        "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+    )

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.models.code_features import ReadsCodeFeatures
+from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
 STOPS = ("loss", "metric")
+BIN_SAMPLES, BIN_SAMPLE_BYTES = 200_000, 1 << 30
+"""Samples from which LightGBM takes the bins of a feature, at most, and what they may take in memory, where they lie densely."""
 
 
 class GBM(ReadsCodeFeatures):
@@ -120,18 +123,19 @@ class GBM(ReadsCodeFeatures):
             "force_row_wise": True,
             "num_threads": torch.get_num_threads(),
             "verbosity": -1,
+            "bin_construct_sample_cnt": max(1, min(BIN_SAMPLES, BIN_SAMPLE_BYTES // (8 * train.features.shape[1]))),
         }
 
         def evaluate(predicted: npt.NDArray[np.float64], _: Any) -> tuple[str, float, bool]:
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
-        data = lightgbm.Dataset(train.features, train.labels, weight=train.weights)
+        data = lightgbm.Dataset(_rows(train.features), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
-            valid_sets=[data.create_valid(tuning.features, tuning.labels, weight=tuning.weights)],
+            valid_sets=[data.create_valid(_rows(tuning.features), tuning.labels, weight=tuning.weights)],
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
@@ -146,6 +150,27 @@ class GBM(ReadsCodeFeatures):
         raw = self.booster.predict(features.cpu().numpy(), raw_score=True, num_threads=torch.get_num_threads())
         logits = torch.from_numpy(raw).to(features.device)
         return torch.stack([torch.zeros_like(logits), logits], dim=1) if self.num_classes == 2 else logits
+
+
+def _rows(table: FeatureTable) -> Any:
+    """Return the table as LightGBM reads it, some dense rows at a time, of which it keeps the bins.
+
+    A sparse matrix would not do: there an absent cell is 0, or with `zero_as_missing` every 0 is missing, and in these features a
+    count of 0, a value of 0 and no value are three things.
+    """
+
+    class Rows(_lightgbm().Sequence):  # type: ignore[misc]
+        batch_size = table.block_rows
+
+        def __len__(self) -> int:
+            return len(table)
+
+        def __getitem__(self, rows: int | slice | list[int]) -> npt.NDArray[np.float64]:
+            if isinstance(rows, int | np.integer):
+                return table.dense([int(rows)])[0].astype(np.float64)
+            return table.dense(rows).astype(np.float64)
+
+    return Rows()
 
 
 def _lightgbm() -> ModuleType:

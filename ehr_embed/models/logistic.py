@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.models.code_features import ReadsCodeFeatures
+from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
@@ -84,24 +86,23 @@ class Logistic(ReadsCodeFeatures):
         seed: int,
     ) -> None:
         """Fit to train once for each penalty, the strongest first, and keep the best by tuning's score."""
-        x = train.features.astype(np.float64)
-        median = np.nanmedian(x, axis=0)  # a chosen feature has a value somewhere in train
-        x = np.where(np.isnan(x), median, x)
-        mean, scale = x.mean(0), x.std(0)
+        median = train.features.medians()  # a chosen feature has a value somewhere in train
+        mean, scale = _moments(train.features, median)
         scale[scale == 0] = 1
         fixed = {name: torch.from_numpy(a) for name, a in (("median", median), ("mean", mean), ("scale", scale))}
-        standard = _standardise(torch.from_numpy(x), fixed).numpy()
-        of_tuning = _standardise(torch.from_numpy(tuning.features), fixed)
+        standard, offset = standard_cells(train.features, median, mean, scale)
+        of_tuning, tuning_offset = standard_cells(tuning.features, median, mean, scale)
         best = None
         estimator = LogisticRegression(max_iter=self.max_iterations, warm_start=True, random_state=seed)
         for penalty in sorted(self.penalties, reverse=True):
             estimator.set_params(C=1 / (penalty * train.weights.sum()))
             estimator.fit(standard, train.labels, sample_weight=train.weights)
-            weight, bias = estimator.coef_, estimator.intercept_
+            weight, bias = estimator.coef_, estimator.intercept_ - estimator.coef_ @ offset
             if self.num_classes == 2:
                 weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
             fitted = fixed | {"weight": torch.from_numpy(weight.copy()), "bias": torch.from_numpy(bias.copy())}
-            value = score((of_tuning @ fitted["weight"].T + fitted["bias"]).softmax(-1).numpy())
+            logits = of_tuning @ weight.T + (weight @ tuning_offset + bias)
+            value = score(torch.from_numpy(logits).softmax(-1).numpy())
             if best is None or (value > best if is_higher_better else value < best):
                 best, self.fitted = value, fitted
 
@@ -110,6 +111,54 @@ class Logistic(ReadsCodeFeatures):
         features = self.features(inputs)
         fitted = {name: x.to(features.device) for name, x in self.fitted.items()}
         return _standardise(features, fitted) @ fitted["weight"].T + fitted["bias"]
+
+
+def _moments(
+    table: FeatureTable, median: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and standard deviation of each column (F,), a missing cell counting as the median."""
+    n, n_columns = table.shape
+    column = table.cells.indices
+    data, usual = table.filled(median)
+    n_usual = n - np.bincount(column, minlength=n_columns)
+    mean = (np.bincount(column, data, minlength=n_columns) + n_usual * usual) / n
+    square = np.bincount(column, np.square(data - mean[column]), minlength=n_columns)
+    return mean, np.sqrt((square + n_usual * np.square(usual - mean)) / n)
+
+
+def standard_cells(
+    table: FeatureTable,
+    median: npt.NDArray[np.float64],
+    mean: npt.NDArray[np.float64],
+    scale: npt.NDArray[np.float64],
+) -> tuple[sparse.csr_matrix, npt.NDArray[np.float64]]:
+    """Return the standardised features as a sparse matrix (n, F) and what is to be added to every row of it, (F,).
+
+    The usual cells of a column are all one number, which is taken off the column. A column with more other cells than usual ones
+    is stored whole and has nothing taken off: it would gain no memory, and the solver is slower on columns far from zero.
+    """
+
+    def standard(x: npt.NDArray[np.float64], column: Any) -> npt.NDArray[np.float64]:
+        return np.clip((x - mean[column]) / scale[column], -LIMIT, LIMIT)
+
+    n, n_columns = table.shape
+    column = table.cells.indices
+    data, usual = table.filled(median)
+    offset = standard(usual, slice(None))
+    cells = sparse.csr_matrix(
+        (standard(data, column) - offset[column], column, table.cells.indptr), shape=(n, n_columns)
+    )
+    full = np.flatnonzero(np.bincount(column, minlength=n_columns) > n / 2)
+    if len(full):
+        whole = np.asarray(cells[:, full].todense()) + offset[full]
+        is_full = np.zeros(n_columns, bool)
+        is_full[full] = True
+        cells.data[is_full[column]] = 0
+        cells.eliminate_zeros()
+        places = np.tile(full.astype(column.dtype), n)
+        cells = cells + sparse.csr_matrix((whole.ravel(), places, np.arange(n + 1) * len(full)), shape=(n, n_columns))
+        offset[full] = 0
+    return cells, offset
 
 
 def _standardise(features_BF: Tensor, fitted: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.feature_table import FeatureTable
 
 
 class Model(Protocol):
@@ -47,12 +48,12 @@ class FeatureSet:
     """A split as a table.
 
     Attributes:
-        features: (n, F) float32, NaN = missing.
+        features: (n, F), NaN = missing; `features.dense(rows)` gives some rows as float32.
         labels: (n,) int64, classes.
         weights: (n,) float64, of each sample in the loss.
     """
 
-    features: npt.NDArray[np.float32]
+    features: FeatureTable
     labels: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
 

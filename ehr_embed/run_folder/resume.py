@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.moved import renamed
-from ehr_embed.data.samples import Samples
+from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
+from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.finish import read_config
-from ehr_embed.run_folder.layout import (
-    AUDIT,
-    CHECKPOINTS,
-    FINISHED,
-    LATEST,
-    LOCK,
-    MODEL_CARD,
-    PLOTS,
-    PREDICTIONS,
-    PROFILE,
-    SUMMARY,
-    VOCABULARY,
-    WANDB_ID,
-)
+from ehr_embed.run_folder.layout import FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "force", "overwrite")
@@ -46,6 +32,7 @@ HARMLESS = (
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
+    "data.monitor",  # the default of task.monitor, which is compared
     "tracker",
     "hydra",
     "defaults",
@@ -54,25 +41,14 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "trainer.threads",
     "embedder.batch_size",
     "embedder.device",
 )
-"""Keys, or whole groups, that change nothing in what a run computes."""
+"""Keys, or whole groups, that change nothing in what a run computes; `trainer.threads` changes the order in which numbers are
+added, and so the last digits, as another machine would."""
 NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
 """Keys that the configurations of earlier versions do not have, with what these did."""
-LEFT_BY_RUNS = (
-    "metrics.*",
-    SUMMARY,
-    AUDIT,
-    MODEL_CARD,
-    CHECKPOINTS,
-    PREDICTIONS,
-    PLOTS,
-    WANDB_ID,
-    PROFILE,
-)
-
-
 CLAIM_TIMEOUT_S = 5.0
 """A job whose search was killed sees it within a second, and ends."""
 
@@ -85,11 +61,14 @@ class FoundRun:
         is_finished: it ended with these settings.
         checkpoint: to go on from; None = start.
         is_changed: to go on with other settings (resume=force).
+        threads: CPU threads that each of its processes had, which to take again for the same digits; None where the run is of an
+            earlier version or goes on with other settings.
     """
 
     is_finished: bool = False
     checkpoint: Path | None = None
     is_changed: bool = False
+    threads: int | None = None
 
     def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
         """Read the checkpoint to go on from; None where there is none.
@@ -127,25 +106,32 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         how: `auto` (go on with the same settings), `force` (with changed ones too), `overwrite` (start again).
 
     Raises:
-        UserError: the run there has other settings and `how` is `auto`; an unknown `how`.
+        UserError: the folder holds something else than a run; the run there has other settings and `how` is `auto`; an unknown
+            `how`.
     """
     if how not in MODES:
         raise unknown_name("resume", how, MODES)
+    refuse_other_contents(run_dir)
     is_finished = (run_dir / FINISHED).exists()
     latest = run_dir / LATEST if (run_dir / LATEST).exists() else None
     if how == "overwrite" or not (is_finished or latest):
         return FoundRun()
     # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
-    there = _config_beside(run_dir) if is_finished or latest is None else _config_of(latest)
+    checkpoint = {} if is_finished or latest is None else read_checkpoint(latest)[1]
+    there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
     changes = differences(there, config)
     if changes and how != "force":
+        old = _overrides(there, config)
+        as_before = f"to go on as it was: {old}; " if old else ""
         raise UserError(
             f"{run_dir} holds a run with other settings: {'; '.join(changes)}. To go on with the new ones, type: "
-            "resume=force; to start again here: resume=overwrite; to keep both: run_dir=ANOTHER"
+            f"resume=force; {as_before}to start again here: resume=overwrite; to keep both: run_dir=ANOTHER"
         )
     if is_finished and not changes:
         return FoundRun(is_finished=True)
-    return FoundRun(checkpoint=latest, is_changed=bool(changes))
+    threads = checkpoint.get("threads")
+    has_threads = isinstance(threads, int) and threads > 0 and not changes
+    return FoundRun(checkpoint=latest, is_changed=bool(changes), threads=threads if has_threads else None)
 
 
 def _config_beside(run_dir: Path) -> dict[str, Any]:
@@ -158,11 +144,6 @@ def _config_beside(run_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _config_of(latest: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_checkpoint(latest)[1]["config"]
-    return config
-
-
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The keys in which two resolved configurations differ, with both values; `HARMLESS` ones are left out.
 
@@ -171,14 +152,36 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
     """
+    old, new, changed = _compared(there, here)
+    return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]
+
+
+def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return two configurations as dotted keys with their values, and the keys in which they differ."""
     old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
     for key, value in NEW.items():
         for config in (old, new):
             if key in old or key in new:
                 config.setdefault(key, value)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
-    changed = [key for key in keys if key not in old or key not in new or old[key] != new[key]]
-    return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]
+    return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
+
+
+def _overrides(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return the numbers and words of `there` that differ in `here` as they are typed; empty where other things differ too.
+
+    >>> _overrides({"trainer": {"batch_size": 32}, "seed": 1}, {"trainer": {"batch_size": None}, "seed": 1})
+    'trainer.batch_size=32'
+    >>> _overrides({"model": {"times": ["gap"]}}, {"model": {"times": []}})
+    ''
+    """
+    old, _, changed = _compared(there, here)
+    values = {
+        key: str(old[key]).lower() if isinstance(old[key], bool) else str(old[key]) for key in changed if key in old
+    }
+    if len(values) < len(changed) or not all(re.fullmatch(r"[\w.+-]+", value) for value in values.values()):
+        return ""
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _is_harmless(key: str) -> bool:
@@ -200,16 +203,6 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
             yield f"{prefix}{key}", f"CACHE{value.removeprefix(cache_dir)}"
         else:
             yield f"{prefix}{key}", value
-
-
-def samples_digest(samples: Mapping[str, Samples]) -> str:
-    """Digest of who is predicted when, from which events, with which labels, in all splits."""
-    total = hashlib.sha256()
-    for split in sorted(samples):
-        total.update(split.encode())
-        for array in vars(samples[split]).values():
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
 
 
 @contextmanager
@@ -239,9 +232,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
         for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)
         if is_new:
-            for pattern in LEFT_BY_RUNS:
-                for path in run_dir.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_results(run_dir)
         yield
     finally:
         lock.release()

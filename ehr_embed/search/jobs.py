@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from ehr_embed.comparison.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
 from ehr_embed.core.launchers import alone
+from ehr_embed.core.threads import usable_cores
 
 LOG_NAME = "log.txt"
 GRACE_S = 10.0
@@ -86,8 +87,8 @@ class JobRunner:
         environment = alone(os.environ)  # a trial is a run of its own, however many searches were started together
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
         if self._n_slots > 1:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._n_slots)))
+            cores = usable_cores() or os.cpu_count() or 1
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, int(cores) // self._n_slots)))
         if len(self._gpus) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         return environment

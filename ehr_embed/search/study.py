@@ -19,9 +19,10 @@ from ehr_embed.comparison.outcome import Outcome, read_outcome
 from ehr_embed.comparison.results import with_results
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.fingerprints import is_same
+from ehr_embed.core.secrets import masked
 from ehr_embed.search.grid import GridSampler
 from ehr_embed.search.space import Space, point_key
-from ehr_embed.search.storage import StudyStorage, masked
+from ehr_embed.search.storage import StudyStorage
 
 log = logging.getLogger(__name__)
 DISCARDED = "discarded"

@@ -39,6 +39,8 @@ class MedsSource:
         needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
     """
 
+    writes = False
+
     def __init__(
         self,
         *,

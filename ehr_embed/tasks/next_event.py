@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from ehr_embed.data.samples import Samples, packed_samples, window_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.models.heads import EventScores
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
-from ehr_embed.tasks.ngrams import NgramCounts
-from ehr_embed.tasks.protocol import Curves, Outputs, monitored
+from ehr_embed.tasks.ngrams import NgramCounts, count_distinct
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult
 
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")
-BASELINE_ROWS = 256
+BASELINE_ROWS = 1024
+"""Rows gathered at once, of similar length."""
 
 
 class NextEvent:
@@ -33,6 +37,10 @@ class NextEvent:
 
     Static events are context, never targets. An event whose code train does not have is no target either: the vocabulary
     has no token for it.
+
+    The loss is a mean over the predicted events: of each the token's negative log likelihood, plus `time_weight` times the gap's,
+    plus `value_weight` times the value's (whether there is one, and its density where there is). All three are divided by the
+    number of predicted events, those without a value included.
 
     Args:
         windows: training windows, `random` (each record cut into windows from a random place) or `packed` (whole records,
@@ -45,6 +53,7 @@ class NextEvent:
 
     is_trained = True
     needs_causal = True
+    metrics: Sequence[Metric] = EVENT_METRICS
 
     def __init__(
         self,
@@ -64,9 +73,9 @@ class NextEvent:
                 raise UserError(f"task.{name}={weight}: expected 0 or more.")
         self.windows, self.evaluated_windows = windows, evaluated_windows
         self.time_weight, self.value_weight = time_weight, value_weight
-        self.monitor, self.is_higher_better = monitor, monitored(monitor, EVENT_METRICS)
+        self.monitor, self._monitored = monitor, metric_named(monitor, self.metrics)
+        self.is_higher_better = self._monitored.is_higher_better
         self.samples: dict[str, Samples] = {}
-        self._baselines: dict[str, dict[str, dict[str, float]]] = {}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,14 +92,14 @@ class NextEvent:
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         if max_length < 3:
             raise UserError(f"model.max_length={max_length}: expected 3 or more events, to predict one from another.")
-        if self.monitor == "value_loss" and not store.manifest["has_values"]:
+        if self._monitored.needs == "values" and not store.manifest["has_values"]:
             raise UserError(
-                "task.monitor=value_loss needs events that carry values. Type: data.values=both, or another monitor"
+                f"task.monitor={self.monitor} needs events that carry values. Type: data.values=both, or another monitor"
             )
         self._max_length = max_length
         self._families = Families.of(store.vocabulary)
         self._events: dict[str, SplitEvents] = {split: store.split(split) for split in SPLITS}
-        self._ngrams = NgramCounts.fit(self._events["train"], len(store.vocabulary))
+        self._store = store
         which = {split: "all" if split == "train" else self.evaluated_windows for split in SPLITS}
         self.samples = {
             split: window_samples(events, max_length=max_length, which=which[split])
@@ -109,12 +118,17 @@ class NextEvent:
         """Nothing to choose."""
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
-        if split not in self._baselines:
-            self._baselines[split] = self._ngrams.score(*self._target_pairs(split))
-        metrics = event_metrics(
+        return event_metrics(
             outputs, self._families, subject_ids=self.samples[split].subject_ids, n_bootstrap=n_bootstrap
         )
-        return metrics | {"baselines": self._baselines[split]}
+
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """Return loss, perplexity and top-k accuracy of unigram and bigram counts on the split's targets."""
+        return self._ngrams.score(*count_distinct(self._target_pairs(split)))
+
+    @cached_property
+    def _ngrams(self) -> NgramCounts:
+        return NgramCounts.of(self._store)
 
     def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         """One row a window: subject_id, prediction_time (of its last event), n_events, nll (sum), top1 ... (counts)."""
@@ -132,15 +146,16 @@ class NextEvent:
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         return {}
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the losses of the batch's predicted events, their number, and what `sum_by_sample` gives."""
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
-        loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
+        loss_sum = scores.nll.sum() + self.time_weight * scores.time_nll.sum()
         if scores.value_nll is not None:
-            loss = loss + self.value_weight * mean(scores.value_nll)
-        return loss, sum_by_sample(scores, inputs["targets"], self._families)
+            loss_sum = loss_sum + self.value_weight * scores.value_nll.sum()
+        return StepResult(loss_sum, len(scores.nll), sum_by_sample(scores, inputs["targets"], self._families))
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Which events of a batch are predicted, (B, T) bool."""
@@ -155,18 +170,11 @@ class NextEvent:
             following["target_values"] = batch.values.roll(-1, dims=1)
         return inputs | following | {"table": embedding.table}
 
-    def _target_pairs(self, split: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Previous and predicted token of every target of a split, (N,) each."""
-        dataset = self.dataset(split)
-        previous, targets = [], []
-        for rows in np.array_split(np.arange(len(dataset)), -(-len(dataset) // BASELINE_ROWS)):
+    def _target_pairs(self, split: str) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the targets of a split, each with the token before it, as `NgramCounts.pairs` has them."""
+        dataset, n_tokens = self.dataset(split), len(self._families.of_token)
+        for rows in np.array_split(np.argsort(dataset.lengths), -(-len(dataset) // BASELINE_ROWS)):
             batch = dataset[rows]
             is_target = self.is_target(batch)
-            previous.append(batch.token_ids.roll(1, dims=1)[is_target].numpy())
-            targets.append(batch.token_ids[is_target].numpy())
-        return np.concatenate(previous).astype(np.int64), np.concatenate(targets).astype(np.int64)
-
-
-def mean(per_event: Tensor) -> Tensor:
-    """Mean of (N,), 0 for a batch without targets."""
-    return per_event.sum() / max(len(per_event), 1)
+            previous = batch.token_ids.roll(1, dims=1)[is_target].numpy().astype(np.int64)
+            yield previous * n_tokens + batch.token_ids[is_target].numpy()

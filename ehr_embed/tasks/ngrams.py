@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.kept import kept_arrays
+from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
+from ehr_embed.evaluation.code_screening import CHUNK_EVENTS, chunks
 
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+FORMAT = 1
+TOP = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -18,66 +24,179 @@ class NgramCounts:
     """Counts of tokens and of pairs of successive tokens in train.
 
     Attributes:
-        unigrams: (V,) timed events of each token.
-        previous, following, counts: (P,) int64, the distinct pairs sorted by `previous`, and how often each occurs.
+        unigrams: (V,) int64, timed events of each token.
+        pairs: (P,) int64, ascending, the distinct pairs as `previous * V + following`.
+        counts: (P,) int64, how often each pair occurs.
     """
 
     unigrams: Integers
-    previous: Integers
-    following: Integers
+    pairs: Integers
     counts: Integers
 
     @classmethod
-    def fit(cls, events: SplitEvents, vocab_size: int) -> NgramCounts:
-        """Count the timed events of train, and each with the event before it in the same record."""
-        tokens = events.token_ids.astype(np.int64)
-        is_predicted = (np.asarray(events.times) != STATIC_TIME) & (tokens >= FIRST_TOKEN)
-        unigrams = np.bincount(tokens[is_predicted], minlength=vocab_size)
-        has_previous = is_predicted.copy()
-        has_previous[events.offsets[:-1][np.diff(events.offsets) > 0]] = False
-        following = np.flatnonzero(has_previous)
-        pairs, counts = np.unique(tokens[following - 1] * vocab_size + tokens[following], return_counts=True)
-        return cls(unigrams, pairs // vocab_size, pairs % vocab_size, counts)
+    def of(cls, store: EventStore) -> NgramCounts:
+        """Return the counts of a store's train split; they are kept in its folder, and only counted where they are missing."""
+
+        def count() -> dict[str, npt.NDArray[np.int64]]:
+            found = cls.fit(store.split("train"), len(store.vocabulary))
+            return {"unigrams": found.unigrams, "pairs": found.pairs, "counts": found.counts}
+
+        return cls(**kept_arrays(store, "ngrams", {"format": FORMAT}, count))
+
+    @classmethod
+    def fit(cls, events: SplitEvents, vocab_size: int, *, chunk_events: int = CHUNK_EVENTS) -> NgramCounts:
+        """Count the timed events of train, and each with the event before it in the same record.
+
+        Memory is bounded by `chunk_events` and by the distinct pairs.
+        """
+        unigrams = np.zeros(vocab_size, np.int64)
+        record_starts = events.offsets[:-1][np.diff(events.offsets) > 0]
+
+        def pairs() -> Iterable[Integers]:
+            for begin in range(0, len(events.token_ids), chunk_events):
+                end = min(begin + chunk_events, len(events.token_ids))
+                tokens = events.token_ids[begin:end].astype(np.int64)
+                previous = events.token_ids[max(begin - 1, 0) : end - 1].astype(np.int64)
+                is_predicted = (np.asarray(events.times[begin:end]) != STATIC_TIME) & (tokens >= FIRST_TOKEN)
+                unigrams[:] += np.bincount(tokens[is_predicted], minlength=vocab_size)
+                low, high = np.searchsorted(record_starts, [begin, end])
+                is_predicted[record_starts[low:high] - begin] = False
+                following = np.flatnonzero(is_predicted)
+                # The first chunk's first event begins a record, so there each event's predecessor stands one place earlier.
+                yield previous[following - (begin == 0)] * vocab_size + tokens[following]
+
+        return cls(unigrams, *count_distinct(pairs()))
 
     @property
-    def unigram_probabilities(self) -> npt.NDArray[np.float64]:
+    def unigram_probabilities(self) -> Floats:
         """(V,) with one added to each count (Laplace); padding and unknown have none."""
         smoothed = self.unigrams + 1.0
         smoothed[:FIRST_TOKEN] = 0
         return smoothed / smoothed.sum()
 
-    def bigram_probabilities(self, previous: int) -> npt.NDArray[np.float64]:
-        """(V,) of what follows a token: its counts, backed off to the unigrams by Witten and Bell's estimate, in which a
-        token with n successors of t kinds gives them t / (n + t) (IEEE Trans. Inf. Theory 1991;37:1085-1094)."""
-        low, high = np.searchsorted(self.previous, [previous, previous + 1])
+    def bigram_probabilities(self, previous: int) -> Floats:
+        """Return the probabilities (V,) of what follows a token: its counts, backed off to the unigrams by Witten and Bell's
+        estimate, in which a token with n successors of t kinds gives them t / (n + t) (IEEE Trans. Inf. Theory 1991;37:1085-1094).
+        """
+        n_tokens = len(self.unigrams)
+        low, high = np.searchsorted(self.pairs, [previous * n_tokens, (previous + 1) * n_tokens])
         kinds, n = high - low, self.counts[low:high].sum()
         if not kinds:
             return self.unigram_probabilities
         probabilities = self.unigram_probabilities * kinds / (n + kinds)
-        probabilities[self.following[low:high]] += self.counts[low:high] / (n + kinds)
+        probabilities[self.pairs[low:high] % n_tokens] += self.counts[low:high] / (n + kinds)
         return probabilities
 
-    def score(self, previous: Integers, targets: Integers) -> dict[str, dict[str, float]]:
-        """Loss, perplexity and top-k accuracy of both baselines on events with the tokens before them, (N,) each.
+    def score(self, pairs: Integers, counts: Integers) -> dict[str, dict[str, float]]:
+        """Return loss, perplexity and top-k accuracy of both baselines.
 
         A tie counts against the target, as it does for a model.
+
+        Args:
+            pairs: (D,) ascending, the distinct pairs of a predicted event and the event before it, as in `pairs`.
+            counts: (D,) how often each is predicted.
         """
-        nll, rank = np.empty(len(targets)), np.empty(len(targets), np.int64)
-        order = np.argsort(previous, kind="stable")
-        starts = np.flatnonzero(np.diff(previous[order], prepend=-1))
-        for part in np.split(order, starts[1:]):
-            nll[part], rank[part] = _score(self.bigram_probabilities(int(previous[part[0]])), targets[part])
-        return {"unigram": _summary(*_score(self.unigram_probabilities, targets)), "bigram": _summary(nll, rank)}
+        n_tokens, unigram = len(self.unigrams), self.unigram_probabilities
+        ascending = np.sort(unigram)
+        at_target = unigram[pairs % n_tokens]
+        ranks = n_tokens - np.searchsorted(ascending, at_target, side="left") - 1
+        nll, rank = np.empty(len(pairs)), np.empty(len(pairs), np.int64)
+        asked, first = np.unique(pairs // n_tokens, return_index=True)
+        first = np.append(first, len(pairs))
+        low, high = (np.searchsorted(self.pairs, edge * n_tokens) for edge in (asked, asked + 1))
+        for begin, end in chunks(np.diff(first) + high - low, CHUNK_EVENTS):
+            part = slice(first[begin], first[end])
+            known = slice(low[begin], high[end - 1])
+            nll[part], rank[part] = _score_bigrams(
+                pairs[part], self.pairs[known], self.counts[known], unigram, ascending
+            )
+        return {"unigram": _summary(-np.log(at_target), ranks, counts), "bigram": _summary(nll, rank, counts)}
 
 
-def _score(probabilities: npt.NDArray[np.float64], targets: Integers) -> tuple[npt.NDArray[np.float64], Integers]:
-    """Negative log likelihood and rank of targets under one distribution."""
-    at_target = probabilities[targets]
-    n_below = np.searchsorted(np.sort(probabilities), at_target, side="left")
-    return -np.log(at_target), len(probabilities) - n_below - 1
+def count_distinct(parts: Iterable[Integers]) -> tuple[Integers, Integers]:
+    """Return the distinct numbers of all parts, ascending, and how often each occurs.
+
+    Parts of similar size are merged with each other, as in a merge sort, so that no number is moved more than log(parts) times.
+
+    >>> [found.tolist() for found in count_distinct([np.array([3, 1]), np.array([3]), np.array([2, 3])])]
+    [[1, 2, 3], [1, 1, 3]]
+    """
+    stack: list[tuple[Integers, Integers]] = []
+    for part in parts:
+        stack.append(np.unique(part, return_counts=True))
+        while len(stack) > 1 and len(stack[-2][0]) < 2 * len(stack[-1][0]):
+            stack.append(_merged(stack.pop(), stack.pop()))
+    while len(stack) > 1:
+        stack.append(_merged(stack.pop(), stack.pop()))
+    return stack[0] if stack else (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
-def _summary(nll: npt.NDArray[np.float64], rank: Integers) -> dict[str, float]:
-    loss = float(nll.mean())
-    accuracy = {f"top{k}_accuracy": float((rank < k).mean()) for k in (1, 5, 10)}
+def _merged(one: tuple[Integers, Integers], other: tuple[Integers, Integers]) -> tuple[Integers, Integers]:
+    numbers = np.concatenate([one[0], other[0]])
+    order = np.argsort(numbers, kind="stable")  # which merges the two ascending runs
+    numbers, counts = numbers[order], np.concatenate([one[1], other[1]])[order]
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    return numbers[starts], np.add.reduceat(counts, starts) if len(starts) else counts
+
+
+def _score_bigrams(
+    asked: Integers, known: Integers, counts: Integers, unigram: Floats, ascending: Floats
+) -> tuple[Floats, Integers]:
+    """Return negative log likelihood and rank of each pair `asked`, (D,), without a (V,) distribution per previous token.
+
+    Of one previous token, all probabilities are the unigrams times one factor, but for its successors, which have more. So the
+    tokens that are as probable as the target are counted among the unigrams as they are sorted once, and then the
+    successors are moved from where their unigram puts them to where they are.
+
+    Args:
+        asked: ascending.
+        known, counts: the train pairs of these previous tokens, and possibly of tokens between them.
+        unigram, ascending: (V,) the unigrams' probabilities, as they are and sorted.
+    """
+    n_tokens = len(unigram)
+    low, high = (np.searchsorted(known, (asked // n_tokens + step) * n_tokens) for step in (0, 1))
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    # Without successors the unigrams are taken as they are: their factor is 1 / 1.
+    kinds = np.maximum(high - low, 1)
+    total = ends[high] - ends[low] + kinds
+    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
+    own = np.where(known[place] == asked, counts[place], 0) if len(known) else np.zeros(len(asked), np.int64)
+    p = unigram[asked % n_tokens] * kinds / total + own / total
+
+    of_known = known // n_tokens
+    group_low, group_high = (np.searchsorted(known, (of_known + step) * n_tokens) for step in (0, 1))
+    group_kinds = group_high - group_low
+    group_total = ends[group_high] - ends[group_low] + group_kinds
+    base = unigram[known % n_tokens] * group_kinds / group_total
+    by_base = base[np.lexsort((base, of_known))]
+    moved = base + counts / group_total
+    by_probability = moved[np.lexsort((moved, of_known))]
+
+    everywhere = np.zeros_like(asked), np.full_like(asked, n_tokens)
+    n_unigrams = n_tokens - _first_at_least(
+        lambda at, row: ascending[at] * kinds[row] / total[row] >= p[row], *everywhere
+    )
+    n_base = high - _first_at_least(lambda at, row: by_base[at] >= p[row], low, high)
+    n_moved = high - _first_at_least(lambda at, row: by_probability[at] >= p[row], low, high)
+    return -np.log(p), n_unigrams - n_base + n_moved - 1
+
+
+def _first_at_least(
+    is_reached: Callable[[Integers, Integers], npt.NDArray[np.bool_]], low: Integers, high: Integers
+) -> Integers:
+    """Return for each row the first place in [low, high) where `is_reached(place, row)`, which stays true from there on."""
+    low, high = low.copy(), high.copy()
+    while (rows := np.flatnonzero(low < high)).size:
+        middle = (low[rows] + high[rows]) // 2
+        reached = is_reached(middle, rows)
+        high[rows[reached]] = middle[reached]
+        low[rows[~reached]] = middle[~reached] + 1
+    return low
+
+
+def _summary(nll: Floats, rank: Integers, counts: Integers) -> dict[str, float]:
+    """Return the means over events, `counts` of each (D,)."""
+    n = counts.sum()
+    loss = float(nll @ counts / n)
+    accuracy = {f"top{k}_accuracy": float(counts[rank < k].sum() / n) for k in TOP}
     return {"loss": loss, "perplexity": float(np.exp(loss))} | accuracy

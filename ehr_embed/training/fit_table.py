@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
 from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
+from ehr_embed.training.memory import available_memory
 from ehr_embed.training.state import Progress, rng_state
 from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
+
+PROBED = 512
+"""Samples from which the size of the tables is estimated."""
+FIT_CELL_BYTES = 3 * CELL_BYTES
+"""Of a table that is held and of what is made of it while a model is fitted."""
+GIB = 2**30
 
 
 def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
@@ -43,6 +51,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(_inputs(trainer, embedding, "train"))
+    _check_size(trainer, model, embedding)
     train, tuning = (_feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
     def score(outputs: npt.NDArray[np.float64]) -> float:
@@ -115,13 +124,37 @@ def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding,
     task = trainer.task
     assert isinstance(task, WeighsSamples)
     labels: npt.NDArray[Any] = task.samples[split].labels
-    features = np.empty((len(labels), 0), np.float32)
-    for batch in trainer._loader(split):
-        found = model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy()
-        if not features.size:
-            features = np.empty((len(labels), found.shape[1]), np.float32)
-        features[batch.sample.cpu().numpy()] = found
-    return FeatureSet(features, labels, task.sample_weights(split))
+    blocks = (
+        (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
+        for batch in trainer._loader(split)
+    )
+    return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, task.sample_weights(split))
+
+
+@torch.inference_mode()
+def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) -> None:
+    """Refuse tables that would not fit in memory, from what some samples of train fill.
+
+    Raises:
+        UserError: names the size and what makes it smaller.
+    """
+    dataset = trainer.task.dataset("train")
+    drawn = np.random.default_rng(trainer.seed).permutation(len(dataset))[:PROBED]
+    inputs = embedding.inputs(dataset[drawn].to(trainer.fabric.device))
+    dense = model.featurise(inputs).cpu().numpy()
+    n = len(dataset) + len(trainer.task.samples["tuning"])
+    cells = FeatureTable.from_blocks([(np.arange(len(drawn)), dense)], len(drawn)).cells.nnz / len(drawn)
+    needed, available = n * cells * FIT_CELL_BYTES, available_memory()
+    if available is None or needed <= available:
+        return
+    codes = getattr(getattr(model, "features", None), "codes", [])
+    n_codes = int(len(codes) * 0.8 * available / needed)
+    smaller = f"model.max_codes={n_codes}, or " if n_codes else ""
+    raise UserError(
+        f"{type(model).__name__} needs about {needed / GIB:.1f} GiB for {n:,} samples with {cells:,.0f} filled features of "
+        f"{dense.shape[1]:,} each, and {available / GIB:.1f} GiB of memory are free. Type: {smaller}model.times=false, or give it "
+        "a label set with fewer samples"
+    )
 
 
 def _events(trainer: Trainer) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.threads import AUTO, check_threads
 from ehr_embed.data.device_events import DATA_DEVICES
 from ehr_embed.training.optimizer import SCHEDULES
 from ehr_embed.training.precision import choose_precision
@@ -18,7 +19,7 @@ class TrainerSettings:
     """How to train; conf/trainer/default.yaml says what each key means."""
 
     epochs: int = 50
-    batch_size: int = 32
+    batch_size: int | None = 32
     batch_tokens: int = 16_384
     accumulate: int = 1
     learning_rate: float = 1e-4
@@ -43,6 +44,7 @@ class TrainerSettings:
     layer_decay: float = 1.0
     compile: bool = False
     profile: bool = False
+    threads: int | str = AUTO
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -63,6 +65,7 @@ class TrainerSettings:
             "scheduler_patience",
         ):
             check_range(f"trainer.{name}", getattr(self, name), 0)
+        check_threads("trainer.threads", self.threads)
         check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
         check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
         if self.data_device not in DATA_DEVICES:
@@ -81,10 +84,15 @@ class TrainerSettings:
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
         for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
+
+    @property
+    def batch_key(self) -> str:
+        """Return the key that bounds a batch."""
+        return "trainer.batch_tokens" if self.batch_size is None else "trainer.batch_size"
 
     def launch(self) -> Processes:
         """Join the processes that train together and choose their devices, see `ehr_embed.training.processes.launch`."""
