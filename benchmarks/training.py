@@ -134,7 +134,8 @@ def same_losses(sides: Sides) -> tuple[float, float]:
     files = loader(sides.files, BATCH_SIZE)
     records = files.collate_fn([files.dataset[int(i)] for i in index])
     with torch.inference_mode():
-        first = task.step(ours, EventEmbedding(sides.table), batch)[0]
+        step = task.step(ours, EventEmbedding(sides.table), batch)
+        first = step.loss_sum / step.count
         second = F.cross_entropy(original(records["embeddings"], records["padding_mask"]), records["label"])
     return float(first), float(second)
 

@@ -22,14 +22,14 @@ from ehr_embed.evaluation.predictions import write_multiclass_predictions, write
 from ehr_embed.exports.protocol import Export
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import Body, EventInput
-from ehr_embed.models.heads import Pooling, build_head, check_classifies
+from ehr_embed.models.heads import LogitLinear, Pooling, build_head, check_classifies
 from ehr_embed.models.protocol import AdaptsToVectors, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
 from ehr_embed.sources.imported import import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import Curves, Outputs, Task
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, Task
 from ehr_embed.trackers.protocol import Tracker
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "FeatureSet",
     "FitsAtOnce",
     "LabelSet",
+    "LogitLinear",
     "MedsSource",
     "MedsWriter",
     "Metric",
@@ -63,6 +64,7 @@ __all__ = [
     "Samples",
     "Source",
     "SplitEvents",
+    "StepResult",
     "SubjectBootstrap",
     "Task",
     "Tracker",

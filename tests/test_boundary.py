@@ -147,7 +147,8 @@ USES = {
 def test_nor_predicted_explained_or_generated_from(finished, use, monkeypatch, tmp_path):
     """There the samples are the package's own, whatever the run's task does; a fault in them is refused too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ehr_embed.inference.trained_run.build_samples", _looking_ahead)
+    for module in ("trained_run", "predictor"):
+        monkeypatch.setattr(f"ehr_embed.inference.{module}.build_samples", _looking_ahead)
     with pytest.raises(UserError, match=r"284 of 300 samples reach past their prediction time"):
         USES[use](finished)
 

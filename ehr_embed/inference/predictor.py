@@ -26,6 +26,7 @@ from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.table import as_stored
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
     nothing_to_predict,
@@ -39,6 +40,8 @@ from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
@@ -116,7 +119,7 @@ class Predictor:
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Probabilities of the classes, in float32 arithmetic.
+        """Return probabilities of the classes, in the precision that the run was evaluated in where this device is fast at it.
 
         Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
         dataset where these matter. Of a long record the last `model.max_length` events are seen.
@@ -233,9 +236,10 @@ class Predictor:
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
-        with self._reading(vocabulary):
+        precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
+        with self._reading(vocabulary), precision:
             for rows in batches:
-                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                logits = logits_of(self.run.model, embedding.inputs(dataset[rows].to(self.device)))
                 result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
 
@@ -306,7 +310,7 @@ class Predictor:
             return torch.zeros(len(texts), self.run.embedding.table.shape[1])
         embedder = self._embedder
         try:
-            return torch.from_numpy(embedder.embed(texts)).half().float()
+            return as_stored(torch.from_numpy(embedder.embed(texts))).float()
         finally:
             embedder.close()
 

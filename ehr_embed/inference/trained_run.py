@@ -42,6 +42,7 @@ class TrainedRun:
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
+        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
     """
 
     config: dict[str, Any]
@@ -49,6 +50,7 @@ class TrainedRun:
     embedding: EventEmbedding
     vocabulary: Vocabulary
     class_names: list[str]
+    precision: str | None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -87,6 +89,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         embedding=embedding.requires_grad_(False),
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
+        precision=checkpoint.get("precision"),
     )
 
 

@@ -81,7 +81,8 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     if "epochs" in train:
         trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
         if "mfu" in train:
-            trained += f"{train['mfu']:.0%} of the peak arithmetic, {train['padding_share']:.0%} padding, "
+            trained += f"{train['mfu']:.0%} of the peak arithmetic, "
+        trained += f"{train['padding_share']:.0%} padding, "
     console.print(
         f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
         highlight=False,

@@ -23,7 +23,7 @@ from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
 
 class Classification:
@@ -31,7 +31,8 @@ class Classification:
 
     Args:
         labels: name of a label set of the dataset, or a path; None = the only one there is.
-        class_weights: None, "balanced" (inverse train frequency), or one weight a class.
+        class_weights: None, "balanced" (inverse train frequency), or one weight per class; they are scaled to a mean of 1 over
+            train's samples.
         label_smoothing: share of probability spread over all classes, in [0, 1).
         monitor: metric on tuning that chooses the best checkpoint; of more than two classes, the mean over classes.
         shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
@@ -105,26 +106,33 @@ class Classification:
                 raise UserError(
                     f"task.class_weights={self.class_weights}: expected null, balanced, or one number a class."
                 )
-            return as_tensor(len(labels) / (self.num_classes * np.bincount(labels, minlength=self.num_classes)))
+            return _of_mean_one(1 / np.bincount(labels, minlength=self.num_classes), labels)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers, but there are {self.num_classes} classes: "
                 f"{', '.join(self.class_names)}. Give one weight a class, in this order."
             )
-        return as_tensor(self.class_weights)
+        return _of_mean_one(np.array(self.class_weights, np.float64), labels)
 
     def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
-        """(n,) class weight of each sample of a split."""
+        """Return the weight of each sample's class, (n,)."""
         labels = self.samples[split].labels
         return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
         return BatchDataset(self._events[split], self.samples[split])
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are class probabilities, rows sum to one."""
-        logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), self.probabilities(logits)
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""
+        logits = logits_of(model, embedding.inputs(batch))
+        loss_B = self.loss(logits, batch.labels)
+        if loss_B.shape != batch.labels.shape:
+            raise UserError(
+                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected "
+                f"{tuple(batch.labels.shape)}, one loss per sample: the trainer takes the mean over all samples of a step. Leave "
+                'the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
+            )
+        return StepResult(loss_B.sum(), len(loss_B), self.probabilities(logits))
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
@@ -132,9 +140,13 @@ class Classification:
         return logits.detach().double().softmax(-1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, logits (B, C) and classes (B,)."""
-        weights = None if self._weights is None else self._weights.to(logits.device)
-        return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=self.label_smoothing)
+        """Return the cross-entropy of each sample times the weight of its class, (B,), from logits (B, C) and classes (B,).
+
+        The weight is the sample's, so that it multiplies the smoothed part too. torch's `weight` would give that part the
+        weights of all classes, of which a rare one's may be a hundred times the others'.
+        """
+        loss_B = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
+        return loss_B if self._weights is None else loss_B * self._weights.to(labels.device)[labels]
 
     def fit_thresholds(self, outputs: Outputs) -> None:
         if self.num_classes == 2:
@@ -186,6 +198,15 @@ class Classification:
         if self.num_classes != 2:
             return {}
         return {split: (self.samples[split].labels, p[:, 1]) for split, p in outputs.items()}
+
+
+def _of_mean_one(weights: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> Tensor:
+    """Return class weights (C,) scaled to a mean of 1 over the samples with classes `labels` (n,).
+
+    >>> _of_mean_one(np.array([1.0, 3.0]), np.array([0, 0, 0, 1])).tolist()
+    [0.6666666865348816, 2.0]
+    """
+    return as_tensor(weights / weights[labels].mean())
 
 
 def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
 
 class Multilabel:
@@ -31,7 +33,8 @@ class Multilabel:
 
     Args:
         labels: names or paths of label sets; None = all of the dataset.
-        class_weights: None, "balanced" (negatives per positive in train), or the weight of the positives of each label.
+        class_weights: None, "balanced" (negatives per positive in train), or for each label the weight of a positive, where
+            a negative has 1; both are scaled to a mean of 1 over train's samples, so that no label outweighs another.
         monitor: metric on tuning, a mean over labels, that chooses the best checkpoint.
     """
 
@@ -92,29 +95,36 @@ class Multilabel:
         self.thresholds = np.full(self.num_classes, 0.5)
 
     def _fit_weights(self) -> Tensor | None:
+        """Return the weights of a negative and of a positive of each label, (2, L)."""
         if self.class_weights is None:
             return None
+        rate = np.asarray(np.nanmean(self.samples["train"].labels, axis=0, dtype=np.float64))
         if isinstance(self.class_weights, str):
             if self.class_weights != "balanced":
                 raise UserError(
                     f"task.class_weights={self.class_weights}: expected null, balanced, or one number a label."
                 )
-            rate = self.samples["train"].labels.mean(axis=0)
-            return as_tensor((1 - rate) / rate)
+            return _of_mean_one(np.asarray((1 - rate) / rate), rate)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers for {self.num_classes} labels: "
                 f"{', '.join(self.label_names)}. Give one a label, in this order."
             )
-        return as_tensor(self.class_weights)
+        return _of_mean_one(np.array(self.class_weights, np.float64), rate)
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
         return BatchDataset(self._events[split], self.samples[split])
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are probabilities, each label on its own."""
-        logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), self.probabilities(logits)
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the losses of all known labels, their number, and the probabilities, each label's on its own."""
+        logits = logits_of(model, embedding.inputs(batch))
+        loss_BL = self.loss(logits, batch.labels)
+        if loss_BL.shape != batch.labels.shape:
+            raise UserError(
+                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_BL.shape)}, expected "
+                f"{tuple(batch.labels.shape)}, one loss per sample and label: the trainer takes the mean. Leave the mean out"
+            )
+        return StepResult(loss_BL.sum(), (~batch.labels.isnan()).sum(), self.probabilities(logits))
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
@@ -122,9 +132,14 @@ class Multilabel:
         return logits.detach().double().sigmoid()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean binary cross-entropy, logits and labels (B, L)."""
-        weights = None if self._weights is None else self._weights.to(logits.device)
-        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
+        """Return the weighted binary cross-entropy of each label, (B, L), from logits and labels (B, L); 0 where a label is NaN,
+        unknown."""
+        is_known_BL, known_BL = ~labels.isnan(), labels.nan_to_num()
+        loss_BL = F.binary_cross_entropy_with_logits(logits.float(), known_BL, reduction="none") * is_known_BL
+        if self._weights is None:
+            return loss_BL
+        of_negative_L, of_positive_L = self._weights.to(labels.device)
+        return loss_BL * torch.where(known_BL == 1, of_positive_L, of_negative_L)
 
     def fit_thresholds(self, outputs: Outputs) -> None:
         labels = self.samples["tuning"].labels
@@ -160,6 +175,16 @@ class Multilabel:
             for split, p in outputs.items()
             for index, name in enumerate(self.label_names)
         }
+
+
+def _of_mean_one(of_positive: npt.NDArray[np.float64], rate: npt.NDArray[np.float64]) -> Tensor:
+    """Return weights of negatives and positives, (2, L), of mean 1 over samples of which a share `rate` (L,) is positive.
+
+    >>> _of_mean_one(np.array([99.0]), np.array([0.01])).flatten().tolist()
+    [0.5050504803657532, 50.0]
+    """
+    of_negative = 1 / (rate * of_positive + 1 - rate)
+    return as_tensor(np.stack([of_negative, of_negative * of_positive]))
 
 
 def join_labels(label_sets: list[LabelSet]) -> LabelSet:

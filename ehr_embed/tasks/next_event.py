@@ -24,7 +24,7 @@ from ehr_embed.models.heads import EventScores
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
 from ehr_embed.tasks.ngrams import NgramCounts, count_distinct
-from ehr_embed.tasks.protocol import Curves, Outputs
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult
 
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")
@@ -37,6 +37,10 @@ class NextEvent:
 
     Static events are context, never targets. An event whose code train does not have is no target either: the vocabulary
     has no token for it.
+
+    The loss is a mean over the predicted events: of each the token's negative log likelihood, plus `time_weight` times the gap's,
+    plus `value_weight` times the value's (whether there is one, and its density where there is). All three are divided by the
+    number of predicted events, those without a value included.
 
     Args:
         windows: training windows, `random` (each record cut into windows from a random place) or `packed` (whole records,
@@ -142,15 +146,16 @@ class NextEvent:
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         return {}
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the losses of the batch's predicted events, their number, and what `sum_by_sample` gives."""
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
-        loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
+        loss_sum = scores.nll.sum() + self.time_weight * scores.time_nll.sum()
         if scores.value_nll is not None:
-            loss = loss + self.value_weight * mean(scores.value_nll)
-        return loss, sum_by_sample(scores, inputs["targets"], self._families)
+            loss_sum = loss_sum + self.value_weight * scores.value_nll.sum()
+        return StepResult(loss_sum, len(scores.nll), sum_by_sample(scores, inputs["targets"], self._families))
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Which events of a batch are predicted, (B, T) bool."""
@@ -173,8 +178,3 @@ class NextEvent:
             is_target = self.is_target(batch)
             previous = batch.token_ids.roll(1, dims=1)[is_target].numpy().astype(np.int64)
             yield previous * n_tokens + batch.token_ids[is_target].numpy()
-
-
-def mean(per_event: Tensor) -> Tensor:
-    """Mean of (N,), 0 for a batch without targets."""
-    return per_event.sum() / max(len(per_event), 1)
