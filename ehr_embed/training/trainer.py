@@ -70,7 +70,7 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
         self.precision = choose_precision(settings.precision, settings.accelerator)
-        self.about = {
+        self.about: dict[str, Any] = {
             "config": config,
             "identity": identity,
             "sizes": sizes,
