@@ -22,7 +22,8 @@ from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.training.precision import choose_precision
-from ehr_embed.training.trainer import Trainer, TrainerSettings
+from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.trainer import Trainer
 from tests.conftest import Event, write_meds
 
 
