@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ehr_embed.config.check import check_config
+from ehr_embed.config.check import checks_config
 from ehr_embed.config.instantiate import builder, instantiate_embedder
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO, use_threads
@@ -65,9 +65,9 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
-    check_config(cfg)
     build = builder(cfg)
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
@@ -87,9 +87,9 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
-    check_config(cfg)
     source: Source = builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")

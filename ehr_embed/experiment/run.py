@@ -13,7 +13,7 @@ from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ehr_embed.config.check import check_config
+from ehr_embed.config.check import check_config, checks_config
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
@@ -26,6 +26,7 @@ from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
@@ -35,7 +36,6 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
-    check_config(cfg)
     settings: TrainerSettings = builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()

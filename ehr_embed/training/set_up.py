@@ -75,7 +75,7 @@ def set_up_training(
         body_of(model).requires_grad_(False)
         embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
     if settings.compile:
-        _compile(model)
+        compile_blocks(model)
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.
     wrapped = fabric.setup_module(model)
@@ -111,7 +111,7 @@ def set_up_training(
     return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
 
 
-def _compile(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module) -> None:
     """Compile the blocks of a model.
 
     Raises:
