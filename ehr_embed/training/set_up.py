@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
@@ -18,7 +19,7 @@ from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of
-from ehr_embed.training.state import TrainingState, seed_of_rank
+from ehr_embed.training.state import TrainingState, seed_of_rank, set_rng_state
 from ehr_embed.training.throughput import Speed
 
 
@@ -39,6 +40,22 @@ class Training:
     parameters: Sequence[Tensor]
     speed: Speed
     rng: dict[str, Any] | None
+
+    def begin(self, loader: Any, *, is_new: bool) -> Iterator[Batch]:
+        """Begin to read an epoch's batches, with the random generators as the run that goes on left them.
+
+        Args:
+            loader: draws one number when its iterator is made.
+            is_new: whether the epoch starts at its first batch. In the middle of an epoch that number had been drawn before the
+                state was saved.
+        """
+        rng, self.rng = self.rng, None
+        if rng is not None and is_new:
+            set_rng_state(rng)
+        batches = iter(loader)
+        if rng is not None and not is_new:
+            set_rng_state(rng)
+        return batches
 
 
 def set_up_training(

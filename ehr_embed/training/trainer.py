@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ehr_embed.training.profiling import profiler
 from ehr_embed.training.set_up import Training, set_up_training
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import load_weights
-from ehr_embed.training.state import Progress, TrainingState, rng_state, set_rng_state
+from ehr_embed.training.state import Progress, TrainingState, rng_state
 from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
 
@@ -243,7 +243,7 @@ class Trainer:
         step_mean = StepMean(self.processes, device)
         began = time.perf_counter() - progress.seconds
         bar = tqdm(
-            _begun(loader, training, is_new=not first),
+            training.begin(loader, is_new=not first),
             total=n_batches,
             initial=first,
             desc=f"epoch {progress.epoch}",
@@ -402,21 +402,3 @@ class Trainer:
         """Keep the latest checkpoint as the best one or as that of its epoch, where it is due."""
         if self.processes.is_first:
             state.keep(self.run_dir, save_every=self.settings.save_every)
-
-
-def _begun(loader: Any, training: Training, *, is_new: bool) -> Iterator[Batch]:
-    """Begin to read an epoch's batches, with the random generators as the run that goes on left them.
-
-    Args:
-        loader: draws one number when its iterator is made.
-        training: its `rng` is used up.
-        is_new: whether the epoch starts at its first batch. In the middle of an epoch that number had been drawn before the state
-            was saved.
-    """
-    rng, training.rng = training.rng, None
-    if rng is not None and is_new:
-        set_rng_state(rng)
-    batches = iter(loader)
-    if rng is not None and not is_new:
-        set_rng_state(rng)
-    return batches
