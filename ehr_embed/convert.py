@@ -19,7 +19,9 @@ from ehr_embed.experiment.cli import CONF, run_main
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def main(cfg: DictConfig) -> None:
     """Write the dataset and say what it holds."""
-    from ehr_embed.experiment.run import convert  # here, so that a misspelt override is refused before torch is loaded
+    from ehr_embed.experiment.inputs import (
+        convert,
+    )  # here, so that a misspelt override is refused before torch is loaded
 
     if "data_dir" not in cfg.data:
         raise UserError(

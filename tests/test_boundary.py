@@ -17,7 +17,8 @@ from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.samples import Samples, build_samples, packed_samples, window_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.generate import generate_trajectories
 from ehr_embed.predict import predict
