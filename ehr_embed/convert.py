@@ -21,7 +21,7 @@ from ehr_embed.experiment.cli import CONF, run_main
 def main(cfg: DictConfig) -> None:
     """Write the dataset and report its contents."""
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    from ehr_embed.experiment.run import convert
+    from ehr_embed.experiment.inputs import convert
 
     if "data_dir" not in cfg.data:
         raise UserError(

@@ -17,7 +17,8 @@ from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.samples import Samples, build_samples, packed_samples, window_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.generate import generate_trajectories
 from ehr_embed.predict import predict
@@ -131,7 +132,10 @@ def _looking_ahead(events: SplitEvents, *args, **options) -> Samples:
 
 USES = {
     "predict": lambda place: predict(
-        composed(f"run={place / 'run'}", f"data.root={place / 'set'}", "split=train", "task.labels=case", name="predict")
+        composed(
+            f"run={place / 'run'}", f"data.root={place / 'set'}", "split=train", "task.labels=case", "output=p.parquet",
+            name="predict",
+        )
     ),
     "load": lambda place: ehr_embed.load(place / "run").predict_proba(place / "set", labels="case", split="train"),
     "explain": lambda place: explain(

@@ -24,13 +24,14 @@ CELLS = st.sampled_from([0.0, NAN, 1.0, -2.5, 7.0])
 
 
 def features(n: int, *, seed: int = 0) -> np.ndarray:
-    """Counts (mostly 0), values (mostly missing, at times 0, or ties) and a column that nobody lacks: (n, 14) float32."""
+    """Return counts (mostly 0), values (mostly missing, at times 0, or ties), rare cells and full columns: (n, 16) float32."""
     rng = np.random.default_rng(seed)
     counts = rng.poisson(0.3, (n, 4)) * rng.integers(1, 4, (n, 4))
     values = np.where(rng.random((n, 8)) < 0.2, rng.normal(0, 2, (n, 8)), NAN)
     values[:, :2] = np.where(rng.random((n, 2)) < 0.3, rng.integers(-1, 2, (n, 2)), NAN)
     always = rng.normal(50, 9, (n, 2))
-    return np.concatenate([counts, values, always], axis=1).astype(np.float32)
+    rare = np.where(rng.random((n, 2)) < 0.02, 1.0, [0.0, NAN])  # too few to split a leaf by
+    return np.concatenate([counts, values, rare, always], axis=1).astype(np.float32)
 
 
 def labels_of(x: np.ndarray, *, n_classes: int = 2) -> np.ndarray:
@@ -89,8 +90,8 @@ def test_trees_are_those_of_the_dense_table(n_classes, stop_on, monkeypatch):
         return model.get_extra_state()
 
     sparse = gbm._rows
-    assert text(sparse) == text(lambda table: table.dense(slice(None)))
-    assert text(sparse) != text(lambda table: table.cells), "an absent cell of a sparse matrix is 0, not missing"
+    assert text(sparse) == text(lambda table, _: table.dense(slice(None)))
+    assert text(sparse) != text(lambda table, _: table.cells), "an absent cell of a sparse matrix is 0, not missing"
 
 
 def test_standardised_cells_are_those_of_the_dense_table():
@@ -98,10 +99,11 @@ def test_standardised_cells_are_those_of_the_dense_table():
     x = x[: len(train.labels)].astype(np.float64)
     median = np.nanmedian(x, axis=0)
     filled = np.where(np.isnan(x), median, x)
-    expected = np.clip((filled - filled.mean(0)) / filled.std(0), -LIMIT, LIMIT)
     mean, scale = logistic._moments(train.features, median)
     np.testing.assert_allclose(mean, filled.mean(0), rtol=1e-12)
     np.testing.assert_allclose(scale, filled.std(0), rtol=1e-12)
+    scale[scale == 0] = 1  # as in `Logistic.fit`
+    expected = np.clip((filled - filled.mean(0)) / scale, -LIMIT, LIMIT)
     cells, offset = standard_cells(train.features, train.features.medians(), mean, scale)
     np.testing.assert_allclose(cells.toarray() + offset, expected, atol=1e-12)
     assert cells.nnz < x.size / 2

@@ -16,7 +16,7 @@ from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.run_folder.checkpoints import initialise, read_checkpoint
 from ehr_embed.training.optimizer import parameter_groups
-from ehr_embed.training.trainer import TrainerSettings
+from ehr_embed.training.settings import TrainerSettings
 from tests.test_trainer import planted, train
 
 __all__ = ["planted"]  # the fixture

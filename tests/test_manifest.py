@@ -26,7 +26,8 @@ from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedding.table import load_table, save_table
 from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.evaluation.predictions import read_predictions
-from ehr_embed.experiment.run import prepare_from, run
+from ehr_embed.experiment.inputs import prepare_from
+from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.sources.meds import MedsSource

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.migrate import KEYS, STAGES, main, migrate
 from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import ROOT

@@ -30,7 +30,8 @@ from ehr_embed.tasks.masked_event import MaskedEvent
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.ngrams import NgramCounts
 from ehr_embed.tasks.protocol import check_causality
-from ehr_embed.training.trainer import Trainer, TrainerSettings
+from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.trainer import Trainer
 from tests.conftest import Event, write_meds
 
 WAYS = {"SEX//M": ("A", "B", "C", "D"), "SEX//F": ("A", "D", "C", "B")}

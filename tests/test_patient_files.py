@@ -18,7 +18,8 @@ import torch
 from ehr_embed.core.errors import UserError
 from ehr_embed.embedders.from_files import FilesEmbedder
 from ehr_embed.embedding.table import load_table
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.sources.patient_files import TOLERANCE, patient_files_source
 from tests.conftest import write_meds
 from tests.test_conf import composed

@@ -25,8 +25,9 @@ from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.training import processes
 from ehr_embed.training.processes import Processes, launch, run_ranks
+from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.state import seed_of_rank
-from ehr_embed.training.trainer import Trainer, TrainerSettings
+from ehr_embed.training.trainer import Trainer
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 

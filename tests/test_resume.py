@@ -24,7 +24,8 @@ from ehr_embed.core.files import read_json
 from ehr_embed.core.stopping import REQUEUE, Stopped, stop_requests
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.resume import differences
 from ehr_embed.training import state as training_state
 from tests.conftest import ROOT, Event, write_meds

@@ -23,8 +23,9 @@ from ehr_embed.tasks.multilabel import Multilabel
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.protocol import run_step
 from ehr_embed.training.processes import run_ranks
+from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import whole_tensor
-from ehr_embed.training.trainer import Trainer, TrainerSettings
+from ehr_embed.training.trainer import Trainer
 from tests.test_next_event import planted as rounds
 from tests.test_trainer import planted
 

@@ -180,7 +180,7 @@ def test_a_stored_configuration_runs_nothing_else(here, group, node):
         named("ehr_embed.evil.Model"),
         named("ehr_embed.config.instantiate.hydra.utils.instantiate"),
         named("ehr_embed.core.files.shutil.rmtree", path="."),
-        named("ehr_embed.experiment.run.metadata.sys.exit"),
+        named("ehr_embed.experiment.provenance.metadata.sys.exit"),
         named(ENCODER, times=[EVIL_IMPORT]),
         named("ehr_embed.models.encoder._hidden"),
         named(3),

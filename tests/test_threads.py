@@ -22,7 +22,8 @@ from ehr_embed.core import threads
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped
 from ehr_embed.core.threads import Choice, choose, free_cores, usable_cores, use, use_threads
-from ehr_embed.experiment.run import embed, pretraining, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import pretraining, run
 from ehr_embed.explain import explain
 from ehr_embed.generate import generate_trajectories
 from ehr_embed.predict import predict

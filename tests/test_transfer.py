@@ -18,7 +18,8 @@ from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary, Vocabula
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedders.shuffled_text import ShuffledTextEmbedder, deranged
 from ehr_embed.embedding.table import load_table
-from ehr_embed.experiment.run import open_source, run
+from ehr_embed.experiment.inputs import open_source
+from ehr_embed.experiment.run import run
 from ehr_embed.inference.trained_run import open_run
 from ehr_embed.run_folder.checkpoints import by_name
 from ehr_embed.sources.code_texts import read_lookups

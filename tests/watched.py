@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ehr_embed.embedders.hashing import HashingEmbedder
-from ehr_embed.experiment import run as experiment
+from ehr_embed.experiment import inputs
 
 
 def told(
@@ -33,7 +33,7 @@ def told(
 
 if __name__ == "__main__":
     file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    experiment.prepare = told(file, experiment.prepare, lambda *_: b"p", before=True)
+    inputs.prepare = told(file, inputs.prepare, lambda *_: b"p", before=True)
     HashingEmbedder.embed = told(file, HashingEmbedder.embed, lambda _, texts: b"t" * len(texts))  # type: ignore[method-assign]
     torch.optim.AdamW.step = told(file, torch.optim.AdamW.step, lambda *_: b"s")  # type: ignore[method-assign]
     sys.argv = sys.argv[2:]

@@ -20,7 +20,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
-from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
+from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary, vocabulary_sha256
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
 
@@ -134,7 +134,7 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
             "name": source.name,
             "source": source.fingerprint(),
             "settings": settings_key(settings),
-            "vocab_sha256": file_sha256(temporary / "vocab.csv"),
+            "vocab_sha256": vocabulary_sha256(temporary),
             "has_values": settings.has_values,
             "splits": {split: writer.finish() for split, writer in writers.items()},
         }

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import atomic_path, read_json, write_json
+from ehr_embed.core.files import atomic_path, file_sha256, read_json, write_json
 from ehr_embed.data.code_statistics import code_statistics
 from ehr_embed.data.value_bins import bin_edges, bin_text, robust_scale
 from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
@@ -20,6 +20,8 @@ from ehr_embed.sources.protocol import Source
 
 PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
 UNKNOWN_TEXT = "Unknown event"
+TOKENS_FILE = "vocab.csv"
+"""The tokens in a vocabulary's folder; the digest of this file is the vocabulary's identity."""
 VALUE_MODES = ("bins", "continuous", "both", "none")
 VALUE_LIMIT = 10.0
 """Normalised values are clipped here: beyond ten robust standard deviations lie typing errors."""
@@ -207,7 +209,7 @@ class Vocabulary:
 
     def save(self, folder: Path) -> None:
         """Write vocab.csv (token,str,text,count), codes.parquet and vocabulary.json to `folder`."""
-        with atomic_path(folder / "vocab.csv") as path:
+        with atomic_path(folder / TOKENS_FILE) as path:
             self.tokens.write_csv(path)
         with atomic_path(folder / "codes.parquet") as path:
             self.codes.write_parquet(path)
@@ -219,9 +221,20 @@ class Vocabulary:
         """Read what `save` wrote."""
         about = read_json(folder / "vocabulary.json")
         schema = {"token": pl.Int64, "str": pl.String, "text": pl.String, "count": pl.Int64}
-        tokens = pl.read_csv(folder / "vocab.csv", schema=schema).with_columns(pl.col("text").fill_null(""))
+        tokens = pl.read_csv(folder / TOKENS_FILE, schema=schema).with_columns(pl.col("text").fill_null(""))
         settings = VocabularySettings(**{**about["settings"], "lookups": tuple(about["settings"]["lookups"])})
         return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
+
+
+def vocabulary_sha256(folder: Path) -> str | None:
+    """Return the digest by which stores, tables and checkpoints know the vocabulary in `folder`; None where there is none."""
+    file = folder / TOKENS_FILE
+    return file_sha256(file) if file.is_file() else None
+
+
+def read_strings(folder: Path) -> list[str]:
+    """Return the strings of all tokens (V,) of the vocabulary in `folder`, in the order of their ids."""
+    return pl.read_csv(folder / TOKENS_FILE, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
 
 
 def fit_vocabulary(

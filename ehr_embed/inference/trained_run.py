@@ -15,14 +15,13 @@ from torch import nn
 from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
-from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
@@ -63,15 +62,15 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         UserError: the folder is not a run's, or its files do not belong together.
     """
     folder = Path(where).expanduser()
-    if not (folder / VOCABULARY / "vocab.csv").is_file():
+    found_sha256 = vocabulary_sha256(folder / VOCABULARY)
+    if found_sha256 is None:
         found = "a folder without vocabulary/" if folder.is_dir() else "no such folder"
         raise UserError(f"run={where}: expected the folder of a finished run (run_dir of train.py), found {found}.")
     path, checkpoint = read_checkpoint(folder)
     identity: dict[str, str] = checkpoint["identity"]
-    found_sha256 = file_sha256(folder / VOCABULARY / "vocab.csv")
     if found_sha256 != identity["vocab_sha256"]:
         raise UserError(
-            f"{folder / VOCABULARY / 'vocab.csv'} has sha256 {found_sha256[:12]}, but {path.name} was trained with "
+            f"{folder / VOCABULARY / TOKENS_FILE} has sha256 {found_sha256[:12]}, but {path.name} was trained with "
             f"{identity['vocab_sha256'][:12]}: token ids would mean other events. Restore the run's folder, or train again."
         )
     for file in (folder / VOCABULARY).iterdir():

@@ -77,6 +77,11 @@ class FeatureTable:
         return found
 
     @property
+    def n_unusual(self) -> npt.NDArray[np.int64]:
+        """Count the cells of each column that are not the usual one, (F,)."""
+        return np.bincount(self.cells.indices, minlength=len(self.usual))
+
+    @property
     def block_rows(self) -> int:
         """Rows of which the dense features in float64 take at most `BLOCK_BYTES`."""
         return max(1, BLOCK_BYTES // (8 * max(1, len(self.usual))))

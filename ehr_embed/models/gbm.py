@@ -130,12 +130,13 @@ class GBM(ReadsCodeFeatures):
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
-        data = lightgbm.Dataset(_rows(train.features), train.labels, weight=train.weights)
+        too_rare = train.features.n_unusual < self.parameters_of_trees["min_data_in_leaf"]
+        data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
-            valid_sets=[data.create_valid(_rows(tuning.features), tuning.labels, weight=tuning.weights)],
+            valid_sets=[data.create_valid(_rows(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
@@ -152,8 +153,11 @@ class GBM(ReadsCodeFeatures):
         return torch.stack([torch.zeros_like(logits), logits], dim=1) if self.num_classes == 2 else logits
 
 
-def _rows(table: FeatureTable) -> Any:
+def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     """Return the table as LightGBM reads it, some dense rows at a time, of which it keeps the bins.
+
+    Features that no leaf can be split by (`too_rare`, (F,)) are made constant, so that LightGBM leaves them out when it draws
+    features for a tree. From a dense matrix it does so by itself (`feature_pre_filter`), from a sequence of rows it does not.
 
     A sparse matrix would not do: there an absent cell is 0, or with `zero_as_missing` every 0 is missing, and in these features a
     count of 0, a value of 0 and no value are three things.
@@ -166,9 +170,10 @@ def _rows(table: FeatureTable) -> Any:
             return len(table)
 
         def __getitem__(self, rows: int | slice | list[int]) -> npt.NDArray[np.float64]:
-            if isinstance(rows, int | np.integer):
-                return table.dense([int(rows)])[0].astype(np.float64)
-            return table.dense(rows).astype(np.float64)
+            is_one = isinstance(rows, int | np.integer)
+            found = table.dense([int(rows)] if is_one else rows).astype(np.float64)
+            found[:, too_rare] = 0.0
+            return found[0] if is_one else found
 
     return Rows()
 

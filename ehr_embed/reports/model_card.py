@@ -20,11 +20,10 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
-from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.sources.protocol import EVALUATED, SPLITS
 from ehr_embed.tasks.protocol import Curves
 
 WIDE_INTERVAL, WORRYING_ECE = 0.1, 0.05
-EVALUATED = ("held_out", "tuning")
 
 
 def write_model_card(
@@ -143,10 +142,10 @@ def _texts(store: EventStore) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    names = values_of(metrics["held_out"])
-    rows = [[name, *(with_interval(metrics[split][name]) for split in EVALUATED)] for name in names]
+    names, order = values_of(metrics["held_out"]), EVALUATED[::-1]
+    rows = [[name, *(with_interval(metrics[split][name]) for split in order)] for name in names]
     told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
-    return f"{told}\n\n" + table(["metric", *EVALUATED], rows)
+    return f"{told}\n\n" + table(["metric", *order], rows)
 
 
 def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
-
-EVALUATED = ("tuning", "held_out")
+from ehr_embed.sources.protocol import EVALUATED
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:

@@ -10,15 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import atomic_path, file_sha256
+from ehr_embed.core.files import atomic_path
 from ehr_embed.core.manifest import checked
 from ehr_embed.core.moved import renamed
-from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
+from ehr_embed.data.vocabulary import (
+    PADDING,
+    TOKENS_FILE,
+    UNKNOWN,
+    Vocabulary,
+    read_strings,
+    vocabulary_sha256,
+)
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
@@ -224,16 +230,15 @@ def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknow
 
 def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
     """Return the token names of a checkpoint from the vocabulary in its run's folder."""
-    file = path.parent / VOCABULARY / "vocab.csv"
-    expected = checkpoint["identity"]["vocab_sha256"]
-    if not file.is_file() or file_sha256(file) != expected:
-        found = f"one with sha256 {file_sha256(file)[:12]}" if file.is_file() else "none"
+    folder, expected = path.parent / VOCABULARY, checkpoint["identity"]["vocab_sha256"]
+    if (there := vocabulary_sha256(folder)) != expected:
+        found = "none" if there is None else f"one with sha256 {there[:12]}"
         raise UserError(
             f"{path} learned a vector for each token of another vocabulary. To carry them over by name, the one it was trained "
-            f"with (sha256 {expected[:12]}) must be beside it as vocabulary/vocab.csv; found {found}. Type: init_from=RUN_DIR "
-            "with the run's whole folder"
+            f"with (sha256 {expected[:12]}) must be beside it as {VOCABULARY}/{TOKENS_FILE}; found {found}. "
+            "Type: init_from=RUN_DIR with the run's whole folder"
         )
-    return pl.read_csv(file, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
+    return read_strings(folder)
 
 
 def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:

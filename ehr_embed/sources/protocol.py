@@ -10,6 +10,8 @@ import polars as pl
 
 SPLITS = ("train", "tuning", "held_out")
 """The split names of MEDS 0.4."""
+EVALUATED = SPLITS[1:]
+"""The splits that a run is evaluated on."""
 
 
 class Source(Protocol):

@@ -134,6 +134,41 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return _measured(torch.bfloat16 if is_half else torch.float32, torch.get_num_threads())
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Gives the `rates` of all processes together from the counts of one of them, on average.
+
+    Attributes:
+        flops: of the model, if they are known.
+        peak: FLOP/s that all devices together can reach, if they are known.
+        n_processes: that train together.
+    """
+
+    flops: TrainingFlops | None
+    peak: float | None
+    n_processes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, *, n_tokens: int, device: torch.device, precision: str, n_processes: int) -> Speed:
+        """Return the speed of a model on devices of one kind; the peak of a CPU is measured here.
+
+        Args:
+            model: may be frozen in part, which needs fewer operations.
+            n_tokens: V, see `training_flops`.
+            device: of this process.
+            precision: not `auto`.
+            n_processes: each with a device of its own.
+        """
+        flops = training_flops(model, n_tokens)
+        peak = None if flops is None else peak_flops(device, precision)
+        return cls(flops, None if peak is None else n_processes * peak, n_processes)
+
+    def __call__(self, n_events: float, n_padded: float, n_pairs: float, seconds: float) -> dict[str, float]:
+        """Return the rates; see `rates`."""
+        n = self.n_processes
+        return rates(n * n_events, n * n_padded, n * n_pairs, seconds, self.flops, self.peak)
+
+
 @cache
 def _measured(dtype: torch.dtype, threads: int) -> float:
     """The best of a few products: what else runs on the machine makes them slower, never faster."""
