@@ -18,8 +18,8 @@ from ehr_embed.evaluation.bootstrap import (
 )
 
 MANY_SAMPLES = 2**17
-"""Number of samples above which replicates weigh cells. Fewer samples are weighed one by one, so that a given seed keeps
-its intervals."""
+"""Number of samples above which replicates weigh cells. Fewer samples are weighed one by one, so that a given seed
+keeps its intervals."""
 N_GROUPS = 2**14
 """Largest number of distinct scores of positives. If there are more, neighbouring scores become ties, which changes
 AUROC and AUPRC by less than 1e-4."""

@@ -249,7 +249,7 @@ def record_hashes(events: SplitEvents, *, chunk_events: int = CHUNK_EVENTS) -> n
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Apply the finaliser of SplitMix64 (Steele et al. 2014), in which each input bit changes half of the output bits."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014), where each input bit changes half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -300,7 +300,7 @@ def single_code(
     if min(n_class, n - n_class) < MIN_PER_CLASS:
         return [], [
             f"{class_name}: the audit did not look for codes that predict the label alone, because train has {n_class} "
-            f"samples with and {n - n_class} without it, and {MIN_PER_CLASS} of each are needed"
+            f"samples with and {n - n_class} without it, one of them fewer than {MIN_PER_CLASS}"
         ]
     _, names, tokens = code_groups(vocabulary)
     found: dict[tuple[str, str], tuple[float, str]] = {}
