@@ -137,13 +137,13 @@ def launch(*, accelerator: str, precision: str, devices: int, nodes: int, strate
     if (launched := n_launched()) > 1 and launched != n:
         raise UserError(
             f"this is one of {launched} processes, but trainer.devices={devices} x trainer.nodes={nodes} is {n}: each "
-            "process would train a run of its own in the same folder. Set both keys to the numbers given to torchrun or "
-            "srun, or start one process"
+            "process would train a run of its own in the same folder. Set both keys to the numbers given to torchrun "
+            "or srun, or start one process"
         )
     if n > 1 and launched == 1:
         raise UserError(
-            f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and only this one runs. On each node "
-            f"type: torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ..."
+            f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and only this one runs. "
+            f"On each node type: torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ..."
         )
     if accelerator == "auto":  # Fabric's own "auto" would take Apple's GPU, which has no float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Scales the gradient of a step to that of the mean loss over all its events or samples, in whatever batches they are."""
+"""Scales the gradient of a step to that of the mean loss over all its events or samples, however they are batched."""
 
 from __future__ import annotations
 
