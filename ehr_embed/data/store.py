@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
+from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
 
+log = logging.getLogger(__name__)
 FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
@@ -260,12 +263,14 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
     """
     found, expected = source.fingerprint(), store.manifest["source"]
     for file in sorted({*found, *expected}):
-        if found.get(file) != expected.get(file):
+        if not is_same(found.get(file), expected.get(file)):
             raise UserError(
                 f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
                 f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
                 f"{REBUILD}"
             )
+    if any(is_of_earlier_version(found[file], expected[file]) for file in found):
+        log.warning(EARLIER_VERSION, store.folder)
 
 
 class _SplitWriter:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ehr_embed.core.files import digest, file_sha256, locked, remove_leftovers
+from ehr_embed.core.fingerprints import known_fingerprints
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.data.vocabulary import VocabularySettings
@@ -57,7 +58,7 @@ def prepare(
         UserError: the store was built from other data (unless `overwrite`), or anything the parts refuse.
     """
     folder = store_folder(cache_dir, source, settings)
-    with locked(folder.with_suffix(".lock"), f"building {folder}"):
+    with locked(folder.with_suffix(".lock"), f"building {folder}"), known_fingerprints(cache_dir):
         remove_leftovers(folder.parent, f"{folder.name}.")
         remove_leftovers(folder)
         if overwrite or not (folder / "manifest.json").exists():

@@ -12,7 +12,8 @@ import polars as pl
 import torch
 from torch import nn
 
-from ehr_embed.config.instantiate import build_model, check_stored, trainable_of
+from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
@@ -26,6 +27,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+from ehr_embed.sources.protocol import Source
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config: dict[str, Any] = checkpoint["config"]
+    config = check_plain(checkpoint["config"], f"the configuration in {path}")
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
@@ -89,6 +91,16 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         class_names=checkpoint["class_names"],
         precision=checkpoint.get("precision"),
     )
+
+
+def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
+    """Return the source of the dataset that a run was trained on, opened for reading.
+
+    Raises:
+        UserError: as `instantiate_stored_source`.
+    """
+    source: Source = instantiate_stored_source(run.config, trusted)
+    return source
 
 
 def device_named(name: str) -> torch.device:

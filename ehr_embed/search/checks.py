@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -12,6 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import digest
+from ehr_embed.core.fingerprints import known_fingerprints, without_content
 from ehr_embed.search.space import Space
 from ehr_embed.sources.meds import MedsSource
 
@@ -44,14 +46,17 @@ def example_overrides(space: Space) -> Iterator[list[str]]:
 
 
 def data_identity(example: DictConfig) -> str | None:
-    """What tells a study's dataset from another one, wherever each host keeps it: a digest of its files.
+    """What tells a study's dataset from another one, wherever each host keeps it: a digest of its files, after the one that earlier
+    versions kept.
 
     None for data that are made or imported: there the overrides say what they are.
     """
     root = OmegaConf.select(example, "data.root")
     if root is None or OmegaConf.select(example, "data.source._target_") != MEDS_SOURCE:
         return None
-    return digest(MedsSource(root=root).fingerprint())
+    with known_fingerprints(Path(OmegaConf.select(example, "cache_dir", default="cache"))):
+        found = MedsSource(root=root).fingerprint()
+    return f"{digest({file: without_content(value) for file, value in found.items()})}:{digest(found)}"
 
 
 def chosen_directions(direction: Any, objectives: Sequence[str], examples: Sequence[DictConfig]) -> list[str]:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import polars as pl
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import file_sha256, tail_digest
+from ehr_embed.core.files import file_sha256
+from ehr_embed.core.fingerprints import fingerprint
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.sources.split_names import check_split_names
@@ -37,6 +38,8 @@ class MedsSource:
         split_column: that column.
         needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
     """
+
+    writes = False
 
     def __init__(
         self,
@@ -87,12 +90,12 @@ class MedsSource:
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size and digest of the last 64 KiB of every file read: any rewrite of the data shows there."""
+        """Return the fingerprint of every file read, of all its bytes: any change of the data shows there."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
-        found = {str(path.relative_to(self.root)): tail_digest(path) for path in files}
+        found = {str(path.relative_to(self.root)): fingerprint(path) for path in files}
         return (
-            found if self.splits is None else found | {f"data.splits ({self.split_column})": tail_digest(self.splits)}
+            found if self.splits is None else found | {f"data.splits ({self.split_column})": fingerprint(self.splits)}
         )
 
     @cached_property

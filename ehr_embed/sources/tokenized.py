@@ -18,7 +18,8 @@ import polars as pl
 from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import digest, file_sha256, tail_digest
+from ehr_embed.core.files import digest, file_sha256
+from ehr_embed.core.fingerprints import fingerprint, known_fingerprints
 from ehr_embed.core.plain_pickle import load_pickle
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
@@ -78,8 +79,10 @@ def tokenized_source(
     base = Path(str(data_dir))
     files = {"vocab_filepath": vocab_filepath, "labels_filepath": labels_filepath}
     files |= {f"{name}_lookup_filepath": path for name, path in lookup_files.items()}
+    with known_fingerprints(Path(cache_dir)):
+        corpus_files = {str(path.relative_to(base)): fingerprint(path) for paths in shards.values() for path in paths}
     made_from: dict[str, Any] = {
-        **{str(path.relative_to(base)): tail_digest(path) for paths in shards.values() for path in paths},
+        **corpus_files,
         **{name: file_sha256(path)[:16] for name, path in files.items() if path},
         "cutoff_months": cutoff_months,
         "prefixes": digest({name: rule.__dict__ for name, rule in rules.items()}),
