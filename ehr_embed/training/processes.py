@@ -143,7 +143,8 @@ def launch(*, accelerator: str, precision: str, devices: int, nodes: int, strate
     if n > 1 and launched == 1:
         raise UserError(
             f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and only this one runs. "
-            f"On each node type: torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ..."
+            f"On each node type: torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d "
+            "--rdzv-endpoint=HOST:PORT train.py ..."
         )
     if accelerator == "auto":  # Fabric's own "auto" would take Apple's GPU, which has no float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
