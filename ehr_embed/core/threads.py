@@ -148,7 +148,7 @@ def use(choice: Choice) -> None:
 
 
 def _as_it_comes() -> int:
-    """Return the number of threads that torch had before this module set one; the chosen number never exceeds it."""
+    """Return the number of threads that torch has by itself or that other code set; the chosen number never exceeds it."""
     import torch
 
     now = torch.get_num_threads()
