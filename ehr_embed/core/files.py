@@ -119,7 +119,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 def locked(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file `path`, and wait as long as another process holds it.
 
-    The kernel releases the lock when the process ends, even if it is killed. The lock file stays behind and locks nothing.
+    The kernel releases the lock when the process ends, even if it is killed. The lock file stays behind and locks
+    nothing.
 
     Args:
         path: the lock file.

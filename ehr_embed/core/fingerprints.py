@@ -1,8 +1,8 @@
 """Compute fingerprints of the files that a store or an import was made from, and cache them.
 
-A fingerprint is a digest of all bytes of a file. It does not depend on where or when the file was written, so a copied dataset has
-the fingerprint of the original. Since SHA-256 takes 0.8 s per GB on one core, `known_fingerprints` caches the fingerprints in the
-cache folder; a file is read again only when its inode, size or times have changed.
+A fingerprint is a digest of all bytes of a file. It does not depend on where or when the file was written, so a copied
+dataset has the fingerprint of the original. Since SHA-256 takes 0.8 s per GB on one core, `known_fingerprints` caches
+the fingerprints in the cache folder; a file is read again only when its inode, size or times have changed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 KNOWN = "fingerprints.json"
 TAIL_BYTES = 1 << 16
 SETTLED_NS = 2_000_000_000
-"""Nanoseconds. The fingerprint of a file that was modified more recently is not cached: another write within the resolution of
-the file system's clock would leave the same times."""
+"""Nanoseconds. The fingerprint of a file that was modified more recently is not cached: another write within the
+resolution of the file system's clock would leave the same times."""
 TOLD_BYTES = 1 << 30
 EARLIER_VERSION = (
     "%s was made by an earlier version, which compared only the sizes and the last 64 KiB of the data files. These agree, "
@@ -73,8 +73,8 @@ def fingerprint(path: Path) -> str:
 def fingerprint_of_many(paths: Sequence[Path], *, sampled: int) -> str:
     """Return one fingerprint of many files in one folder.
 
-    The fingerprint has the number and the bytes of the files, a digest of their names, sizes and the ends of `sampled` of them (all
-    that earlier versions compared), and a digest of all their bytes.
+    The fingerprint has the number and the bytes of the files, a digest of their names, sizes and the ends of `sampled`
+    of them (all that earlier versions compared), and a digest of all their bytes.
     """
 
     def read() -> str:

@@ -1,9 +1,10 @@
 """Write manifests, and compare a folder with its manifest before the folder is read.
 
-A manifest lists the size and the SHA-256 of each file of a folder, and what the folder was made from. Sizes are compared whenever
-a folder is opened. In folders up to `FULL_BYTES` checksums are compared too. In a larger folder the checksum of a file is compared
-only if its inode, size or times have changed since it was last found whole, so that a memory-mapped store opens at once. Damage
-that changes none of these, such as a failing disk's, is found in a large folder only with `integrity=full`.
+A manifest lists the size and the SHA-256 of each file of a folder, and what the folder was made from. Sizes are
+compared whenever a folder is opened. In folders up to `FULL_BYTES` checksums are compared too. In a larger folder the
+checksum of a file is compared only if its inode, size or times have changed since it was last found whole, so that a
+memory-mapped store opens at once. Damage that changes none of these, such as a failing disk's, is found in a large
+folder only with `integrity=full`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Map the dotted names of earlier versions to those of today, for the configurations that runs and checkpoints keep.
 
-Whoever moves or renames a class or a module adds a line here, so that runs trained before still open. Both sides of the tables are
-below `ehr_embed.`, so that no stored name can lead out of the package. Whether a stored configuration may build an object is
-decided after its name was mapped.
+Whoever moves or renames a class or a module adds a line here, so that runs trained before still open. Both sides of the
+tables are below `ehr_embed.`, so that no stored name can lead out of the package. Whether a stored configuration may
+build an object is decided after its name was mapped.
 """
 
 from __future__ import annotations

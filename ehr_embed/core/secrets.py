@@ -12,8 +12,8 @@ SECRET_KEY = re.compile(
 """Matches the names whose values are secrets or files with secrets; `batch_tokens` does not match."""
 MASK = "***"
 _USER_INFO = (re.compile(r"(://[^:/@\s]*):\S*@"), re.compile(r"(://[^:/@\s]*):[^@]*@"))
-"""Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the word or,
-if the word has none, at the first @ after it."""
+"""Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the
+word or, if the word has none, at the first @ after it."""
 _KEY = re.compile(r"([\w.%\-]+)=")
 _VALUE = re.compile(r"'[^']*'?|\"[^\"]*\"?|[^\s&'\"]*")
 

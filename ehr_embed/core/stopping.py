@@ -28,8 +28,8 @@ class StopRequest:
     """Handle signals, and remember the first one.
 
     Args:
-        is_deferred: whether the caller will look at `name` and stop by itself; if False, the first signal raises `Stopped`
-            at once. A second Ctrl-C always ends the process at once.
+        is_deferred: whether the caller will look at `name` and stop by itself; if False, the first signal raises
+            `Stopped` at once. A second Ctrl-C always ends the process at once.
     """
 
     def __init__(self, *, is_deferred: bool) -> None:

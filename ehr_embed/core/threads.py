@@ -87,8 +87,8 @@ def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int
         n_processes: processes of one run on this machine; each gets its share of the free cores.
 
     Returns:
-        The first of these numbers that is given: `asked`; the value of `OMP_NUM_THREADS` or `MKL_NUM_THREADS`; `kept`; else the
-        smaller of torch's own number and this process's share of the free cores.
+        The first of these numbers that is given: `asked`; the value of `OMP_NUM_THREADS` or `MKL_NUM_THREADS`; `kept`.
+        If none is given, the smaller of torch's own number and this process's share of the free cores.
     """
     comes = _as_it_comes()
     said = [name for name in VARIABLES if os.environ.get(name)]

@@ -35,14 +35,15 @@ class Batch:
 
     Attributes:
         token_ids: (B, T) int32, 0 = padding.
-        days: (B, T) float32, days from the event to the prediction time; a static event has the value of the first timed
-            event.
+        days: (B, T) float32, days from the event to the prediction time; a static event has the value of the first
+            timed event.
         gap_days, elapsed_days: (B, T) float32, days since the previous and since the first event of the sequence.
         age_days: (B, T) float32, days since birth; NaN where the record does not say when the subject was born.
         values: (B, T) float32, normalised numeric values, NaN = no value; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
         is_static: (B, T) bool, True for an event without a time; static events precede the timed ones.
-        is_next: (B, T) bool, True for a timed event whose predecessor in the record directly precedes it in the sequence.
+        is_next: (B, T) bool, True for a timed event whose predecessor in the record directly precedes it in the
+            sequence.
         segments: (B, T) int32, number of the sequence in a packed row, 0 = padding; None where a row is one sample.
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
         places: (N,) int64, index b * T + t of every event that is not padding, ascending.
@@ -200,8 +201,8 @@ def gather(
     sequence_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     row_starts = np.cumsum(row_lengths) - row_lengths
     first_timed = np.where(sequences.start < sequences.stop, sequences.start, -1)
-    # Position of the first timed event, where the record has other events between it and the static event before it, which
-    # the sequence leaves out; else -1.
+    # Position of the first timed event, where the record has other events between it and the static event before it,
+    # which the sequence leaves out; else -1.
     jump = np.where((n_static > 0) & (sequences.static_stop != sequences.start), n_static, -1)
     has_jump = bool((jump > 0).any())
     births = np.where(sequences.birth_times == STATIC_TIME, np.iinfo(np.int64).max, sequences.birth_times)
@@ -300,9 +301,9 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     """Yield index arrays of batches whose samples have similar lengths.
 
     With `shuffle`, each epoch shuffles the samples, sorts them by length within groups of `BUCKET_BATCHES` batches, and
-    shuffles the batches; the order depends on (seed, epoch) alone. Every rank takes the same number of batches, since the
-    ranks wait for each other in each step. If the number of batches is no multiple of the number of ranks, the last few are
-    dropped with `shuffle`; without it some ranks repeat batches of others (see `n_own`).
+    shuffles the batches; the order depends on (seed, epoch) alone. Every rank takes the same number of batches, since
+    the ranks wait for each other in each step. If the number of batches is no multiple of the number of ranks, the last
+    few are dropped with `shuffle`; without it some ranks repeat batches of others (see `n_own`).
 
     Args:
         lengths: (n,) events of each sample.
@@ -364,7 +365,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """Cut samples in ascending order of padded length into batches; the last sample of a batch is its longest.
 
-        The loop is over the distinct padded lengths, of which there are few: batches of samples of one length have one size.
+        The loop is over the distinct padded lengths, of which there are few: samples of one length fill equal batches.
         """
         padded, n = self.padded[order], len(order)
         if not n:

@@ -21,10 +21,10 @@ REMEDY = (
 def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these samples") -> None:
     """Refuse samples that show an event later than their prediction time, or an event of another record.
 
-    Events of a record are in order of time, static ones first, so it suffices to look at the last event of a sample's two
-    ranges: at most two times per sample are read from the store, whatever the length of the records. A static event is
-    always visible. The prediction time of a pretraining window is the time of its last event (`window_samples`), so for
-    windows the check confirms that they end where they claim to end.
+    Events of a record are in order of time, static ones first, so it suffices to look at the last event of a sample's
+    two ranges: at most two times per sample are read from the store, whatever the length of the records. A static event
+    is always visible. The prediction time of a pretraining window is the time of its last event (`window_samples`), so
+    for windows the check confirms that they end where they claim to end.
 
     Args:
         events: the split's events.
@@ -68,7 +68,8 @@ def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these
 class UnseenRecords:
     """Count the samples whose prediction time lies before every timed event of their subject.
 
-    Such a sample shows static events only. Its prediction time is mostly in another unit, or a default such as 1900-01-01.
+    Such a sample shows static events only. Its prediction time is mostly in another unit, or a default such as
+    1900-01-01.
 
     Attributes:
         n: number of such samples.

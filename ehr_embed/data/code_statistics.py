@@ -19,8 +19,8 @@ from ehr_embed.sources.protocol import Source
 MAX_VALUES_PER_CODE = 20_000
 """Values kept per code to compute its quantiles; a code with more values keeps a uniform sample of this size."""
 SPARE = 10 * MAX_VALUES_PER_CODE**0.5
-"""Allowance for chance: ten standard deviations of the number of values whose random priority lies below the threshold that keeps
-`MAX_VALUES_PER_CODE` values on average."""
+"""Allowance for chance: ten standard deviations of the number of values whose random priority lies below the threshold
+that keeps `MAX_VALUES_PER_CODE` values on average."""
 VALUES_IN_MEMORY = 500_000
 N_FILES = 32
 RECORD = np.dtype([("code", np.int32), ("value", np.float32), ("priority", np.float64)])
@@ -32,9 +32,10 @@ def code_statistics(
 ) -> tuple[pl.DataFrame, dict[str, T]]:
     """Return counts (code, count) of train, frequent codes first, and a summary of the values of each code that has some.
 
-    The summary of a code is of the values with the lowest random priorities, which are a uniform sample over all shards.
-    The more values a code has had, the lower must the priority of a further value be to be kept. Kept values are moved to
-    unnamed temporary files, so that memory holds one shard at a time, and in the end the values of one group of codes.
+    The summary of a code is of the values with the lowest random priorities, which are a uniform sample over all
+    shards. The more values a code has had, the lower must the priority of a further value be to be kept. Kept values
+    are moved to unnamed temporary files, so that memory holds one shard at a time, and in the end the values of one
+    group of codes.
 
     Args:
         source: the source of the events.

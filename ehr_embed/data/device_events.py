@@ -105,6 +105,7 @@ def free_bytes(device: torch.device) -> int:
 def _tensor(array: npt.NDArray, device: torch.device) -> Tensor:
     # Inference mode is switched off, since a tensor made in it, as by an evaluation, could not be used in training.
     with warnings.catch_warnings(), torch.inference_mode(False):
-        # The map is read-only, since a writable map of private pages would have to fit in memory; nothing writes to the tensor.
+        # The map is read-only, since a writable map of private pages would have to fit in memory; nothing writes to the
+        # tensor.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array).to(device)

@@ -41,8 +41,8 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     """Read a label set by name (a folder in `labels_dir`) or by path (a folder or one parquet file).
 
     Raises:
-        UserError: the name is unknown (the message lists the valid ones), columns or dtypes are wrong, or rows are null or
-            repeated.
+        UserError: the name is unknown (the message lists the valid ones), columns or dtypes are wrong, or rows are null
+            or repeated.
     """
     names = available_labels(labels_dir)
     remedy = "Type: python train.py ... task.labels=NAME, or a path to a folder or parquet file."

@@ -131,8 +131,8 @@ def window_samples(
 ) -> Samples:
     """Cut records into windows, each preceded by its subject's static events, as samples without labels.
 
-    Windows overlap by one event, so that every event but the first of a record is the target of a next-event prediction in
-    exactly one window. The exception is the first timed event where some static events had to be left out, as in
+    Windows overlap by one event, so that every event but the first of a record is the target of a next-event prediction
+    in exactly one window. The exception is the first timed event where some static events had to be left out, as in
     `build_samples`: it is no target. The prediction time of a window is the time of its last event. Windows of a single
     event are left out.
 
@@ -185,7 +185,8 @@ def packed_samples(
 ) -> tuple[Samples, npt.NDArray[np.int64]]:
     """Write whole records in random order, one after the other, into rows of `max_length` events.
 
-    A record that does not fit into the rest of a row continues in the next row, where its static events are not repeated.
+    A record that does not fit into the rest of a row continues in the next row, where its static events are not
+    repeated.
 
     Returns:
         The pieces of records, as samples without labels, and the row of each piece, ascending.

@@ -258,8 +258,8 @@ def settings_key(settings: VocabularySettings) -> dict[str, Any]:
 def store_folder(cache_dir: Path, source: Source, settings: VocabularySettings) -> Path:
     """Return the folder of the store for a source and settings.
 
-    The folder's name does not depend on the fingerprint of the data. So if the data have changed, the old store is found and
-    refused, rather than a new one built without the user's knowledge.
+    The folder's name does not depend on the fingerprint of the data. So if the data have changed, the old store is
+    found and refused, rather than a new one built without the user's knowledge.
     """
     where = str(source.labels_dir.parent)
     return cache_dir / "stores" / f"{source.name}-{digest({'root': where, **settings_key(settings)}, 10)}"

@@ -24,7 +24,8 @@ def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.fl
         return distinct[1:]
     if n_bins < 2:
         return distinct[:0]
-    # The same as numpy.quantile(method="higher"), whose overhead is larger than the time to sort the values of most codes.
+    # The same as numpy.quantile(method="higher"), whose overhead is larger than the time to sort the values of most
+    # codes.
     edges = ordered[np.ceil((len(ordered) - 1) * (np.arange(1, n_bins) / n_bins)).astype(np.intp)]
     edges = edges[_is_first(edges) & (edges > distinct[0])]
     if not len(edges):  # nearly all values equal the minimum, so the values above it are binned
@@ -55,8 +56,8 @@ def bin_text(number: int, n_bins: int) -> str:
 def robust_scale(values: npt.NDArray[np.float32]) -> tuple[float, float]:
     """Return the median and a robust standard deviation.
 
-    The latter is the interquartile range / 1.349, which is the standard deviation of a normal variable with that range. Where the
-    range is 0, it is the standard deviation of the values; where that is 0 too, it is 1.
+    The latter is the interquartile range / 1.349, which is the standard deviation of a normal variable with that range.
+    Where the range is 0, it is the standard deviation of the values; where that is 0 too, it is 1.
 
     >>> robust_scale(np.array([1., 1., 1.]))
     (1.0, 1.0)

@@ -32,11 +32,11 @@ class VocabularySettings:
     Attributes:
         values: `bins` (token = code and value bin), `continuous` (token = code, number beside it), `both`, or `none`.
         n_bins: quantile bins per code.
-        min_count: a code with fewer train events gets its parent's token or, if it has no useful parent, a token without
-            value bins.
+        min_count: a code with fewer train events gets its parent's token or, if it has no useful parent, a token
+            without value bins.
         lookups: CSV files with columns code,term; their texts take precedence over the dataset's descriptions.
-        describe_unseen: whether a code that never occurs in train, but has a text in a description or lookup, gets a token of
-            its own, without values; if False, such a code has its parent's token or is unknown.
+        describe_unseen: whether a code that never occurs in train, but has a text in a description or lookup, gets a
+            token of its own, without values; if False, such a code has its parent's token or is unknown.
     """
 
     values: str = "bins"
@@ -68,10 +68,11 @@ class Vocabulary:
 
     Attributes:
         settings: the settings with which it was fitted.
-        tokens: one row per token: token (row number), str (name), text, count (train events; 0 until the store is built).
+        tokens: one row per token: token (row number), str (name), text, count (train events; 0 until the store is
+            built).
         codes: one row per code: code, plain_token (token without value bin), bin_token (token of the first bin, -1 = no
-            bins), edges (lower bounds of the second and later bins), loc and scale (median and robust standard deviation
-            of the values in train).
+            bins), edges (lower bounds of the second and later bins), loc and scale (median and robust standard
+            deviation of the values in train).
         report: shares of codes and events by the origin of their text, and numbers of folded codes.
     """
 
@@ -128,9 +129,9 @@ class Vocabulary:
             values: (N,) Float32, null = no value.
 
         Returns:
-            Token ids (N,) int32, `UNKNOWN` for a code without a token and without a parent that has one; values (N,) float32
-            in robust standard deviations from the train median, NaN for events without a value, or if the settings carry
-            no values.
+            Token ids (N,) int32, `UNKNOWN` for a code without a token and without a parent that has one; values (N,)
+            float32 in robust standard deviations from the train median, NaN for events without a value, or if the
+            settings carry no values.
         """
         index = pl.DataFrame({"code": self.codes["code"], "index": np.arange(len(self.codes), dtype=np.int64)})
         row = pl.DataFrame({"code": codes}).join(index, on="code", how="left", maintain_order="left")["index"]
@@ -268,8 +269,9 @@ def fit_vocabulary(
         builder.add(code, numbers.get(code, NO_NUMBERS))
     for code, parent in folded.select("code", "parent").iter_rows():
         builder.fold(code, parent, numbers.get(code, NO_NUMBERS))
-    # Codes of the other splits are never counted. A description in the metadata is no statistic of these splits, so such a
-    # code may get a token from its description; a code without one still uses its parent's token, if that exists.
+    # Codes of the other splits are never counted. A description in the metadata is no statistic of these splits, so
+    # such a code may get a token from its description; a code without one still uses its parent's token, if that
+    # exists.
     own_text = texts.filter(pl.col("step").is_in(["lookup", "description"]) & settings.describe_unseen)
     described_unseen = own_text.filter(~pl.col("code").is_in(counts["code"].implode()))["code"]
     for code in described_unseen:

@@ -62,8 +62,8 @@ def deranged(names: Sequence[str], seed: int) -> list[str]:
     """
     if not names:
         return []
-    # Equal names are put next to each other, groups in random order. A cyclic shift by the size of the largest group then moves
-    # every name out of its group.
+    # Equal names are put next to each other, groups in random order. A cyclic shift by the size of the largest group
+    # then moves every name out of its group.
     distinct, group_N, counts = np.unique(np.array(names, dtype=object), return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(names)), rng.permutation(len(distinct))[group_N]))

@@ -60,16 +60,18 @@ class EventEmbedding(nn.Module):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the inputs of a model, by name, from a batch on the table's device.
 
-        `rows` (R, E) are the vectors in use, and `row_ids` (B, T) the row of each event in them. `padding_mask` (B, T) is True for
-        events and False for padding. All other inputs are attributes of `Batch` under the same name and with the same shape:
-        `token_ids`, `is_static`, `places`, `sequence_starts`, the times `days`, `gap_days`, `elapsed_days`, `age_days`, and
-        `values`, `segments` and `event_index`, which are left out where the batch has None.
+        `rows` (R, E) are the vectors in use, and `row_ids` (B, T) the row of each event in them. `padding_mask` (B, T)
+        is True for events and False for padding. All other inputs are attributes of `Batch` under the same name and
+        with the same shape: `token_ids`, `is_static`, `places`, `sequence_starts`, the times `days`, `gap_days`,
+        `elapsed_days`, `age_days`, and `values`, `segments` and `event_index`, which are left out where the batch has
+        None.
         """
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
         if n_tokens <= row_ids.numel():
             rows = self.table
         elif row_ids.device.type != "cpu":
-            # Finding the distinct tokens would make the host wait for the device, which takes longer than the products it saves.
+            # Finding the distinct tokens would make the host wait for the device, which takes longer than the products
+            # it saves.
             rows = self(row_ids.flatten())
             row_ids = torch.arange(row_ids.numel(), device=row_ids.device).view_as(row_ids)
         else:

@@ -64,7 +64,8 @@ def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[st
     """Return the table (V, E) as float32, and its metadata.
 
     Raises:
-        UserError: the file is damaged, or its metadata differ from `expected`: it belongs to other texts or another embedder.
+        UserError: the file is damaged, or its metadata differ from `expected`: it belongs to other texts or another
+            embedder.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,6 +1,7 @@
 """Cache the vectors of texts for all datasets, in one SQLite file per embedder with the digest of the text as key.
 
-The file needs no manifest: it holds the embedder's fingerprint, and for each vector a checksum of embedder, text and vector.
+The file needs no manifest: it holds the embedder's fingerprint, and for each vector a checksum of embedder, text and
+vector.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ Vectors = dict[str, npt.NDArray[np.float32]]
 def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) -> npt.NDArray[np.float32]:
     """Return the vectors of texts, (n, E); only texts that are not in the cache are embedded.
 
-    One process at a time embeds texts for a cache file; other processes that need vectors wait and then read the new ones
-    from the file. Each batch is committed at once, so that an interrupted run loses one batch at most.
+    One process at a time embeds texts for a cache file; other processes that need vectors wait and then read the new
+    ones from the file. Each batch is committed at once, so that an interrupted run loses one batch at most.
 
     Raises:
-        UserError: a text is empty; a vector has the wrong shape or NaN; different texts have the same vector; or the cache
-            is damaged, belongs to another embedder, or cannot be written.
+        UserError: a text is empty; a vector has the wrong shape or NaN; different texts have the same vector; or the
+            cache is damaged, belongs to another embedder, or cannot be written.
     """
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise UserError(

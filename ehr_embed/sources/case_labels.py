@@ -47,9 +47,9 @@ class CaseLabels:
     def label_sets(self, last_times: pl.DataFrame, months: int | None) -> dict[str, pl.DataFrame]:
         """Return the label set `is_case` (boolean) and, if the file has sites, `site` (one class per site, and `Control`).
 
-        The prediction time is that of a subject's last event, for cases and controls alike: with any other rule the time
-        since the last event would distinguish cases from controls. A subject with static events only is predicted for at
-        its cut-off.
+        The prediction time is that of a subject's last event, for cases and controls alike: with any other rule the
+        time since the last event would distinguish cases from controls. A subject with static events only is predicted
+        for at its cut-off.
 
         Args:
             last_times: subject_id, last_time of every subject of the corpus.

@@ -205,9 +205,9 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     """Write the cohort to `root`, a folder that is made if it is missing.
 
     A subject's log-odds of the outcome are the sum of three terms of the record up to the prediction time: for each
-    condition, its weight times a third of the number of diagnoses (at most 4); for each laboratory test, its weight times
-    the mean of its values in standard deviations; and a term for age. `extra/bayes_risk.parquet` holds the resulting
-    risks, and `extra/bayes.json` their AUROC in each split, which no model can exceed in expectation.
+    condition, its weight times a third of the number of diagnoses (at most 4); for each laboratory test, its weight
+    times the mean of its values in standard deviations; and a term for age. `extra/bayes_risk.parquet` holds the
+    resulting risks, and `extra/bayes.json` their AUROC in each split, which no model can exceed in expectation.
 
     Args:
         root: the folder of the dataset.

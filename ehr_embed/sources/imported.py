@@ -1,7 +1,8 @@
 """Import corpora in other formats once: write them as MEDS datasets, which are then read like any other.
 
-A corpus of pickles, or of one file per patient, is slow to read and describes itself poorly. Its import takes one pass and a few
-bytes per event. The manifest of the import lists the original files and those of the import, so that changes in either are noticed.
+A corpus of pickles, or of one file per patient, is slow to read and describes itself poorly. Its import takes one pass
+and a few bytes per event. The manifest of the import lists the original files and those of the import, so that changes
+in either are noticed.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String,
 class MedsSource:
     """Source of the events of a folder in MEDS 0.4 layout: `data/**/*.parquet` and `metadata/`.
 
-    The split of a subject comes from the file `splits` if that is given, else from `metadata/subject_splits.parquet`, and
-    if that file is absent from the name of the folder under `data/`.
+    The split of a subject comes from the file `splits` if that is given, else from `metadata/subject_splits.parquet`,
+    and if that file is absent from the name of the folder under `data/`.
 
     Args:
         root: the dataset's folder.
@@ -62,8 +62,8 @@ class MedsSource:
         self.name, self.needs_splits = name or self.root.name, needs_splits
         self.splits = None if splits is None else Path(splits).expanduser().resolve()
         self.split_column = split_column
-        # The ids of all subjects read so far, sorted, and the number of the shard of each. They are arrays, and no frame per
-        # shard, since a frame that polars' unique returns keeps memory for every row of the shard.
+        # The ids of all subjects read so far, sorted, and the number of the shard of each. They are arrays, and no
+        # frame per shard, since a frame that polars' unique returns keeps memory for every row of the shard.
         self._numbers: dict[Path, int] = {}
         self._n_read: dict[Path, npt.NDArray[np.int64]] = {}
         self._seen_ids, self._seen_in = np.empty(0, np.int64), np.empty(0, np.int32)
@@ -266,7 +266,8 @@ def _holds_text(found: pl.DataType, *, is_list: bool) -> bool:
 def readable(path: Path) -> Iterator[None]:
     """Turn the errors that polars raises for an unreadable parquet file into a `UserError`.
 
-    Damage of the data shows only when they are read, not when the file is opened, so the context must include the reading.
+    Damage of the data shows only when they are read, not when the file is opened, so the context must include the
+    reading.
 
     Raises:
         UserError: the file cannot be read; the message names it.
@@ -290,8 +291,8 @@ def microseconds(name: str, dtype: pl.DataType, *, up: bool) -> pl.Expr:
     """Convert a time of any unit to whole microseconds; nanoseconds are rounded up or down.
 
     With event times rounded up and prediction times rounded down, no event becomes visible before it happened. A time
-    that is too large for microseconds does not wrap around but becomes one outside `FIRST_TIME` to `LAST_TIME`, which is
-    refused.
+    that is too large for microseconds does not wrap around but becomes one outside `FIRST_TIME` to `LAST_TIME`, which
+    is refused.
 
     Args:
         name: the column.

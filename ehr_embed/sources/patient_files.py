@@ -3,11 +3,12 @@
 Layout: `<data_dir>/{train,tuning,held_out}/patient_*.pt`, each {'embeddings': (N, E), 'token_ids': (N,), 'label': ()}.
 All occurrences of a token have the same vector, so token ids and one table of vectors hold all of a file's content. The
 import verifies this, writes every token as a code, and keeps the vectors in `extra/vectors.parquet`, where
-`embedder=from_files` reads them. The result is an ordinary MEDS dataset, and the model receives the same numbers as with
-the original files.
+`embedder=from_files` reads them. The result is an ordinary MEDS dataset, and the model receives the same numbers as
+with the original files.
 
-The files have neither subjects nor times. Each file counts as one subject; subjects are numbered through the splits in the order
-of the file names. Events lie one day apart. Only their order is meaningful, so `model.positions=time` is of no use here.
+The files have neither subjects nor times. Each file counts as one subject; subjects are numbered through the splits in
+the order of the file names. Events lie one day apart. Only their order is meaningful, so `model.positions=time` is of
+no use here.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def patient_files_source(
 
     Args:
         data_dir: folder with train/, tuning/ and held_out/.
-        vocab_filepath: CSV with columns token,str that names the tokens; None = `<data_dir>/vocab.csv` if it exists, else
-            tokens are named by their ids.
+        vocab_filepath: CSV with columns token,str that names the tokens; None = `<data_dir>/vocab.csv` if it exists,
+            else tokens are named by their ids.
         root: folder for the MEDS dataset; None = a folder of the cache.
         cache_dir: folder of the cache.
         overwrite: whether to import again.
@@ -163,7 +164,8 @@ class _Import:
             vectors: (N, E) their vectors.
 
         Raises:
-            UserError: the width differs from that of earlier files, vocab.csv lacks a token, or a token has two vectors.
+            UserError: the width differs from that of earlier files, vocab.csv lacks a token, or a token has two
+                vectors.
         """
         if not self.tokens:
             self.vectors = np.empty((0, vectors.shape[1]), np.float32)

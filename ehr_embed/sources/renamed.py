@@ -26,7 +26,8 @@ class RenamedSource:
 
     Args:
         inner: the other source.
-        table: a CSV with columns code,term that holds the paraphrases, or the name of a table that comes with the package.
+        table: a CSV with columns code,term that holds the paraphrases, or the name of a table that comes with the
+            package.
         missing: how to treat codes without a paraphrase: `refuse` them, or `keep` their descriptions.
 
     Raises:

@@ -1,6 +1,7 @@
 """Import the original pipeline's tokenised corpus, pickled lists of token ids, once as MEDS.
 
-Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps': [seconds
+Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps':
+    [seconds
 since 1970, 0 = static]}; vocab.csv (token, str); labels.csv (subject_id, is_case and, where known, site, cancerdate).
 Every token becomes an event whose code is its string. The formats are those written by
 https://github.com/Ashvin-Gupta/CancEHR-Tokenisation and read by https://github.com/Ashvin-Gupta/CancEHR-Training.
@@ -212,8 +213,8 @@ class Corpus:
         kept = frame.filter(time.is_null() | pl.col("cutoff").is_null() | (time < pl.col("cutoff")) | is_end)
         last = kept.group_by("subject_id", maintain_order=True).agg(last_time=time.filter(~is_end).max())
         self.last.append(last)
-        # The end mark is kept as in the original pipeline, since otherwise only uncut records would have one. It moves to the
-        # last kept event, since its old time would reveal how much was cut.
+        # The end mark is kept as in the original pipeline, since otherwise only uncut records would have one. It moves
+        # to the last kept event, since its old time would reveal how much was cut.
         kept = kept.join(last, on="subject_id", how="left", maintain_order="left")
         kept = kept.with_columns(time=pl.when(is_end).then("last_time").otherwise("time")).with_row_index("row")
         first = pl.col("row").min().over("subject_id")
