@@ -32,13 +32,13 @@ EARLIER_VERSION = (
     "same overrides"
 )
 Known = dict[str, tuple[str, str]]
-"""Maps each file, or folder of files, to a digest of inodes, sizes and times, and the fingerprint of the content then."""
+"""Maps each file, or folder of files, to a digest of inodes, sizes and times, and the fingerprint at that time."""
 _known: ContextVar[Known | None] = ContextVar("known_fingerprints", default=None)
 
 
 @contextmanager
 def known_fingerprints(folder: Path) -> Iterator[None]:
-    """Reuse the fingerprints of unchanged files that are cached in `folder`, and cache those that are computed in this context.
+    """Reuse the cached fingerprints of unchanged files in `folder`, and cache those that this context computes.
 
     Where the folder cannot be written to, or its cache file is damaged, the data files are read again.
     """
@@ -56,7 +56,7 @@ def known_fingerprints(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a file's size, the digest of its last 64 KiB (all that earlier versions compared), and the digest of all its bytes."""
+    """Return a file's size, the digest of its last 64 KiB (as in earlier versions) and the digest of all its bytes."""
 
     def read() -> str:
         size = path.stat().st_size

@@ -33,7 +33,7 @@ Files = dict[str, dict[str, Any]]
 
 
 def describe(folder: Path, paths: Iterable[Path] | None = None) -> Files:
-    """Return bytes and sha256 of files, by their path relative to `folder`; a file with several names (links) is read once.
+    """Return bytes and sha256 of files, by path relative to `folder`; a file with several names (links) is read once.
 
     Args:
         folder: the folder of the manifest.

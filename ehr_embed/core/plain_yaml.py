@@ -12,7 +12,7 @@ _EXPONENT = re.compile(r"^[-+]?(?:\d+(?:_\d+)*(?:\.[\d_]*)?|\.\d+)[eE][-+]?\d+$"
 
 
 class _Loader(yaml.SafeLoader):
-    """Load YAML as OmegaConf and Hydra do; PyYAML itself follows YAML 1.1, in which `1e-3` is a text and 2020-01-31 a date."""
+    """Load YAML as OmegaConf and Hydra do; in PyYAML's YAML 1.1, `1e-3` is a text and 2020-01-31 a date."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

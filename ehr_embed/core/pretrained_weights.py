@@ -45,7 +45,7 @@ def local_folder(name: str, revision: str | None, *, key: str) -> Path | None:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Return whether a folder is the hub client's copy of one commit; after an interrupted download it may lack files."""
+    """Return whether a folder is the hub's copy of one commit; after an interrupted download it may lack files."""
     return folder.parent.name == "snapshots"
 
 

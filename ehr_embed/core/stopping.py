@@ -12,7 +12,7 @@ from types import FrameType
 REQUEUE = getattr(os, "EX_TEMPFAIL", 75)
 """Exit code of a run that was asked to stop ("try again" in sysexits.h); the same command continues the run."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Signals of Ctrl-C and of schedulers, which send one before they kill a process (Slurm does with `--signal=USR1@60`)."""
+"""Signals of Ctrl-C and of schedulers before they kill a process (as Slurm does with `--signal=USR1@60`)."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,7 +49,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(*, is_deferred: bool) -> Iterator[StopRequest]:
-    """Handle `SIGNALS` while the context is open. A handler that other code has set (a search, submitit) stays in place.
+    """Handle `SIGNALS` while the context is open; a handler that other code set (a search, submitit) stays in place.
 
     >>> with stop_requests(is_deferred=True) as stop:
     ...     signal.raise_signal(signal.SIGTERM)

@@ -32,7 +32,7 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 @dataclass
 class _Memory:
-    """Remember the numbers of threads of this process, so that the next run does not mistake this run's choice for the user's.
+    """Remember this process's numbers of threads, lest a run mistake an earlier run's choice for the user's.
 
     Attributes:
         as_it_comes: torch's number of threads before this module first set one.
@@ -99,7 +99,7 @@ def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int
         return Choice(n, reason)
     cores = usable_cores()
     if cores is None:
-        return Choice(kept or comes, "as before in this run" if kept else "as torch comes; the load is unknown here")
+        return Choice(kept or comes, "as before in this run" if kept else "torch's own number, as the load is unknown")
     most = max(1, min(comes, int(cores) // n_processes))
     free = free_cores(enough=most * n_processes)
     fitting = max(1, min(most, _whole(free) // n_processes))
@@ -148,7 +148,7 @@ def use(choice: Choice) -> None:
 
 
 def _as_it_comes() -> int:
-    """Return the number of threads that torch has by itself or that other code set; the chosen number never exceeds it."""
+    """Return the number of threads that torch has by itself or that other code set; it is never exceeded."""
     import torch
 
     now = torch.get_num_threads()
@@ -158,7 +158,7 @@ def _as_it_comes() -> int:
 
 
 def usable_cores() -> float | None:
-    """Return how many cores this process may use by its CPU affinity and the quotas of its cgroups; None if unknown."""
+    """Return how many cores CPU affinity and cgroup quotas let this process use; None = unknown."""
     allowed = _affinity()
     if allowed is None:
         return None
@@ -180,7 +180,7 @@ def _whole(free: float) -> int:
 
 
 def _free_cores(seconds: float) -> float:
-    """Return the smallest number of cores that the affinity and each quota leave free of other programs over `seconds`."""
+    """Return the smallest number of cores that the affinity and each quota leave free, averaged over `seconds`."""
     allowed, quotas = _affinity() or set(), _quotas()
 
     def used() -> list[float | None]:
@@ -201,7 +201,7 @@ def _affinity() -> set[int] | None:
 
 
 def _busy_seconds(cores: set[int]) -> float | None:
-    """Return the CPU seconds that these cores were busy or taken by the hypervisor; None where Linux's counters are missing."""
+    """Return the CPU seconds that these cores were busy or taken by the hypervisor; None without Linux's counters."""
     try:
         return busy_seconds((_PROC / "stat").read_text(), cores, own_nice=os.nice(0)) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
@@ -274,7 +274,7 @@ def _used_seconds(group: Path) -> float | None:
 
 
 def quota_of(texts: Mapping[str, str]) -> float | None:
-    """Return the quota of a cgroup in cores, from its files of version 2 (`cpu.max`) or 1 (`cpu.cfs_*`); None if it has none.
+    """Return a cgroup's quota in cores, from its files of version 2 (`cpu.max`) or 1 (`cpu.cfs_*`); None = no quota.
 
     >>> quota_of({"cpu.max": "150000 100000"}), quota_of({"cpu.max": "max 100000"})
     (1.5, None)

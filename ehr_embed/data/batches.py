@@ -31,7 +31,7 @@ BUCKET_BATCHES = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Batch of B rows of up to T events; a row is one sample, or in a packed batch several sequences one after the other.
+    """B rows of up to T events; a row is one sample or, in a packed batch, several sequences one after the other.
 
     Attributes:
         token_ids: (B, T) int32, 0 = padding.
@@ -44,7 +44,7 @@ class Batch:
         is_static: (B, T) bool, True for an event without a time; static events precede the timed ones.
         is_next: (B, T) bool, True for a timed event whose predecessor in the record directly precedes it in the
             sequence.
-        segments: (B, T) int32, number of the sequence in a packed row, 0 = padding; None where a row is one sample.
+        segments: (B, T) int32, number of the event's sequence, from 1, 0 = padding; None where a row is one sample.
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
         places: (N,) int64, index b * T + t of every event that is not padding, ascending.
         sequence_starts: (S + 1,) int32, how many of the N events precede each of the S sequences; the last entry is N.
@@ -126,7 +126,7 @@ class _OnDevice(Dataset[Batch]):
 
 
 class BatchDataset(_OnDevice):
-    """Dataset whose rows are samples: `dataset[indices]` gathers a whole `Batch` at once, without a loop over samples."""
+    """Dataset whose rows are samples: `dataset[indices]` gathers a `Batch` at once, without a loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
         check_boundary(events, samples)
@@ -346,7 +346,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """Return all batches of the epoch, over all ranks; they are drawn once per epoch, since that sorts every sample."""
+        """Return the epoch's batches of all ranks; they are drawn once per epoch, since that sorts every sample."""
         if self._batches is None:
             self._batches = self._drawn()
         return self._batches

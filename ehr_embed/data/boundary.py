@@ -132,6 +132,6 @@ def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: s
     when = samples.prediction_times[number].astype("datetime64[us]")
     return UserError(
         f"{where}: {int(wrong.sum())} of {len(samples)} samples {what}, such as that of subject {samples.subject_ids[number]} at "
-        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: a model that "
-        f"is shown what comes after it would be measured on what it read. {REMEDY}."
+        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: metrics of a "
+        f"model that sees later events would be meaningless. {REMEDY}."
     )

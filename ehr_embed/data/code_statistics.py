@@ -30,7 +30,7 @@ T = TypeVar("T")
 def code_statistics(
     source: Source, summary: Callable[[npt.NDArray[np.float32]], T], *, scratch: Path | None, seed: int
 ) -> tuple[pl.DataFrame, dict[str, T]]:
-    """Return counts (code, count) of train, frequent codes first, and a summary of the values of each code that has some.
+    """Return counts (code, count) of train, frequent codes first, and a summary of each code's values if it has any.
 
     The summary of a code is of the values with the lowest random priorities, which are a uniform sample over all
     shards. The more values a code has had, the lower must the priority of a further value be to be kept. Kept values
@@ -59,7 +59,7 @@ def code_statistics(
 
 
 class _Gathered:
-    """Collect the C codes seen so far, with the numbers of events (C,) and of values (C,) of each; values go to `spill`."""
+    """Collect the C codes seen so far, with the numbers of their events (C,) and values (C,); values go to `spill`."""
 
     def __init__(self, spill: _Spill) -> None:
         self.spill = spill
@@ -107,7 +107,7 @@ def _samples(records: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.fl
 
 
 class _Spill:
-    """Store of records, in memory while they are few, else in temporary files without a name, which end with the process."""
+    """Store of records, in memory while they are few, else in temporary files that end with the process."""
 
     def __init__(self, scratch: Path | None) -> None:
         self.scratch, self.files = scratch, ExitStack()
@@ -126,7 +126,7 @@ class _Spill:
             self._flush()
 
     def parts(self) -> Iterator[npt.NDArray[Any]]:
-        """Yield all records in parts; all records of a code are in the same part, in the order in which they were added."""
+        """Yield all records in parts; those of one code are in one part, in the order in which they were added."""
         if not self.parted:
             yield self._taken()
             return

@@ -1,4 +1,4 @@
-"""Provide a split's events as tensors, which share the store's memory map or are held whole on a GPU to gather batches there."""
+"""Provide a split's events as tensors that share the store's memory map, or are held whole on a GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def event_tensors(events: SplitEvents, device: torch.device) -> EventTensors:
         found[device] = EventTensors(_tensor(events.token_ids, device), _tensor(events.times, device), values)
         if device.type == "cuda":
             log.info(
-                "%d events (%.2f GiB) are held on %s: batches are gathered there, whatever trainer.num_workers is",
+                "%d events (%.2f GiB) are held on %s: batches are gathered there, and trainer.num_workers has no effect",
                 len(events.times), n_bytes(events) / GIB, device,
             )  # fmt: skip
     return found[device]

@@ -1,4 +1,4 @@
-"""Define sets of events by codes or patterns, such as the events that end a generated trajectory or define its outcome."""
+"""Define sets of events by codes or patterns, such as the outcomes for which trajectories are generated."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays that `make` returns, from the store's folder if they are cached there; else make and cache them.
+    """Return the arrays that `make` returns, from the cache in the store's folder if they are there.
 
     One process at a time makes them, and others wait. If the folder cannot be written to, every call makes them again.
 
@@ -52,9 +52,9 @@ def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Calla
                         write_manifest(temporary, {"kind": kind, "about": about}, files := describe(temporary))
                     remember(folder, files)
     except UserError as error:
-        log.info("%s is not kept, and is computed anew by each run: %s", kind, error)
+        log.info("%s cannot be cached, so each run computes it again: %s", kind, error)
         return make() if made is None else made
-    remedy = f"Remove the folder {folder}: it is made anew"
+    remedy = f"Remove the folder {folder}, which will be made again"
     files = read_manifest(folder / "manifest.json", remedy)["files"]
     check_files(folder, files, remedy)
     return {Path(name).stem: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in files}
@@ -63,16 +63,16 @@ def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Calla
 def kept_facts(
     store: EventStore, kind: str, about: dict[str, Any], make: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any], bool]:
-    """Return the JSON-able facts that `make` returns, and whether they were cached; cache them as `kept_arrays` does."""
+    """Return the JSON-able facts that `make` returns, and whether they were cached; cache them like `kept_arrays`."""
     path = _place(store, kind, about).with_suffix(".json")
     if path.exists():
-        return read_manifest(path, f"Remove the file {path}: it is made anew")["facts"], True
+        return read_manifest(path, f"Remove the file {path}, which will be made again")["facts"], True
     facts = make()
     try:
         with locked(_lock(store), f"keeping {path}"):
             write_manifest(path.parent, {"kind": kind, "about": about, "facts": facts}, {}, name=path.name)
     except UserError as error:
-        log.info("%s is not kept, and is computed anew by each run: %s", kind, error)
+        log.info("%s cannot be cached, so each run computes it again: %s", kind, error)
     return facts, False
 
 
@@ -81,5 +81,5 @@ def _place(store: EventStore, kind: str, about: dict[str, Any]) -> Path:
 
 
 def _lock(store: EventStore) -> Path:
-    """Return the path of the lock that `prepare` takes to remove temporary files of killed processes from the folder."""
+    """Return the lock under which `prepare` removes the temporary files of killed processes from the folder."""
     return store.folder.with_suffix(".lock")

@@ -71,7 +71,8 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     if len(repeated):
         subject, time = repeated.row(0)[:2]
         raise UserError(
-            f"{path}: subject {subject} at {time} has {len(repeated)} rows among repeated ones; expected one label each."
+            f"{path}: subject {subject} has several labels at {time} ({len(repeated)} rows of the label set share subject and "
+            "prediction_time with another row); expected one label per subject and time. Drop the other rows."
         )
     return LabelSet(path.stem, frame, value_columns[0])
 

@@ -1,4 +1,4 @@
-"""Build samples: the events of a subject that are visible at a prediction time, or the windows of a record for pretraining."""
+"""Build samples: the events of a subject visible at a prediction time, or windows of a record for pretraining."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def ragged_searchsorted(
     high: npt.NDArray[np.int64],
     targets: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """Return, for many ranges at once, the first index in [low, high) whose value exceeds the target; `high` if none does.
+    """Return per range the first index in [low, high) whose value exceeds the target; `high` if none does.
 
     `values` must be sorted within every range.
 

@@ -1,4 +1,4 @@
-"""Build and open the event store: memory-mapped ragged arrays of each split, written shard by shard, with a manifest."""
+"""Build and open the event store: memory-mapped ragged arrays per split, written shard by shard, with a manifest."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class EventStore:
 
 
 def build_store(folder: Path, source: Source, settings: VocabularySettings) -> EventStore:
-    """Fit the vocabulary on train, then write every split's events to `folder`; the store appears whole or not at all."""
+    """Fit the vocabulary on train, and write every split's events to `folder`, which appears whole or not at all."""
     vocabulary = fit_vocabulary(source, settings, scratch=folder.parent)
     counts = np.zeros(len(vocabulary), np.int64)
     with atomic_directory(folder) as temporary:
@@ -195,7 +195,7 @@ def encode_shards(
 
 
 def joined(parts: list[SplitEvents]) -> SplitEvents:
-    """Return the subjects of all parts, one part after the other, and empty the list, so that memory holds no part twice."""
+    """Return the subjects of all parts in order, and empty the list, so that memory holds no part twice."""
     if len(parts) == 1:
         return parts.pop()
     names = ("token_ids", "times", "values", "subject_ids", "birth_times")

@@ -88,12 +88,12 @@ class Vocabulary:
 
     @cached_property
     def strings(self) -> list[str]:
-        """Return the name of every token, (V,): its code, with the value bin if it has one. No two names are equal."""
+        """Return the distinct names of the tokens, (V,): the code, with the value bin if there is one."""
         return self.tokens["str"].to_list()
 
     @cached_property
     def plain_tokens(self) -> npt.NDArray[np.int64]:
-        """Return, (V,), for each token of a value bin the token of the code without bin, and for any other token itself."""
+        """Return for each token, (V,), the token of its code without value bin, which is itself if it has no bin."""
         tokens = np.arange(len(self))
         for plain, first, edges in self.codes.select("plain_token", "bin_token", "edges").iter_rows():
             if first >= 0:
@@ -322,7 +322,7 @@ class _Builder:
         self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
 
     def _free(self, string: str) -> str:
-        """Return `string`, with primes added until no code is named so: tokens are looked up by name and must not clash."""
+        """Return `string`, with primes added until no code has that name, since tokens are looked up by name."""
         while string in self.text_of:
             string += "'"
         return string
@@ -351,7 +351,7 @@ class _Builder:
         self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale)
 
     def describe(self, code: str) -> None:
-        """Add a token with the code's text and no values: a code without events in train has no scale for its values."""
+        """Add a token with the code's text and no values, which have no scale without events in train."""
         self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
 
     def fold(self, code: str, parent: str, numbers: _Numbers) -> None:

@@ -18,7 +18,7 @@ class Embedder(Protocol):
     """Texts per call of `embed`."""
 
     reads_text: bool
-    """Whether vectors depend on the meaning of the texts, so that a text outside the vocabulary has a useful vector too."""
+    """Whether vectors depend on the texts' meaning, so that a text outside the vocabulary has a useful vector too."""
 
     @property
     def embedding_dim(self) -> int:
@@ -31,7 +31,7 @@ class Embedder(Protocol):
         ...
 
     def names(self, vocabulary: Vocabulary) -> list[str]:
-        """Return the input of `embed` for each token, (V,): its text, or its distinct name if the embedder reads no texts."""
+        """Return the input of `embed` per token, (V,): its text, or its distinct name if no texts are read."""
         ...
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -183,7 +183,7 @@ class SentenceTransformerEmbedder:
 
 
 class _Encoder(SentenceTransformer):
-    """Sentence transformer whose worker processes end with their parent, even if that is killed: each holds GPU memory."""
+    """Sentence transformer whose workers, each with GPU memory, end with their parent even if that is killed."""
 
     @classmethod
     def _multi_process_worker(cls, *arguments: Any) -> None:

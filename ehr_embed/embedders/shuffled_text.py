@@ -1,4 +1,4 @@
-"""Permute the vectors of a text embedder among the tokens: a control for how much a model owes to the texts' meaning."""
+"""Permute the vectors of an embedder among the tokens: a control for what a model owes to the texts' meaning."""
 
 from __future__ import annotations
 

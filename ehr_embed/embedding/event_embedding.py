@@ -1,4 +1,4 @@
-"""Look up the vectors of events in the embedding table, on the model's device, and make a model's inputs from a batch."""
+"""Look up the vectors of events in the embedding table, and make a model's inputs from a batch."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def prepare(
     overwrite: bool = False,
     integrity: str = "auto",
 ) -> Prepared:
-    """Open the store and the table, and build them if they are missing; one process at a time builds, others wait for it.
+    """Open the store and the table, and build them if missing; one process at a time builds, others wait for it.
 
     Args:
         source: the source of the events.
@@ -94,7 +94,7 @@ def prepare(
 
 
 def report(store: EventStore, min_text_coverage: float) -> None:
-    """Log the origins of the texts, the numbers of folded codes and the sizes of the splits; warn if few events have a text."""
+    """Log the origins of texts, the folded codes and the sizes of the splits; warn if few events have a real text."""
     found = store.vocabulary.report
     for what, shares in found["text_coverage"].items():
         log.info("text of %s from: %s", what, ", ".join(f"{step} {share:.1%}" for step, share in shares.items()))
@@ -109,7 +109,7 @@ def report(store: EventStore, min_text_coverage: float) -> None:
     for split in SPLITS:
         sizes = store.manifest["splits"][split]
         log.info(
-            "%s: %d subjects, %d events, %d of them unknown to train",
+            "%s: %d subjects, %d events, %d of them with a code unknown in train",
             split,
             sizes["n_subjects"],
             sizes["n_events"],

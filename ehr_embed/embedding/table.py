@@ -32,7 +32,7 @@ def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Ten
 
 
 def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
-    """Write the table as safetensors, in float16 if that represents the vectors; `about` and their sha256 are its metadata."""
+    """Write the table as safetensors, in float16 if that suffices; its metadata are `about` and a sha256."""
     vectors = as_stored(table).contiguous()
     if vectors.dtype != torch.float16:
         log.warning(

@@ -43,7 +43,8 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
     """
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise UserError(
-            f"text {blank[0]} is empty ({len(blank)} such): an empty text has no meaning to embed. Give it a description."
+            f"text {blank[0]} is empty ({len(blank)} such texts), and an empty text has no meaning to embed. Give its code a "
+            "description."
         )
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     path = cache_dir / "embeddings" / f"{digest(embedder.fingerprint)}.sqlite"
@@ -77,7 +78,7 @@ def _embed(database: sqlite3.Connection, path: Path, texts: Sequence[str], embed
 
 @contextmanager
 def _opened(path: Path, embedder: Embedder) -> Iterator[sqlite3.Connection]:
-    """Open the cache file, or make it if it is missing; turn SQLite's errors for a damaged file or full disk into `UserError`."""
+    """Open or make the cache file; turn SQLite's errors for a damaged file or a full disk into `UserError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -153,7 +154,7 @@ def _key(text: str) -> bytes:
 
 
 def _checksum(path: Path, key: bytes, vector: bytes) -> bytes:
-    """Return the checksum of a text's key and its vector, keyed by the file's name, so that rows of another cache fail."""
+    """Return the checksum of a key and its vector, keyed by the file's name so that rows of another cache fail."""
     return hashlib.blake2b(key + vector, digest_size=8, key=path.stem.encode()).digest()
 
 

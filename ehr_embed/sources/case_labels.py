@@ -1,4 +1,4 @@
-"""Read the original pipeline's labels.csv: the cases, the sites of their cancers, and the dates for the cut-off of events."""
+"""Read the original pipeline's labels.csv: the cases, the sites of their cancers, and the dates of the cut-off."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CaseLabels:
         return dated.select("subject_id", cutoff=cutoff)
 
     def label_sets(self, last_times: pl.DataFrame, months: int | None) -> dict[str, pl.DataFrame]:
-        """Return the label set `is_case` (boolean) and, if the file has sites, `site` (one class per site, and `Control`).
+        """Return the label set `is_case` (boolean) and, if there are sites, `site` (one class per site, and `Control`).
 
         The prediction time is that of a subject's last event, for cases and controls alike: with any other rule the
         time since the last event would distinguish cases from controls. A subject with static events only is predicted
@@ -114,7 +114,7 @@ def read_case_labels(path: str | None) -> CaseLabels:
         cancerdate=pl.col("cancerdate").str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
     )
     _refuse(path, raw, parsed["subject_id"].is_null(), "subject_id", "an integer")
-    _refuse(path, raw, parsed["subject_id"].is_duplicated(), "subject_id", "one row a subject; it stands twice")
+    _refuse(path, raw, parsed["subject_id"].is_duplicated(), "subject_id", "one row per subject; this one has several")
     _refuse(path, raw, parsed["is_case"].is_null(), "is_case", "0 or 1")
     unread = parsed["cancerdate"].is_null() & raw["cancerdate"].is_not_null()
     _refuse(path, raw, unread, "cancerdate", "a date as 2015-03-31 (other orders of day and month are ambiguous)")

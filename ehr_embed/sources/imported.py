@@ -23,7 +23,7 @@ MANIFEST = "import.json"
 
 
 def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
-    """Return the files with a suffix in each of the three split folders, sorted by the last number in the name, then by name.
+    """Return the files with a suffix in each split's folder, sorted by the last number in the name, then by name.
 
     Args:
         data_dir: the folder with the split folders.
@@ -53,7 +53,7 @@ def _number(path: Path) -> tuple[int, str]:
 
 
 def import_folder(*, root: str | None, cache_dir: str, data_dir: str | None, settings: Any = None) -> Path:
-    """Return the folder for the import of a corpus: `root`, or a folder of the cache named by the corpus and the settings."""
+    """Return the folder for a corpus' import: `root`, or a folder of the cache named by corpus and settings."""
     if root is not None:
         return Path(root).expanduser().resolve()
     corpus = Path(str(data_dir)).expanduser().resolve()

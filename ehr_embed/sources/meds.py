@@ -93,7 +93,7 @@ class MedsSource:
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint of every file of the dataset; since it covers all bytes, any change of the data shows."""
+        """Return the fingerprints of the dataset's files; they cover all bytes, so any change of the data shows."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
         found = {str(path.relative_to(self.root)): fingerprint(path) for path in files}
@@ -103,7 +103,7 @@ class MedsSource:
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
-        """Return subject_id, split (Categorical), one row per subject, sorted; None if folders alone define the splits."""
+        """Return subject_id, split (Categorical), one row per subject, sorted; None if folders define the splits."""
         path = self.splits or self.root / "metadata" / "subject_splits.parquet"
         if not path.exists():
             return None
@@ -163,7 +163,7 @@ class MedsSource:
         return events
 
     def _tell_unassigned(self, shard: Path, events: pl.DataFrame, kept: pl.DataFrame) -> None:
-        """Count the subjects and events that the file `splits` leaves out, and warn once the last shard has been read."""
+        """Count the subjects and events that the file `splits` leaves out, and warn after the last shard."""
         is_last_new = shard not in self._n_read and len(self._n_read) + 1 == len(self.shards)
         self._n_read[shard] = np.array([len(_runs(events)[0]), len(_runs(kept)[0]), len(events), len(kept)])
         if not is_last_new:
@@ -230,7 +230,7 @@ class MedsSource:
 
 
 def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the ids of the subjects in order of appearance, and the number of events of each; events are contiguous."""
+    """Return the subjects' ids in order of appearance, and each one's number of (contiguous) events."""
     ids = events["subject_id"].to_numpy()
     starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]]))
     return ids[starts], np.diff(starts, append=len(ids))
@@ -239,7 +239,7 @@ def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 def _places(
     ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the position of each id among sorted ids, or the position at which it would be inserted, and whether it is there."""
+    """Return where each id is, or would be inserted, among sorted ids, and whether it is there."""
     place = np.searchsorted(among, ids)
     if not len(among):
         return place, np.zeros(len(ids), bool)

@@ -171,8 +171,8 @@ class _Import:
             self.vectors = np.empty((0, vectors.shape[1]), np.float32)
         if vectors.shape[1] != self.vectors.shape[1]:
             raise UserError(
-                f"{path}: embeddings of width {vectors.shape[1]}, those before have {self.vectors.shape[1]}. One corpus has one "
-                "embedder; move the files of the other elsewhere."
+                f"{path}: embeddings of width {vectors.shape[1]}, those before have {self.vectors.shape[1]}. Expected the vectors "
+                "of one embedder; move the files of the other embedder out of this folder."
             )
         if (highest := int(ids.max())) >= len(self.row_of):
             self.row_of = np.concatenate([self.row_of, np.full(2 * highest - len(self.row_of) + 1, -1, np.int64)])
@@ -193,9 +193,9 @@ class _Import:
         if differs.any():
             position = int(np.flatnonzero(differs)[0])
             raise UserError(
-                f"{path}: token {ids[position]} at event {position} has another vector than at its first occurrence. One vector "
-                "a token is what makes ids and a table equal to the files; this corpus was embedded in another way "
-                "(per event, or by two embedders) and cannot be read. Embed it anew: data=tokenized."
+                f"{path}: token {ids[position]} at event {position} has another vector than at its first occurrence. The import "
+                "needs one vector per token; this corpus was embedded in another way (per event, or by two embedders) and "
+                "cannot be imported. Embed its tokens again: data=tokenized."
             )
 
     def _write(self, split: str, pending: list[tuple[int, npt.NDArray[np.int64]]]) -> None:

@@ -47,7 +47,7 @@ class RenamedSource:
         return events.with_columns(_renamed(pl.col("code")))
 
     def code_metadata(self) -> pl.DataFrame:
-        """Return the inner source's metadata with new ids and texts, and a row for each code that only the table describes."""
+        """Return the inner metadata with new ids and texts, and a row for each code that only the table describes."""
         metadata = self.inner.code_metadata()
         known = metadata["code"].implode()
         reworded = metadata.join(self._paraphrases, on="code", how="left", maintain_order="left")

@@ -1,4 +1,4 @@
-"""Check the names of splits: MEDS' names are read, near-misses are refused, and other splits are left out with a warning."""
+"""Check the names of splits: near-misses of MEDS' names are refused, other splits are left out with a warning."""
 
 from __future__ import annotations
 

@@ -70,7 +70,9 @@ def _rule(prefix: str, rule: Any) -> PrefixRule:
         found = TypeAdapter(PrefixRule).validate_python(rule)
         unknown = set(rule) - set(PrefixRule.__dataclass_fields__)
         if re.compile(found.rest).groups > 1:
-            raise UserError(f"prefix {prefix!r}: rest={found.rest} has several groups; the code is one, use (?:...).")
+            raise UserError(
+                f"prefix {prefix!r}: rest={found.rest} has several groups, expected one, the code; write others as (?:...)."
+            )
     except (ValidationError, re.error) as error:
         raise UserError(
             f"prefix {prefix!r}: {rule} is no rule ({error}). Expected text, lookup, rest, code_is_text."

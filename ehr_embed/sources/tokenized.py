@@ -120,7 +120,7 @@ class Corpus:
         self.n_events = self.n_cut = self.n_empty = 0
 
     def last_times(self) -> pl.DataFrame:
-        """Return subject_id and last_time, the time of the last event that was kept; null if only static events were."""
+        """Return subject_id and last_time, the time of the last kept event; null if only static events were kept."""
         return pl.concat(self.last)
 
     def tell_left_out(self, cutoff_months: int | None) -> None:
@@ -197,7 +197,7 @@ class Corpus:
         if len(tokens) != len(times) or not np.isfinite(times).all():
             raise UserError(
                 f"{path}, subject {subject}: {len(tokens)} tokens and {len(times)} timestamps, "
-                f"{int((~np.isfinite(times)).sum())} of them NaN or infinite; expected one finite time a token."
+                f"{int((~np.isfinite(times)).sum())} of them NaN or infinite; expected one finite time per token."
             )
         if subject in self.seen:
             raise UserError(
