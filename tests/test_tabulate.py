@@ -122,7 +122,7 @@ def test_means_over_other_subjects_are_refused_and_rows_of_them_say_so(tmp_path)
         tabulate([tmp_path])
     found = tabulate([tmp_path / "0", tmp_path / "1"], by=["folder"])
     assert found.notes == [
-        "rows are about different subjects or labels: differences between them are not of the models alone"
+        "rows are about different subjects or labels: differences between rows are not due to the models alone"
     ]
     assert found.notes[0] in markdown(found)
 
