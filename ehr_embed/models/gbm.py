@@ -171,10 +171,11 @@ def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
             return len(table)
 
         def __getitem__(self, rows: int | slice | list[int]) -> npt.NDArray[np.float64]:
-            is_one = isinstance(rows, int | np.integer)
-            found = table.dense([int(rows)] if is_one else rows).astype(np.float64)
+            if isinstance(rows, int | np.integer):
+                return self[[int(rows)]][0]
+            found = table.dense(rows).astype(np.float64)
             found[:, too_rare] = 0.0
-            return found[0] if is_one else found
+            return found
 
     return Rows()
 
