@@ -367,7 +367,7 @@ def test_a_mistake_in_the_configuration_is_explained(corpus, override, message):
     [
         ("8,2,,", r"labels\.csv, row 7: is_case is '2', expected 0 or 1"),
         ("8,1,lung,31/03/2015", r"row 7: cancerdate is '31/03/2015', expected a date as 2015-03-31"),
-        ("1,1,lung,", r"row 0: subject_id is '1', expected one row a subject"),
+        ("1,1,lung,", r"row 0: subject_id is '1', expected one row per subject"),
         ("x,1,lung,", r"row 7: subject_id is 'x', expected an integer"),
     ],
 )
