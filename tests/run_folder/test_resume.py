@@ -33,6 +33,7 @@ from tests.helpers.stopped_runs import (
     SHORT,
     SMALL,
     after_steps,
+    dataset,  # noqa: F401 (fixtures)
     latest_step,
     settings,
     terminate,
