@@ -73,7 +73,7 @@ def test_links_to_files_of_the_repository_show_them(site):
     assert (outside("../conf/train.yaml", "axes.md"), outside("search.md", "axes.md")) == ("conf/train.yaml", None)
     assert 'href="repository/conf/train.yaml.html"' in (site / "axes.html").read_text()
     shown = (site / "repository" / "conf" / "train.yaml.html").read_text()
-    assert "Seeds weights, dropout and batch order" in html.unescape(re.sub(r"<[^>]+>", "", shown))
+    assert "Seed of the weights, dropout and batch order" in html.unescape(re.sub(r"<[^>]+>", "", shown))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_time_is_seen_and_may_be_left_out():
     assert not torch.allclose(decoder()(batch), decoder()(later), atol=1e-4)
     timeless = {name: x for name, x in batch.items() if not name.endswith("_days")}
     torch.testing.assert_close(decoder(times=[])(batch), decoder(times=[])(timeless))
-    with pytest.raises(UserError, match=r"model\.times=\[gap,elapsed\] needs gap_days and elapsed_days"):
+    with pytest.raises(UserError, match=r"model\.times=\[gap,elapsed\] needs the inputs gap_days and elapsed_days"):
         decoder()(timeless)
 
 

@@ -123,5 +123,5 @@ def test_bad_sizes_are_refused():
         encoder(positions="rope", n_heads=16)
     with pytest.raises(UserError, match="event vectors of width 5, but this model was built for 12"):
         encoder()({"embeddings": torch.zeros(1, 2, 5), "padding_mask": torch.ones(1, 2, dtype=torch.bool)})
-    with pytest.raises(UserError, match=r"40 events, but model\.max_length is 32"):
+    with pytest.raises(UserError, match=r"40 events per record, but model\.max_length is 32"):
         encoder()(inputs([40], 40))

@@ -205,7 +205,7 @@ def test_what_it_cannot_do_is_refused(backbone, monkeypatch, caplog):
         encoder("a/b")
     with pytest.raises(UserError, match=r"vectors carry no text"):
         encoder(backbone)({"embeddings": torch.zeros(1, 2, 4), "padding_mask": torch.ones(1, 2, dtype=torch.bool)})
-    with pytest.raises(UserError, match=r"call set_vocabulary"):
+    with pytest.raises(UserError, match=r"Call set_vocabulary"):
         TextEncoder(embedding_dim=4, num_classes=2, backbone=backbone, max_pieces=64)(
             {"token_ids": torch.ones(1, 2), "gap_days": torch.ones(1, 2)}
         )
