@@ -20,7 +20,8 @@ class Model(Protocol):
     """A module built with `embedding_dim`, `has_values` and `num_classes` or `vocab_size`, beside its own options."""
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
-        """Logits (B, num_classes) of what `EventEmbedding.inputs` gives."""
+        """Return logits (B, num_classes) of what `EventEmbedding.inputs` gives, or (B, M, num_classes) of M members: a task
+        takes the mean of the members' losses and the mean of their probabilities."""
         ...
 
 
@@ -40,6 +41,16 @@ class AdaptsToVectors(Protocol):
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
         """Take the vectors (V, E) of the tokens that occur in train; called before the weights are loaded."""
+        ...
+
+
+@runtime_checkable
+class AdaptsToRecords(Protocol):
+    """A model that fits part of itself, such as quantiles, to train's records before it is trained."""
+
+    def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """Take train's inputs at their prediction times, each batch once; called before the first epoch, in every process with all
+        of train."""
         ...
 
 

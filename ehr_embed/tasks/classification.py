@@ -21,6 +21,7 @@ from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
 
@@ -124,12 +125,12 @@ class Classification:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs are class probabilities, rows sum to one."""
         logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), self.probabilities(logits)
+        return loss_over_members(self.loss, logits, batch.labels), self.probabilities(logits)
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the classes, (B, C) float64, from a model's outputs."""
-        return logits.detach().double().softmax(-1)
+        """Of the classes, (B, C) float64, from a model's logits (B, C), or (B, M, C) of M members."""
+        return over_members(logits.detach().double().softmax(-1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy, logits (B, C) and classes (B,)."""

@@ -19,6 +19,7 @@ from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
 from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
@@ -111,12 +112,12 @@ class Multilabel:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
         """Outputs are probabilities, each label on its own."""
         logits = model(embedding.inputs(batch))
-        return self.loss(logits, batch.labels), self.probabilities(logits)
+        return loss_over_members(self.loss, logits, batch.labels), self.probabilities(logits)
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the labels, each on its own, (B, L) float64, from a model's outputs."""
-        return logits.detach().double().sigmoid()
+        """Of the labels, each on its own, (B, L) float64, from a model's logits (B, L), or (B, M, L) of M members."""
+        return over_members(logits.detach().double().sigmoid())
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean binary cross-entropy, logits and labels (B, L)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
 from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import body_of
+from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
@@ -106,6 +106,8 @@ class Trainer:
                 )
             for block in blocks:  # alike, so that one compilation serves all
                 block.compile(dynamic=True)
+        if run is None and isinstance(model, AdaptsToRecords):
+            model.to(self.fabric.device).adapt_to_records(self._train_inputs(embedding))
         self.processes.share(model)
         # Before the optimizer: a model that is spread has new parameters.
         wrapped = self.fabric.setup_module(model)
@@ -192,6 +194,14 @@ class Trainer:
             **speed(progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds),
             "history": progress.history,
         }
+
+    def _train_inputs(self, embedding: EventEmbedding) -> Iterator[dict[str, Tensor]]:
+        """What a model is given of all of train, at the prediction times, the same in every process."""
+        dataset, settings = self.task.dataset("train"), self.settings
+        for rows in BucketSampler(
+            dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+        ):
+            yield embedding.inputs(dataset[rows].to(self.fabric.device))
 
     def _speed(
         self, model: nn.Module, embedding: EventEmbedding
