@@ -28,6 +28,7 @@ from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.set_up import set_up
 
 BATCH_SIZE, MAX_LENGTH = 32, 512
 PEER = Path(__file__).with_name("peer_batches.py")
@@ -37,7 +38,7 @@ def our_loaders(root: Path, folder: Path, device: torch.device) -> dict[str, Any
     """The trainer's loaders of an epoch of train: on the host, and for a GPU."""
     store = build_store(folder, MedsSource(root=str(root)), VocabularySettings(values="continuous"))
     task = Classification()
-    task.setup(store, root / "labels", MAX_LENGTH)
+    set_up(task, store, root / "labels", MAX_LENGTH)
     dataset = task.dataset("train")
     sampler = BucketSampler(dataset.lengths, batch_size=BATCH_SIZE, batch_tokens=16_384, shuffle=True)
     loaders = {"ours": batch_loader(dataset, sampler)}

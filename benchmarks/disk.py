@@ -20,6 +20,7 @@ from ehr_embed.embedding.table import save_table
 from ehr_embed.exports.patient_files import sample_record
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.set_up import set_up
 
 EMBEDDING_DIM = 384
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_table(folder / "store" / "table.safetensors", table, {})
 
         task = Classification()
-        task.setup(store, root / "labels", 512)
+        set_up(task, store, root / "labels", 512)
         samples, split = task.samples["train"], store.split("train")
         (folder / "files").mkdir()
         for number in range(min(options.files, len(samples))):

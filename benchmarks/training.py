@@ -31,6 +31,7 @@ from ehr_embed.exports.patient_files import sample_record
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.set_up import set_up
 from ehr_embed.training.trainer import Trainer, TrainerSettings
 
 EMBEDDING_DIM, BATCH_SIZE, LEARNING_RATE = 384, 32, 1e-4
@@ -56,7 +57,7 @@ class Sides:
         self.folder, self.options = folder, options
         self.table = torch.randn(len(store.vocabulary), EMBEDDING_DIM, generator=torch.Generator().manual_seed(0))
         self.task = Classification(monitor="auroc")
-        self.task.setup(store, root / "labels", options.context)
+        set_up(self.task, store, root / "labels", options.context)
         self.files = folder / "train"
         self.files.mkdir()
         samples, split = self.task.samples["train"], store.split("train")
@@ -133,7 +134,8 @@ def same_losses(sides: Sides) -> tuple[float, float]:
     files = loader(sides.files, BATCH_SIZE)
     records = files.collate_fn([files.dataset[int(i)] for i in index])
     with torch.inference_mode():
-        first = task.step(ours, EventEmbedding(sides.table), batch)[0]
+        step = task.step(ours, EventEmbedding(sides.table), batch)
+        first = step.loss_sum / step.count
         second = F.cross_entropy(original(records["embeddings"], records["padding_mask"]), records["label"])
     return float(first), float(second)
 

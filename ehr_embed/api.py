@@ -16,19 +16,20 @@ from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap
+from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import summaries
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.exports.protocol import Export
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import Body, EventInput
-from ehr_embed.models.heads import Pooling, build_head, check_classifies
+from ehr_embed.models.heads import LogitLinear, Pooling, build_head, check_classifies
 from ehr_embed.models.protocol import AdaptsToVectors, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
 from ehr_embed.sources.imported import import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import Curves, Outputs, Task
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, Task
 from ehr_embed.trackers.protocol import Tracker
 
 __all__ = [
@@ -52,8 +53,10 @@ __all__ = [
     "FeatureSet",
     "FitsAtOnce",
     "LabelSet",
+    "LogitLinear",
     "MedsSource",
     "MedsWriter",
+    "Metric",
     "Model",
     "Outputs",
     "Pooling",
@@ -61,6 +64,7 @@ __all__ = [
     "Samples",
     "Source",
     "SplitEvents",
+    "StepResult",
     "SubjectBootstrap",
     "Task",
     "Tracker",

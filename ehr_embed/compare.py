@@ -25,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="folder for the results; default: SWEEP_DIR/comparison or comparison"
     )
     parser.add_argument("--split", default="held_out", choices=("held_out", "tuning"), help="predictions to test")
-    parser.add_argument("--reference", type=Path, help="run shown against the others; default: the best on tuning")
-    parser.add_argument("--n-bootstrap", type=int, default=1000, help="draws of subjects")
+    parser.add_argument(
+        "--reference", type=Path, help="run that the others are tested against; default: the best on tuning"
+    )
+    parser.add_argument("--n-bootstrap", type=int, help="draws of subjects; default: as many as the tests need")
     chosen = parser.parse_args(arguments)
     output = chosen.output or (chosen.runs[0] / "comparison" if len(chosen.runs) == 1 else Path("comparison"))
     try:

@@ -7,14 +7,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
 from ehr_embed.inference.predictor import Predictor
-from ehr_embed.inference.trained_run import device_named
-from ehr_embed.sources.protocol import Source
+from ehr_embed.inference.trained_run import device_named, trained_on
 
 
 def explain(cfg: DictConfig) -> list[Path]:
@@ -34,9 +32,7 @@ def explain(cfg: DictConfig) -> list[Path]:
     )
     root = cfg.data.root
     if root is None:
-        trusted = tuple(cfg.trusted_packages)
-        own: Source = instantiate(check_stored(predictor.run.config, "source", trusted), trusted=trusted)
-        root = str(own.labels_dir.parent)
+        root = str(trained_on(predictor.run, trusted=tuple(cfg.trusted_packages)).labels_dir.parent)
     split = "held_out" if cfg.split is None and cfg.subject is None else cfg.split
     data = predictor.read(root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups))
     folder = Path(cfg.output).expanduser()

@@ -7,14 +7,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.config.instantiate import check_stored, instantiate
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import encode_split
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict
+from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
 from ehr_embed.inference.trajectories import sample_futures, write_futures
 from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
 from ehr_embed.sources.meds import MedsSource
@@ -46,11 +45,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     check_lengths(prompt_length, cfg.max_new_events, max_length)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
-    source: Source = (
-        instantiate(check_stored(run.config, "source", trusted), trusted=trusted)
-        if cfg.data.root is None
-        else MedsSource(root=cfg.data.root)
-    )
+    source: Source = trained_on(run, trusted=trusted) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
     futures = sample_futures(

@@ -193,6 +193,8 @@ def migrate(config: dict[str, Any]) -> Migration:
         # The original predicts the next token alone, by a matrix of its own, for all epochs of a cosine.
         result.values |= {"model.vocabulary_head": "linear", "task.time_weight": 0, "trainer.schedule": "cosine"}
         result.values["trainer.patience"] = result.values.get("trainer.epochs", DEFAULT_EPOCHS)
+    if stage in FINE_TUNING:
+        result.values["task.monitor"] = "f1"  # by which the original chooses the best epoch
     if stage == "decoder":
         result.values.setdefault("model.pooling", "mean")
     if result.groups.get("model") == "decoder":

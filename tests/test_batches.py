@@ -145,6 +145,21 @@ def test_bucketing_saves_padding():
     assert lengths.sum() / padded > 0.9
 
 
+def test_events_alone_bound_a_batch_and_fill_it():
+    """Of short records 32 samples fill a fifth of the budget, and a step's events would differ by as much."""
+    lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
+    filling = {}
+    for batch_size in (32, None):
+        sampler = BucketSampler(lengths, batch_size=batch_size, batch_tokens=4096, shuffle=True)
+        batches = list(sampler)
+        assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(4000))
+        assert max(len(batch) * sampler.padded[batch].max() for batch in batches) <= 4096
+        filling[batch_size] = lengths.sum() / len(batches) / 4096
+    assert filling[None] > 0.88
+    assert filling[32] < 0.7
+    assert list(BucketSampler(lengths[:0], batch_size=None, batch_tokens=4096, shuffle=True)) == []
+
+
 def test_a_sample_over_the_budget_is_refused():
     with pytest.raises(UserError, match=r"trainer\.batch_tokens=64 is less than the longest sample, 104 events"):
         BucketSampler(np.array([100]), batch_size=2, batch_tokens=64, shuffle=True)

@@ -18,6 +18,7 @@ from benchmarks import (
     gpu,
     packing,
     scale,
+    selection,
     store_building,
     threads,
     training,
@@ -194,3 +195,11 @@ def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 1
     assert "no GPU here" in capsys.readouterr().out
+
+
+def test_f1_picks_the_better_model_less_often_than_auroc(capsys):
+    found = selection.shares((0.76, 0.78), n=2000, prevalence=0.05, correlation=0.8, n_draws=300)
+    assert found["auroc"] > found["f1"] + 0.03
+    assert 0.8 < found["auroc"] < 0.97
+    selection.main(["--n-draws", "3", "--n", "100"])
+    assert "| auroc | auprc | f1 | loss | brier |" in capsys.readouterr().out

@@ -89,7 +89,8 @@ def test_the_demo_brings_its_small_model_unless_told_otherwise():
     assert composed("data=meds").trainer.epochs == 50
     assert composed("data=demo", "trainer=default").trainer.epochs == 50
     assert composed().task.monitor == "auroc"
-    assert composed("data=meds").task.monitor == "f1"
+    assert composed("data=meds").task.monitor == "auroc"
+    assert composed("data=meds", "task=multilabel").task.monitor == "auroc"
     assert composed("task=next_event").task.monitor == "perplexity"
 
 
@@ -98,7 +99,7 @@ def test_defaults_are_those_of_the_original():
     model, trainer = cfg.model, cfg.trainer
     assert (model.model_dim, model.n_heads, model.n_layers, model.dropout, model.max_length) == (256, 8, 6, 0.1, 512)
     assert (trainer.batch_size, trainer.epochs, trainer.learning_rate, trainer.weight_decay) == (32, 50, 1e-4, 0.01)
-    assert (trainer.patience, trainer.scheduler_patience, cfg.task.monitor) == (10, 3, "f1")
+    assert (trainer.patience, trainer.scheduler_patience) == (10, 3)
     assert (trainer.min_learning_rate, trainer.save_every) == (1e-6, 10)
 
 

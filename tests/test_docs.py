@@ -277,11 +277,11 @@ def test_a_source_in_one_file_and_one_yaml(follow, inside):  # noqa: F811
     metrics = metrics_of(folder / "runs" / "clinic")
     assert metrics["held_out"]["auroc"]["value"] > 0.7, "the signs of illness are learned"
     assert metrics["held_out"]["n"] + metrics["tuning"]["n"] + metrics["train"]["n"] == 300
-    (imported,) = (folder / "cache" / "imported").glob("clinic-*")
+    imported = folder / "cache" / "clinic"
     events = pl.read_parquet(imported / "data" / "**" / "*.parquet")
     assert len(events) == len((folder / "clinic" / "events.csv").read_text().splitlines()) - 1
     assert (folder / "runs" / "clinic" / "explained" / "texts.csv").is_file()
-    own = ("--config-dir", "my", "data=clinic", "data.folder=clinic", "trusted_packages=[my]")
+    own = ("--config-dir", "my", "data=clinic", "data.folder=clinic", "data.root=cache/clinic", "trusted_packages=[my]")
     inside(
         "train.py", *own, "task=next_event", "model=decoder_small", "trainer.epochs=1", "trainer.n_bootstrap=0",
         "embedder=hashing", "run_dir=runs/pretrained", cwd=folder,

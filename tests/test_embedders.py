@@ -189,6 +189,17 @@ def test_hashing_is_stable():
     assert vectors[0] @ vectors[2] > 0.4
 
 
+@pytest.mark.parametrize("scale", [1e5, 1e-6])
+def test_vectors_that_float16_cannot_hold_stay_as_they_are(tmp_path, caplog, scale):
+    """Above 65,504 a number became infinite, and the loss NaN; tiny ones all became zero."""
+    table = scale * build_table(["", "fever", "cough"], embedder=HashingEmbedder(), cache_dir=tmp_path)
+    save_table(tmp_path / "table.safetensors", table, {})
+    loaded, _ = load_table(tmp_path / "table.safetensors", expected={})
+    assert torch.equal(loaded, table)
+    assert "do not fit float16" in caplog.text
+    assert "kept in float32" in caplog.text
+
+
 def test_table_round_trip_and_refusals(tmp_path):
     table = build_table(["", "fever", "cough"], embedder=HashingEmbedder(), cache_dir=tmp_path)
     assert table[0].abs().sum() == 0

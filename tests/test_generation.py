@@ -11,14 +11,15 @@ import torch
 from meds import DataSchema
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import BatchDataset
-from ehr_embed.data.store import EventStore, encode_split
+from ehr_embed.data.batches import Batch, BatchDataset
+from ehr_embed.data.samples import build_samples
+from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents, encode_split
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.inference.trained_run import samples_to_predict
 from ehr_embed.inference.trajectories import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.models.heads import time_bin
+from ehr_embed.models.heads import EventHead, time_bin
 from ehr_embed.models.sampling import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.next_event import NextEvent
@@ -111,6 +112,90 @@ def test_a_gap_beyond_the_silence_has_the_distribution_it_would_have_had():
     assert (found > math.log(wait)).all()
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert found.quantile(share).item() == pytest.approx(expected.quantile(share).item(), abs=0.05)
+
+
+def two_tokens() -> tuple[Decoder, EventEmbedding]:
+    """A decoder for which tokens 2 and 3 are equally probable, 2 with no gap and 3 after 70 days, whatever came before."""
+    model = Decoder(
+        embedding_dim=2, vocab_size=4, model_dim=4, n_heads=2, n_layers=1, max_length=8, vocabulary_head="linear"
+    )
+    head = model.head
+    assert isinstance(head, EventHead)
+    with torch.no_grad():
+        for parameter in (*model.body.norm.parameters(), *head.parameters()):
+            parameter.zero_()
+        head.given[0].weight.fill_(1.0)
+        head.given[1].weight[0], head.given[1].weight[1] = torch.tensor([10.0, -10.0]), torch.tensor([-10.0, 10.0])
+        head.time[1].weight[0, 0] = 5.0
+        head.time[1].weight[time_bin(torch.tensor(70.0)), 1] = 5.0
+    return model.eval(), EventEmbedding(torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+
+
+def silent_prompts(silence_days: float) -> Batch:
+    """Two records of token 2 with a day between their events, silent for so long at the prediction time."""
+    days, microseconds = np.arange(3), 86_400_000_000
+    times = np.tile(days * microseconds, 2)
+    events = SplitEvents(
+        np.full(6, 2, np.int32), times, None, np.arange(2), np.array([0, 3, 6]), np.full(2, STATIC_TIME)
+    )
+    when = pl.DataFrame({"subject_id": [0, 1], "prediction_time": [int((2 + silence_days) * microseconds)] * 2})
+    when = when.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
+    samples = build_samples(events, when, np.zeros(2, np.int64), max_length=4)
+    return BatchDataset(events, samples)[np.arange(2)]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_after_a_silence_no_token_comes_first_whose_time_has_passed(use_cache):
+    model, embedding = two_tokens()
+    sampling = Sampling(n_samples=500, max_new_events=1, horizon_days=1000)
+    drawn = generate(
+        model, embedding, silent_prompts(30), sampling, torch.Generator().manual_seed(0), use_cache=use_cache
+    )
+    assert drawn.token_ids.tolist() == [3] * 1000  # p(token) alone gives 2 half of the draws
+    gaps = 30 + drawn.days
+    assert ((gaps > 50) & (gaps < 95)).all()  # the bin of 70 days
+    greedy = Sampling(temperature=0, max_new_events=1, horizon_days=1000)
+    assert generate(model, embedding, silent_prompts(30), greedy, torch.Generator()).token_ids.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["text_tied", "linear"])
+def test_the_first_event_has_the_distribution_that_rejection_gives(kind, monkeypatch):
+    """The oracle draws token and gap without knowing of the silence, and keeps those whose gap exceeds it."""
+    torch.manual_seed(1)
+    n_tokens, silence = 9, 40.0
+    model = Decoder(
+        embedding_dim=6, vocab_size=n_tokens, model_dim=8, n_heads=2, n_layers=1, max_length=8, vocabulary_head=kind
+    ).eval()
+    head = model.head
+    assert isinstance(head, EventHead)
+    with torch.no_grad():
+        head.given[1].weight.mul_(8)
+        head.time[1].weight.mul_(8)  # gaps depend on the token
+    embedding, batch = EventEmbedding(torch.randn(n_tokens, 6)), silent_prompts(silence)
+    monkeypatch.setattr("ehr_embed.models.sampling.LOGITS_AT_ONCE", 500)  # blocks of a few tokens
+    sampling = Sampling(n_samples=20_000, max_new_events=1, horizon_days=1e6)
+    generator = torch.Generator().manual_seed(0)
+    found = generate(model, embedding, batch, sampling, generator)
+
+    with torch.inference_mode():
+        hidden_D = model.hidden(embedding.inputs(batch))[0, 2]
+        many_ND = hidden_D.expand(200_000, -1)
+        token_N = draw_token(head.logits(many_ND, embedding.table), Sampling(), generator)
+        time_NQ, _ = head.time_and_value(many_ND, embedding(token_N))
+    gap_N = draw_gap(time_NQ, None, Sampling(), generator)
+    is_kept = gap_N > silence
+    assert 0.02 < is_kept.float().mean() < 0.8
+
+    def shares(token_ids: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(token_ids, minlength=n_tokens) / len(token_ids)
+
+    expected = shares(token_N[is_kept])
+    assert (expected - shares(token_N)).abs().max() > 0.05, "the silence tells something"
+    torch.testing.assert_close(shares(found.token_ids), expected, atol=0.012, rtol=0)
+    for share in (0.25, 0.5, 0.75):
+        assert (found.days + silence).log().quantile(share).item() == pytest.approx(
+            gap_N[is_kept].log().quantile(share).item(), abs=0.08
+        )
 
 
 def test_top_k_and_top_p_leave_the_rest_out():

@@ -82,6 +82,7 @@ def test_binary_points_equal_sklearn(sample: tuple[np.ndarray, np.ndarray, np.nd
         "recall": sk.recall_score(y, predicted),
         "brier": sk.brier_score_loss(y, p),
         "ece": naive_ece(y, p),
+        "loss": sk.log_loss(y, p),
     }
     assert {name: result[name]["value"] for name in METRICS} == pytest.approx(expected)
     assert all(result[name]["low"] is None and result[name]["high"] is None for name in METRICS)
@@ -246,6 +247,7 @@ def test_multiclass_equals_sklearn() -> None:
         "recall": sk.recall_score(y, predicted, average="macro"),
         "brier": ((p - onehot) ** 2).sum(axis=1).mean(),
         "ece": naive_ece(predicted == y, p.max(axis=1)),
+        "loss": sk.log_loss(y, p),
     }
     assert {name: result[name]["value"] for name in METRICS} == pytest.approx(expected)
     assert all(result[name]["low"] < result[name]["high"] for name in METRICS)
@@ -296,3 +298,14 @@ def test_point_only_path_is_cheap() -> None:
     start = time.perf_counter()
     binary_metrics(y, p, threshold=0.5, subject_ids=np.arange(200_000), n_bootstrap=0, split_name="tuning")
     assert time.perf_counter() - start < 2  # 0.05 s on an idle core; the slack is for a busy machine
+
+
+@pytest.mark.parametrize("n_samples", [6, 400])
+def test_one_subject_has_no_interval_of_zero_width(n_samples):
+    labels, probabilities = np.arange(n_samples) % 2, np.linspace(0.1, 0.9, n_samples)
+    result = metrics.binary_metrics(
+        labels, probabilities, threshold=0.5, subject_ids=np.zeros(n_samples), n_bootstrap=50, split_name="held_out"
+    )
+    assert result["n_subjects"] == 1
+    assert all((result[name]["low"], result[name]["high"]) == (None, None) for name in metrics.METRICS)
+    assert "one subject" in metrics.intervals_missing({"held_out": result})[0]

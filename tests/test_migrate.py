@@ -81,6 +81,9 @@ def test_pretraining_and_the_decoder_become_their_tasks():
     assert {"model.times=[]", "model.pooling=mean"} < set(decoder.command)
     assert decoder.command[:3] == ["data=patient_files", "model=decoder", "task=classification"]
     assert "init_from=pre/best_checkpoint.pt" in decoder.command
+    assert "task.monitor=f1" in decoder.command
+    assert "task.monitor=f1" in migrate(ENCODER).command
+    assert not any("monitor" in word for word in pretrain.command)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,9 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from ehr_embed.core.files import read_json
+from ehr_embed.data.store import STATIC_TIME
+from ehr_embed.data.vocabulary import FIRST_TOKEN
+from ehr_embed.evaluation.subgroups import MAX_CODES, subgroups
 from ehr_embed.experiment.run import run
 from ehr_embed.sources.protocol import SPLITS
 from tests.conftest import Event, write_meds
@@ -138,3 +142,26 @@ def test_leaks_stand_in_it_without_their_subjects(folder):
     card = (folder / "leaky" / "model_card.md").read_text()
     assert "The leakage audit found 1 possible leaks (duplicate_subjects 1)" in card
     assert str(FIRST_ID)[:4] not in card
+
+
+def test_of_ten_thousand_static_codes_the_largest_are_evaluated_and_the_rest_counted():
+    """Every subject has one frequent code of 60 and one of 10,000 rare ones."""
+    rng = np.random.default_rng(0)
+    n = 3000
+    frequent = rng.integers(60, size=n) // (1 + rng.integers(4, size=n))
+    tokens = np.stack([FIRST_TOKEN + frequent, FIRST_TOKEN + 60 + rng.permutation(10_000)[:n]], axis=1)
+    samples = SimpleNamespace(
+        static_start=2 * np.arange(n), static_stop=2 * np.arange(n) + 2, subject_ids=np.arange(n),
+        labels=(rng.random(n) < 0.4).astype(int), birth_times=np.full(n, STATIC_TIME), prediction_times=np.zeros(n, np.int64),
+    )  # fmt: skip
+    Sized = type("Sized", (SimpleNamespace,), {"__len__": lambda self: n})
+    vocabulary = SimpleNamespace(strings=[f"CODE//{number}" for number in range(FIRST_TOKEN + 10_060)])
+    events = SimpleNamespace(token_ids=tokens.ravel())
+    found, n_left_out = subgroups(
+        vocabulary, events, Sized(**vars(samples)), rng.random(n), threshold=0.5, n_bootstrap=0
+    )
+    assert len(found) == MAX_CODES
+    n_codes = len(np.unique(tokens))
+    assert n_left_out == n_codes - MAX_CODES
+    sizes = np.sort(np.bincount(frequent))[::-1]
+    assert sum(group.n or 0 for group in found) == sum(size for size in sizes[:MAX_CODES] if size >= 20)

@@ -10,9 +10,16 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from ehr_embed.compare import main
-from ehr_embed.comparison.compare import paired_tests
-from ehr_embed.comparison.paired_bootstrap import difference, replicates
+from ehr_embed.comparison.compare import paired_tests, print_tests
+from ehr_embed.comparison.paired_bootstrap import (
+    difference,
+    least_p,
+    paired_replicates,
+    replicates,
+    replicates_needed,
+)
 from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation import cells
 from ehr_embed.evaluation.predictions import (
     Predictions,
     read_predictions,
@@ -62,6 +69,68 @@ def test_equal_runs_differ_by_chance_and_a_better_one_is_found():
             below[gap] += difference(runs[0]["auroc"], runs[1]["auroc"]).p < 0.05
     assert below[0.0] <= 8
     assert below[0.8] >= 50
+
+
+def test_runs_together_have_the_draws_that_each_has_alone(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = rng.random(300) < 0.3
+    runs = [binary(scores_of(labels, signal, rng), labels, np.arange(300) // 2) for signal in (0.5, 1.0, 1.5)]
+    exact = paired_replicates(runs, n_bootstrap=20)
+    for one, run in zip(exact, runs, strict=True):
+        for metric, values in replicates(run, n_bootstrap=20).items():
+            np.testing.assert_allclose(values, one[metric])
+    monkeypatch.setattr(cells, "MANY_SAMPLES", 0)
+    for one, other in zip(exact, paired_replicates(runs, n_bootstrap=20), strict=True):
+        for metric in one:
+            np.testing.assert_allclose(other[metric], one[metric], atol=1e-9)
+
+
+@pytest.mark.parametrize("n_runs", [2, 8, 20])
+def test_an_obvious_difference_is_significant_among_any_number_of_runs(n_runs):
+    """The reference is far better than one run and as good as the others."""
+    rng = np.random.default_rng(n_runs)
+    labels = rng.random(300) < 0.4
+    good = scores_of(labels, 3.0, rng)
+    runs = {f"run{i}": binary(np.clip(good + 0.002 * rng.normal(size=300), 0, 1), labels) for i in range(n_runs - 1)}
+    runs["poor"] = binary(scores_of(labels, 0.3, rng), labels)
+    pairs = paired_tests(runs, n_bootstrap=replicates_needed(n_runs - 1))
+    assert len(pairs) == 3 * (n_runs - 1)
+    assert set(pairs["run"]) == {"run0"}
+    auroc = pairs[pairs["metric"] == "auroc"].set_index("other")
+    assert auroc.loc["poor", "p_holm"] <= 0.0101
+    assert least_p(n_runs - 1, replicates_needed(n_runs - 1)) <= 0.01
+
+
+def test_equal_runs_are_rarely_told_apart_however_many_there_are():
+    """The family-wise error of 8 equally good runs: one of 7 comparisons is below 0.05 in about one family of twenty."""
+    rng = np.random.default_rng(5)
+    n_families, n_wrong = 60, 0
+    for _ in range(n_families):
+        labels = np.arange(200) < 80
+        runs = [binary(scores_of(labels, 1.0, rng), labels) for _ in range(8)]
+        pairs = paired_tests({str(i): run for i, run in enumerate(runs)}, n_bootstrap=399)
+        n_wrong += (pairs[pairs["metric"] == "auroc"]["p_holm"] < 0.05).any()
+    assert n_wrong <= 8  # P = 0.006 for a rate of 0.05
+
+
+def test_too_few_draws_are_said_with_the_number_needed(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.random(100) < 0.4
+    runs = {str(i): binary(scores_of(labels, 1.0, rng), labels) for i in range(8)}
+    print_tests(paired_tests(runs, n_bootstrap=100), "0", "held_out", tmp_path, 100)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "7 comparisons with the reference, 100 replicates: the least adjusted p is 0.1386" in told
+    assert "--n-bootstrap 1399" in told
+
+
+def test_one_subject_gives_no_interval_and_no_p(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.random(50) < 0.4
+    runs = {str(i): binary(scores_of(labels, 1.0, rng), labels, np.zeros(50, int)) for i in range(2)}
+    pairs = paired_tests(runs, n_bootstrap=100)
+    assert pairs[["low", "high", "p", "p_holm"]].isna().all(axis=None)
+    print_tests(pairs, "0", "held_out", tmp_path, 100)
+    assert "no interval: one subject" in " ".join(capsys.readouterr().out.split())
 
 
 def test_subjects_move_together():

@@ -315,6 +315,7 @@ def test_stages_of_a_run_have_the_same_processes(dataset, tmp_path):
         "pretrain.trainer.precision=32-true",
         "pretrain.trainer.accelerator=cpu",
         "pretrain.trainer.n_bootstrap=20",
+        "pretrain.trainer.batch_tokens=256",  # else one batch holds all of train
     ]
     with pytest.raises(UserError, match=r"Type: pretrain\.trainer\.devices=2"):
         run(composed(*both))

@@ -197,6 +197,28 @@ def test_stopped_in_the_evaluation_of_an_epoch(dataset, uninterrupted, tmp_path,
     assert what_is_left(tmp_path / "run") == expected
 
 
+def test_a_run_that_an_earlier_version_stopped_goes_on(dataset, uninterrupted, tmp_path, monkeypatch):
+    """Its checkpoint has the sum of the batches' mean losses and no count; only that epoch's train loss may differ."""
+    expected = uninterrupted("plateau")
+    cfg, latest = settings(dataset, tmp_path / "run", *KINDS["plateau"]), tmp_path / "run" / "latest_checkpoint.pt"
+    with monkeypatch.context() as patch:
+        after_steps(patch, 3, terminate)
+        with pytest.raises(Stopped):
+            run(cfg)
+    checkpoint = torch.load(latest, weights_only=True)
+    progress = checkpoint["progress"]
+    assert progress["batch"] == 3
+    progress["loss_sum"] *= 3 / progress.pop("loss_count")
+    torch.save(checkpoint, latest)
+    run(cfg)
+    found = what_is_left(tmp_path / "run")
+    assert found["best"] == expected["best"]
+    assert found["predictions"] == expected["predictions"]
+    first, other = found["rows"][0], expected["rows"][0]
+    assert first["train/loss"] == pytest.approx(other["train/loss"], rel=0.2)
+    assert first | {"train/loss": 0} == other | {"train/loss": 0}
+
+
 def test_a_kill_loses_at_most_checkpoint_every_steps(dataset, tmp_path, monkeypatch, caplog):
     cfg = settings(dataset, tmp_path / "run", "trainer.checkpoint_every=3", "trainer.epochs=9")
     for taken in (4, 5, 11):
@@ -267,7 +289,8 @@ def test_other_settings_are_refused_with_both_values_and_the_way_on(dataset, sto
     message = (
         r"run holds a run with other settings: seed was 0, now 3; task\.fraction_seed was 0, now 3; "
         r"trainer\.learning_rate was 0\.0001, now 0\.5\. "
-        r"To go on .*resume=force; .*resume=overwrite; .*run_dir=ANOTHER"
+        r"To go on .*resume=force; to go on as it was: seed=0 task\.fraction_seed=0 trainer\.learning_rate=0\.0001; "
+        r".*resume=overwrite; .*run_dir=ANOTHER"
     )
     with pytest.raises(UserError, match=message):
         run(changed)

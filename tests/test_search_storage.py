@@ -21,8 +21,9 @@ from ehr_embed.comparison.outcome import Outcome, write_outcome
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.secrets import masked
 from ehr_embed.search.space import parse_space
-from ehr_embed.search.storage import masked, open_storage, storage_url
+from ehr_embed.search.storage import open_storage, storage_url
 from ehr_embed.search.study import CONTINUES, DISCARDED, Owner, SharedStudy, open_study
 from tests.conftest import ROOT
 from tests.search_app.run import counted, distinct, search, start, states, trials_of

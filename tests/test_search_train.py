@@ -201,7 +201,7 @@ def test_documented_searches_compose(line, tmp_path):
         loader = GlobalHydra.instance().config_loader()
         space, fixed = parse_space(task, cfg.hydra.sweeper.params, loader)
         example = compose("train", overrides=[*fixed, *next(example_overrides(space))])
-    directions = chosen_directions(cfg.hydra.sweeper.direction, cfg.hydra.sweeper.objectives or [], example)
+    directions = chosen_directions(cfg.hydra.sweeper.direction, cfg.hydra.sweeper.objectives or [], [example])
     assert len(directions) == len(cfg.hydra.sweeper.objectives or ["the monitored metric"])
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import wandb
 from omegaconf import OmegaConf
 
 import ehr_embed
+from ehr_embed.comparison.outcome import message_of, outcome_of
+from ehr_embed.comparison.report import write_report
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.secrets import masked
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.search.tracking import log_search
-from ehr_embed.trackers.wandb import WandbTracker
+from ehr_embed.trackers.wandb import WandbTracker, without_private
 from tests.conftest import ROOT, Event, write_meds
 from tests.test_conf import composed
 from tests.test_trackers import no_account  # noqa: F401 (a fixture for all)
@@ -34,7 +38,7 @@ from tests.wandb_offline import read_offline_runs
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 MAY_UNPICKLE = ("ehr_embed/core/plain_pickle.py", "ehr_embed/search/worker.py", "ehr_embed/training/processes.py")
 """The restricted unpickler, a job of a search, which reads its parent's pipe, and a process of a run, which its parent called."""
-MAY_INSTANTIATE = ("ehr_embed/config/instantiate.py",)
+MAY_INSTANTIATE = ("ehr_embed/config/instantiate.py", "ehr_embed/config/targets.py")
 CODE_RUNNERS = (
     "eval",
     "exec",
@@ -313,14 +317,67 @@ def test_a_search_sends_neither_paths_nor_what_went_wrong(ward, tmp_path):
         )
     )
     table = pd.DataFrame(
-        {"run": ["0"], "data.root": [str(ward)], "error": [f"{ward}: subject 770012001, Quagga fever"]}
+        {
+            "run": ["0"],
+            "host": ["gnu-meadow-17"],
+            "data.root": [str(ward)],
+            "tracker.api_key": ["h0ofbeat"],
+            "storage": ["postgresql://db/x?password=h0ofbeat"],
+            "error": [f"{ward}: subject 770012001, Quagga fever"],
+        }
     )
     tracker = OmegaConf.load(ROOT / "conf" / "tracker" / "wandb.yaml")
     tracker.mode = "offline"
     log_search(OmegaConf.create({"tracker": tracker}), optuna.create_study(study_name="s"), tmp_path, table)
     files = list(sent(tmp_path))
     assert any(b"hospital_export" in data for _, data in files)
-    assert [s for _, data in files for s in (ward.parent.name, "770012001", "Quagga") if s.encode() in data] == []
+    assert [
+        s
+        for _, data in files
+        for s in (ward.parent.name, "770012001", "Quagga", "gnu-meadow", "h0ofbeat")
+        if s.encode() in data
+    ] == []
+
+
+URLS = (
+    "postgresql://ann:{}@db:5432/optuna",
+    "postgresql+psycopg://ann:{}@db/optuna",
+    "postgresql://ann:a/b@{}@db/optuna",
+    "postgresql://ann:a {}@db/optuna",
+    "postgresql://:{}@db/optuna",
+    "postgresql://db/optuna?user=ann&password={}",
+    "postgresql://db/optuna?password={}&sslmode=require",
+    "postgresql://db/optuna?PASSWORD={}",
+    "postgresql://db/optuna?pass%77ord={}",
+    "postgresql://db/optuna?sslpassword={}",
+    "postgresql://db/optuna?passfile=/home/{}/.pgpass",
+    "postgresql://ann@db/optuna?x=1;password={}",
+    "sqlite:///study.db?password={}",
+    "host=db user=ann password={} dbname=optuna",
+    "host=db user=ann password='{} more' dbname=optuna",
+)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_form_of_a_password_is_shown(url):
+    filled = url.format("h0ofbeat")
+    for text in (filled, f"cannot open {filled}: it is away", f"train.py -m 'hydra.sweeper.storage={filled}' seed=0,1"):
+        assert "h0ofbeat" not in masked(text), masked(text)
+        assert "h0ofbeat" not in str(without_private({"anything": text, "list": [text]}))
+        assert "h0ofbeat" not in message_of(ValueError(text))
+        assert "h0ofbeat" not in str(asdict(outcome_of(1.0, seconds=1.0, overrides=[f"+note={text}"])))
+
+
+def test_the_files_of_a_search_show_no_password(tmp_path):
+    url = "sqlite:///study.db?password=h0ofbeat"
+    facts = {"storage": masked(url), "command": masked(f"train.py -m hydra.sweeper.storage={url}")}
+    rows = [{"run": "0", "state": "finished", "objective": 0.5, "tracker.api_key": "h0ofbeat", "note": url}]
+    write_report(
+        [*rows, {**rows[0], "run": "1", "note": "x"}], tmp_path, directions=["maximize"], facts=facts, has_plots=False
+    )
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in written} == {"summary.csv", "study.json"}
+    assert [path.name for path in written if "h0ofbeat" in path.read_text()] == []
 
 
 def test_the_table_is_sent_when_asked_and_holds_no_text(ward, tmp_path):

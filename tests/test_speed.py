@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.gru import GRU
-from ehr_embed.training.throughput import peak_flops, training_flops
+from ehr_embed.training.throughput import TrainingFlops, peak_flops, rates, training_flops
 from tests.test_trainer import planted, train, without_times  # noqa: F401 (a fixture)
 
 B, T, E, V, D, L = 3, 16, 12, 40, 32, 2
@@ -56,6 +56,17 @@ def test_a_decoder_scores_the_vocabulary_and_sees_half_of_the_pairs():
     assert frozen is not None
     assert frozen.per_pair == flops.per_pair / 3
     assert training_flops(GRU(embedding_dim=E, num_classes=2), V) is None
+
+
+def test_a_share_above_one_is_left_out_and_said_once(caplog):
+    flops = TrainingFlops(per_event=10.0, per_pair=0.0)
+    assert rates(80, 100, 0, 2.0, flops, 400.0)["mfu"] == 1.0
+    assert not caplog.records
+    for _ in range(3):
+        found = rates(80, 100, 0, 2.0, flops, 399.0)
+        assert found.keys() == {"events_per_s", "tokens_per_s", "padding_share"}
+    assert len(caplog.records) == 1
+    assert "that peak is wrong and no mfu is given" in caplog.text
 
 
 def test_the_peak_is_measured_on_a_cpu():

@@ -120,7 +120,7 @@ def test_a_run_leaves_what_the_readme_says(demo):
         "vocabulary/table.safetensors",
     }
     metrics = metrics_of(demo)
-    names = {"auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece"}
+    names = {"auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece", "loss"}
     assert names | {"n", "prevalence"} <= set(metrics["held_out"])
     assert all(set(metrics["held_out"][name]) == {"value", "low", "high"} for name in names)
     assert {"events_per_s", "seconds", "n_parameters", "best_epoch"} <= set(metrics["train"])

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 
-from ehr_embed.comparison.paired_bootstrap import METRICS, Difference, difference, holm, replicates
+from ehr_embed.comparison.paired_bootstrap import (
+    METRICS,
+    difference,
+    holm,
+    least_p,
+    paired_replicates,
+    replicates_needed,
+)
 from ehr_embed.comparison.report import best_first, wide_console, write_report
 from ehr_embed.comparison.results import find_runs, read_rows
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
-from ehr_embed.evaluation.bootstrap import Floats
+from ehr_embed.evaluation.bootstrap import NO_INTERVAL
 from ehr_embed.evaluation.predictions import Predictions, read_predictions
 from ehr_embed.run_folder.layout import predictions_file
 
 MAX_PAIRS_SHOWN = 20
+USUAL_P = 0.05
 
 
 def compare(
@@ -27,19 +34,21 @@ def compare(
     *,
     split: str = "held_out",
     reference: Path | None = None,
-    n_bootstrap: int = 1000,
+    n_bootstrap: int | None = None,
 ) -> pd.DataFrame:
     """Write summary.csv, study.json, plots/ and comparisons.csv of all runs under `paths` into `output`.
 
     Args:
         paths: run folders, or folders with runs below them.
         split: whose predictions are tested.
-        reference: the run the others are shown against; None = the best by its objective on tuning, which
-            `split` had no part in choosing.
-        n_bootstrap: draws of subjects.
+        reference: the run that every other run is tested against; None = the best by its objective on tuning, which
+            `split` had no part in choosing. Two runs that are not the reference are not tested against each other: every
+            further test costs all of them power.
+        n_bootstrap: draws of subjects; None = as many as the number of comparisons needs (`replicates_needed`).
 
     Returns:
-        One row a pair of runs and metric: difference, 95 % interval, p and Holm's p over all pairs of that metric.
+        One row per metric and run other than the reference: difference, 95 % interval, p, and p after Holm's adjustment over
+        the comparisons with the reference in that metric.
 
     Raises:
         UserError: fewer than two runs with predictions, or runs on different subjects, times or labels.
@@ -59,50 +68,59 @@ def compare(
     if reference is not None:
         tested.insert(0, tested.pop(tested.index(str(reference))))
     predictions = {name: read_predictions(predictions_file(Path(name), split)) for name in tested}
+    n_bootstrap = replicates_needed(len(tested) - 1) if n_bootstrap is None else n_bootstrap
     pairs = paired_tests(predictions, n_bootstrap=n_bootstrap)
     with atomic_path(output / "comparisons.csv") as path:
         pairs.to_csv(path, index=False)
-    print_tests(pairs, tested[0], split, output)
+    print_tests(pairs, tested[0], split, output, n_bootstrap)
     return pairs
 
 
 def paired_tests(predictions: Mapping[str, Predictions], *, n_bootstrap: int) -> pd.DataFrame:
-    """Every pair of runs, under the same draws of subjects; the first run of a pair is the one named earlier.
+    """Test the first run, the reference, against each other one, under the same draws of subjects.
 
     Raises:
         UserError: the runs do not predict for the same subjects, times and labels.
     """
-    first = next(iter(predictions))
+    reference, *others = predictions
     for name, other in predictions.items():
-        predictions[first].refuse_other_samples(other, first, name)
-    values: dict[str, dict[str, Floats]] = {
-        name: replicates(one, n_bootstrap=n_bootstrap) for name, one in predictions.items()
-    }
+        predictions[reference].refuse_other_samples(other, reference, name)
+    values = dict(zip(predictions, paired_replicates(list(predictions.values()), n_bootstrap=n_bootstrap), strict=True))
     rows = []
     for metric in METRICS:
-        found: list[tuple[str, str, Difference]] = [
-            (one, other, difference(values[one][metric], values[other][metric]))
-            for one, other in itertools.combinations(predictions, 2)
-        ]
-        adjusted = holm([result.p for _, _, result in found])
+        found = [difference(values[reference][metric], values[other][metric]) for other in others]
+        adjusted = holm([result.p for result in found])
         rows += [
-            {"metric": metric, "run": one, "other": other} | vars(result) | {"p_holm": p}
-            for (one, other, result), p in zip(found, adjusted, strict=True)
+            {"metric": metric, "run": reference, "other": other} | vars(result) | {"p_holm": p}
+            for other, result, p in zip(others, found, adjusted, strict=True)
         ]
     return pd.DataFrame(rows)
 
 
-def print_tests(pairs: pd.DataFrame, reference: str, split: str, output: Path) -> None:
-    """The reference against each other run."""
+def print_tests(pairs: pd.DataFrame, reference: str, split: str, output: Path, n_bootstrap: int) -> None:
+    """Print the reference against each other run, and what the number of replicates can show at all."""
     shown = Table(
         title=f"{reference} minus each other run on {split}, paired over subjects, {output / 'comparisons.csv'}",
         title_justify="left",
     )
     for name in ("metric", "other"):
         shown.add_column(name)
-    for name in ("difference [95 %]", "p", "p (Holm, all pairs)"):
+    for name in ("difference [95 %]", "p", "p (Holm)"):
         shown.add_column(name, justify="right")
-    for row in pairs[pairs["run"] == reference].head(MAX_PAIRS_SHOWN * len(METRICS)).to_dict("records"):
-        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-        shown.add_row(row["metric"], row["other"], interval, f"{row['p']:.3f}", f"{row['p_holm']:.3f}")
-    wide_console().print(shown)
+    for metric in METRICS:
+        for row in pairs[pairs["metric"] == metric].head(MAX_PAIRS_SHOWN).to_dict("records"):
+            has_draws = row["p"] == row["p"]
+            interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if has_draws else f" ({NO_INTERVAL})"
+            p_values = (f"{row['p']:.4f}", f"{row['p_holm']:.4f}") if has_draws else ("", "")
+            shown.add_row(row["metric"], row["other"], f"{row['difference']:+.4f}{interval}", *p_values)
+    console = wide_console()
+    console.print(shown)
+    n_comparisons = pairs["other"].nunique()
+    least = least_p(n_comparisons, n_bootstrap)
+    console.print(
+        f"{n_comparisons} comparisons with the reference, {n_bootstrap:,} replicates: the least adjusted p is {least:.4f}.",
+        highlight=False,
+    )
+    if least > USUAL_P:
+        needed = replicates_needed(n_comparisons)
+        console.print(f"No difference can come out below {USUAL_P}. Type: --n-bootstrap {needed}", highlight=False)

@@ -12,6 +12,7 @@ import optuna
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json, write_json
+from ehr_embed.core.secrets import masked
 from ehr_embed.run_folder.layout import OUTCOME
 
 MAX_MESSAGE_LENGTH = 1000  # a storage's text field holds 2048
@@ -35,7 +36,7 @@ def outcome_of(returned: Any, *, seconds: float, overrides: Sequence[str]) -> Ou
     >>> outcome_of(0.5, seconds=1.0, overrides=[]).values, outcome_of(float("nan"), seconds=1.0, overrides=[]).error
     ([0.5], 'the objective is nan')
     """
-    common: dict[str, Any] = {"seconds": seconds, "overrides": list(overrides)}
+    common: dict[str, Any] = {"seconds": seconds, "overrides": [masked(line) for line in overrides]}
     if isinstance(returned, optuna.TrialPruned):
         return Outcome("pruned", **common)
     if isinstance(returned, BaseException):
@@ -60,7 +61,7 @@ def message_of(error: BaseException) -> str:
     ('ValueError: bad', 'do this')
     """
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return text[:MAX_MESSAGE_LENGTH]
+    return masked(text)[:MAX_MESSAGE_LENGTH]
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ehr_embed.evaluation.bootstrap import Floats, Ranking, SubjectBootstrap
+from ehr_embed.evaluation.bootstrap import Floats, SubjectBootstrap
+from ehr_embed.evaluation.cells import SampleAreas
 from ehr_embed.evaluation.predictions import Predictions, read_predictions
 from ehr_embed.run_folder.layout import predictions_file
 
@@ -16,24 +18,37 @@ METRICS = ("auroc", "auprc", "brier")
 
 
 def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> dict[str, Floats]:
-    """Each metric of `METRICS` on the data as they are and on `n_bootstrap` draws of subjects: (1 + n_bootstrap,).
+    """Replicates of one run, see `paired_replicates`."""
+    return paired_replicates([predictions], n_bootstrap=n_bootstrap, seed=seed)[0]
 
-    Several classes or labels: the mean of one-versus-rest areas, and the sum of squared errors. The same subjects and seed give
-    the same draws, which is what makes two runs paired. NaN where a draw lacks a class.
+
+def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: int = 0) -> list[dict[str, Floats]]:
+    """Return, for each run, every metric of `METRICS` on the data and on `n_bootstrap` draws of subjects: (1 + n_bootstrap,).
+
+    Several classes or labels: the mean of one-versus-rest areas, and the sum of squared errors. All runs, which predict for the
+    same samples, are judged on the same draws, and so is a later call with the same subjects and seed: that is what makes runs
+    paired. NaN where a draw lacks a class.
     """
-    n, n_classes = predictions.labels.shape
-    subjects = predictions.keys["subject_id"].to_numpy()
+    n, n_classes = runs[0].labels.shape
+    subjects = runs[0].keys["subject_id"].to_numpy()
     bootstrap = SubjectBootstrap.of(subjects, n_samples=n, n_bootstrap=n_bootstrap, seed=seed)
-    rankings = [Ranking.fit(predictions.labels[:, c], predictions.probabilities[:, c]) for c in range(n_classes)]
-    errors = ((predictions.probabilities - predictions.labels) ** 2).sum(axis=1)
-    parts: dict[str, list[Floats]] = {metric: [] for metric in METRICS}
-    for subject_weights in bootstrap.weights():
-        weights = subject_weights[:, bootstrap.subject]
-        areas = [ranking.areas(weights[:, ranking.order]) for ranking in rankings]
-        parts["auroc"].append(np.mean([auroc for auroc, _ in areas], axis=0))
-        parts["auprc"].append(np.mean([auprc for _, auprc in areas], axis=0))
-        parts["brier"].append(weights @ errors / weights.sum(axis=1))
-    return {metric: np.concatenate(chunks) for metric, chunks in parts.items()}
+    areas = [
+        [SampleAreas.fit(bootstrap, run.labels[:, c], run.probabilities[:, c]) for c in range(n_classes)]
+        for run in runs
+    ]
+    columns = [((run.probabilities - run.labels) ** 2).sum(axis=1) for run in runs]
+    table = np.column_stack([bootstrap.totals(column) for column in (np.ones(n), *columns)])
+    parts: list[dict[str, list[Floats]]] = [{metric: [] for metric in METRICS} for _ in runs]
+    is_first = True
+    for weights in bootstrap.weights():
+        size, *errors = (weights @ table).T
+        for part, own, error in zip(parts, areas, errors, strict=True):
+            found = [of_class.of(weights, is_first=is_first) for of_class in own]
+            part["auroc"].append(np.mean([auroc for auroc, _ in found], axis=0))
+            part["auprc"].append(np.mean([auprc for _, auprc in found], axis=0))
+            part["brier"].append(error / size)
+        is_first = False
+    return [{metric: np.concatenate(chunks) for metric, chunks in part.items()} for part in parts]
 
 
 def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
@@ -50,9 +65,38 @@ def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
     return {name: float(values[0]) for name, values in replicates(together, n_bootstrap=0).items()}
 
 
+LEAST_P = 0.01
+"""Smallest adjusted p that the replicates must be able to show: a fifth of the usual 0.05."""
+FEWEST_REPLICATES = 1000
+
+
+def replicates_needed(n_comparisons: int) -> int:
+    """Return the number of replicates with which the smallest adjusted p-value is `LEAST_P`, at least 1,000.
+
+    With B replicates no p is below 2 / (B + 1), and Holm multiplies the smallest by the number of comparisons.
+
+    >>> replicates_needed(1), replicates_needed(7), replicates_needed(19)
+    (1000, 1399, 3799)
+    """
+    return max(FEWEST_REPLICATES, math.ceil(2 * n_comparisons / LEAST_P) - 1)
+
+
+def least_p(n_comparisons: int, n_bootstrap: int) -> float:
+    """Return the smallest adjusted p-value that `n_bootstrap` replicates can give.
+
+    >>> least_p(19, 1000), least_p(19, 3799)
+    (0.03796203796203796, 0.01)
+    """
+    return min(1.0, 2 * n_comparisons / (n_bootstrap + 1))
+
+
 @dataclass(frozen=True)
 class Difference:
-    """One metric of one run minus that of another: on the data, its 95 % interval, and a two-sided p-value."""
+    """One metric of one run minus that of another: on the data, its 95 % interval, and a two-sided p-value.
+
+    Interval and p are NaN where no draw tells anything: the metric is undefined in all of them, or all draws are the data
+    themselves, as they are of one subject.
+    """
 
     difference: float
     low: float
@@ -80,15 +124,15 @@ def difference(one: Floats, other: Floats) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment for as many tests as there are (Holm 1979).
+    """Return Holm's step-down adjustment (Holm 1979) for as many tests as have a p-value; NaN stays NaN and counts for none.
 
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
+    >>> holm([0.01, 0.04, 0.03]), holm([0.01, float("nan"), 0.04])
+    ([0.03, 0.06, 0.06], [0.02, nan, 0.04])
     """
-    order = np.argsort(p_values)
-    adjusted = [0.0] * len(p_values)
+    order = [int(index) for index in np.argsort(p_values) if not math.isnan(p_values[index])]
+    adjusted = [math.nan] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[int(index)] = largest
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+        adjusted[index] = largest
     return adjusted

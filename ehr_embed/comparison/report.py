@@ -20,6 +20,7 @@ from ehr_embed.comparison.results import Row, find_runs, read_rows
 from ehr_embed.comparison.study_plots import write_study_plots
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
+from ehr_embed.core.secrets import MASK, is_secret, masked
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 20
@@ -55,7 +56,8 @@ def write_report(
         facts: of the study, for study.json.
         study: for the plots; None = made from the rows.
     """
-    table = best_first(pd.DataFrame(list(rows)), directions)
+    rows = [_without_secrets(row) for row in rows]
+    table = best_first(pd.DataFrame(rows), directions)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "summary.csv") as path:
         table.to_csv(path, index=False)
@@ -83,6 +85,18 @@ def write_report(
         write_study_plots(folder / "plots", study or study_of(rows, directions), objectives)
     print_table(table, objectives, overrides, folder)
     return table
+
+
+def _without_secrets(row: Row) -> Row:
+    """Return a row whose overrides show no password.
+
+    >>> _without_secrets({"run": "0", "tracker.api_key": "k1", "seed": "1"})
+    {'run': '0', 'tracker.api_key': '***', 'seed': '1'}
+    """
+    return {
+        key: value if not isinstance(value, str) else MASK if is_secret(key) else masked(value)
+        for key, value in row.items()
+    }
 
 
 def best_first(table: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from typing import Any
 
 from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.evaluation.directions import LOWER_IS_BETTER
 from ehr_embed.run_folder import finish
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, OUTCOME
@@ -29,6 +28,8 @@ FACTS = {"total_seconds": "seconds", "seconds": "train_seconds"} | {
     )
 }
 """Facts of training by their name in `metrics.json`, and their columns."""
+LOWER_IN_OLD_RUNS = ("loss", "perplexity", "time_loss", "value_loss", "brier", "ece")
+"""Monitors that were better when lower in versions whose metrics.json does not say so."""
 NOT_COMPARED = ("run_dir", "cache_dir", "hydra", "defaults", "tracker")
 
 
@@ -121,13 +122,15 @@ def read_rows(folders: Sequence[Path], relative_to: Path | None = None) -> tuple
     Overrides are those of the jobs of a multirun, else the configuration keys in which the runs differ.
     """
     rows: list[Row] = []
-    monitors: set[str] = set()
+    higher_is_better: set[bool] = set()
     overrides: list[dict[str, str]] = []
     configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         outcome, results = read_outcome(folder), read_results(folder)
         monitor = str(config.get("task.monitor"))
-        monitors.add(monitor)
+        if results:
+            told = read_metrics(folder).get("monitor", {"is_higher_better": monitor not in LOWER_IN_OLD_RUNS})
+            higher_is_better.add(told["is_higher_better"])
         state = outcome.state if outcome else "finished" if results else "unknown"
         values: Sequence[float | None] = (outcome.values if outcome else None) or [results.get(f"tuning/{monitor}")]
         row: Row = {"run": str(folder.relative_to(relative_to) if relative_to else folder), "state": state}
@@ -142,7 +145,7 @@ def read_rows(folders: Sequence[Path], relative_to: Path | None = None) -> tuple
         | {"error": row["error"]}
         for row, chosen in zip(rows, varying, strict=True)
     ]
-    return rows, "minimize" if monitors and monitors <= set(LOWER_IS_BETTER) else "maximize"
+    return rows, "minimize" if higher_is_better == {False} else "maximize"
 
 
 def objective_columns(values: Sequence[float | None]) -> Row:

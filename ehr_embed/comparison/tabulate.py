@@ -149,6 +149,10 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     for name in chosen:
         if name not in known:
             raise unknown_name("metric", name, sorted(known))
+    if alone := [str(run) for run in runs if read_metrics(run).get("held_out", {}).get("n_subjects") == 1]:
+        notes.append(
+            f"held_out of {len(alone)} runs is one subject, so nothing tells how they do on others: {', '.join(alone)}"
+        )
     folds = [_folds(members) for members in grouped.values()]
     notes += _check_samples(folds)
     groups = [
@@ -172,7 +176,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     if "n_parameters" in found:
         found["model_mib"] = found["n_parameters"] * BYTES_A_PARAMETER / 2**20
     for part, entries in metrics.items():
-        if part != "train" and isinstance(entries, Mapping):
+        if part not in ("train", "monitor") and isinstance(entries, Mapping):
             found |= {f"{part}/{name}": entry for name, entry in entries.items() if isinstance(entry, int | float)}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 

@@ -2,93 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra.utils
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 from torch import nn
 
+from ehr_embed.config.targets import (
+    STORED,
+    check_own,
+    check_plain,
+    check_stored_node,
+    not_found,
+    own_object,
+    source_writes,
+)
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.moved import new_name, renamed
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.protocol import ReadsVocabulary
 
-ALLOWED_PREFIXES = ("ehr_embed.", "torch.nn.", "torch.optim.", "optuna.samplers.", "optuna.pruners.")
-"""Not all of torch: `torch.load` and `torch.hub.load` run what they are given."""
-STORED_PREFIXES = {
-    "model": ("ehr_embed.models.", "torch.nn."),
-    "task": ("ehr_embed.tasks.",),
-    "embedder": ("ehr_embed.embedders.",),
-    "source": ("ehr_embed.sources.",),
-}
-"""What the groups of a configuration that came with a checkpoint may build: less than one's own command line."""
-
-
-def targets(config: Any) -> Iterator[str]:
-    """Every `_target_` in a config, at any depth.
-
-    >>> list(targets({"_target_": "a.B", "inner": [{"_target_": "c.D"}]}))
-    ['a.B', 'c.D']
-    """
-    if isinstance(config, DictConfig | ListConfig):
-        config = OmegaConf.to_container(config, resolve=False)
-    if isinstance(config, dict):
-        if "_target_" in config:
-            yield str(config["_target_"])
-        for value in config.values():
-            yield from targets(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from targets(value)
-
-
-def check_targets(config: Any, allowed: Sequence[str]) -> None:
-    """Refuse targets that are not of an allowed package, by their name or by where what they name is defined.
-
-    `ehr_embed.core.files.os.system` begins with an allowed prefix, and is defined elsewhere.
-
-    Args:
-        config: resolved, since an interpolation may bring a target with it.
-        allowed: prefixes that end with a dot.
-
-    Raises:
-        UserError: naming the first such target.
-    """
-    if hidden := [text for text in _strings(config) if "${" in text]:
-        raise UserError(
-            f"{hidden[0]!r} would be resolved after its _target_ was looked for, and may bring another one. Write the value itself."
-        )
-    for target in targets(config):
-        if target.startswith(tuple(allowed)) and _is_defined_in(target, tuple(allowed)):
-            continue
-        raise UserError(
-            f"_target_={target} is outside the trusted packages ({', '.join(allowed)}), and building it would run its "
-            "code. If it is yours, type: trusted_packages=[PACKAGE]"
-        )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-def _is_defined_in(target: str, allowed: tuple[str, ...]) -> bool:
-    try:
-        found = hydra.utils.get_object(target)
-    except (ImportError, ValueError) as error:
-        raise _not_found(target, error) from error
-    return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(allowed)
+MEDS = "ehr_embed.sources.meds.MedsSource"
+"""What reads the dataset that an import left."""
 
 
 def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
-    """A group of a configuration that came with a checkpoint, once it is known to name members of that group only.
+    """Return a group of a configuration that came with a checkpoint, once it is known to name members of that group only.
 
     Its own `trusted_packages` are the word of whoever wrote it, and count for nothing.
 
@@ -98,16 +41,45 @@ def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] =
         trusted: further packages that the user who opens it trusts.
 
     Raises:
-        UserError: as `check_targets`.
+        UserError: as `check_stored_node`.
     """
-    stored = OmegaConf.create(dict(config))
-    node: DictConfig = stored.data.source if group == "source" else stored[group]
-    check_targets(OmegaConf.to_container(node, resolve=True), STORED_PREFIXES[group] + _prefixes(trusted))
-    return node
+    # What was checked is what is built.
+    return OmegaConf.create(check_stored_node(stored_node(config, group), group, tuple(trusted)))
 
 
-def _prefixes(packages: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{package.rstrip('.')}." for package in packages)
+def stored_node(config: Mapping[str, Any], group: str) -> Any:
+    """Return the plain values of a group of a stored configuration, None where it has none.
+
+    Raises:
+        UserError: the group holds something else than plain values.
+    """
+    node: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+    for part in STORED[group].node.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return check_plain({group: node})[group]
+
+
+def instantiate_stored_source(config: Mapping[str, Any], trusted: Sequence[str] = ()) -> Any:
+    """Return the source of a configuration that came with a checkpoint, opened for reading.
+
+    A source that imports a corpus could write where the configuration says. In its place the MEDS dataset at its `root` is read,
+    where there is one.
+
+    Raises:
+        UserError: the configuration names no source of this package or of `trusted`, or one that writes and whose dataset is not
+            at its `root`.
+    """
+    node = stored_node(config, "source")
+    if isinstance(node, Mapping) and "_target_" in node and source_writes(node["_target_"], tuple(trusted)):
+        root = node.get("root")
+        if not isinstance(root, str) or not (Path(root).expanduser() / "data").is_dir():
+            raise UserError(
+                f"this run's source, {node['_target_']}, imports a corpus, and a stored configuration may not write. Where its "
+                "MEDS dataset lies now is not known. Type: data.root=DIR"
+            )
+        kept = {key: node[key] for key in ("root", "splits", "split_column") if key in node}
+        return instantiate(OmegaConf.create({"_target_": MEDS, **kept}))
+    return instantiate(check_stored(config, "source", trusted), trusted=trusted)
 
 
 def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: Any) -> Any:
@@ -119,18 +91,19 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         sizes: build-time arguments (embedding_dim, num_classes, ...).
 
     Raises:
-        UserError: a target outside the allowed prefixes, or arguments the target does not take or of the wrong type.
+        UserError: a target that is not allowed, or arguments the target does not take or of the wrong type.
     """
-    allowed = ALLOWED_PREFIXES + _prefixes(trusted)
-    plain = renamed(OmegaConf.to_container(config, resolve=True))
-    check_targets(plain, allowed)
-    _check_types(config)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(resolved, dict) or "_target_" not in resolved:
+        raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
+    plain = check_own(resolved, tuple(trusted))
+    _check_types(config, own_object(plain["_target_"], tuple(trusted)))
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
     # instantiated too.
     try:
         build = hydra.utils.instantiate(OmegaConf.create(plain), _partial_=True, _convert_="all")
     except InstantiationException as error:
-        raise _not_found(config.get("_target_"), error) from error
+        raise not_found(config.get("_target_"), error) from error
     try:
         return build(**sizes)
     except TypeError as error:
@@ -164,16 +137,14 @@ def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) 
     return instantiate(config, trusted=trusted)
 
 
-def _check_types(config: DictConfig) -> None:
+def _check_types(config: DictConfig, target: Any) -> None:
     """Compare the keys of a config with the annotations of its target, before the target trips over them.
 
     Raises:
         UserError: naming the first key whose value has another type.
     """
     try:
-        hints = get_type_hints(_constructor(hydra.utils.get_object(new_name(str(config.get("_target_"))))))
-    except (ImportError, ValueError) as error:
-        raise _not_found(config.get("_target_"), error) from error
+        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
     except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
         return
     for key, value in OmegaConf.to_container(config, resolve=True).items():  # type: ignore[union-attr]
@@ -189,23 +160,10 @@ def _check_types(config: DictConfig) -> None:
             raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error
 
 
-def _constructor(target: Any) -> Any:
-    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-
-
-def _not_found(target: object, error: Exception) -> UserError:
-    cause = error.__cause__ or error
-    if isinstance(cause, ModuleNotFoundError) and cause.name and (now := new_name(cause.name)) != cause.name:
-        return UserError(
-            f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
-        )
-    return UserError(f"cannot find {target}: {error.__cause__ or error}. Check _target_.")
-
-
 def build_model(
     config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
 ) -> nn.Module:
-    """The model of a configuration, for events of `vocabulary`.
+    """Return the model of a configuration, for events of `vocabulary`.
 
     Raises:
         UserError: as `instantiate`.

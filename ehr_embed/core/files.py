@@ -215,20 +215,6 @@ def digest(value: Any, length: int = 16) -> str:
     return hashlib.sha256(encoded).hexdigest()[:length]
 
 
-FOOTER_BYTES = 1 << 16
-
-
-def tail_digest(path: Path) -> str:
-    """A file's size and the digest of its last 64 KiB, a cheap fingerprint of large files.
-
-    A parquet footer holds row counts, sizes and statistics of every column, so any rewrite of the data shows there.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        handle.seek(max(0, size - FOOTER_BYTES))
-        return f"{size}:{hashlib.sha256(handle.read()).hexdigest()[:16]}"
-
-
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as handle:

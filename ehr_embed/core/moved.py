@@ -97,7 +97,7 @@ MODULES = {
     "store": "data.store",
     "subgroups": "evaluation.subgroups",
     "table": "embedding.table",
-    "tasks.directions": "evaluation.directions",
+    "tasks.directions": "evaluation.metric",
     "tasks.labels": "data.labels",
     "texts": "sources.code_texts",
     "trainer": "training.trainer",

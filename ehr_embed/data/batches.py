@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, ragged_arange
-from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
-MICROSECONDS_PER_DAY = 86_400_000_000
 HOST = torch.device("cpu")
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
@@ -124,6 +124,7 @@ class BatchDataset(_OnDevice):
     """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
+        check_boundary(events, samples)
         self.events = events
         self.samples = samples
 
@@ -151,6 +152,7 @@ class PackedDataset(_OnDevice):
     """
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
+        check_boundary(events, samples)
         self.events, self.samples = events, samples
         n_rows = int(row[-1]) + 1
         self.first = np.searchsorted(row, np.arange(n_rows + 1))
@@ -284,8 +286,8 @@ def padded_length(lengths: Any) -> Any:
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     """Index arrays of batches whose samples have similar lengths.
 
-    A batch holds at most `batch_size` samples and, padded, at most `batch_tokens` events. With `shuffle` the samples are
-    shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
+    A batch holds at most `batch_size` samples (None = any number) and, padded, at most `batch_tokens` events. With `shuffle` the
+    samples are shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
     from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
     where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
 
@@ -297,14 +299,14 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self,
         lengths: npt.NDArray[np.int64],
         *,
-        batch_size: int,
+        batch_size: int | None,
         batch_tokens: int,
         shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise UserError(f"trainer.batch_size={batch_size}: expected 1 or more samples.")
         self.padded = padded_length(lengths)
         if len(lengths) and self.padded.max() > batch_tokens:
@@ -332,7 +334,8 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         if not self.shuffle:
             return self._cut(np.argsort(self.padded, kind="stable"))
         rng = np.random.default_rng([self.seed, self.epoch])
-        order, group = rng.permutation(n), BUCKET_BATCHES * self.batch_size
+        in_batch = self.batch_size or max(1, int(self.batch_tokens * n // max(1, self.padded.sum())))
+        order, group = rng.permutation(n), BUCKET_BATCHES * in_batch
         groups = [order[i : i + group] for i in range(0, n, group)]
         batches = [batch for part in groups for batch in self._cut(part[np.argsort(self.padded[part], kind="stable")])]
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -347,7 +350,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
             return []
         run_starts = np.flatnonzero(np.diff(padded, prepend=-1))
         run_stops = np.append(run_starts[1:], n)
-        sizes = np.minimum(self.batch_size, self.batch_tokens // padded[run_starts])
+        sizes = np.minimum(self.batch_size or n, self.batch_tokens // padded[run_starts])
         stops, start = [], 0
         for run_start, run_stop, size in zip(run_starts.tolist(), run_stops.tolist(), sizes.tolist(), strict=True):
             if run_start - start >= size:  # the open batch cannot take a sample of this length

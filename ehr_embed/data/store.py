@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +18,17 @@ from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
+from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
 from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
 
+log = logging.getLogger(__name__)
 FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: below every real one, so it sorts first and is always visible."""
+MICROSECONDS_PER_DAY = 86_400_000_000
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 
@@ -108,13 +114,19 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     counts = np.zeros(len(vocabulary), np.int64)
     with atomic_directory(folder) as temporary:
         writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
+        n_by_split: Counter[str] = Counter()
         for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
-            for split, part in by_split(source.read(shard)):
+            events = source.read(shard)
+            n_by_split.update(dict(events["split"].value_counts().iter_rows()))
+            refuse_near_misses(n_by_split, where=source.name)
+            for split, part in by_split(events):
                 token_ids = writers[split].append(part, vocabulary)
                 if split == "train":
                     counts += np.bincount(token_ids, minlength=len(counts))
                 # or else it lies in memory beside the next shard
                 del part, token_ids
+            del events
+        check_split_names(n_by_split, where=source.name, of="events")
         vocabulary = vocabulary.with_counts(counts)
         vocabulary.save(temporary)
         manifest = {
@@ -189,6 +201,18 @@ def joined(parts: list[SplitEvents]) -> SplitEvents:
     return SplitEvents(**arrays, offsets=np.cumsum(sizes))  # type: ignore[arg-type]
 
 
+def n_doubled(events: pl.DataFrame) -> int:
+    """Count the events that are exact copies of another one: same subject, time, code and number.
+
+    Rows are compared by 64-bit hashes: of 10^8 rows about one in 4,000 counts is off by one.
+
+    >>> events = {"subject_id": [1, 1, 1], "time": [None] * 3, "code": ["A", "A", "A"], "numeric_value": [1.0, 1.0, None]}
+    >>> n_doubled(pl.DataFrame(events))
+    1
+    """
+    return len(events) - events.select("subject_id", "time", "code", "numeric_value").hash_rows().n_unique()
+
+
 def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
     """A row a subject, in order of appearance: subject_id, n_events, birth_time (microseconds, `STATIC_TIME` if unknown).
 
@@ -239,12 +263,14 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
     """
     found, expected = source.fingerprint(), store.manifest["source"]
     for file in sorted({*found, *expected}):
-        if found.get(file) != expected.get(file):
+        if not is_same(found.get(file), expected.get(file)):
             raise UserError(
                 f"{store.folder} was built from other data: {file} was {expected.get(file, 'absent')}, now "
                 f"{found.get(file, 'absent')}. Its vocabulary and events would not fit. "
                 f"{REBUILD}"
             )
+    if any(is_of_earlier_version(found[file], expected[file]) for file in found):
+        log.warning(EARLIER_VERSION, store.folder)
 
 
 class _SplitWriter:
@@ -256,7 +282,7 @@ class _SplitWriter:
         keys = [key for key in DTYPES if key != "values" or has_values]
         self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
         self.subjects = [pl.DataFrame(schema=dict.fromkeys(("subject_id", "n_events", "birth_time"), pl.Int64))]
-        self.n_unknown = 0
+        self.n_unknown = self.n_doubled = 0
 
     def append(self, events: pl.DataFrame, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
         """Write events; their token ids."""
@@ -266,6 +292,7 @@ class _SplitWriter:
                 self.files[key].write(np.ascontiguousarray(array, DTYPES[key]).data)
         self.subjects.append(subject_rows(events))
         self.n_unknown += int((token_ids == UNKNOWN).sum())
+        self.n_doubled += n_doubled(events)
         return token_ids
 
     def finish(self) -> dict[str, int]:
@@ -275,4 +302,6 @@ class _SplitWriter:
         for name, array in arrays.items():
             np.save(self.folder / f"{name}.npy", array)
         n_subjects = len(arrays["subject_ids"])
-        return {"n_subjects": n_subjects, "n_events": int(arrays["offsets"][-1]), "n_unknown": self.n_unknown}
+        n_events = int(arrays["offsets"][-1])
+        counts = {"n_subjects": n_subjects, "n_events": n_events, "n_unknown": self.n_unknown}
+        return counts | {"n_doubled": self.n_doubled}

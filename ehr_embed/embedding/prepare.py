@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ehr_embed.core.files import digest, file_sha256, locked, remove_leftovers
+from ehr_embed.core.fingerprints import known_fingerprints
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder
@@ -56,7 +58,7 @@ def prepare(
         UserError: the store was built from other data (unless `overwrite`), or anything the parts refuse.
     """
     folder = store_folder(cache_dir, source, settings)
-    with locked(folder.with_suffix(".lock"), f"building {folder}"):
+    with locked(folder.with_suffix(".lock"), f"building {folder}"), known_fingerprints(cache_dir):
         remove_leftovers(folder.parent, f"{folder.name}.")
         remove_leftovers(folder)
         if overwrite or not (folder / "manifest.json").exists():
@@ -103,6 +105,13 @@ def report(store: EventStore, min_text_coverage: float) -> None:
             sizes["n_subjects"],
             sizes["n_events"],
             sizes["n_unknown"],
+        )
+        say_or_refuse(
+            sizes.get("n_doubled", 0),  # stores of earlier versions did not count them
+            sizes["n_events"],
+            f"events of {split} are exact copies of another one (subject, time, code and number), and count as events of their own",
+            remedy="If your ETL wrote rows twice, drop them: polars.read_parquet(SHARD).unique(maintain_order=True).",
+            refused_from=ONLY_SAID,
         )
     readable = found["text_coverage"]["events"]["readable"]
     if 1 - readable < min_text_coverage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from ehr_embed.core.manifest import REBUILD
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.vector_cache import embed_texts
 
+log = logging.getLogger(__name__)
+LARGEST = torch.finfo(torch.float16).max
+SMALLEST = torch.finfo(torch.float16).smallest_normal
+"""Numbers below it lose digits in float16."""
+
 
 def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Tensor:
     """(V, E) float32; row 0, padding, is zero and its text is not embedded."""
@@ -26,10 +32,32 @@ def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Ten
 
 
 def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
-    """Write the table as float16 safetensors; its metadata, `about` and the vectors' sha256, are its manifest."""
-    vectors = table.half().contiguous()
+    """Write the table as safetensors, in float16 where that holds the vectors; its metadata, `about` and the vectors' sha256, are
+    its manifest."""
+    vectors = as_stored(table).contiguous()
+    if vectors.dtype != torch.float16:
+        log.warning(
+            "%s: vectors up to %.3g do not fit float16 (%.0e to %.0f), so the table is kept in float32 and takes twice the space. "
+            "Models bring vectors to unit variance anyway: let the embedder scale them to a norm of 1",
+            path,
+            float(table.abs().max()),
+            SMALLEST,
+            LARGEST,
+        )
     with atomic_path(path) as temporary:
         save_file({"embeddings": vectors}, temporary, metadata=about | {"sha256": _sha256(vectors, about)})
+
+
+def as_stored(vectors: Tensor) -> Tensor:
+    """Return vectors as a table on disk holds them: float16, or float32 where a number would become infinite or all of them
+    would lose digits.
+
+    >>> as_stored(torch.tensor([1.0])).dtype, as_stored(torch.tensor([1e5])).dtype, as_stored(torch.tensor([1e-6])).dtype
+    (torch.float16, torch.float32, torch.float32)
+    """
+    largest = float(vectors.abs().max()) if vectors.numel() else 0.0
+    fits = largest == 0 or SMALLEST <= largest <= LARGEST
+    return vectors.half() if fits else vectors.float()
 
 
 def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[str, str]]:

@@ -10,8 +10,16 @@ import numpy.typing as npt
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation.bootstrap import Booleans, Floats, Integers, Ranking, SubjectBootstrap
+from ehr_embed.evaluation.cells import MANY_SAMPLES, Cells
+from ehr_embed.evaluation.metric import Metric
 
-METRICS = ("auroc", "auprc", "f1", "accuracy", "precision", "recall", "brier", "ece")
+CLASS_METRICS = (
+    *(Metric(name, is_higher_better=True) for name in ("auroc", "auprc", "f1", "accuracy", "precision", "recall")),
+    *(Metric(name, is_higher_better=False) for name in ("brier", "ece", "loss")),
+)
+METRICS = tuple(metric.name for metric in CLASS_METRICS)
+LEAST_PROBABILITY = float(np.finfo(np.float64).eps)
+"""What a probability of 0 counts as in the loss, as in scikit-learn: a model that is sure and wrong has a finite loss."""
 
 
 def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -31,6 +39,20 @@ def with_interval(entry: Mapping[str, float | None]) -> str:
     """
     tail = "" if entry["low"] is None else f" [{entry['low']:.3f}, {entry['high']:.3f}]"
     return f"{entry['value']:.3f}{tail}"
+
+
+def intervals_missing(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each split of `metrics` (split -> its metrics) that has no intervals because it is one subject.
+
+    >>> intervals_missing({"tuning": {"n_subjects": 1, "n": 40}, "held_out": {"n_subjects": 9, "n": 9}})
+    ['All 40 samples of tuning are of one subject: nothing tells how the metrics vary between subjects, hence no intervals.']
+    """
+    return [
+        f"All {own['n']:,} samples of {split} are of one subject: nothing tells how the metrics vary between subjects, hence "
+        "no intervals."
+        for split, own in metrics.items()
+        if isinstance(own, Mapping) and own.get("n_subjects") == 1
+    ]
 
 
 def check_binary(
@@ -126,7 +148,9 @@ def binary_metrics(
     AUROC, AUPRC (scikit-learn's average precision), F1, accuracy, precision, recall and Brier score equal
     scikit-learn's; precision and F1 are 0 where nothing is predicted or present. ECE is the expected calibration error
     of the positive class: 10 equal-width bins, mean absolute gap between mean probability and observed rate,
-    weighted by samples. It is an absolute value, so resampling noise pushes it up and its interval may lie above it.
+    weighted by samples. It is an absolute value, so resampling noise pushes it up and its interval may lie above it. The loss is
+    the mean negative log likelihood of the labels, in nats; every sample counts once, whatever the class weights and label
+    smoothing of training, so that runs with different ones can be compared.
 
     A replicate that drew a single class is left out of the AUROC, AUPRC and recall intervals. With one sample a
     subject and k positive subjects, about one in e^k is: 1 of 150 for k = 5, none of 1000 to speak of from k = 10.
@@ -139,8 +163,8 @@ def binary_metrics(
         n_bootstrap: replicates; 0 gives point values only, at the cost of one sort.
 
     Returns:
-        Each of `METRICS` -> {"value", "low", "high"}, low and high None without replicates; and "n", "n_subjects",
-        "prevalence", "threshold". Ready for JSON.
+        Each of `METRICS` -> {"value", "low", "high"}, low and high None without replicates or of one subject; and "n",
+        "n_subjects", "prevalence", "threshold". Ready for JSON.
 
     Raises:
         UserError: see `check_binary`.
@@ -152,7 +176,7 @@ def binary_metrics(
     """
     y, p = check_binary(labels, probabilities, split_name=split_name)
     bootstrap = SubjectBootstrap.of(subject_ids, n_samples=len(y), n_bootstrap=n_bootstrap, seed=seed)
-    replicates = _binary_replicates(bootstrap, y, p, p >= threshold)
+    replicates = _binary_replicates(bootstrap, y, p, p >= threshold, is_alone=True)
     return summaries(replicates, confidence) | _binary_facts(bootstrap, y, threshold)
 
 
@@ -277,18 +301,34 @@ def multilabel_metrics(
     return summaries(_mean_replicates(replicates), confidence) | facts
 
 
-def _binary_replicates(bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans) -> dict[str, Floats]:
-    """Every metric in every replicate: name -> (1 + n_bootstrap,), NaN where undefined."""
-    ranking = Ranking.fit(y, p)
-    subject = bootstrap.subject[ranking.order]
-    ones = np.ones(len(y))
-    columns = [bootstrap.totals(values) for values in (ones, y, predicted, y & predicted, (p - y) ** 2)]
-    table = np.column_stack([*columns, bootstrap.calibration_totals(p, y)])
+def _binary_replicates(
+    bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans, *, is_alone: bool = False
+) -> dict[str, Floats]:
+    """Every metric in every replicate: name -> (1 + n_bootstrap,), NaN where undefined.
+
+    Args:
+        is_alone: no other metric needs the same draws.
+    """
+    values = (np.ones(len(y)), y, predicted, y & predicted, (p - y) ** 2, log_loss(np.where(y, p, 1 - p)))
     areas, sums = [], []
-    for weights in bootstrap.weights():
-        areas.append(ranking.areas(np.take(weights, subject, axis=1)))
-        sums.append(weights @ table)
-    n, n_positive, n_predicted, n_both, squares, *gaps = np.concatenate(sums).T
+    if len(y) > MANY_SAMPLES:
+        cells = Cells.fit(y, p, predicted)
+        means = cells.calibration_means(p, y)
+        table = np.column_stack([*(cells.mean(column) for column in values), means])
+        for weights in cells.own_weights(bootstrap) if is_alone else cells.weights(bootstrap):
+            areas.append(cells.ranking.areas(weights))
+            sums.append(weights @ table)
+        for area, exact in zip(areas[0], cells.of_data, strict=True):
+            area[0] = exact
+    else:
+        ranking = Ranking.fit(y, p)
+        subject = bootstrap.subject[ranking.order]
+        totals = bootstrap.calibration_totals(p, y)
+        table = np.column_stack([*(bootstrap.totals(column) for column in values), totals])
+        for weights in bootstrap.weights():
+            areas.append(ranking.areas(np.take(weights, subject, axis=1)))
+            sums.append(weights @ table)
+    n, n_positive, n_predicted, n_both, squares, losses, *gaps = np.concatenate(sums).T
     n_wrong = n_positive + n_predicted - 2 * n_both
     with np.errstate(invalid="ignore"):
         recall = n_both / n_positive
@@ -301,21 +341,39 @@ def _binary_replicates(bootstrap: SubjectBootstrap, y: Booleans, p: Floats, pred
         "recall": recall,
         "brier": squares / n,
         "ece": np.abs(gaps).sum(axis=0) / n,
+        "loss": losses / n,
     }
 
 
 def _top_label_replicates(
     bootstrap: SubjectBootstrap, y: Integers, p: Floats, predicted: Integers
 ) -> dict[str, Floats]:
-    """Accuracy, Brier score and top-label ECE of exclusive classes in every replicate."""
+    """Accuracy, Brier score, loss and top-label ECE of exclusive classes in every replicate."""
     correct = predicted == y
     rows = np.arange(len(y))
     # Sum over classes of (p - onehot)^2, without building the one-hot matrix.
     squares = (p**2).sum(axis=1) - 2 * p[rows, y] + 1
-    columns = [bootstrap.totals(values) for values in (np.ones(len(y)), correct, squares)]
+    losses = log_loss(p[rows, y])
+    columns = [bootstrap.totals(values) for values in (np.ones(len(y)), correct, squares, losses)]
     table = np.column_stack([*columns, bootstrap.calibration_totals(p[rows, predicted], correct)])
-    n, n_correct, total_squares, *gaps = np.concatenate([weights @ table for weights in bootstrap.weights()]).T
-    return {"accuracy": n_correct / n, "brier": total_squares / n, "ece": np.abs(gaps).sum(axis=0) / n}
+    n, n_correct, total_squares, total_losses, *gaps = np.concatenate(
+        [weights @ table for weights in bootstrap.weights()]
+    ).T
+    return {
+        "accuracy": n_correct / n,
+        "brier": total_squares / n,
+        "ece": np.abs(gaps).sum(axis=0) / n,
+        "loss": total_losses / n,
+    }
+
+
+def log_loss(probabilities: Floats) -> Floats:
+    """Return the negative log likelihood of labels to which a model gave `probabilities`, in nats.
+
+    >>> log_loss(np.array([1.0, 0.5, 0.0])).round(2).tolist()
+    [0.0, 0.69, 36.04]
+    """
+    return -np.log(np.clip(probabilities, LEAST_PROBABILITY, None)) + 0.0
 
 
 def _mean_replicates(members: Sequence[dict[str, Floats]]) -> dict[str, Floats]:

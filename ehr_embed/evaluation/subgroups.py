@@ -16,6 +16,8 @@ from ehr_embed.evaluation.metrics import binary_metrics
 
 MIN_SUBJECTS = 20
 """Of smaller groups nothing is told: a metric would be noise, and a group of a few may be somebody."""
+MAX_CODES = 50
+"""Static codes that are evaluated, those with most subjects: of 10,000 codes the rest would cost hours, and nobody reads them."""
 AGE_BANDS = (("0 to 17", 0), ("18 to 39", 18), ("40 to 64", 40), ("65 to 79", 65), ("80 and older", 80))
 DAYS_PER_YEAR = 365.25
 
@@ -43,8 +45,9 @@ def subgroups(
     *,
     threshold: float,
     n_bootstrap: int,
-) -> list[Subgroup]:
-    """Metrics of every group: age bands first, then static codes by name.
+) -> tuple[list[Subgroup], int]:
+    """Return the metrics of every age band and of the `MAX_CODES` static codes with most subjects, by name, and the number of
+    static codes left out.
 
     Args:
         vocabulary: of the events.
@@ -55,8 +58,8 @@ def subgroups(
         n_bootstrap: replicates of the intervals.
     """
     found = []
-    members = age_bands(samples) | static_codes(vocabulary, events, samples)
-    for name, is_member in members.items():
+    codes, n_left_out = static_codes(vocabulary, events, samples)
+    for name, is_member in (age_bands(samples) | codes).items():
         ids, labels = samples.subject_ids[is_member], samples.labels[is_member]
         if len(np.unique(ids)) < MIN_SUBJECTS:
             found.append(Subgroup(name, None, None))
@@ -72,21 +75,38 @@ def subgroups(
                 split_name=name,
             )
         found.append(Subgroup(name, len(labels), metrics))
-    return found
+    return found, n_left_out
 
 
-def static_codes(vocabulary: Vocabulary, events: SplitEvents, samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:
-    """Members (n,) by the name of each static token, a code's value bins apart; a code that all samples have is no group."""
+def static_codes(
+    vocabulary: Vocabulary, events: SplitEvents, samples: Samples
+) -> tuple[dict[str, npt.NDArray[np.bool_]], int]:
+    """Return the members (n,) of the `MAX_CODES` static tokens with most subjects by name, and the number of tokens left out.
+
+    A code's value bins are apart. A code that all samples have is no group.
+    """
     n_static = samples.static_stop - samples.static_start
     sample_N = np.repeat(np.arange(len(samples)), n_static)
     token_N = events.token_ids[ragged_arange(samples.static_start, n_static)]
-    members, strings = {}, vocabulary.strings
-    for token in np.unique(token_N):
-        is_member = np.zeros(len(samples), bool)
-        is_member[sample_N[token_N == token]] = True
-        if token != UNKNOWN and not is_member.all():
-            members[strings[token]] = is_member
-    return dict(sorted(members.items()))
+    # One number per token and sample that has it, sorted by token.
+    key = np.unique(token_N.astype(np.int64) * len(samples) + sample_N)
+    tokens, first = np.unique(key // len(samples), return_index=True)
+    of_token = [
+        key[start:stop] % len(samples)
+        for start, stop in zip(first, np.r_[first[1:], len(key)][: len(first)], strict=True)
+    ]
+    groups = {
+        int(token): members
+        for token, members in zip(tokens, of_token, strict=True)
+        if token != UNKNOWN and len(members) < len(samples)
+    }
+    n_subjects = {token: len(np.unique(samples.subject_ids[members])) for token, members in groups.items()}
+    largest = sorted(groups, key=lambda token: -n_subjects[token])[:MAX_CODES]
+    found, strings = {}, vocabulary.strings
+    for token in largest:
+        found[strings[token]] = np.zeros(len(samples), bool)
+        found[strings[token]][groups[token]] = True
+    return dict(sorted(found.items())), len(groups) - len(found)
 
 
 def age_bands(samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:

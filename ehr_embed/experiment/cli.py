@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, write_failure
+from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
 from ehr_embed.search.plugin import register
 
@@ -41,7 +42,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        print(f"error: {explain(error, config_name, sys.argv[1:])}", file=sys.stderr)
+        print(f"error: {masked(explain(error, config_name, sys.argv[1:]))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # of a library's own files: what the package writes has its line already
         if wants_traceback or write_failure(error) is None:

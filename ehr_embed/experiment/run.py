@@ -52,6 +52,7 @@ from ehr_embed.sources.hidden_codes import HiddenCodes
 from ehr_embed.sources.protocol import Source
 from ehr_embed.sources.renamed import RenamedSource
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
@@ -225,7 +226,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         return float(done["tuning"][task.monitor]["value"])
     use_threads_of_run(settings, processes, found.threads)  # before the embedding, which takes a CPU too
     source, prepared = processes.first(lambda: prepare_from(cfg))
-    task.setup(prepared.store, source.labels_dir, cfg.model.max_length)
+    set_up(task, prepared.store, source.labels_dir, cfg.model.max_length)
     audited = processes.on_first(lambda: audit(prepared.store, task.samples, task.class_names, mode=cfg.audit))
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, prepared.store.vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
@@ -298,6 +299,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         def conclude() -> float:
             history = facts.pop("history")
             metrics = evaluate(task, outputs, n_bootstrap=settings.n_bootstrap)
+            metrics["monitor"] = {"name": task.monitor, "is_higher_better": task.is_higher_better}
             metrics["train"] = facts | {"embedding_seconds": prepared.embedding_seconds}
             metrics["train"]["total_seconds"] = time.perf_counter() - began + (start.seconds if start else 0)
             if not is_trained and init_from is not None and (share := kept(init_from, metrics["held_out"])):

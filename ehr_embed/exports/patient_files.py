@@ -21,6 +21,7 @@ from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder
 from ehr_embed.exports.vocab_pt import write_vocabulary
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.set_up import set_up
 
 log = logging.getLogger(__name__)
 ID_BYTES, FILE_BYTES = 8, 2000
@@ -49,7 +50,7 @@ class PatientFilesExport:
 
     def write(self, prepared: Prepared, task: Task, labels_dir: Path) -> None:
         folder = export_folder(self.dir)
-        task.setup(prepared.store, labels_dir, self.max_length or WHOLE_RECORD)
+        set_up(task, prepared.store, labels_dir, self.max_length or WHOLE_RECORD)
         table = as_stored(prepared.table, self.dtype)
         self._announce(folder, prepared, task.samples, table)
         if prepared.store.manifest["has_values"]:

@@ -19,19 +19,29 @@ from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
+from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.table import as_stored
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
-from ehr_embed.inference.trained_run import nothing_to_predict, open_run, samples_to_predict, times_to_predict
+from ehr_embed.inference.trained_run import (
+    nothing_to_predict,
+    open_run,
+    samples_to_predict,
+    say_static_only,
+    times_to_predict,
+)
 from ehr_embed.models.protocol import ReadsVocabulary
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
@@ -109,7 +119,7 @@ class Predictor:
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Probabilities of the classes, in float32 arithmetic.
+        """Return probabilities of the classes, in the precision that the run was evaluated in where this device is fast at it.
 
         Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
         dataset where these matter. Of a long record the last `model.max_length` events are seen.
@@ -169,13 +179,15 @@ class Predictor:
         asked = None if labels is None else read_labels(labels, source.labels_dir).frame
         if asked is not None:
             asked = asked.with_columns(pl.int_range(pl.len()).alias(ROW))
-        frames = []
+        frames, unseen, n_subjects = [], UnseenRecords(), 0
         for events in self._chunks(source, new, split):
             times = times_to_predict(events, asked)
+            n_subjects += len(events.subject_ids)
             if not len(times):
                 continue
             none = np.zeros(len(times), np.int64)
             samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+            unseen.add(events, samples)
             found = self._predict(events, samples, new.vocabulary, new.embedding)
             columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
             keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
@@ -183,6 +195,11 @@ class Predictor:
         if not frames:
             raise nothing_to_predict()
         result = pl.concat(frames)
+        unseen.say(f"labels {labels}")
+        if asked is None:
+            say_static_only(n_subjects - len(result), n_subjects)
+        elif len(result) < len(asked):
+            log.info("%d of the %d rows of labels %s are of the subjects asked for", len(result), len(asked), labels)
         return result if asked is None else result.sort(ROW).drop(ROW)
 
     def _open(self, root: str, split: str | None, lookups: Sequence[str]) -> tuple[MedsSource, NewCodes]:
@@ -219,9 +236,10 @@ class Predictor:
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         result = np.empty((len(samples), len(self.class_names)))
-        with self._reading(vocabulary):
+        precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
+        with self._reading(vocabulary), precision:
             for rows in batches:
-                logits = self.run.model(embedding.inputs(dataset[rows].to(self.device)))
+                logits = logits_of(self.run.model, embedding.inputs(dataset[rows].to(self.device)))
                 result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
 
@@ -292,7 +310,7 @@ class Predictor:
             return torch.zeros(len(texts), self.run.embedding.table.shape[1])
         embedder = self._embedder
         try:
-            return torch.from_numpy(embedder.embed(texts)).half().float()
+            return as_stored(torch.from_numpy(embedder.embed(texts))).float()
         finally:
             embedder.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import polars as pl
 import torch
 from torch import nn
 
-from ehr_embed.config.instantiate import build_model, check_stored, trainable_of
+from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
@@ -23,6 +27,9 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+from ehr_embed.sources.protocol import Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class TrainedRun:
         embedding: the vectors of its tokens, as they were learned if they were.
         vocabulary: codes to tokens.
         class_names: what it predicts, in the order of its outputs; empty where it predicts events.
+        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
     """
 
     config: dict[str, Any]
@@ -42,6 +50,7 @@ class TrainedRun:
     embedding: EventEmbedding
     vocabulary: Vocabulary
     class_names: list[str]
+    precision: str | None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -67,7 +76,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
     table, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
-    config: dict[str, Any] = checkpoint["config"]
+    config = check_plain(checkpoint["config"], f"the configuration in {path}")
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
@@ -80,7 +89,18 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         embedding=embedding.requires_grad_(False),
         vocabulary=vocabulary,
         class_names=checkpoint["class_names"],
+        precision=checkpoint.get("precision"),
     )
+
+
+def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
+    """Return the source of the dataset that a run was trained on, opened for reading.
+
+    Raises:
+        UserError: as `instantiate_stored_source`.
+    """
+    source: Source = instantiate_stored_source(run.config, trusted)
+    return source
 
 
 def device_named(name: str) -> torch.device:
@@ -105,12 +125,20 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
     """Records up to the prediction times of a label set, or up to each subject's last event; their labels are zeros.
 
     Raises:
-        UserError: no label belongs to a subject of the split, or no subject has a timed event.
+        UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
+            before every timed event.
     """
-    frame = times_to_predict(events, None if labels is None else read_labels(labels, labels_dir).frame)
+    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    frame = times_to_predict(events, asked)
+    if asked is None:
+        say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))
+    elif len(frame) < len(asked):
+        log.info("%d of the %d rows of labels %s are of the subjects asked for", len(frame), len(asked), labels)
     if not len(frame):
         raise nothing_to_predict()
-    return build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+    samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
+    say_unseen(events, samples, where=f"labels {labels}")
+    return samples
 
 
 def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
@@ -124,8 +152,19 @@ def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.Dat
     return frame.with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
 
 
+def say_static_only(n: int, of: int) -> None:
+    """Say how many of the subjects have static events only, and so no last event to predict at."""
+    say_or_refuse(
+        n,
+        of,
+        "subjects have static events only, so they have no last event to predict at, and are left out",
+        remedy="Give their prediction times: task.labels=NAME, or labels=NAME where futures are generated.",
+        refused_from=ONLY_SAID,
+    )
+
+
 def nothing_to_predict() -> UserError:
-    """Return what is said where a label set and a split have no subject in common."""
+    """Return the error for a label set and a split that have no subject in common."""
     return UserError(
         "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
     )

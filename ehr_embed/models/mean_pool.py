@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import unknown_name
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.body import EventInput
-from ehr_embed.models.heads import Pooling, check_classifies
+from ehr_embed.models.heads import LogitLinear, Pooling, check_classifies
 
 POOLINGS = ("mean", "max", "attention")
 
@@ -53,7 +53,7 @@ class MeanPool(nn.Module):
             nn.Linear(model_dim, model_dim),
             nn.GELU(),
             Dropout(dropout),
-            nn.Linear(model_dim, n_outputs),
+            LogitLinear(model_dim, n_outputs),
         )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:

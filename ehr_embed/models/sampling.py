@@ -12,7 +12,14 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
-from ehr_embed.models.heads import EventHead, ValueDistribution, time_edges
+from ehr_embed.models.heads import (
+    LOGITS_AT_ONCE,
+    N_TIME_BINS,
+    EventHead,
+    ValueDistribution,
+    time_edges,
+    token_logits,
+)
 
 SHORTEST_WAIT_DAYS = 1 / 86_400
 """A second: the least that the first event comes after the prediction time."""
@@ -26,8 +33,8 @@ class Sampling:
         n_samples: futures of each prompt.
         horizon_days: a future ends before its first event later than this after the prediction time.
         max_new_events: and after this many events.
-        temperature: of the token's distribution; 0 takes the most probable token, the middle of the most probable gap bin
-            and the mean value (greedy).
+        temperature: of the token's distribution, for the first event that given the silence; 0 takes the most probable token,
+            the middle of the most probable gap bin and the mean value (greedy).
         top_k: draw from this many most probable tokens only; None = all.
         top_p: draw from the most probable tokens that together reach this probability only; None = all.
         stop_tokens: a future ends with the first of these tokens.
@@ -127,8 +134,9 @@ def generate(
 ) -> Trajectories:
     """Draw `n_samples` futures of every prompt.
 
-    Token, then gap, then value are drawn for one event after the other. The first event comes after the prediction time:
-    its gap is drawn given that it reaches beyond. All futures of a batch advance together; finished ones leave it.
+    Token, then gap, then value are drawn for one event after the other. The first event comes after the prediction time: its
+    token and its gap are drawn given that the gap reaches beyond the record's silence until then. All futures of a batch advance
+    together; finished ones leave it.
 
     Args:
         model: a decoder after `task=next_event`, in evaluation mode.
@@ -150,7 +158,9 @@ def generate(
     events: list[tuple[Tensor, ...]] = []
     for number in range(sampling.max_new_events):
         hidden_RD = sequences.hidden()
-        logits_RV = F.linear(hidden_RD, weight_VD.to(hidden_RD.dtype), bias_V.to(hidden_RD.dtype)).float()
+        logits_RV = token_logits(hidden_RD, weight_VD, bias_V)
+        if number == 0:
+            logits_RV = logits_RV + sequences.log_chance_of_silence()
         token_R = draw_token(logits_RV, sampling, generator)
         time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
         gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
@@ -178,7 +188,7 @@ class _Sequences:
     def __init__(
         self, decoder: Decoder, embedding: EventEmbedding, prompts: Batch, sampling: Sampling, *, use_cache: bool
     ) -> None:
-        self.decoder, self.embedding = decoder, embedding
+        self.decoder, self.embedding, self.n_samples = decoder, embedding, sampling.n_samples
         inputs = embedding.inputs(prompts)
         n_prompts, width = prompts.token_ids.shape
         lengths_B = prompts.is_event.sum(1)
@@ -213,6 +223,17 @@ class _Sequences:
         inputs = {name: x[:, :width] for name, x in self.inputs.items() if name != "token_ids"}
         inputs["embeddings"] = self.embedding(self.inputs["token_ids"][:, :width])
         return self.decoder.hidden(inputs)[torch.arange(len(self.lengths_R)), self.lengths_R - 1]
+
+    def log_chance_of_silence(self) -> Tensor:
+        """Return log P(gap > silence at the prediction time | token) of every token as the next event's, (R, V).
+
+        All futures of a prompt have the same, so it is computed once per prompt.
+        """
+        first = slice(None, None, self.n_samples)
+        head = self.decoder.head
+        assert isinstance(head, EventHead)
+        found_BV = log_chance_beyond(head, self.hidden()[first], self.embedding.table, self.wait_R[first])
+        return found_BV.repeat_interleave(self.n_samples, 0)
 
     def advance(self, token_R: Tensor, gap_R: Tensor, value_R: Tensor) -> None:
         """Add an event to every future."""
@@ -270,8 +291,44 @@ def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def log_chance_beyond(head: EventHead, hidden_BD: Tensor, table_VE: Tensor, wait_B: Tensor) -> Tensor:
+    """Return log P(gap > wait | token) of every token, (B, V) float32, a block of tokens at a time.
+
+    Added to the tokens' scores it makes of p(token) the distribution given a silence of `wait_B` days, since
+    p(token | gap > wait) is proportional to p(token) P(gap > wait | token).
+
+    Args:
+        hidden_BD: states after the last event before the silence.
+        table_VE: vectors of the tokens.
+    """
+    share_B1Q = log_share_beyond(wait_B)[:, None]
+    n_tokens = max(1, LOGITS_AT_ONCE // (len(hidden_BD) * max(hidden_BD.shape[1], N_TIME_BINS)))
+    found = []
+    for vectors_TE in table_VE.split(n_tokens):
+        time_BTQ, _ = head.time_and_value(hidden_BD[:, None], vectors_TE)
+        found.append((time_BTQ.log_softmax(-1) + share_B1Q).logsumexp(-1))
+    return torch.cat(found, dim=1)
+
+
+def log_share_beyond(wait_R: Tensor) -> Tensor:
+    """Return the log of the share of each time bin that lies beyond a wait in days, (R,) -> (R, N_TIME_BINS) float32.
+
+    Within a bin a gap is uniform in log. The first bin, no gap at all, lies beyond no wait; the last has no end, so that all of it
+    lies beyond any.
+
+    >>> share = log_share_beyond(torch.tensor([0.0, 400.0])).exp()
+    >>> share[0, :3].tolist(), bool(0 < share[1, 47] < 1), share[1, -2:].tolist()
+    ([0.0, 1.0, 1.0], True, [1.0, 1.0])
+    """
+    edges = time_edges(wait_R.device).double()
+    low_Q, high_Q = edges[:-1], edges[1:]  # of all bins but the first and the last
+    beyond_RQ = (high_Q.log() - torch.maximum(low_Q, wait_R[:, None].clamp(min=1e-9)).log()).clamp(min=0)
+    share_RQ = F.pad(beyond_RQ / (high_Q / low_Q).log(), (1, 0), value=0.0)
+    return F.pad(share_RQ, (0, 1), value=1.0).log().float()
+
+
 def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Days since the previous event (R,) float64, from scores of its bins (R, Q); with `wait_R`, given that the gap exceeds it.
+    """Return days since the previous event (R,) float64, from scores of the gap's bins (R, Q); with `wait_R` the gap exceeds it.
 
     Within a bin a gap is uniform in log. Of the bin that holds the wait only the part beyond it remains; the last bin has
     no end and gives its beginning, or the least beyond the wait.
@@ -282,12 +339,8 @@ def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generat
     True
     """
     edges = time_edges(time_RQ.device).double()
-    low_Q, high_Q = edges[:-1], edges[1:]  # of all bins but the first, no gap, and the last, which has no end
     if wait_R is not None:
-        beyond_RQ = (high_Q.log() - torch.maximum(low_Q, wait_R[:, None].clamp(min=1e-9)).log()).clamp(min=0)
-        share_RQ = F.pad(beyond_RQ / (high_Q / low_Q).log(), (1, 0), value=0.0)
-        share_RQ = F.pad(share_RQ, (0, 1), value=1.0)
-        time_RQ = time_RQ + share_RQ.log().float()
+        time_RQ = time_RQ + log_share_beyond(wait_R)
     if sampling.temperature == 0:
         bin_R, position_R = time_RQ.argmax(-1), torch.full_like(time_RQ[:, 0], 0.5)
     else:

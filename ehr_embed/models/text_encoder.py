@@ -117,8 +117,9 @@ def with_lora(body: nn.Module, rank: int) -> nn.Module:
 
 def _load(name: str, revision: str | None) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return tokenizer, AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32)
+    # Left unsaid, transformers would ask at the terminal whether to run the code that a folder brings.
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return tokenizer, AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32, trust_remote_code=False)
 
 
 def _check_encoder(backbone: str, config: Any, max_pieces: int) -> None:

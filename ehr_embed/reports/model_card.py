@@ -17,13 +17,12 @@ from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
-from ehr_embed.evaluation.metrics import values_of, with_interval
-from ehr_embed.evaluation.subgroups import MIN_SUBJECTS, Subgroup, subgroups
+from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves
 
-MAX_SUBGROUPS = 60
 WIDE_INTERVAL, WORRYING_ECE = 0.1, 0.05
 EVALUATED = ("held_out", "tuning")
 
@@ -52,8 +51,9 @@ def write_model_card(
         n_bootstrap: replicates of the subgroups' intervals.
     """
     groups: list[Subgroup] = []
+    n_left_out = 0
     if "held_out" in curves:
-        groups = subgroups(
+        groups, n_left_out = subgroups(
             store.vocabulary,
             store.split("held_out"),
             samples["held_out"],
@@ -68,7 +68,7 @@ def write_model_card(
         f"## Metrics\n\n{_metrics(metrics)}",
     ]
     if groups:
-        parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups)}")
+        parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups, n_left_out)}")
     if (run_dir / PLOTS / "calibration.png").exists():
         parts.append("## Calibration\n\n![Predicted probability against observed rate](plots/calibration.png)")
     limits = "\n".join(f"- {line}" for line in limits_of(config, metrics, store, samples, groups, audited))
@@ -141,20 +141,22 @@ def _texts(store: EventStore) -> str:
 def _metrics(metrics: dict[str, Any]) -> str:
     names = values_of(metrics["held_out"])
     rows = [[name, *(with_interval(metrics[split][name]) for split in EVALUATED)] for name in names]
-    return "With 95 % bootstrap intervals over subjects.\n\n" + table(["metric", *EVALUATED], rows)
+    told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
+    return f"{told}\n\n" + table(["metric", *EVALUATED], rows)
 
 
-def _subgroups(groups: list[Subgroup]) -> str:
+def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:
     rows = []
-    for group in groups[:MAX_SUBGROUPS]:
+    for group in groups:
         if group.metrics is None:
             n = f"fewer than {MIN_SUBJECTS} subjects" if group.n is None else f"{group.n:,}"
             rows.append([group.name, n, "", "too few", "too few"])
         else:
             areas = (with_interval(group.metrics[name]) for name in ("auroc", "auprc"))
             rows.append([group.name, f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
-    more = len(groups) - MAX_SUBGROUPS
-    tail = f"\n\n{more} more groups are left out." if more > 0 else ""
+    tail = ""
+    if n_left_out:
+        tail = f"\n\nOf the static codes the {MAX_CODES} with most subjects are told; {n_left_out:,} more are left out."
     return table(["group", "samples", "prevalence", "AUROC", "AUPRC"], rows) + tail
 
 

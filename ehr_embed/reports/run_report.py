@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ehr_embed.evaluation.metrics import values_of, with_interval
+from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
 
 EVALUATED = ("tuning", "held_out")
@@ -69,6 +69,8 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
     console.print(table)
+    for note in intervals_missing(metrics):
+        console.print(note, highlight=False)
     for name, of in metrics.get("transfer", {}).items():
         console.print(
             f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
@@ -79,7 +81,8 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     if "epochs" in train:
         trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
         if "mfu" in train:
-            trained += f"{train['mfu']:.0%} of the peak arithmetic, {train['padding_share']:.0%} padding, "
+            trained += f"{train['mfu']:.0%} of the peak arithmetic, "
+        trained += f"{train['padding_share']:.0%} padding, "
     console.print(
         f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
         highlight=False,

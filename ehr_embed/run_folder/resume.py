@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ HARMLESS = (
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
+    "data.monitor",  # the default of task.monitor, which is compared
     "tracker",
     "hydra",
     "defaults",
@@ -143,9 +145,11 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
     changes = differences(there, config)
     if changes and how != "force":
+        old = _overrides(there, config)
+        as_before = f"to go on as it was: {old}; " if old else ""
         raise UserError(
             f"{run_dir} holds a run with other settings: {'; '.join(changes)}. To go on with the new ones, type: "
-            "resume=force; to start again here: resume=overwrite; to keep both: run_dir=ANOTHER"
+            f"resume=force; {as_before}to start again here: resume=overwrite; to keep both: run_dir=ANOTHER"
         )
     if is_finished and not changes:
         return FoundRun(is_finished=True)
@@ -172,14 +176,36 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
     """
+    old, new, changed = _compared(there, here)
+    return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]
+
+
+def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Return two configurations as dotted keys with their values, and the keys in which they differ."""
     old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
     for key, value in NEW.items():
         for config in (old, new):
             if key in old or key in new:
                 config.setdefault(key, value)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
-    changed = [key for key in keys if key not in old or key not in new or old[key] != new[key]]
-    return [f"{key} was {_shown(old, key)}, now {_shown(new, key)}" for key in changed]
+    return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
+
+
+def _overrides(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return the numbers and words of `there` that differ in `here` as they are typed; empty where other things differ too.
+
+    >>> _overrides({"trainer": {"batch_size": 32}, "seed": 1}, {"trainer": {"batch_size": None}, "seed": 1})
+    'trainer.batch_size=32'
+    >>> _overrides({"model": {"times": ["gap"]}}, {"model": {"times": []}})
+    ''
+    """
+    old, _, changed = _compared(there, here)
+    values = {
+        key: str(old[key]).lower() if isinstance(old[key], bool) else str(old[key]) for key in changed if key in old
+    }
+    if len(values) < len(changed) or not all(re.fullmatch(r"[\w.+-]+", value) for value in values.values()):
+        return ""
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _is_harmless(key: str) -> bool:

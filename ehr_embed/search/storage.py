@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.secrets import masked
 
 JOURNAL_NAME = "study.journal"
 FIRST_OPEN_ATTEMPTS = 20
@@ -74,15 +75,6 @@ def storage_url(storage: str | None, sweep_dir: Path) -> str:
         f"hydra.sweeper.storage={masked(chosen)}: expected a journal file, sqlite:///FILE or postgresql://HOST/NAME. "
         "Other databases have no lock here that keeps two processes from taking the same trial."
     )
-
-
-def masked(url: str) -> str:
-    """A URL without its password, for messages and files.
-
-    >>> masked("postgresql://ann:secret@db:5432/optuna")
-    'postgresql://ann:***@db:5432/optuna'
-    """
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def open_storage(url: str) -> StudyStorage:

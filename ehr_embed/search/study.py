@@ -18,9 +18,11 @@ from optuna.trial import FrozenTrial, TrialState
 from ehr_embed.comparison.outcome import Outcome, read_outcome
 from ehr_embed.comparison.results import with_results
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.fingerprints import is_same
+from ehr_embed.core.secrets import masked
 from ehr_embed.search.grid import GridSampler
 from ehr_embed.search.space import Space, point_key
-from ehr_embed.search.storage import StudyStorage, masked
+from ehr_embed.search.storage import StudyStorage
 
 log = logging.getLogger(__name__)
 DISCARDED = "discarded"
@@ -277,7 +279,8 @@ def _refuse_another_search(study: optuna.Study, url: str, directions: list[str],
         if old != new:
             raise UserError(f"{key}: the stored study searches {_shown(old)}, this command {_shown(new)}. {remedy}")
     for key in sorted((stored.keys() | wanted.keys()) - {"space"}):
-        if stored.get(key) != wanted.get(key):
+        is_kept = is_same(wanted.get(key), stored.get(key)) if key == "data" else wanted.get(key) == stored.get(key)
+        if not is_kept:
             raise UserError(f"{key}: the stored study has {stored.get(key)}, this command {wanted.get(key)}. {remedy}")
 
 

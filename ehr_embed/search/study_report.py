@@ -10,7 +10,7 @@ from optuna.study import StudyDirection
 
 from ehr_embed.comparison.report import write_report
 from ehr_embed.comparison.results import Row, objective_columns, split_overrides
-from ehr_embed.search.storage import masked
+from ehr_embed.core.secrets import masked
 from ehr_embed.search.study import DISCARDED, SharedStudy
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
@@ -33,7 +33,7 @@ def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: 
         "sampler": type(study.sampler).__name__,
         "pruner": type(study.pruner).__name__,
         **study.user_attrs.get("settings", {}),
-        "fixed": study.user_attrs.get("fixed", []),
+        "fixed": [masked(line) for line in study.user_attrs.get("fixed", [])],
         "command": masked(command),
     }
     return write_report(rows, folder, directions=directions, facts=facts, study=study, has_plots=has_plots)

@@ -132,11 +132,12 @@ class StudySweeper(Sweeper):
         """Everything that can be refused, before anything is started or written."""
         loader = self.hydra_context.config_loader
         space, self.fixed = parse_space(arguments, self.params, loader)
-        self.example = check_jobs(space, self.fixed, loader, self.config)
+        examples = check_jobs(space, self.fixed, loader, self.config)
+        self.example = examples[0]
         names = [parameter.name for parameter in space.parameters] + list(split_overrides(self.fixed))
         if self.seeds and "seed" in names:
             raise UserError("hydra.sweeper.seeds and an override of seed exclude each other: give one of them.")
-        directions = chosen_directions(self.direction, self.objectives, self.example)
+        directions = chosen_directions(self.direction, self.objectives, examples)
         # Of a trial with several jobs or other objectives than the monitored metric, epochs tell the pruner nothing.
         self.jobs_report = len(directions) == 1 and not self.seeds and not self.objectives
         trusted = list(self.example.get("trusted_packages") or [])

@@ -65,8 +65,8 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
     told = {key: value for key, value in facts.items() if key not in PRIVATE}
     tracker = instantiate(config, run_dir=folder, config=told, tags=["search"], table_digest=None, table_path=None)
     with tracker:
-        # What went wrong in a trial may quote a path or a record.
-        tracker.add_table("trials", table.drop(columns="error", errors="ignore"))
+        # What went wrong in a trial may quote a path or a record; the host is nobody's business but the study's.
+        tracker.add_table("trials", table.drop(columns=["error", "host"], errors="ignore"))
         tracker.summarise({f"n_{state}": count for state, count in facts["n_by_state"].items()})
         if facts["best"]:
             best = facts["best"][0]

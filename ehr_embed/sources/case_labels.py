@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 
 log = logging.getLogger(__name__)
 CONTROL = "Control"
@@ -56,11 +57,22 @@ class CaseLabels:
         )
         time = pl.coalesce("last_time", "cutoff", pl.lit(EPOCH)).cast(pl.Datetime("us"))
         rows = joined.select("subject_id", "is_case", "site", prediction_time=time)
-        log.info(
-            "labels: %d of the %d subjects in labels.csv are in the corpus, %d subjects of the corpus have no label",
-            len(rows),
-            len(self.frame),
-            len(last_times) - len(rows),
+        remedy = "Point data.labels_filepath at the labels.csv of this corpus, or add them there."
+        n_labels, n_subjects = len(self.frame), len(last_times)
+        # A corpus may be a part of what labels.csv describes, and most of a corpus may be there for pretraining alone.
+        say_or_refuse(
+            n_labels - len(rows),
+            n_labels,
+            "subjects of labels.csv are not in the corpus, and are left out",
+            remedy=remedy,
+            refused_from=1.0,
+        )
+        say_or_refuse(
+            n_subjects - len(rows),
+            n_subjects,
+            "subjects of the corpus are not in labels.csv, and have no label",
+            remedy=remedy,
+            refused_from=ONLY_SAID,
         )
         sets = {"is_case": rows.select("subject_id", "prediction_time", boolean_value="is_case")}
         if self.has_site:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import polars as pl
 
 from ehr_embed.core.errors import UserError
 
+log = logging.getLogger(__name__)
 STEPS = ("lookup", "description", "parent", "readable")
 """Where a text can come from, the best first."""
 
@@ -50,8 +52,30 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
             ) from error
         if not {"code", "term"} <= set(frame.columns):
             raise UserError(f"{path}: expected columns code,term, found {', '.join(frame.columns)}.")
-        frames.append(frame.select("code", "term"))
-    return pl.concat(frames).drop_nulls().filter(pl.col("term") != "").unique("code", keep="last", maintain_order=True)
+        frame = frame.select("code", "term")
+        terms = frame.drop_nulls().filter(pl.col("term") != "")
+        _tell_ambiguous(terms.rename({"term": "text"}), str(path), "the last one is taken")
+        if len(terms) < len(frame):
+            log.warning(
+                "%d of %d rows of %s have no code or no term, and are left out",
+                len(frame) - len(terms),
+                len(frame),
+                path,
+            )
+        frames.append(terms)
+    return pl.concat(frames).unique("code", keep="last", maintain_order=True)
+
+
+def _tell_ambiguous(texts: pl.DataFrame, where: str, taken: str) -> None:
+    """Say how many codes have several texts, and which of these is taken; `texts` are rows of code, text."""
+    several = texts.unique(["code", "text"], maintain_order=True).filter(pl.col("code").is_duplicated())
+    if len(several):
+        code = several["code"][0]
+        log.warning(
+            "%s: %d of %d codes have several texts, such as %s (%s); %s",
+            where, several["code"].n_unique(), texts["code"].n_unique(), code,
+            " | ".join(several.filter(code=code)["text"].head(3)), taken,
+        )  # fmt: skip
 
 
 def resolve_texts(codes: pl.Series, metadata: pl.DataFrame, lookups: pl.DataFrame) -> pl.DataFrame:
@@ -74,6 +98,8 @@ def resolve_texts(codes: pl.Series, metadata: pl.DataFrame, lookups: pl.DataFram
     """
     cleaned = metadata.with_columns(pl.col("description").str.strip_chars()).filter(pl.col("description") != "")
     described = cleaned.unique(["code", "description"], keep="first", maintain_order=True)
+    wanted = described.filter(pl.col("code").is_in(codes.cast(pl.String).implode()))
+    _tell_ambiguous(wanted.rename({"description": "text"}), "metadata/codes.parquet", 'they are joined by "; "')
     described = described.group_by("code", maintain_order=True).agg(pl.col("description").str.join("; "))
     known = pl.concat([lookups.rename({"term": "known"}), described.rename({"description": "known"})])
     known = known.unique("code", keep="first", maintain_order=True)

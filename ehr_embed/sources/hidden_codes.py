@@ -31,7 +31,7 @@ class HiddenCodes:
             raise UserError(f"data.hidden_codes={share}: expected a share of the codes in (0, 1), or 0 to hide none.")
         self.inner, self.share, self.seed = inner, share, seed
         self.name = f"{inner.name}-hidden-{share:g}-{seed}"
-        self.labels_dir, self.shards = inner.labels_dir, inner.shards
+        self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = self.inner.read(shard)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, locked, remove_leftovers
+from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
 from ehr_embed.sources.protocol import SPLITS
 
@@ -87,9 +88,11 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
 
 def _refuse_other_files(folder: Path, known: dict[str, Any], made_from: dict[str, Any]) -> None:
     for key in sorted({*known, *made_from}):
-        if known.get(key) != made_from.get(key):
+        if not is_same(made_from.get(key), known.get(key)):
             raise UserError(
                 f"{folder} was imported from other files: {key} was {known.get(key, 'absent')}, now "
                 f"{made_from.get(key, 'absent')}. Texts, labels or events would be out of date. "
                 f"{REBUILD}"
             )
+    if any(is_of_earlier_version(made_from[key], known[key]) for key in known):
+        log.warning(EARLIER_VERSION, folder)

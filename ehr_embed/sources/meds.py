@@ -13,8 +13,11 @@ import numpy.typing as npt
 import polars as pl
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import file_sha256, tail_digest
+from ehr_embed.core.files import file_sha256
+from ehr_embed.core.fingerprints import fingerprint
+from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.sources.split_names import check_split_names
 
 FIRST_TIME, LAST_TIME = -62_135_596_800_000_000, 253_402_300_799_999_999
 """Microseconds since 1970-01-01 of the first and the last instant of the years 1 to 9999."""
@@ -35,6 +38,8 @@ class MedsSource:
         split_column: that column.
         needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
     """
+
+    writes = False
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class MedsSource:
         # Of all subjects read so far, sorted by id, the number of their shard: not a frame a shard, since what polars' unique
         # returns holds on to memory for every row of the shard.
         self._numbers: dict[Path, int] = {}
+        self._n_read: dict[Path, npt.NDArray[np.int64]] = {}
         self._seen_ids, self._seen_in = np.empty(0, np.int64), np.empty(0, np.int32)
         if not (self.root / "data").is_dir():
             found = "a folder without data/" if self.root.is_dir() else "no such folder"
@@ -84,12 +90,12 @@ class MedsSource:
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
-        """Size and digest of the last 64 KiB of every file read: any rewrite of the data shows there."""
+        """Return the fingerprint of every file read, of all its bytes: any change of the data shows there."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
-        found = {str(path.relative_to(self.root)): tail_digest(path) for path in files}
+        found = {str(path.relative_to(self.root)): fingerprint(path) for path in files}
         return (
-            found if self.splits is None else found | {f"data.splits ({self.split_column})": tail_digest(self.splits)}
+            found if self.splits is None else found | {f"data.splits ({self.split_column})": fingerprint(self.splits)}
         )
 
     @cached_property
@@ -112,7 +118,10 @@ class MedsSource:
                 f"{path}: subject {conflicts[0]} is in two splits ({', '.join(where)}), {len(conflicts)} subjects in all. "
                 "Held-out metrics would be measured on training subjects; give each subject one split."
             )
-        return splits.filter(~again.fill_null(False))
+        splits = splits.filter(~again.fill_null(False))
+        sizes = splits.group_by(pl.col("split").cast(pl.String)).len()
+        check_split_names(dict(sizes.iter_rows()), where=str(path), column=column)
+        return splits
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = _read(shard, COLUMNS)
@@ -134,7 +143,9 @@ class MedsSource:
             return events.with_columns(split=pl.lit(folder))
         events = events.with_columns(split=_of_subjects(events, self.subject_splits))
         if self.splits is not None:
-            return events.filter(pl.col("split").is_not_null())
+            kept = events.filter(pl.col("split").is_not_null())
+            self._tell_unassigned(shard, events, kept)
+            return kept
         homeless = events.filter(pl.col("split").is_null())
         if len(homeless):
             raise UserError(
@@ -147,6 +158,31 @@ class MedsSource:
                 f"{wrong['split'][0]}: one subject in two splits. Make them agree; held-out metrics depend on it."
             )
         return events
+
+    def _tell_unassigned(self, shard: Path, events: pl.DataFrame, kept: pl.DataFrame) -> None:
+        """Count what a splits file of one's own leaves out, and say it once, when the last shard has been read."""
+        is_last_new = shard not in self._n_read and len(self._n_read) + 1 == len(self.shards)
+        self._n_read[shard] = np.array([len(_runs(events)[0]), len(_runs(kept)[0]), len(events), len(kept)])
+        if not is_last_new:
+            return
+        n_subjects, n_kept, n_events, n_events_kept = np.sum(list(self._n_read.values()), axis=0).tolist()
+        # A file that names a part of the subjects is a choice, as long as it names some of them.
+        n_lost = n_events - n_events_kept
+        say_or_refuse(
+            n_subjects - n_kept,
+            n_subjects,
+            f"subjects ({n_lost:,} of {n_events:,} events) have no split in {self.splits}, and are left out",
+            remedy="Add them to the file if they belong to the experiment.",
+            refused_from=1.0,
+        )
+        n_named = 0 if self.subject_splits is None else len(self.subject_splits)
+        say_or_refuse(
+            n_named - n_kept,
+            n_named,
+            f"subjects of {self.splits} have no events in {self.root}",
+            remedy="Point data.splits and data.root at the same dataset.",
+            refused_from=1.0,
+        )
 
     def _refuse_shared_subjects(self, events: pl.DataFrame, shard: Path) -> None:
         number = self._numbers.setdefault(shard, len(self._numbers))
@@ -182,7 +218,12 @@ class MedsSource:
                     )
             missing = [pl.lit(None, dtype=dtype).alias(name) for name, dtype in schema.items() if name not in present]
             frame = frame.with_columns(missing).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
-            return frame.filter(pl.col("code").is_not_null()).collect()
+            codes = frame.collect()
+        say_or_refuse(
+            codes["code"].null_count(), len(codes), f"rows of {path} have no code, and are left out",
+            remedy="A text belongs to a code; mend the file.",
+        )  # fmt: skip
+        return codes.drop_nulls("code")
 
 
 def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

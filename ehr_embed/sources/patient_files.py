@@ -25,7 +25,9 @@ import torch
 from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import digest, file_sha256, tail_digest
+from ehr_embed.core.files import file_sha256
+from ehr_embed.core.fingerprints import fingerprint_of_many, known_fingerprints
+from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter, write_parquet
@@ -42,7 +44,7 @@ TOLERANCE = 1e-4
 """Largest difference between two vectors of one token, as a share of the largest component: rounding, not content."""
 SHARD_EVENTS = 1_000_000
 SAMPLED_FILES = 16
-"""Files a split whose content is part of the fingerprint; of the others it holds names and sizes."""
+"""Files per split that earlier versions looked into for the fingerprint; it begins with what they knew."""
 
 
 def patient_files_source(
@@ -75,7 +77,10 @@ def patient_files_source(
         vocab_filepath = str(base / "vocab.csv")
     strings = None if vocab_filepath is None else read_token_strings(vocab_filepath)
     folder = import_folder(root=root, cache_dir=cache_dir, data_dir=data_dir)
-    made_from: dict[str, Any] = {split: _fingerprint(paths) for split, paths in files.items()}
+    with known_fingerprints(Path(cache_dir)):
+        made_from: dict[str, Any] = {
+            split: fingerprint_of_many(paths, sampled=SAMPLED_FILES) for split, paths in files.items()
+        }
     made_from["vocab_filepath"] = None if vocab_filepath is None else file_sha256(vocab_filepath)[:16]
 
     def write(target: Path) -> None:
@@ -83,13 +88,6 @@ def patient_files_source(
 
     import_once(folder, made_from, write, overwrite=overwrite)
     return MedsSource(root=str(folder), name=base.resolve().name, splits=splits, split_column=split_column)
-
-
-def _fingerprint(paths: list[Path]) -> str:
-    """Of a split: number of files, bytes, a digest of names and sizes, and of the content of a few of them."""
-    sizes = [(path.name, path.stat().st_size) for path in paths]
-    sampled = [tail_digest(path) for path in paths[:: max(1, len(paths) // SAMPLED_FILES)]]
-    return f"{len(paths)} files, {sum(size for _, size in sizes)} bytes, {digest([sizes, sampled])}"
 
 
 def read_patient_file(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
@@ -134,13 +132,14 @@ class _Import:
     def run(self, files: dict[str, list[Path]]) -> None:
         """Read every file once, and write the dataset."""
         pending: list[tuple[int, npt.NDArray[np.int64]]] = []
+        n_empty = 0
         with tqdm(total=sum(map(len, files.values())), desc="import", unit="file", disable=None) as bar:
             for split in SPLITS:
                 for path in files[split]:
                     ids, vectors, label = read_patient_file(path)
                     bar.update()
                     if not len(ids):
-                        log.warning("%s has no events; it is left out", path)
+                        n_empty += 1
                         continue
                     self.add(path, ids, vectors)
                     subject = len(self.labels)
@@ -149,6 +148,9 @@ class _Import:
                     if sum(len(ids) for _, ids in pending) >= SHARD_EVENTS:
                         self._write(split, pending)
                 self._write(split, pending)
+        say_or_refuse(
+            n_empty, sum(map(len, files.values())), "files have no events, and are left out", remedy="Write them again."
+        )
         self._finish()
 
     def add(self, path: Path, ids: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> None:

@@ -15,6 +15,10 @@ SPLITS = ("train", "tuning", "held_out")
 class Source(Protocol):
     """Where events come from: one frame per shard, so that memory is bounded by one shard."""
 
+    writes: bool
+    """Whether opening the source writes files, as an import does. A class that says False may be opened from the configuration in
+    a run's folder; a class or function that says nothing counts as one that writes."""
+
     @property
     def name(self) -> str:
         """Short name, used in file names and tags."""

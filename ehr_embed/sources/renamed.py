@@ -37,7 +37,7 @@ class RenamedSource:
             raise unknown_name("data.renamed_missing", missing, MISSING)
         self.inner, self.missing, self.path = inner, missing, find_table(table)
         self.name = f"{inner.name}-renamed-{self.path.stem}"
-        self.labels_dir, self.shards = inner.labels_dir, inner.shards
+        self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes
 
     def read(self, shard: Path) -> pl.DataFrame:
         events = self.inner.read(shard)

@@ -18,8 +18,10 @@ import polars as pl
 from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import digest, file_sha256, tail_digest
+from ehr_embed.core.files import digest, file_sha256
+from ehr_embed.core.fingerprints import fingerprint, known_fingerprints
 from ehr_embed.core.plain_pickle import load_pickle
+from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
@@ -77,8 +79,10 @@ def tokenized_source(
     base = Path(str(data_dir))
     files = {"vocab_filepath": vocab_filepath, "labels_filepath": labels_filepath}
     files |= {f"{name}_lookup_filepath": path for name, path in lookup_files.items()}
+    with known_fingerprints(Path(cache_dir)):
+        corpus_files = {str(path.relative_to(base)): fingerprint(path) for paths in shards.values() for path in paths}
     made_from: dict[str, Any] = {
-        **{str(path.relative_to(base)): tail_digest(path) for paths in shards.values() for path in paths},
+        **corpus_files,
         **{name: file_sha256(path)[:16] for name, path in files.items() if path},
         "cutoff_months": cutoff_months,
         "prefixes": digest({name: rule.__dict__ for name, rule in rules.items()}),
@@ -93,6 +97,7 @@ def tokenized_source(
         corpus = Corpus(strings, cases, cutoff_months)
         for split, path in tqdm([(s, p) for s in SPLITS for p in shards[s]], desc="import", unit="shard", disable=None):
             writer.add_shard(split, corpus.events(path))
+        corpus.tell_left_out(cutoff_months)
         for name, labels in cases.label_sets(corpus.last_times(), cutoff_months).items():
             writer.add_labels(name, labels)
         writer.finish()
@@ -111,10 +116,30 @@ class Corpus:
         self.cutoffs = cases.cutoffs(cutoff_months)
         self.seen: dict[int, Path] = {}
         self.last: list[pl.DataFrame] = []
+        self.n_events = self.n_cut = self.n_empty = 0
 
     def last_times(self) -> pl.DataFrame:
         """subject_id and last_time, the time of the last event that was kept; null where only static ones are."""
         return pl.concat(self.last)
+
+    def tell_left_out(self, cutoff_months: int | None) -> None:
+        """Say how many events the cut-off left out, and how many records hold no event.
+
+        Raises:
+            UserError: (nearly) all of them.
+        """
+        say_or_refuse(
+            self.n_cut,
+            self.n_events,
+            f"events lie {cutoff_months} months before their subject's cancerdate or later, and are left out",
+            remedy="Check data.cutoff_months and the column cancerdate of labels.csv.",
+        )
+        say_or_refuse(
+            self.n_empty,
+            len(self.seen),
+            "records have no tokens, or none that the cut-off left; their subjects are left out",
+            remedy="Check the tokenised corpus, data.cutoff_months and the column cancerdate of labels.csv.",
+        )
 
     def events(self, path: Path) -> pl.DataFrame:
         """subject_id, time, code, numeric_value of a shard: in order of time, static events first, without cut events.
@@ -147,7 +172,10 @@ class Corpus:
         frame = frame.with_columns(
             time=pl.when(seconds != 0).then((seconds * 1e6).round().cast(pl.Int64)).cast(pl.Datetime("us"))
         )
-        return self._cut(path, frame)
+        kept = self._cut(path, frame)
+        self.n_events, self.n_cut = self.n_events + len(frame), self.n_cut + len(frame) - len(kept)
+        self.n_empty += len(records) - kept["subject_id"].n_unique()
+        return kept
 
     def _record(self, path: Path, number: int, record: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not isinstance(record, dict) or not set(KEYS) <= set(record):

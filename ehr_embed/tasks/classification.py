@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.metrics import METRICS, binary_metrics, choose_threshold, multiclass_metrics
+from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
-
-log = logging.getLogger(__name__)
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
 
 class Classification:
@@ -33,9 +32,10 @@ class Classification:
 
     Args:
         labels: name of a label set of the dataset, or a path; None = the only one there is.
-        class_weights: None, "balanced" (inverse train frequency), or one weight a class.
+        class_weights: None, "balanced" (inverse train frequency), or one weight per class; they are scaled to a mean of 1 over
+            train's samples.
         label_smoothing: share of probability spread over all classes, in [0, 1).
-        monitor: metric on tuning that chooses the best checkpoint.
+        monitor: metric on tuning that chooses the best checkpoint; of more than two classes, the mean over classes.
         shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
         label_fraction: share of train's labelled subjects that are used, in (0, 1]; tuning and held_out stay whole.
         fraction_seed: draws those subjects.
@@ -47,13 +47,13 @@ class Classification:
         labels: str | None = None,
         class_weights: str | Sequence[float] | None = None,
         label_smoothing: float = 0.0,
-        monitor: str = "f1",
+        monitor: str = "auroc",
         shuffle_labels: int | None = None,
         label_fraction: float = 1.0,
         fraction_seed: int = 0,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
-        self.is_higher_better = monitored(monitor, METRICS)
+        self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         self.shuffle_labels = shuffle_labels
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1).")
@@ -82,6 +82,7 @@ class Classification:
 
     is_trained = True
     needs_causal: bool | None = None
+    metrics: Sequence[Metric] = CLASS_METRICS
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         label_set = read_labels(self.labels, labels_dir)
@@ -106,26 +107,33 @@ class Classification:
                 raise UserError(
                     f"task.class_weights={self.class_weights}: expected null, balanced, or one number a class."
                 )
-            return as_tensor(len(labels) / (self.num_classes * np.bincount(labels, minlength=self.num_classes)))
+            return _of_mean_one(1 / np.bincount(labels, minlength=self.num_classes), labels)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers, but there are {self.num_classes} classes: "
                 f"{', '.join(self.class_names)}. Give one weight a class, in this order."
             )
-        return as_tensor(self.class_weights)
+        return _of_mean_one(np.array(self.class_weights, np.float64), labels)
 
     def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
-        """(n,) class weight of each sample of a split."""
+        """Return the weight of each sample's class, (n,)."""
         labels = self.samples[split].labels
         return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
         return BatchDataset(self._events[split], self.samples[split])
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are class probabilities, rows sum to one."""
-        logits = model(embedding.inputs(batch))
-        return loss_over_members(self.loss, logits, batch.labels), self.probabilities(logits)
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""
+        logits = logits_of(model, embedding.inputs(batch))
+        loss_B = loss_over_members(self.loss, logits, batch.labels)
+        if loss_B.shape != batch.labels.shape[:1]:
+            raise UserError(
+                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected "
+                f"{tuple(batch.labels.shape[:1])}, one loss per sample: the trainer takes the mean over all samples of a step. Leave "
+                'the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
+            )
+        return StepResult(loss_B.sum(), len(loss_B), self.probabilities(logits))
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
@@ -133,9 +141,17 @@ class Classification:
         return over_members(logits.detach().double().softmax(-1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, logits (B, C) and classes (B,)."""
-        weights = None if self._weights is None else self._weights.to(logits.device)
-        return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=self.label_smoothing)
+        """Return the cross-entropy of each sample times the weight of its class, (B,), from logits (B, C) and classes (B,), or the
+        classes' probabilities (B, C) where a teacher speaks.
+
+        The weight is the sample's, so that it multiplies the smoothed part too. torch's `weight` would give that part the
+        weights of all classes, of which a rare one's may be a hundred times the others'.
+        """
+        loss_B = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
+        if self._weights is None:
+            return loss_B
+        weights_C = self._weights.to(labels.device)
+        return loss_B * (labels @ weights_C if labels.is_floating_point() else weights_C[labels])
 
     def fit_thresholds(self, outputs: Outputs) -> None:
         if self.num_classes == 2:
@@ -189,6 +205,15 @@ class Classification:
         return {split: (self.samples[split].labels, p[:, 1]) for split, p in outputs.items()}
 
 
+def _of_mean_one(weights: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> Tensor:
+    """Return class weights (C,) scaled to a mean of 1 over the samples with classes `labels` (n,).
+
+    >>> _of_mean_one(np.array([1.0, 3.0]), np.array([0, 0, 0, 1])).tolist()
+    [0.6666666865348816, 2.0]
+    """
+    return as_tensor(weights / weights[labels].mean())
+
+
 def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:
     """The label rows of each split's subjects.
 
@@ -197,18 +222,20 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
     """
     parts = {}
     known = pl.concat([pl.Series(split.subject_ids) for split in events.values()])
-    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))["subject_id"].unique()
+    absent = labels.frame.filter(~pl.col("subject_id").is_in(known.implode()))["subject_id"].unique().sort()
     if len(absent) == labels.frame["subject_id"].n_unique():
         raise UserError(
             f"label set {labels.name}: none of its {len(absent)} subjects (such as {absent[0]}) has events in the dataset. "
             "Point task.labels and data.root at the same dataset."
         )
     if len(absent):
-        log.warning(
-            "label set %s: %d subjects (such as %d) have labels but no events in any split; their labels are left out",
-            labels.name,
+        say_or_refuse(
             len(absent),
-            absent.min(),
+            labels.frame["subject_id"].n_unique(),
+            f"subjects of the label set {labels.name} (such as {absent[0]}) have no events in any split; their labels are "
+            "left out",
+            remedy="Point task.labels and data.root at the same dataset, or look at its splits.",
+            refused_from=ONLY_SAID,  # a splits file of one's own may name a small part of the labelled subjects
         )
     for split, arrays in events.items():
         frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap
+from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import summaries
 from ehr_embed.models.heads import EventScores
 from ehr_embed.tasks.protocol import Outputs
@@ -22,7 +23,13 @@ TOP = (1, 5, 10)
 N_FAMILIES = 12
 PER_FAMILY = ("n", "nll", *(f"top{k}" for k in TOP))
 EXTRA = ("time_nll", "value_nll")
-EVENT_METRICS = ("loss", "perplexity", *(f"top{k}_accuracy" for k in TOP), "time_loss", "value_loss")
+EVENT_METRICS = (
+    Metric("loss", is_higher_better=False),
+    Metric("perplexity", is_higher_better=False),
+    *(Metric(f"top{k}_accuracy", is_higher_better=True) for k in TOP),
+    Metric("time_loss", is_higher_better=False),
+    Metric("value_loss", is_higher_better=False, needs="values"),
+)
 OTHER = "other"
 
 

@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.metrics import METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multilabel_metrics
 from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, as_tensor, check_class_weights, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
 
 class Multilabel:
@@ -30,7 +34,8 @@ class Multilabel:
 
     Args:
         labels: names or paths of label sets; None = all of the dataset.
-        class_weights: None, "balanced" (negatives per positive in train), or the weight of the positives of each label.
+        class_weights: None, "balanced" (negatives per positive in train), or for each label the weight of a positive, where
+            a negative has 1; both are scaled to a mean of 1 over train's samples, so that no label outweighs another.
         monitor: metric on tuning, a mean over labels, that chooses the best checkpoint.
     """
 
@@ -39,16 +44,17 @@ class Multilabel:
         *,
         labels: Sequence[str] | None = None,
         class_weights: str | Sequence[float] | None = None,
-        monitor: str = "f1",
+        monitor: str = "auroc",
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
-        self.is_higher_better = monitored(monitor, METRICS)
+        self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         check_class_weights(class_weights)
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 
     is_trained = True
     needs_causal: bool | None = None
+    metrics: Sequence[Metric] = CLASS_METRICS
 
     @property
     def class_names(self) -> list[str]:
@@ -75,7 +81,7 @@ class Multilabel:
             raise UserError(
                 f"task=multilabel takes boolean label sets; {', '.join(others)} are not. Use task=classification."
             )
-        joined = _join(label_sets)
+        joined = join_labels(label_sets)
         self.label_names = [label_set.name for label_set in label_sets]
         self._events = {split: store.split(split) for split in SPLITS}
         for split, (events, frame) in split_labels(joined, self._events).items():
@@ -90,29 +96,36 @@ class Multilabel:
         self.thresholds = np.full(self.num_classes, 0.5)
 
     def _fit_weights(self) -> Tensor | None:
+        """Return the weights of a negative and of a positive of each label, (2, L)."""
         if self.class_weights is None:
             return None
+        rate = np.asarray(np.nanmean(self.samples["train"].labels, axis=0, dtype=np.float64))
         if isinstance(self.class_weights, str):
             if self.class_weights != "balanced":
                 raise UserError(
                     f"task.class_weights={self.class_weights}: expected null, balanced, or one number a label."
                 )
-            rate = self.samples["train"].labels.mean(axis=0)
-            return as_tensor((1 - rate) / rate)
+            return _of_mean_one(np.asarray((1 - rate) / rate), rate)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers for {self.num_classes} labels: "
                 f"{', '.join(self.label_names)}. Give one a label, in this order."
             )
-        return as_tensor(self.class_weights)
+        return _of_mean_one(np.array(self.class_weights, np.float64), rate)
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
         return BatchDataset(self._events[split], self.samples[split])
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are probabilities, each label on its own."""
-        logits = model(embedding.inputs(batch))
-        return loss_over_members(self.loss, logits, batch.labels), self.probabilities(logits)
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the losses of all known labels, their number, and the probabilities, each label's on its own."""
+        logits = logits_of(model, embedding.inputs(batch))
+        loss_BL = loss_over_members(self.loss, logits, batch.labels)
+        if loss_BL.shape != batch.labels.shape:
+            raise UserError(
+                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_BL.shape)}, expected "
+                f"{tuple(batch.labels.shape)}, one loss per sample and label: the trainer takes the mean. Leave the mean out"
+            )
+        return StepResult(loss_BL.sum(), (~batch.labels.isnan()).sum(), self.probabilities(logits))
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
@@ -120,9 +133,14 @@ class Multilabel:
         return over_members(logits.detach().double().sigmoid())
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean binary cross-entropy, logits and labels (B, L)."""
-        weights = None if self._weights is None else self._weights.to(logits.device)
-        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
+        """Return the weighted binary cross-entropy of each label, (B, L), from logits and labels (B, L); 0 where a label is NaN,
+        unknown."""
+        is_known_BL, known_BL = ~labels.isnan(), labels.nan_to_num()
+        loss_BL = F.binary_cross_entropy_with_logits(logits.float(), known_BL, reduction="none") * is_known_BL
+        if self._weights is None:
+            return loss_BL
+        of_negative_L, of_positive_L = self._weights.to(labels.device)
+        return loss_BL * torch.where(known_BL == 1, of_positive_L, of_negative_L)
 
     def fit_thresholds(self, outputs: Outputs) -> None:
         labels = self.samples["tuning"].labels
@@ -160,14 +178,37 @@ class Multilabel:
         }
 
 
-def _join(label_sets: list[LabelSet]) -> LabelSet:
-    """Rows that every label set has, one value column a set."""
+def _of_mean_one(of_positive: npt.NDArray[np.float64], rate: npt.NDArray[np.float64]) -> Tensor:
+    """Return weights of negatives and positives, (2, L), of mean 1 over samples of which a share `rate` (L,) is positive.
+
+    >>> _of_mean_one(np.array([99.0]), np.array([0.01])).flatten().tolist()
+    [0.5050504803657532, 50.0]
+    """
+    of_negative = 1 / (rate * of_positive + 1 - rate)
+    return as_tensor(np.stack([of_negative, of_negative * of_positive]))
+
+
+def join_labels(label_sets: list[LabelSet]) -> LabelSet:
+    """Join the rows that every label set has, one value column per set; say how many of each set have no partner.
+
+    Raises:
+        UserError: (nearly) none of the rows of the smallest set are in all others.
+    """
+    keys = ["subject_id", "prediction_time"]
     frame = label_sets[0].frame.rename({"value": label_sets[0].name})
     for other in label_sets[1:]:
-        frame = frame.join(other.frame.rename({"value": other.name}), on=["subject_id", "prediction_time"], how="inner")
-    name = "+".join(label_set.name for label_set in label_sets)
-    if not len(frame):
-        raise UserError(
-            f"label sets {name} share no subject and prediction time, so they cannot be predicted together."
+        frame = frame.join(other.frame.rename({"value": other.name}), on=keys, how="inner")
+    sizes = ", ".join(f"{label_set.name}: {len(label_set.frame):,}" for label_set in label_sets)
+    # Sets may differ in size; what the smallest one loses, it loses to times or subjects that do not fit.
+    for label_set in sorted(label_sets, key=lambda label_set: len(label_set.frame), reverse=True):
+        is_smallest = len(label_set.frame) == min(len(other.frame) for other in label_sets)
+        say_or_refuse(
+            len(label_set.frame) - len(frame),
+            len(label_set.frame),
+            f"rows of the label set {label_set.name} share no subject and prediction time with a row of every other one ({sizes}; "
+            f"joined: {len(frame):,}), so they cannot be predicted together, and are left out",
+            remedy="Give the label sets the same prediction times, or choose sets that have them: task.labels=[NAME,NAME].",
+            refused_from=NEARLY_ALL if is_smallest else ONLY_SAID,
         )
-    return LabelSet(name, frame.sort("subject_id", "prediction_time"), "boolean_value")
+    name = "+".join(label_set.name for label_set in label_sets)
+    return LabelSet(name, frame.sort(keys), "boolean_value")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ehr_embed.data.samples import Samples, packed_samples, window_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.models.heads import EventScores
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.event_outputs import EVENT_METRICS, TOP, Families, event_metrics, sum_by_sample, totals
 from ehr_embed.tasks.ngrams import NgramCounts, count_distinct
-from ehr_embed.tasks.protocol import Curves, Outputs, monitored
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult
 
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")
@@ -37,6 +38,10 @@ class NextEvent:
     Static events are context, never targets. An event whose code train does not have is no target either: the vocabulary
     has no token for it.
 
+    The loss is a mean over the predicted events: of each the token's negative log likelihood, plus `time_weight` times the gap's,
+    plus `value_weight` times the value's (whether there is one, and its density where there is). All three are divided by the
+    number of predicted events, those without a value included.
+
     Args:
         windows: training windows, `random` (each record cut into windows from a random place) or `packed` (whole records,
             several to a row).
@@ -48,6 +53,7 @@ class NextEvent:
 
     is_trained = True
     needs_causal = True
+    metrics: Sequence[Metric] = EVENT_METRICS
 
     def __init__(
         self,
@@ -67,7 +73,8 @@ class NextEvent:
                 raise UserError(f"task.{name}={weight}: expected 0 or more.")
         self.windows, self.evaluated_windows = windows, evaluated_windows
         self.time_weight, self.value_weight = time_weight, value_weight
-        self.monitor, self.is_higher_better = monitor, monitored(monitor, EVENT_METRICS)
+        self.monitor, self._monitored = monitor, metric_named(monitor, self.metrics)
+        self.is_higher_better = self._monitored.is_higher_better
         self.samples: dict[str, Samples] = {}
 
     @property
@@ -85,9 +92,9 @@ class NextEvent:
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         if max_length < 3:
             raise UserError(f"model.max_length={max_length}: expected 3 or more events, to predict one from another.")
-        if self.monitor == "value_loss" and not store.manifest["has_values"]:
+        if self._monitored.needs == "values" and not store.manifest["has_values"]:
             raise UserError(
-                "task.monitor=value_loss needs events that carry values. Type: data.values=both, or another monitor"
+                f"task.monitor={self.monitor} needs events that carry values. Type: data.values=both, or another monitor"
             )
         self._max_length = max_length
         self._families = Families.of(store.vocabulary)
@@ -139,15 +146,16 @@ class NextEvent:
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
         return {}
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of the losses of the batch's predicted events, their number, and what `sum_by_sample` gives."""
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
-        loss = mean(scores.nll) + self.time_weight * mean(scores.time_nll)
+        loss_sum = scores.nll.sum() + self.time_weight * scores.time_nll.sum()
         if scores.value_nll is not None:
-            loss = loss + self.value_weight * mean(scores.value_nll)
-        return loss, sum_by_sample(scores, inputs["targets"], self._families)
+            loss_sum = loss_sum + self.value_weight * scores.value_nll.sum()
+        return StepResult(loss_sum, len(scores.nll), sum_by_sample(scores, inputs["targets"], self._families))
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Which events of a batch are predicted, (B, T) bool."""
@@ -170,8 +178,3 @@ class NextEvent:
             is_target = self.is_target(batch)
             previous = batch.token_ids.roll(1, dims=1)[is_target].numpy().astype(np.int64)
             yield previous * n_tokens + batch.token_ids[is_target].numpy()
-
-
-def mean(per_event: Tensor) -> Tensor:
-    """Mean of (N,), 0 for a batch without targets."""
-    return per_event.sum() / max(len(per_event), 1)

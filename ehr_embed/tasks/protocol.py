@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,24 +14,45 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.evaluation.directions import LOWER_IS_BETTER
+from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
 
+log = logging.getLogger(__name__)
 Outputs = npt.NDArray[np.float64]
 """What a task keeps of each sample for evaluation: probabilities, or sums over its events."""
 Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a task makes of a batch; the trainer divides sums by counts, so that each event or sample weighs the same.
+
+    Attributes:
+        loss_sum: scalar, the sum of the losses of the batch's events (a task that predicts events) or samples; in training it
+            carries the gradient.
+        count: how many losses are summed in it. A number, or a scalar tensor on the batch's device where only the device
+            knows it: to read it back would make the host wait.
+        outputs: (B, n_outputs), what is kept of each sample for evaluation; carries no gradient.
+    """
+
+    loss_sum: Tensor
+    count: float | Tensor
+    outputs: Tensor
+
+
 class Task(Protocol):
     """Owns samples, targets, loss and metrics; knows no model."""
 
+    metrics: Sequence[Metric]
+    """The metrics that `evaluate` gives, each with its direction; a class attribute, so that a search can ask without data."""
+
     monitor: str
-    """Metric on tuning that chooses the best checkpoint."""
+    """Metric on tuning that chooses the best checkpoint, one of `metrics`."""
 
     needs_causal: bool | None
     """Whether the model must not see what comes after an event (True), must (False), or may be either (None)."""
@@ -58,19 +82,19 @@ class Task(Protocol):
 
     @property
     def is_higher_better(self) -> bool:
-        """Direction of the monitored metric."""
+        """Direction of the monitored metric, as `metrics` declares it."""
         ...
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        """Read the labels, if any, and build the samples of all splits."""
+        """Read the labels, if any, and build the samples of all splits; called by `set_up` alone, which checks them."""
         ...
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
         """Samples of a split; `rng` draws what is random about them in training, None for evaluation."""
         ...
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean loss of a batch, and its outputs (B, n_outputs), which carry no gradient."""
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the sum of a batch's losses, what it is the sum of, and the batch's outputs."""
         ...
 
     def fit_thresholds(self, outputs: Outputs) -> None:
@@ -92,13 +116,13 @@ class Task(Protocol):
 
 @runtime_checkable
 class WeighsSamples(Protocol):
-    """A task whose loss is a weighted mean over samples of one class each."""
+    """A task whose loss is the mean over samples of one class each, every sample's loss times its weight."""
 
     label_smoothing: float
     """Share of probability spread over all classes."""
 
     def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
-        """(n,) weight of each sample of a split in the loss."""
+        """Return the weight of each sample of a split in the loss, (n,); their mean over train is 1."""
         ...
 
 
@@ -138,20 +162,6 @@ def tuning_values(task: Task, outputs: Outputs) -> dict[str, float]:
     return values_of(task.evaluate("tuning", outputs, n_bootstrap=0))
 
 
-def monitored(monitor: str, metrics: tuple[str, ...]) -> bool:
-    """Whether higher values of the monitored metric are better.
-
-    Raises:
-        UserError: not a metric of the task.
-
-    >>> monitored("auroc", ("auroc", "brier")), monitored("brier", ("auroc", "brier"))
-    (True, False)
-    """
-    if monitor not in metrics:
-        raise unknown_name("task.monitor", monitor, metrics)
-    return monitor not in LOWER_IS_BETTER
-
-
 def check_class_weights(weights: str | Sequence[float] | None) -> None:
     """Refuse weights from which no mean can be taken.
 
@@ -163,9 +173,46 @@ def check_class_weights(weights: str | Sequence[float] | None) -> None:
     """
     if weights is not None and not isinstance(weights, str) and any(weight <= 0 for weight in weights):
         raise UserError(
-            f"task.class_weights={list(weights)}: expected numbers above 0. The loss is a mean weighted by them, undefined for "
-            "a batch of weight 0. Type: task.class_weights=balanced"
+            f"task.class_weights={list(weights)}: expected numbers above 0. A class of weight 0 would not be learned. "
+            "Type: task.class_weights=balanced"
         )
+
+
+def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+    """Return the task's step on a batch.
+
+    Raises:
+        UserError: the task returned something other than a `StepResult`, such as a mean loss.
+    """
+    result = task.step(model, embedding, batch)
+    if isinstance(result, StepResult):
+        return result
+    name = type(task).__name__
+    raise UserError(
+        f"{name}.step returned a {type(result).__name__}, expected ehr_embed.api.StepResult(loss_sum, count, outputs): "
+        "a mean over each batch would give events or samples of small batches more weight. Return the sum of the losses and how "
+        "many they are, as docs/extending.md shows"
+    )
+
+
+@cache
+def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
+    """Say once that a model's logits came in half precision."""
+    log.warning(
+        "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. "
+        "Let the model's last layer be an ehr_embed.api.LogitLinear in place of a torch.nn.Linear, or type: "
+        "trainer.precision=32-true",
+        model,
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return a model's logits, with a warning where they were rounded to half precision."""
+    logits: Tensor = model(inputs)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        warn_of_rounded(type(getattr(model, "module", model)).__name__, logits.dtype)
+    return logits
 
 
 def as_tensor(values: npt.ArrayLike) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch
@@ -18,7 +18,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.sampling import Sampling, check_lengths, generate
 from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import Outputs
+from ehr_embed.tasks.protocol import Outputs, StepResult
 
 log = logging.getLogger(__name__)
 WORRYING_CUT_SHARE = 0.1
@@ -101,9 +101,9 @@ class ZeroShot(Classification):
         self._tokens = torch.tensor(tokens)
         self._sampling = replace(self._sampling, stop_tokens=self._stop.tokens(store.vocabulary))
 
-    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs are class probabilities and the share of futures cut short by `max_new_events`; the loss is the
-        probabilities' cross-entropy, with half a future added to either side."""
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the probabilities' cross-entropy, with half a future added to either side; the outputs are the probabilities of
+        the classes and the share of futures cut short by `max_new_events`."""
         # Seeded by its first sample, so that a batch gives the same futures whatever came before it.
         generator = torch.Generator(batch.token_ids.device).manual_seed(self._seed * 1_000_003 + int(batch.sample[0]))
         futures = generate(model, embedding, batch, self._sampling, generator)
@@ -113,8 +113,9 @@ class ZeroShot(Classification):
         has_event[futures.prompt[occurs], futures.sample[occurs]] = 1
         risk_B = has_event.mean(1)
         smoothed_B = (has_event.sum(1) + 0.5) / (n_samples + 1)
-        loss = -torch.where(batch.labels == 1, smoothed_B, 1 - smoothed_B).log().mean()
-        return loss, torch.stack([1 - risk_B, risk_B, futures.is_cut.double().mean(1)], dim=-1)
+        loss_B = -torch.where(batch.labels == 1, smoothed_B, 1 - smoothed_B).log()
+        outputs = torch.stack([1 - risk_B, risk_B, futures.is_cut.double().mean(1)], dim=-1)
+        return StepResult(loss_B.sum(), len(loss_B), outputs)
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         """As `Classification`, with `cut_share`: futures that ended by their number of events, in which nothing more can occur."""

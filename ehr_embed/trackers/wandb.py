@@ -15,6 +15,7 @@ import wandb
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.secrets import MASK, is_secret, masked
 from ehr_embed.run_folder.layout import WANDB_ID
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
@@ -24,8 +25,6 @@ Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
 """In the run's folder: which W&B run a later start in it goes on with."""
-SECRET = re.compile(r"(?:^|[_.-])(?:token|secret|passw(?:or)?d|api_?key|credentials?)$", re.IGNORECASE)
-"""Keys whose values are nobody's business; `batch_tokens` is not one."""
 MAX_TAG_LENGTH = 64  # W&B refuses longer ones
 
 
@@ -138,7 +137,9 @@ class WandbTracker:
 
     def add_table(self, name: str, table: pd.DataFrame) -> None:
         """A table of this run, such as the trials of a search; paths in it are cut as in the config."""
-        table = table.astype(object).where(table.notna(), None).map(without_private)
+        table = table.astype(object).where(table.notna(), None)
+        # A column's name is the key by which a secret is known.
+        table = table.apply(lambda column: [without_private({column.name: value})[column.name] for value in column])
         self._run.log({name: wandb.Table(dataframe=table)})
 
     def _start(self) -> wandb.Run:
@@ -211,7 +212,7 @@ def without_private(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: "***" if item is not None and SECRET.search(str(key)) else without_private(item)
+            key: MASK if item is not None and is_secret(str(key)) else without_private(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -221,12 +222,12 @@ def without_private(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.startswith(("sqlite:", "file:")):
-        return f"{value.split(':')[0]}:{PurePosixPath(value).name}"
+        return masked(f"{value.split(':')[0]}:{PurePosixPath(value).name}")
     if "://" in value:
-        return re.sub(r"(://)[^/@]*@", r"\1***@", value)
+        return masked(re.sub(r"(://)[^/@]*@", rf"\1{MASK}@", masked(value)))
     if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
         return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
-    return value
+    return masked(value)
 
 
 def _is_there(value: str) -> bool:

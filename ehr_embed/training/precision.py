@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ def choose_precision(wanted: str, accelerator: str) -> str:
     on_cuda = accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else _cpu_multiplies_bf16()
     return "bf16-mixed" if fast else "32-true"
+
+
+def autocast_of_run(wanted: str, used: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a model predicts on `device` as its run did when it was evaluated.
+
+    Where the run chose half precision by itself and this device is not fast at it, the model predicts in float32.
+
+    Args:
+        wanted: the run's `trainer.precision`.
+        used: what that became; None = not known.
+
+    >>> type(autocast_of_run("auto", "32-true", torch.device("cpu"))).__name__
+    'nullcontext'
+    """
+    here = choose_precision(wanted, device.type)
+    if wanted == "auto" and used not in (None, here):
+        here = "32-true"
+    if here == "bf16-mixed":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if here == "16-mixed" and device.type == "cuda":
+        return torch.autocast(device.type, dtype=torch.float16)
+    return nullcontext()
 
 
 class Autocast(MixedPrecision):

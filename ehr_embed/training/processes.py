@@ -21,7 +21,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from lightning_fabric.strategies import DDPStrategy, Strategy
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import end_with_parent, is_torchrun, n_launched
@@ -81,6 +81,12 @@ class Processes:
         found = torch.tensor(numbers, dtype=torch.float64)
         distributed.all_reduce(found, group=self._group)
         return (found / self.size).tolist()
+
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks of a tensor on their devices, which may be overwritten; the host does not wait for it."""
+        if self.size > 1:
+            distributed.all_reduce(x)
+        return x
 
     def share(self, model: nn.Module) -> None:
         """Give every rank the weights and buffers of rank 0: what was fitted to vectors may differ between kinds of machines."""
@@ -253,7 +259,7 @@ def _killed(rank: int, code: int | None) -> UserError:
         why += ", as Linux does when memory runs out"
     return UserError(
         f"the process of rank {rank} {why}, so the others cannot go on. The same command continues from the last checkpoint; with "
-        "too little memory type: resume=force trainer.batch_size=SMALLER, or trainer.devices=FEWER"
+        "too little memory type: resume=force trainer.batch_tokens=SMALLER, or trainer.devices=FEWER"
     )
 
 

@@ -19,7 +19,7 @@ class TrainerSettings:
     """How to train; conf/trainer/default.yaml says what each key means."""
 
     epochs: int = 50
-    batch_size: int = 32
+    batch_size: int | None = 32
     batch_tokens: int = 16_384
     accumulate: int = 1
     learning_rate: float = 1e-4
@@ -84,10 +84,15 @@ class TrainerSettings:
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
         for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
+
+    @property
+    def batch_key(self) -> str:
+        """Return the key that bounds a batch."""
+        return "trainer.batch_tokens" if self.batch_size is None else "trainer.batch_size"
 
     def launch(self) -> Processes:
         """Join the processes that train together and choose their devices, see `ehr_embed.training.processes.launch`."""

@@ -80,6 +80,11 @@ def whole_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def own_part(x: Tensor) -> Tensor:
+    """Return this process's part of a spread tensor, which shares its memory; another tensor as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def whole(tree: Any, *, is_kept: bool) -> Any:
     """Nested state with every spread tensor whole, one after the other, on the CPU where `is_kept`; None elsewhere."""
 

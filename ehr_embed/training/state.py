@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class Progress:
         epoch: the last one begun.
         batch: its batches that were trained on; 0 = it is over.
         step: optimizer steps of all epochs.
-        loss_sum, n_events, n_padded, n_pairs, seconds: of the epoch as far as it is.
+        loss_sum, loss_count: of the epoch as far as it is: the sum of the losses, and how many events or samples they are of.
+        n_events, n_padded, n_pairs, seconds: likewise.
         total_events, total_padded, total_pairs, total_seconds: of the epochs that are over.
         n_processes: that these figures and `batch` are of one of, on average.
         history: a row of metrics for each of those.
@@ -41,6 +43,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    loss_count: float = 0.0
     n_events: float = 0
     n_padded: float = 0
     n_pairs: float = 0
@@ -55,21 +58,39 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     n_processes: int = 1
 
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """Return the progress that a checkpoint holds.
+
+        A checkpoint of an earlier version has the sum of its batches' mean losses and no count: then each batch of the epoch it
+        stopped in counts as one event or sample.
+
+        >>> Progress.of({"epoch": 3, "batch": 2, "loss_sum": 1.5}).loss
+        0.75
+        """
+        return cls(**{"loss_count": float(saved["batch"]), **saved})
+
+    @property
+    def loss(self) -> float:
+        """Return the mean loss of the epoch as far as it is; 0 where nothing was counted."""
+        return self.loss_sum / self.loss_count if self.loss_count else 0.0
+
     def count(self, batch: Batch) -> None:
         """Add a batch to what the epoch has seen."""
         self.n_events += batch.n_events
         self.n_padded += batch.is_event.numel()
         self.n_pairs += batch.n_pairs
 
-    def average(self, loss_sum: float, processes: Processes) -> None:
-        """Take the mean over the processes of what each has counted in this epoch, and of its `loss_sum`."""
-        counted = (loss_sum, self.n_events, self.n_padded, self.n_pairs)
-        self.loss_sum, self.n_events, self.n_padded, self.n_pairs = processes.means(counted)
+    def average(self, losses: Sequence[float], processes: Processes) -> None:
+        """Take the mean over the processes of what each has counted in this epoch; `losses` are its `loss_sum` and `loss_count`."""
+        counted = (*losses, self.n_events, self.n_padded, self.n_pairs)
+        self.loss_sum, self.loss_count, self.n_events, self.n_padded, self.n_pairs = processes.means(counted)
 
     def spread(self, n: int) -> None:
         """Count as one of `n` processes: a run goes on with another number of them near the batch where it was."""
         self.batch = math.ceil(self.batch * self.n_processes / n)
-        for name in ("loss_sum", "n_events", "n_padded", "n_pairs", "total_events", "total_padded", "total_pairs"):
+        counts = ("loss_sum", "loss_count", "n_events", "n_padded", "n_pairs")
+        for name in (*counts, "total_events", "total_padded", "total_pairs"):
             setattr(self, name, getattr(self, name) * self.n_processes / n)
         self.n_processes = n
 
@@ -79,7 +100,7 @@ class Progress:
         self.total_padded += self.n_padded
         self.total_pairs += self.n_pairs
         self.total_seconds += self.seconds
-        self.batch, self.loss_sum, self.seconds = 0, 0.0, 0.0
+        self.batch, self.loss_sum, self.loss_count, self.seconds = 0, 0.0, 0.0, 0.0
         self.n_events, self.n_padded, self.n_pairs = 0, 0, 0
         self.history.append(row)
         sign = 1 if is_higher_better else -1
@@ -167,7 +188,7 @@ class TrainingState:
                 f"{run.path} does not fit this model or its optimizer ({str(error).splitlines()[-1].strip()}), so resume=force "
                 "cannot go on from it. Type: run_dir=ANOTHER, or resume=overwrite to start again here"
             ) from error
-        self.progress = Progress(**saved["progress"])
+        self.progress = Progress.of(saved["progress"])
         self.progress.spread(self.processes.size)
         generators = [saved["rng_state"], *saved.get("other_rng_states", ())]
         own = generators[self.processes.rank] if len(generators) == self.processes.size else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from ehr_embed.models.body import Body
 from ehr_embed.models.heads import EventHead
 
+log = logging.getLogger(__name__)
 PEAKS = {
     r"GB200": (2500e12, 80e12),
     r"B200": (2250e12, 75e12),
@@ -45,6 +47,8 @@ A10, RTX A6000, L40, L40S, L4, T4, V100; its whitepapers of the architectures GA
 AMD's data sheet of the Instinct MI300X. Left out for want of such a figure: A10G, GH200, MI250.
 """
 MATRIX, N_PRODUCTS = 1024, 5
+_WRONG_PEAKS: set[float] = set()
+"""Peaks that a warning has named."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,10 @@ def training_flops(model: nn.Module, n_tokens: int) -> TrainingFlops | None:
 def rates(
     n_events: float, n_padded: float, n_pairs: float, seconds: float, flops: TrainingFlops | None, peak: float | None
 ) -> dict[str, float]:
-    """events_per_s (without padding), tokens_per_s (with it), padding_share, and where both are known mfu: model FLOPs of
+    """Return events_per_s (without padding), tokens_per_s (with it), padding_share, and where both are known mfu: model FLOPs of
     the events, without padding and recomputation, as a share of `peak` FLOP/s.
+
+    A share above 1 shows that the peak is wrong; then there is no mfu, and a warning says so once.
 
     >>> rates(80, 100, 0, 2.0, TrainingFlops(10.0, 1.0), 1000.0)
     {'events_per_s': 40.0, 'tokens_per_s': 50.0, 'padding_share': 0.19999999999999996, 'mfu': 0.4}
@@ -96,8 +102,24 @@ def rates(
         "padding_share": 1 - n_events / n_padded,
     }
     if flops is not None and peak is not None:
-        found["mfu"] = (flops.per_event * n_events + flops.per_pair * n_pairs) / seconds / peak
+        mfu = (flops.per_event * n_events + flops.per_pair * n_pairs) / seconds / peak
+        if mfu <= 1:
+            found["mfu"] = mfu
+        else:
+            _warn_of_peak(peak, mfu)
     return found
+
+
+def _warn_of_peak(peak: float, mfu: float) -> None:
+    if peak in _WRONG_PEAKS:
+        return
+    _WRONG_PEAKS.add(peak)
+    log.warning(
+        "training took %.2f times the %.1e FLOP/s that count as this device's peak, so that peak is wrong and no mfu is given. "
+        "Of a CPU it is measured when training begins, and other work makes it come out low; of a GPU it is looked up by name",
+        mfu,
+        peak,
+    )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -21,7 +21,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
-from ehr_embed.tasks.protocol import Outputs, Task, tuning_values
+from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.precision import choose_precision
@@ -30,6 +30,7 @@ from ehr_embed.training.profiling import profiler
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
 from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
@@ -46,7 +47,7 @@ class Trainer:
         processes: what `settings.launch` gave.
         task: after `setup`.
         run_dir: where checkpoints go.
-        config: the resolved configuration, stored in every checkpoint.
+        config: the resolved configuration, stored in every checkpoint beside the precision.
         identity: digests of the embedder and the vocabulary, which the weights depend on; stored too.
         sizes: what the model was built with beside its configuration; stored too.
         seed: order of the batches, and what a task draws.
@@ -68,15 +69,16 @@ class Trainer:
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
+        self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about = {
             "config": config,
             "identity": identity,
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
-        self.precision = choose_precision(settings.precision, settings.accelerator)
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
         """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
@@ -240,7 +242,7 @@ class Trainer:
         rng: dict[str, Any] | None,
         after_batch: Callable[[], None],
     ) -> float:
-        """The next pass over train, or what is left of one that was begun: its mean loss.
+        """Train one more pass over train, or what is left of one that was begun; return its mean loss per event or sample.
 
         Args:
             rng: state of the generators to go on with; None = as they are.
@@ -256,9 +258,12 @@ class Trainer:
         if not n_batches:
             raise UserError(
                 f"an epoch has fewer batches than this run has processes ({self.processes.size}), so some would have none. "
-                "Type: trainer.batch_size=SMALLER, or trainer.devices=FEWER"
+                f"Type: {self.settings.batch_key}=SMALLER, or trainer.devices=FEWER"
             )
-        total = torch.tensor(progress.loss_sum, device=self.fabric.device)
+        device = self.fabric.device
+        # Of the losses and of their number; float64, as float32 stops counting at 2^24.
+        losses = torch.tensor([progress.loss_sum, progress.loss_count], dtype=torch.float64, device=device)
+        step_mean, parameters = StepMean(self.processes, device), [*model.parameters(), *state.embedding.parameters()]
         began = time.perf_counter() - progress.seconds
         if rng is not None and not first:
             set_rng_state(rng)
@@ -276,20 +281,23 @@ class Trainer:
         )
         for number, batch in enumerate(bar, first):
             progress.count(batch)
-            # The last group of an epoch may be smaller; its gradient is still a mean.
+            # The last group of an epoch may be smaller.
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
             with self.fabric.no_backward_sync(model, enabled=not steps):
-                loss = self.task.step(model, state.embedding, batch.to(self.fabric.device))[0]
-                self.fabric.backward(loss / group)
-            total += loss.detach()
+                result = run_step(self.task, model, state.embedding, batch.to(device))
+                self.fabric.backward(step_mean.loss(result))
+            own = torch.stack([result.loss_sum.detach().double(), count_of(result, device)])
+            losses += own
             after_batch()
             if number % PROGRESS_EVERY == 0 and not bar.disable:
                 rate = progress.n_events / (time.perf_counter() - began)
-                bar.set_postfix(loss=f"{float(loss.detach()):.4f}", events_per_s=f"{rate:,.0f}")
+                mean_loss = float(own[0] / own[1].clamp(min=1))
+                bar.set_postfix(loss=f"{mean_loss:.4f}", events_per_s=f"{rate:,.0f}")
             if not steps:
                 continue
             self._synchronise(state.embedding)
+            step_mean.finish(parameters, n_batches=group)
             if settings.clip_norm > 0:
                 self.fabric.clip_gradients(
                     model, state.optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
@@ -302,22 +310,22 @@ class Trainer:
             asked = self._asked(stop)
             if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
-                progress.average(float(total), self.processes)
-                total.fill_(self._finite(progress.loss_sum, progress))
+                progress.average(losses.tolist(), self.processes)
+                self._finite(progress)
+                losses[0], losses[1] = progress.loss_sum, progress.loss_count
             if asked or is_due:
                 state.save(self.run_dir)
                 self._leave_if_asked(stop, progress)
-        return progress.loss_sum / n_batches
+        return progress.loss
 
     @staticmethod
-    def _finite(loss_sum: float, progress: Progress) -> float:
+    def _finite(progress: Progress) -> None:
         """Refuse a loss from which nothing can be learned; no checkpoint holds such weights."""
-        if not np.isfinite(loss_sum):
+        if not np.isfinite(progress.loss_sum):
             raise UserError(
-                f"the training loss became {loss_sum} in epoch {progress.epoch}, so nothing can be learned from here on. "
+                f"the training loss became {progress.loss_sum} in epoch {progress.epoch}, so nothing can be learned from here on. "
                 "Type: resume=overwrite trainer.learning_rate=LOWER, or resume=overwrite trainer.precision=32-true"
             )
-        return loss_sum
 
     def _asked(self, stop: StopRequest) -> str | None:
         """The signal by which any process was asked to stop: they do so together, since each waits for the others."""
@@ -334,12 +342,13 @@ class Trainer:
     def _predict(
         self, model: nn.Module, embedding: EventEmbedding, split: str, stop: StopRequest | None = None
     ) -> tuple[float, Outputs]:
-        """Mean loss and outputs (n, n_outputs) of a split, in sample order, whatever the batches were."""
+        """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
+        the batches."""
         model.eval()
         loader = self._loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
-        loss_sum = torch.zeros((), device=self.fabric.device)
+        losses = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
         # Buffers that a spread model makes in inference mode could not be trained with.
         with torch.inference_mode(self.processes.size == 1), torch.no_grad():
             for number, batch in enumerate(loader):
@@ -347,13 +356,13 @@ class Trainer:
                     raise Stopped
                 moved = batch.to(self.fabric.device)
                 with self.fabric.autocast():
-                    loss, outputs = self.task.step(model, embedding, moved)
+                    step = run_step(self.task, model, embedding, moved)
                 if number < n_own:
-                    result[moved.sample] = outputs
-                    loss_sum += loss * len(moved.sample)
+                    result[moved.sample] = step.outputs
+                    losses += torch.stack([step.loss_sum.double(), count_of(step, self.fabric.device)])
         result = self._reduce(result, "sum")
-        loss_sum = self._reduce(loss_sum, "sum")
-        return float(loss_sum) / n, result.cpu().numpy()
+        loss_sum, count = self._reduce(losses, "sum").tolist()
+        return loss_sum / max(count, 1), result.cpu().numpy()
 
     def _synchronise(self, embedding: EventEmbedding) -> None:
         """Give every process the mean gradient of the embedding, which Fabric's wrapper of the model does not see."""

@@ -1,0 +1,136 @@
+"""The time boundary: no sample reaches past its prediction time, whoever built it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.data.samples import Samples, ragged_searchsorted
+from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
+
+REMEDY = (
+    "Build the samples with ehr_embed.data.samples.build_samples, or end each one at the first event after its "
+    "prediction time, in the record of its own subject"
+)
+
+
+def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these samples") -> None:
+    """Refuse samples that show an event later than their prediction time, or one of another record.
+
+    Events of a record are in order of time, static ones first, so the last event of a sample's two ranges tells for all of
+    them: at most two times per sample are read from the store, whatever the length of the records. A static event is always
+    visible. The prediction time of a pretraining window is that of its last event (`window_samples`): there the check says
+    that the window is what it claims to be.
+
+    Args:
+        events: the split's events.
+        samples: (n,) samples of this split.
+        where: what they belong to, for the message.
+
+    Raises:
+        UserError: a range that is reversed or not within its subject's record; a visible event after the prediction time.
+    """
+    if not len(samples):
+        return
+    ranges = ((samples.static_start, samples.static_stop), (samples.start, samples.stop))
+    reversed_ = np.zeros(len(samples), bool)
+    for start, stop in ranges:
+        reversed_ |= start > stop
+    if reversed_.any():
+        raise _refusal(samples, reversed_, where, "begin after their end")
+    is_foreign, is_late = np.zeros(len(samples), bool), np.zeros(len(samples), bool)
+    for start, stop in ranges:
+        filled = np.flatnonzero(stop > start)
+        first, last = start[filled], stop[filled] - 1
+        in_store = (first >= 0) & (last < len(events.times))
+        is_foreign[filled[~in_store]] = True
+        filled, first, last = filled[in_store], first[in_store], last[in_store]
+        row = np.searchsorted(events.offsets, first, side="right") - 1
+        is_own = (last < events.offsets[row + 1]) & (events.subject_ids[row] == samples.subject_ids[filled])
+        is_foreign[filled[~is_own]] = True
+        is_late[filled] |= events.times[last] > samples.prediction_times[filled]
+    if is_foreign.any():
+        raise _refusal(samples, is_foreign, where, "hold events that are not in the record of their subject")
+    if is_late.any():
+        number = int(np.flatnonzero(is_late)[0])
+        last_time = max(int(events.times[stop[number] - 1]) for start, stop in ranges if stop[number] > start[number])
+        days = (last_time - int(samples.prediction_times[number])) / MICROSECONDS_PER_DAY
+        raise _refusal(
+            samples, is_late, where, "reach past their prediction time", f", by {days:.4g} days with its last event"
+        )
+
+
+@dataclass
+class UnseenRecords:
+    """Count the samples that show nothing but static events though their subject has timed ones, all of them later.
+
+    Such a prediction time is mostly one in another unit, or a default such as 1900-01-01.
+
+    Attributes:
+        n: how many samples are like that.
+        of: how many samples were looked at.
+        example: the prediction time and the subject of the first of them.
+    """
+
+    n: int = 0
+    of: int = 0
+    example: str = ""
+
+    def add(self, events: SplitEvents, samples: Samples) -> None:
+        """Count those of further samples (n,), which keep the boundary, of a split or of a part of one."""
+        self.of += len(samples)
+        blank = np.flatnonzero(samples.start == samples.stop)
+        order = np.argsort(events.subject_ids, kind="stable")
+        row = order[np.searchsorted(events.subject_ids, samples.subject_ids[blank], sorter=order)]
+        end, times = events.offsets[row + 1], samples.prediction_times[blank]
+        first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
+        early = np.zeros(len(blank), bool)
+        has_timed = np.flatnonzero(first_timed < end)
+        # Where static events fill all the room, a sample without a timed event may be right.
+        early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
+        if not early.any():
+            return
+        if not self.n:
+            number = blank[np.flatnonzero(early)[0]]
+            when = samples.prediction_times[number].astype("datetime64[us]")
+            self.example = f"{when} of subject {samples.subject_ids[number]}"
+        self.n += int(early.sum())
+
+    def say(self, where: str) -> None:
+        """Say how many there were; `where` is what the samples belong to, for the message.
+
+        Raises:
+            UserError: these are all samples, or nearly all.
+        """
+        say_or_refuse(
+            self.n,
+            self.of,
+            f"prediction times of {where}, such as {self.example}, lie before every timed event of their subject, so that "
+            "nothing but static events is seen",
+            remedy="Mend the times of the label set (column prediction_time), or remove these rows.",
+        )
+
+
+def say_unseen(events: SplitEvents, samples: Samples, *, where: str) -> None:
+    """Say how many of the samples of a split are `UnseenRecords`, or refuse them.
+
+    Raises:
+        UserError: these are all samples, or nearly all.
+    """
+    found = UnseenRecords()
+    found.add(events, samples)
+    found.say(where)
+
+
+def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: str, detail: str = "") -> UserError:
+    number = int(np.flatnonzero(wrong)[0])
+    when = samples.prediction_times[number].astype("datetime64[us]")
+    return UserError(
+        f"{where}: {int(wrong.sum())} of {len(samples)} samples {what}, such as that of subject {samples.subject_ids[number]} at "
+        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: a model that "
+        f"is shown what comes after it would be measured on what it read. {REMEDY}."
+    )

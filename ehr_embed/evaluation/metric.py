@@ -1,0 +1,50 @@
+"""What a metric is: its name and which way is better, declared where the metric is computed; free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ehr_embed.core.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a task measures on a split.
+
+    Attributes:
+        name: its key in metrics.json.
+        is_higher_better: its direction, by which checkpoints, schedules and searches choose.
+        needs: what the data must hold for the metric to exist; None = nothing.
+    """
+
+    name: str
+    is_higher_better: bool
+    needs: Literal["values"] | None = None
+
+
+def metric_named(name: str, metrics: Iterable[Metric]) -> Metric:
+    """Return the metric of this name among a task's.
+
+    Raises:
+        UserError: the task has none of this name, or the name is that of a metric on held_out.
+
+    >>> own = (Metric("auroc", True), Metric("brier", False))
+    >>> metric_named("brier", own).is_higher_better
+    False
+    >>> metric_named("held_out.auroc", own)
+    Traceback (most recent call last):
+    ehr_embed.core.errors.UserError: task.monitor=held_out.auroc: expected a metric on tuning. Whatever is chosen by held_out can \
+no longer be judged on it. Type: task.monitor=auroc
+    """
+    by_name = {metric.name: metric for metric in metrics}
+    if name not in by_name:
+        if name.startswith("held_out"):
+            plain = name.removeprefix("held_out").lstrip("./")
+            raise UserError(
+                f"task.monitor={name}: expected a metric on tuning. Whatever is chosen by held_out can no longer be judged on it. "
+                f"Type: task.monitor={plain if plain in by_name else next(iter(by_name))}"
+            )
+        raise unknown_name("task.monitor", name, tuple(by_name))
+    return by_name[name]

@@ -1,0 +1,76 @@
+"""Names of splits: those of MEDS are read, near-misses are refused, any other is said to be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.sources.protocol import SPLITS
+
+SYNONYMS = {
+    "train": ("train", "training", "trn"),
+    "tuning": ("tuning", "tune", "val", "valid", "validation", "validate", "dev", "development"),
+    "held_out": ("heldout", "holdout", "test", "testing", "tst"),
+}
+"""What else a split is called, in lower case and without spaces, hyphens, dots and underscores."""
+
+
+def meant_split(name: str) -> str | None:
+    """The split of MEDS that a name seems to stand for; None for a name like no other.
+
+    >>> [meant_split(name) for name in ("Train", "held-out", "Held Out", "val", "test", "tunning", "external", "fold_3")]
+    ['train', 'held_out', 'held_out', 'tuning', 'held_out', 'tuning', None, None]
+    """
+    plain = "".join(letter for letter in name.lower() if letter not in " -_.")
+    split_of = {synonym: split for split, synonyms in SYNONYMS.items() for synonym in synonyms}
+    if plain in split_of:
+        return split_of[plain]
+    close = get_close_matches(plain, ("train", "tuning", "heldout"), n=1, cutoff=0.8) if plain.isalpha() else []
+    return split_of[close[0]] if close else None
+
+
+def refuse_near_misses(names: Iterable[str], *, where: str, column: str = "split") -> None:
+    """Refuse names that seem to stand for a split of MEDS and are not its name: their subjects would be left out.
+
+    Args:
+        names: names of splits as the data have them.
+        where: the file, or the source, that has them.
+        column: the column of the names.
+
+    Raises:
+        UserError: names them, and the names that they should be.
+    """
+    meant = {name: split for name in sorted(names) if name not in SPLITS and (split := meant_split(name))}
+    if meant:
+        listed = ", ".join(f"{name!r} (for {split}?)" for name, split in meant.items())
+        raise UserError(
+            f"{where}: splits named {listed}; expected {', '.join(SPLITS)}, as MEDS 0.4 names them. The subjects of other splits "
+            "are left out, which can hardly be meant here. Rename them: polars.read_parquet(FILE).with_columns("
+            f'polars.col("{column}").replace({meant})).write_parquet(FILE), or, to leave these subjects out, give their split a '
+            "name that is like none of the three, such as unused."
+        )
+
+
+def check_split_names(counts: Mapping[str, int], *, where: str, of: str = "subjects", column: str = "split") -> None:
+    """Refuse near-misses among the names of splits, and say how much lies in splits of any other name.
+
+    Args:
+        counts: how many subjects, or events, each split has.
+        where: the file, or the source, that has them.
+        of: what is counted.
+        column: the column of the names.
+
+    Raises:
+        UserError: a near-miss, or (nearly) all is in splits of other names.
+    """
+    refuse_near_misses(counts, where=where, column=column)
+    others = {name: n for name, n in sorted(counts.items()) if name not in SPLITS}
+    listed = ", ".join(f"{name!r}: {n:,}" for name, n in list(others.items())[:10])
+    say_or_refuse(
+        sum(others.values()),
+        sum(counts.values()),
+        f"{of} of {where} are in splits other than {', '.join(SPLITS)} ({listed}), and are left out",
+        remedy="Give them one of the three names if they belong to the experiment.",
+    )
