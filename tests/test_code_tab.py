@@ -194,8 +194,8 @@ def test_a_task_takes_the_mean_of_losses_and_of_probabilities():
     logits, labels = torch.randn(5, 3, 2), torch.tensor([0, 1, 1, 0, 1])
     task = Classification()
     task._weights = None
-    expected = torch.stack([F.cross_entropy(logits[:, m], labels) for m in range(3)]).mean()
-    torch.testing.assert_close(loss_over_members(task.loss, logits, labels), expected)
+    expected = torch.stack([F.cross_entropy(logits[:, m], labels) for m in range(3)]).mean()  # over samples too
+    torch.testing.assert_close(loss_over_members(task.loss, logits, labels).mean(), expected)
     torch.testing.assert_close(Classification.probabilities(logits), logits.double().softmax(-1).mean(1))
 
 

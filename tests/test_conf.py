@@ -19,7 +19,7 @@ CONF = ROOT / "conf"
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "gbm", "logistic", "mean_pool", "gru")
+CLASSIFY_ONLY = ("code_encoder", "code_tab", "gbm", "logistic", "mean_pool", "gru")
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/test_text_encoder.py
 
 

@@ -130,8 +130,8 @@ class Classification:
         if loss_B.shape != batch.labels.shape[:1]:
             raise UserError(
                 f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected "
-                f"{tuple(batch.labels.shape[:1])}, one loss per sample: the trainer takes the mean over all samples of a step. Leave "
-                'the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
+                f"{tuple(batch.labels.shape[:1])}, one loss per sample: the trainer takes the mean over all samples of a step. "
+                'Leave the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
             )
         return StepResult(loss_B.sum(), len(loss_B), self.probabilities(logits))
 
