@@ -56,6 +56,7 @@ from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import run_ranks
+from ehr_embed.training.teacher import teacher_model
 from ehr_embed.training.threads import use_threads_of_run
 from ehr_embed.training.trainer import Trainer, TrainerSettings
 
@@ -287,6 +288,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             sizes=sizes,
             seed=cfg.seed,
             log=log_epoch,
+            teacher_model=teacher_model(settings.teacher, prepared.store.vocabulary, sizes) if is_trained else None,
         )
         if not is_trained:
             facts = trainer.facts(model, embedding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.data.prefixes import Prefixes
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -39,6 +40,8 @@ class Classification:
         shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
         label_fraction: share of train's labelled subjects that are used, in (0, 1]; tuning and held_out stay whole.
         fraction_seed: draws those subjects.
+        prefixes: `hours` and `shares` of `Prefixes`: how often a record is cut before the prediction time when it is trained on;
+            None = never.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Classification:
         shuffle_labels: int | None = None,
         label_fraction: float = 1.0,
         fraction_seed: int = 0,
+        prefixes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
@@ -64,6 +68,7 @@ class Classification:
             check_range(f"task.{name}", seed or 0, 0)
         check_class_weights(class_weights)
         self.label_fraction, self.fraction_seed = label_fraction, fraction_seed
+        self.prefixes = None if prefixes is None else Prefixes(**prefixes)
         self.samples: dict[str, Samples] = {}
         self.class_names: list[str] = []
         self.threshold = 0.5
@@ -85,6 +90,7 @@ class Classification:
     metrics: Sequence[Metric] = CLASS_METRICS
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        self._max_length = max_length
         label_set = read_labels(self.labels, labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
@@ -121,7 +127,10 @@ class Classification:
         return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        return BatchDataset(self._events[split], self.samples[split])
+        samples = self.samples[split]
+        if rng is not None and self.prefixes is not None:
+            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""

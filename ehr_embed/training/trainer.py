@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import BucketSampler, batch_loader
 from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
+from ehr_embed.training.ema import Ema
 from ehr_embed.training.memory import peak_memory_mib
-from ehr_embed.training.optimizer import parameter_groups, schedules
+from ehr_embed.training.optimizer import fitting_warmup, parameter_groups, schedules
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.profiling import profiler
@@ -31,10 +34,12 @@ from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of, load_weights
 from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
 from ehr_embed.training.step_mean import StepMean, count_of
+from ehr_embed.training.teacher import Teacher, cross_fitted
 from ehr_embed.training.threads import SlowEpochWarning
 from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
 __all__ = ["Trainer", "TrainerSettings"]
+log = logging.getLogger(__name__)
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
 
@@ -52,6 +57,7 @@ class Trainer:
         sizes: what the model was built with beside its configuration; stored too.
         seed: order of the batches, and what a task draws.
         log: called with a row of metrics and the epoch after every epoch.
+        teacher_model: what `settings.teacher` names, unfitted.
     """
 
     def __init__(
@@ -66,9 +72,12 @@ class Trainer:
         sizes: dict[str, Any],
         seed: int,
         log: Callable[[dict[str, float], int], None],
+        teacher_model: GBM | None = None,
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
+        self.teacher_model = teacher_model
+        self.teacher: Teacher | None = None
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about = {
             "config": config,
@@ -110,6 +119,8 @@ class Trainer:
                 block.compile(dynamic=True)
         if run is None and isinstance(model, AdaptsToRecords):
             model.to(self.fabric.device).adapt_to_records(self._train_inputs(embedding))
+        if self.teacher_model is not None:
+            self.teacher = cross_fitted(self, self.teacher_model, embedding, share=settings.teacher_share)
         self.processes.share(model)
         # Before the optimizer: a model that is spread has new parameters.
         wrapped = self.fabric.setup_module(model)
@@ -121,20 +132,30 @@ class Trainer:
             layer_decay=settings.layer_decay,
         )
         optimizer: Any = self.fabric.setup_optimizers(
-            torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
+            torch.optim.AdamW(
+                groups, betas=(settings.betas[0], settings.betas[1]), fused=self.precision != "16-mixed"
+            )  # which clips outside
         )
         steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
+        total_steps = steps_per_epoch * settings.epochs
+        warmup_steps = fitting_warmup(settings.warmup_steps, total_steps)
+        if warmup_steps < settings.warmup_steps:
+            log.info("trainer.warmup_steps=%d: %d of %d steps", settings.warmup_steps, warmup_steps, total_steps)
         scheduler, plateau = schedules(
             optimizer,
             settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            total_steps=steps_per_epoch * settings.epochs,
+            warmup_steps=warmup_steps,
+            total_steps=total_steps,
             min_learning_rate=settings.min_learning_rate,
             patience=settings.scheduler_patience,
             is_higher_better=self.task.is_higher_better,
         )
         scaling = self.fabric.strategy.precision
-        state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes)
+        learned = [*model.parameters(), *embedding.parameters()]
+        ema = None if settings.ema is None else Ema(learned, settings.ema)
+        state = TrainingState(
+            model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes, ema=ema
+        )
         rng = None if run is None else state.restore(run)
         if rng is None and self.processes.rank:  # else all ranks would drop and mask the same places
             torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
@@ -149,12 +170,14 @@ class Trainer:
             for row in progress.history:  # to whoever keeps them now, and may not have the last
                 self.log(row, row["epoch"])
             while progress.batch or (
-                progress.epoch < settings.epochs and progress.epochs_without_improvement < settings.patience
+                progress.epoch < settings.epochs
+                and (settings.patience is None or progress.epochs_without_improvement < settings.patience)
             ):
                 loss = self._train_epoch(wrapped, state, stop, rng, after_batch)
                 rng = rng_state()
                 try:
-                    tuning_loss, outputs = self._predict(model, embedding, "tuning", stop)
+                    with state.averaged():
+                        tuning_loss, outputs = self._predict(model, embedding, "tuning", stop)
                 except Stopped:
                     state.save(self.run_dir, rng)
                     self._leave_if_asked(stop, progress)
@@ -162,7 +185,7 @@ class Trainer:
                 rng = None
                 tuning = tuning_values(self.task, outputs)
                 value = float(tuning[self.task.monitor])
-                if plateau is not None and progress.step >= settings.warmup_steps:
+                if plateau is not None and progress.step >= warmup_steps:
                     plateau.step(value)
                 row = {
                     "epoch": progress.epoch,
@@ -175,7 +198,9 @@ class Trainer:
                 found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
                 row |= {f"train/{name}": x for name, x in found.items()}
                 row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
-                progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
+                progress.end_epoch(
+                    row, value, is_higher_better=self.task.is_higher_better, keeps_last=settings.keep == "last"
+                )
                 state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
@@ -285,7 +310,10 @@ class Trainer:
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
             with self.fabric.no_backward_sync(model, enabled=not steps):
-                result = run_step(self.task, model, state.embedding, batch.to(device))
+                moved = batch.to(device)
+                result = run_step(
+                    self.task, model, state.embedding, moved if self.teacher is None else self.teacher(moved)
+                )
                 self.fabric.backward(step_mean.loss(result))
             own = torch.stack([result.loss_sum.detach().double(), count_of(result, device)])
             losses += own
@@ -306,6 +334,8 @@ class Trainer:
             state.scheduler.step()
             state.optimizer.zero_grad()
             progress.step += 1
+            if state.ema is not None:
+                state.ema.update(progress.step)
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
             asked = self._asked(stop)
             if asked or is_due or number + 1 == n_batches:
