@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from ehr_embed.tasks.classification import Classification
 from ehr_embed.training import teacher as teachers
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.state import Continuation
 from ehr_embed.training.teacher import OPTIONS, folds, teacher_model
 from tests.test_trainer import planted, train
 
@@ -116,6 +119,18 @@ def test_a_run_predicts_with_the_average_and_keeps_the_weights_that_learn(plante
         torch.testing.assert_close(plain.state_dict()[name], saved["learning_state_dict"][name]),
         "learning is not disturbed",
     )
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_average(planted, tmp_path):
+    options = {"ema": 0.9, "keep": "last", "patience": None, "save_every": 2, "schedule": "cosine"}
+    whole = train(planted, tmp_path / "a", **options)[3].state_dict()
+    path = tmp_path / "a" / "checkpoint_epoch_2.pt"
+    (tmp_path / "b").mkdir()
+    shutil.copy(path, tmp_path / "b" / "latest_checkpoint.pt")
+    run = Continuation(path, torch.load(path, weights_only=True))
+    resumed = train(planted, tmp_path / "b", run=run, **options)[3].state_dict()
+    for name, weights in whole.items():
+        torch.testing.assert_close(resumed[name], weights, rtol=0, atol=0)
 
 
 def test_the_last_epoch_is_kept_whatever_tuning_says(planted, tmp_path):

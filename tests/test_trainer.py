@@ -48,16 +48,7 @@ def sizes_of(embedding_dim: int, task: Classification) -> dict[str, Any]:
     return {"embedding_dim": embedding_dim, "has_values": False, **task.sizes}
 
 
-def train(
-    planted,
-    run_dir: Path,
-    *,
-    seed: int = 0,
-    dropout: float = 0.1,
-    teacher_of=None,
-    cache_dir: str | None = None,
-    **settings,
-):
+def train(planted, run_dir: Path, *, seed=0, dropout=0.1, teacher_of=None, cache_dir=None, run=None, **settings):
     """Train a small encoder on random event vectors; returns the facts, the rows logged, and the trainer."""
     store, labels_dir = planted
     run_dir.mkdir(exist_ok=True)
@@ -83,7 +74,7 @@ def train(
         teacher_model=None if teacher_of is None else teacher_of(sizes_of(12, task)),
     )
     embedding = EventEmbedding(table)
-    facts = trainer.fit(model, embedding)
+    facts = trainer.fit(model, embedding, run)
     return facts, rows, trainer, model, embedding
 
 
