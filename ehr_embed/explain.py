@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
@@ -15,6 +16,7 @@ from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.trained_run import device_named, trained_on
 
 
+@checks_config
 def explain(cfg: DictConfig) -> list[Path]:
     """Explain as `cfg` (conf/explain.yaml) says.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.batches import BatchDataset
@@ -14,12 +15,13 @@ from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import encode_split
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
-from ehr_embed.inference.trajectories import sample_futures, write_futures
+from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
 from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
 
 
+@checks_config
 def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """Sample futures as `cfg` (conf/generate.yaml) says, and write one file a sample.
 
@@ -32,6 +34,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
     max_length = check_generates(run.model).body.max_length
+    earlier_futures(Path(cfg.output) / cfg.split)  # hours of sampling are not to end in a refusal
     sampling = Sampling(
         n_samples=cfg.n_samples,
         horizon_days=cfg.horizon_days,

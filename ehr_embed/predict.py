@@ -10,6 +10,7 @@ import hydra
 import polars as pl
 from omegaconf import DictConfig
 
+from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.threads import AUTO, use_threads
@@ -25,6 +26,7 @@ from ehr_embed.tasks.classification import encode_classes
 log = logging.getLogger(__name__)
 
 
+@checks_config
 def predict(cfg: DictConfig) -> Path:
     """Predict as `cfg` (conf/predict.yaml) says, and write the table.
 

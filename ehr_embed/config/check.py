@@ -4,15 +4,17 @@ no `_target_` (the targets' own are compared with their annotations when they ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from ehr_embed.core.errors import UserError, unknown_name
 
+Result = TypeVar("Result")
 GROUPS = ("data", "embedder", "model", "task", "trainer", "tracker")
 BUILT = ("data.source", "embedder", "model", "task", "trainer", "tracker")
 """Nodes that name what is built."""
@@ -58,6 +60,30 @@ KEYS = {
     "data.hidden_seed": A_SEED,
     "data.renamed": Key(Text | None, "a CSV file, a table that comes with the package, or null", "null"),
     "data.renamed_missing": Key(Literal["refuse", "keep"], "refuse or keep", "refuse"),
+    "data.root": Key(Text | None, "a folder, or null", "DIR"),
+    "run": Key(Text, "the folder of a finished run", "RUN_DIR"),
+    "output": Key(Text, "a file or folder to write", "OUT"),
+    "device": Key(Text, "auto, cpu or cuda", "auto"),
+    "split": Key(Text | None, "train, tuning, held_out, or null", "held_out"),
+    "labels": Key(Text | None, "the name or path of a label set, or null", "NAME"),
+    "target": Key(Text | None, "a class of the run, or null", "null"),
+    "subject": Key(int | None, "a subject_id, or null", "SUBJECT_ID"),
+    "prediction_time": Key(str | int | None, "a time such as 2020-01-31, or null", "null"),
+    "max_samples": Key(int, "a whole number", "100"),
+    "min_samples": Key(int, "a whole number", "5"),
+    "n_steps": Key(int, "a whole number", "16"),
+    "max_steps": Key(int, "a whole number", "2048"),
+    "tolerance": Key(float, "a number above 0", "0.01"),
+    "n_samples": Key(int, "a whole number", "20"),
+    "horizon_days": Key(float, "a number of days", "365"),
+    "max_new_events": Key(int, "a whole number", "128"),
+    "prompt_length": Key(int | None, "a number of events, or null", "null"),
+    "stop_codes": Key(list[Text], "a list of codes", "[MEDS_DEATH]"),
+    "temperature": Key(float, "a number from 0 on", "1.0"),
+    "top_k": Key(int | None, "a whole number, or null", "null"),
+    "top_p": Key(float | None, "a share, or null", "null"),
+    "use_cache": Key(bool, "true or false", "true"),
+    "batch_size": Key(int, "a whole number", "32"),
     "model.max_length": Key(Annotated[int, Field(ge=1, lt=2**31)], "1 or more events", "512"),
 }
 
@@ -85,11 +111,23 @@ def check_config(cfg: DictConfig) -> None:
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UserError(f"{where}={value}: expected a number of at most 64 bits. Type: {where}=NUMBER")
-    for name in BUILT:
-        _check_built(config, name)
+    if "run" not in config:  # the commands for a finished run build what its checkpoint says
+        for name in BUILT:
+            _check_built(config, name)
     for name, key in KEYS.items():
         _check(config, name, key)
     _check_stage(config.get("pretrain"))
+
+
+def checks_config(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+    """Decorate what does the work of an entry point: its configuration is checked before anything else."""
+
+    @wraps(function)
+    def checked(cfg: DictConfig) -> Result:
+        check_config(cfg)
+        return function(cfg)
+
+    return checked
 
 
 def _check(config: dict[str, Any], name: str, key: Key) -> None:

@@ -247,7 +247,7 @@ def _places_for_members(found: Any) -> dict[str, str]:
     """Return the parameters of a constructor that take a member of a group, by the protocol that annotates them."""
     by_protocol = {(f"{group.package}.protocol", group.protocol): name for name, group in STORED.items()}
     places = {}
-    for key, hint in _hints(found.__init__ if isinstance(found, type) else found).items():
+    for key, hint in _hints(found.__init__ if isinstance(found, type) else found).items():  # type: ignore[misc]
         for kind in (hint, *get_args(hint)):
             name = by_protocol.get((getattr(kind, "__module__", ""), getattr(kind, "__qualname__", "")))
             if name is not None and key != "return":

@@ -32,6 +32,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
     register()
     try:
+        refuse_repeated(sys.argv[1:])
         main()
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -49,6 +50,24 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             raise
         print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_repeated(arguments: list[str]) -> None:
+    """Refuse a key or group that the command line gives two values: Hydra would take the last in silence.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        if not equals or argument.startswith(("-", "~")):
+            continue
+        if values.setdefault(key, value) != value:
+            raise UserError(
+                f"{key} is given twice, as {key}={values[key]} and {key}={value}: only one of them can be meant. Leave one out; to "
+                f"run both, one after the other, type: -m {key}={values[key]},{value}"
+            )
 
 
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:

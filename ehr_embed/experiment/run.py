@@ -21,7 +21,7 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed import __version__
-from ehr_embed.config.check import check_config
+from ehr_embed.config.check import check_config, checks_config
 from ehr_embed.config.instantiate import build_model, instantiate, instantiate_embedder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
@@ -110,9 +110,9 @@ def open_source(cfg: DictConfig) -> Source:
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, say what there is, and export it where the configuration asks for it."""
-    check_config(cfg)
     build = _builder(cfg)
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
@@ -130,15 +130,16 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and say what is there."""
-    check_config(cfg)
     source: Source = _builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")
 
 
 @stop_requests(is_deferred=False)
+@checks_config
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration; everything it leaves is in the run directory.
 
@@ -148,7 +149,6 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
-    check_config(cfg)
     settings: TrainerSettings = _builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()  # before `${now:}` means something else in each of them

@@ -14,6 +14,7 @@ import torch
 from meds import DataSchema
 from tqdm import tqdm
 
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.samples import Samples
@@ -78,8 +79,8 @@ def write_futures(futures: pl.DataFrame, folder: Path, *, n_samples: int) -> lis
         folder: where the files go, as 0.parquet, 1.parquet, ...
         n_samples: futures per prompt.
     """
-    for stale in folder.glob("[0-9]*.parquet"):  # a sampling with more samples would mix with this one
-        stale.unlink()
+    for old in earlier_futures(folder):  # a sampling with more samples would mix with this one
+        old.unlink()
     paths = [folder / f"{sample}.parquet" for sample in range(n_samples)]
     for sample, path in enumerate(paths):
         with atomic_path(path) as temporary:
@@ -87,6 +88,26 @@ def write_futures(futures: pl.DataFrame, folder: Path, *, n_samples: int) -> lis
             table = DataSchema.align(futures.filter(sample=sample).drop("sample").to_arrow())
             pq.write_table(table, temporary)
     return paths
+
+
+def earlier_futures(folder: Path) -> list[Path]:
+    """Return the files of an earlier sampling in a folder.
+
+    Raises:
+        UserError: a file has the name of one and other columns, such as a shard of a dataset.
+    """
+    found = [path for path in sorted(folder.glob("*.parquet")) if path.stem.isdecimal()]
+    for path in found:
+        try:
+            is_ours = "prediction_time" in pl.read_parquet_schema(path)
+        except (OSError, pl.exceptions.PolarsError):
+            is_ours = False
+        if not is_ours:
+            raise UserError(
+                f"{path} is no file of sampled futures (it has no column prediction_time), and they would replace it. "
+                "Type: output=ANOTHER_FOLDER"
+            )
+    return found
 
 
 def as_events(trajectories: Trajectories, samples: Samples, vocabulary: Vocabulary) -> pl.DataFrame:

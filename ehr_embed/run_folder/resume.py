@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +18,9 @@ from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.moved import renamed
 from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
+from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.finish import read_config
-from ehr_embed.run_folder.layout import (
-    AUDIT,
-    CHECKPOINTS,
-    FINISHED,
-    LATEST,
-    LOCK,
-    MODEL_CARD,
-    PLOTS,
-    PREDICTIONS,
-    PROFILE,
-    SUMMARY,
-    VOCABULARY,
-    WANDB_ID,
-)
+from ehr_embed.run_folder.layout import FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
 
 log = logging.getLogger(__name__)
 MODES = ("auto", "force", "overwrite")
@@ -62,19 +49,6 @@ HARMLESS = (
 added, and so the last digits, as another machine would."""
 NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
 """Keys that the configurations of earlier versions do not have, with what these did."""
-LEFT_BY_RUNS = (
-    "metrics.*",
-    SUMMARY,
-    AUDIT,
-    MODEL_CARD,
-    CHECKPOINTS,
-    PREDICTIONS,
-    PLOTS,
-    WANDB_ID,
-    PROFILE,
-)
-
-
 CLAIM_TIMEOUT_S = 5.0
 """A job whose search was killed sees it within a second, and ends."""
 
@@ -132,10 +106,12 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         how: `auto` (go on with the same settings), `force` (with changed ones too), `overwrite` (start again).
 
     Raises:
-        UserError: the run there has other settings and `how` is `auto`; an unknown `how`.
+        UserError: the folder holds something else than a run; the run there has other settings and `how` is `auto`; an unknown
+            `how`.
     """
     if how not in MODES:
         raise unknown_name("resume", how, MODES)
+    refuse_other_contents(run_dir)
     is_finished = (run_dir / FINISHED).exists()
     latest = run_dir / LATEST if (run_dir / LATEST).exists() else None
     if how == "overwrite" or not (is_finished or latest):
@@ -256,9 +232,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
         for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)
         if is_new:
-            for pattern in LEFT_BY_RUNS:
-                for path in run_dir.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_results(run_dir)
         yield
     finally:
         lock.release()

@@ -1,0 +1,77 @@
+"""Which files of a folder a run wrote: only those are removed, and only a folder of a run, or an empty one, is written into."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.run_folder.layout import (
+    AUDIT,
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    FINISHED,
+    HISTORY,
+    LATEST,
+    LOCK,
+    MODEL_CARD,
+    OUTCOME,
+    PLOTS,
+    PREDICTIONS,
+    PROFILE,
+    SUMMARY,
+    VOCABULARY,
+    WANDB_ID,
+)
+from ehr_embed.sources.protocol import SPLITS
+
+RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
+EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
+FIGURES = ("loss", "roc", "precision_recall", "calibration")
+"""The plots of a run, as `reports.run_report.write_plots` names them."""
+BESIDE_A_RUN = ("pretrain", "explained", "generated", "wandb", "log.txt", "slurm.out")
+"""What the commands, the trackers and a search leave in a run's folder."""
+
+
+def refuse_other_contents(run_dir: Path) -> None:
+    """Refuse a folder that holds something, but no run.
+
+    Raises:
+        UserError: the folder is a MEDS dataset, or its files are none that a run leaves.
+    """
+    if not run_dir.is_dir():
+        return
+    names = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith("."))
+    is_run = {CONFIG, ENVIRONMENT} <= set(names) or LATEST in names or BEST in names
+    others = [name for name in names if not _is_of_a_run(name)]
+    if is_run or not others:
+        return
+    is_dataset = {"data", "metadata"} <= set(names)
+    what = "a MEDS dataset" if is_dataset else f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}"
+    raise UserError(
+        f"run_dir={run_dir} holds {what} and no run: expected a new folder, an empty one, or that of a run. A run would mix its "
+        "files with those, and could replace one of the same name. Type: run_dir=ANOTHER"
+    )
+
+
+def remove_results(run_dir: Path) -> None:
+    """Remove the results and checkpoints that a run wrote, by their exact names; whatever else lies there stays."""
+    names = [path.name for path in run_dir.iterdir() if EPOCH_CHECKPOINT.fullmatch(path.name)]
+    for path in (
+        *(run_dir / name for name in (*RESULTS, *names)),
+        *(run_dir / PREDICTIONS / f"{split}.parquet" for split in SPLITS),
+        *(run_dir / PLOTS / f"{name}.png" for name in FIGURES),
+    ):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+    for folder in (PREDICTIONS, PLOTS):
+        with contextlib.suppress(OSError):  # absent, or not empty: somebody else's files are in it
+            (run_dir / folder).rmdir()
+
+
+def _is_of_a_run(name: str) -> bool:
+    known = (*RESULTS, CONFIG, ENVIRONMENT, MANIFEST, OUTCOME, LOCK, VOCABULARY, PREDICTIONS, PLOTS, *BESIDE_A_RUN)
+    return name in known or EPOCH_CHECKPOINT.fullmatch(name) is not None
