@@ -23,7 +23,7 @@ from tests.test_generation import prompts
 from tests.test_next_event import planted
 
 __all__ = ["planted"]  # the fixture
-MODELS = ("encoder_small", "decoder_small", "gru", "mean_pool", "code_encoder")
+MODELS = ("encoder_small", "decoder_small", "gru", "mean_pool", "code_encoder", "code_tab")
 N = 300
 
 

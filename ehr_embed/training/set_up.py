@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import Batch
+from ehr_embed.data.batches import Batch, BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import body_of
+from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
-from ehr_embed.training.optimizer import parameter_groups, schedules
+from ehr_embed.training.ema import Ema
+from ehr_embed.training.optimizer import fitting_warmup, parameter_groups, schedules
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of
 from ehr_embed.training.state import TrainingState, seed_of_rank, set_rng_state
 from ehr_embed.training.throughput import Speed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Training:
         state: all that a step or an epoch changes, which checkpoints hold.
         parameters: of the model and of the embedding.
         speed: turns counts of events and seconds into rates.
+        warmup_steps: steps before the plateau schedule is told anything.
         rng: state of the random generators that the next epoch takes over; None = they stay as they are.
     """
 
@@ -39,6 +44,7 @@ class Training:
     state: TrainingState
     parameters: Sequence[Tensor]
     speed: Speed
+    warmup_steps: int
     rng: dict[str, Any] | None
 
     def begin(self, loader: Any, *, is_new: bool) -> Iterator[Batch]:
@@ -70,7 +76,8 @@ def set_up_training(
     about: dict[str, Any],
     n_batches: int,
 ) -> Training:
-    """Place the model on the devices, build its optimizer and its schedules, and take over the state of `run`.
+    """Fit the model's statistics to train, place it on the devices, build its optimizer and its schedules, and take over the state
+    of `run`.
 
     Args:
         model: on any device, with the weights to start from.
@@ -93,6 +100,8 @@ def set_up_training(
         embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
     if settings.compile:
         compile_blocks(model)
+    if run is None and isinstance(model, AdaptsToRecords):
+        model.to(fabric.device).adapt_to_records(train_inputs(embedding, settings=settings, task=task))
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.
     wrapped = fabric.setup_module(model)
@@ -104,17 +113,27 @@ def set_up_training(
         layer_decay=settings.layer_decay,
     )
     # A fused optimizer would scale float16's gradients back within its step, after they were clipped.
-    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(groups, fused=precision != "16-mixed"))
+    optimizer: Any = fabric.setup_optimizers(
+        torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), fused=precision != "16-mixed")
+    )
+    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
+    warmup_steps = fitting_warmup(settings.warmup_steps, total_steps)
+    if warmup_steps < settings.warmup_steps:
+        log.info("trainer.warmup_steps=%d: %d of %d steps", settings.warmup_steps, warmup_steps, total_steps)
     scheduler, plateau = schedules(
         optimizer,
         settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        total_steps=-(-n_batches // settings.accumulate) * settings.epochs,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
         min_learning_rate=settings.min_learning_rate,
         patience=settings.scheduler_patience,
         is_higher_better=task.is_higher_better,
     )
-    state = TrainingState(model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes)
+    # After the model is on its device, and with the parameters that the optimizer changes.
+    ema = None if settings.ema is None else Ema([*model.parameters(), *embedding.parameters()], settings.ema)
+    state = TrainingState(
+        model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes, ema=ema
+    )
     rng = None if run is None else state.restore(run)
     if rng is None and processes.rank:  # else all ranks would drop and mask the same places
         torch.manual_seed(seed_of_rank(seed, processes.rank))
@@ -125,7 +144,16 @@ def set_up_training(
         precision=precision,
         n_processes=processes.size,
     )
-    return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
+    return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, warmup_steps, rng)
+
+
+def train_inputs(embedding: EventEmbedding, *, settings: TrainerSettings, task: Task) -> Iterator[dict[str, Tensor]]:
+    """Yield what a model is given of all of train, at the prediction times; the same in every process."""
+    dataset = task.dataset("train")
+    for rows in BucketSampler(
+        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+    ):
+        yield embedding.inputs(dataset[rows].to(embedding.table.device))
 
 
 def compile_blocks(model: nn.Module) -> None:
