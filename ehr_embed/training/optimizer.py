@@ -71,15 +71,6 @@ def parameter_groups(
     ]
 
 
-def fitting_warmup(warmup_steps: int, total_steps: int) -> int:
-    """Return the steps of warm-up, at most half of all: a schedule that ends in its own warm-up never learns at its rate.
-
-    >>> fitting_warmup(50, 684), fitting_warmup(100, 80)
-    (50, 40)
-    """
-    return min(warmup_steps, total_steps // 2)
-
-
 def schedules(
     optimizer: Any,
     name: str,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,12 @@ from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.training.ema import Ema
-from ehr_embed.training.optimizer import fitting_warmup, parameter_groups, schedules
+from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of
 from ehr_embed.training.state import TrainingState, seed_of_rank, set_rng_state
 from ehr_embed.training.throughput import Speed
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +33,6 @@ class Training:
         state: all that a step or an epoch changes, which checkpoints hold.
         parameters: of the model and of the embedding.
         speed: turns counts of events and seconds into rates.
-        warmup_steps: steps before the plateau schedule is told anything.
         rng: state of the random generators that the next epoch takes over; None = they stay as they are.
     """
 
@@ -44,7 +40,6 @@ class Training:
     state: TrainingState
     parameters: Sequence[Tensor]
     speed: Speed
-    warmup_steps: int
     rng: dict[str, Any] | None
 
     def begin(self, loader: Any, *, is_new: bool) -> Iterator[Batch]:
@@ -116,15 +111,11 @@ def set_up_training(
     optimizer: Any = fabric.setup_optimizers(
         torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), fused=precision != "16-mixed")
     )
-    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
-    warmup_steps = fitting_warmup(settings.warmup_steps, total_steps)
-    if warmup_steps < settings.warmup_steps:
-        log.info("trainer.warmup_steps=%d: %d of %d steps", settings.warmup_steps, warmup_steps, total_steps)
     scheduler, plateau = schedules(
         optimizer,
         settings.schedule,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
+        warmup_steps=settings.warmup_steps,
+        total_steps=-(-n_batches // settings.accumulate) * settings.epochs,
         min_learning_rate=settings.min_learning_rate,
         patience=settings.scheduler_patience,
         is_higher_better=task.is_higher_better,
@@ -144,7 +135,7 @@ def set_up_training(
         precision=precision,
         n_processes=processes.size,
     )
-    return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, warmup_steps, rng)
+    return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
 
 
 def train_inputs(embedding: EventEmbedding, *, settings: TrainerSettings, task: Task) -> Iterator[dict[str, Tensor]]:
