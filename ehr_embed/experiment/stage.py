@@ -26,6 +26,7 @@ from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.inputs import prepare_from
 from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
+from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
@@ -44,6 +45,7 @@ from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.fit_table import fit_at_once
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.teacher import cross_fitted, teacher_model
 from ehr_embed.training.threads import use_threads_of_run
 from ehr_embed.training.trainer import Trainer
 
@@ -105,6 +107,7 @@ class Built:
         model, embedding: with the weights that they start from.
         trainer: the training loop.
         tracker: not yet entered.
+        teacher: the unfitted model behind `trainer.teacher`; None = there is none.
         start: the checkpoint of an earlier start to go on from; None = from the beginning.
         made_from: what the run's manifest says that the run was made from.
     """
@@ -113,6 +116,7 @@ class Built:
     embedding: EventEmbedding
     trainer: Trainer
     tracker: Tracker
+    teacher: GBM | None
     start: Continuation | None
     made_from: dict[str, Any]
 
@@ -270,7 +274,15 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         init_from=plan.init_from if found.checkpoint is None else None,
         samples_digest=trainer.about["samples_digest"],
     )
-    return Built(model=model, embedding=embedding, trainer=trainer, tracker=tracker, start=start, made_from=origins)
+    return Built(
+        model=model,
+        embedding=embedding,
+        trainer=trainer,
+        tracker=tracker,
+        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes),
+        start=start,
+        made_from=origins,
+    )
 
 
 def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embedding: EventEmbedding) -> None:
@@ -317,6 +329,8 @@ def fit(plan: Plan, built: Built) -> Fitted:
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)
     else:
+        if built.teacher is not None:
+            trainer.teacher = cross_fitted(trainer, built.teacher, embedding, share=plan.settings.teacher_share)
         facts = trainer.fit(model, embedding, built.start)
     history = facts.pop("history")
     outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}

@@ -21,6 +21,7 @@ from ehr_embed.evaluation.code_screening import visible_events
 from ehr_embed.inference.attribution import Attribution, integrated_gradients
 from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
 from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.models.members import over_members
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Explainer:
 
     def score(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the log-odds (B,) of the target for a batch of model inputs."""
-        logits = self.predictor.run.model(inputs).float()
+        logits = over_members(self.predictor.run.model(inputs).float())  # of members, the mean log-odds
         own = logits[:, self._index]
         if not self.predictor.has_exclusive_classes:
             return own

@@ -115,23 +115,14 @@ class GBM(ReadsCodeFeatures):
     ) -> None:
         """Fit trees to train until tuning has not improved for `patience` trees, and keep the best number of trees."""
         lightgbm, is_binary, by_loss = _lightgbm(), self.num_classes == 2, self.stop_on == "loss"
-        parameters = self.parameters_of_trees | {
-            "objective": "binary" if is_binary else "multiclass",
-            "num_class": 1 if is_binary else self.num_classes,
-            "metric": ("binary_logloss" if is_binary else "multi_logloss") if by_loss else "None",
-            "seed": seed,
-            "deterministic": True,
-            "force_row_wise": True,
-            "num_threads": torch.get_num_threads(),
-            "verbosity": -1,
-            "bin_construct_sample_cnt": max(1, min(BIN_SAMPLES, BIN_SAMPLE_BYTES // (8 * train.features.shape[1]))),
-        }
+        parameters = self.settings_of_trees(train, seed)
+        parameters["metric"] = ("binary_logloss" if is_binary else "multi_logloss") if by_loss else "None"
 
         def evaluate(predicted: npt.NDArray[np.float64], _: Any) -> tuple[str, float, bool]:
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
-        too_rare = train.features.n_unusual < self.parameters_of_trees["min_data_in_leaf"]
+        too_rare = self._too_rare(train.features)
         data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
@@ -145,6 +136,37 @@ class GBM(ReadsCodeFeatures):
         self.booster = lightgbm.Booster(
             model_str=self.booster.model_to_string(num_iteration=self.booster.best_iteration)
         )
+
+    def cross_fit(self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.float64]:
+        """Return probabilities (n, C) of train's samples by `n_trees` trees that were fitted to the other folds, (n,)."""
+        found = np.zeros((len(train.labels), self.num_classes))
+        for number in np.unique(fold):
+            inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+            part = FeatureTable(train.features.cells[outside], train.features.usual)
+            labels, weights = train.labels[outside], train.weights[outside]
+            data = _lightgbm().Dataset(_rows(part, self._too_rare(part)), labels, weight=weights)
+            booster = _lightgbm().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
+            predicted = booster.predict(train.features.dense(inside), num_threads=torch.get_num_threads())
+            found[inside] = np.stack([1 - predicted, predicted], axis=1) if self.num_classes == 2 else predicted
+        return found
+
+    def _too_rare(self, table: FeatureTable) -> npt.NDArray[np.bool_]:
+        """Return which features (F,) no leaf can be split by."""
+        return table.n_unusual < self.parameters_of_trees["min_data_in_leaf"]
+
+    def settings_of_trees(self, train: FeatureSet, seed: int) -> dict[str, Any]:
+        """Return LightGBM's parameters for trees on `train`."""
+        is_binary = self.num_classes == 2
+        return self.parameters_of_trees | {
+            "objective": "binary" if is_binary else "multiclass",
+            "num_class": 1 if is_binary else self.num_classes,
+            "seed": seed,
+            "deterministic": True,
+            "force_row_wise": True,
+            "num_threads": torch.get_num_threads(),
+            "verbosity": -1,
+            "bin_construct_sample_cnt": max(1, min(BIN_SAMPLES, BIN_SAMPLE_BYTES // (8 * train.features.shape[1]))),
+        }
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, from `CodeFeatures` inputs."""

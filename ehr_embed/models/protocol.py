@@ -20,7 +20,8 @@ class Model(Protocol):
     """A module built with `embedding_dim`, `has_values`, `num_classes` or `vocab_size`, and options of its own."""
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
-        """Logits (B, num_classes) of what `EventEmbedding.inputs` gives."""
+        """Return logits (B, num_classes) of what `EventEmbedding.inputs` gives, or (B, M, num_classes) of M members: a task
+        takes the mean of the members' losses and the mean of their probabilities."""
         ...
 
 
@@ -42,6 +43,16 @@ class AdaptsToVectors(Protocol):
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
         """Fit to the vectors (V, E) of the tokens that occur in train; called before the weights are loaded."""
+        ...
+
+
+@runtime_checkable
+class AdaptsToRecords(Protocol):
+    """A model that fits part of itself, such as quantiles, to train's records before it is trained."""
+
+    def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """Take train's inputs at their prediction times, each batch once; called before the first epoch, in every process with all
+        of train."""
         ...
 
 
@@ -110,12 +121,20 @@ def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
 
 
 def check_vectors(model: nn.Module, trainable: str) -> None:
-    """Refuse learned token vectors with a model that does not read them (`reads_vectors = False`).
+    """Refuse learned token vectors with a model that does not read them (`reads_vectors = False`), or that copies those of the
+    known codes before training (`learns_vectors = False`).
 
     Raises:
-        UserError: `trainable` is not `frozen` and the model does not read token vectors.
+        UserError: `trainable` is not `frozen` and the model would not learn token vectors.
     """
-    if not getattr(model, "reads_vectors", True) and trainable != "frozen":
+    if trainable == "frozen":
+        return
+    if not getattr(model, "learns_vectors", True):
+        raise UserError(
+            f"embedder.trainable={trainable}: {type(model).__name__} copies the vectors of the known codes before training, so "
+            "the embedder's own would never be learned. Type: embedder.trainable=frozen"
+        )
+    if not getattr(model, "reads_vectors", True):
         raise UserError(
             f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
             "learned. Type: embedder.trainable=frozen"

@@ -47,7 +47,18 @@ HARMLESS = (
 )
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
-NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
+NEW = {
+    "task.prefixes": None,
+    "trainer.betas": [0.9, 0.999],
+    "trainer.compile": False,
+    "trainer.devices": 1,
+    "trainer.ema": None,
+    "trainer.keep": "best",
+    "trainer.nodes": 1,
+    "trainer.strategy": "auto",
+    "trainer.teacher": None,
+    "trainer.teacher_share": 0.5,
+}
 """Keys that configurations of earlier versions lack, with the values that correspond to the behaviour of these versions."""
 CLAIM_TIMEOUT_S = 5.0
 """Seconds to wait for the folder's lock: a job whose search was killed ends, and frees its folder, within about a second."""

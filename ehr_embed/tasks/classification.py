@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.data.prefixes import Prefixes
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_threshold, multiclass_metrics
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
@@ -39,6 +41,8 @@ class Classification:
         label_fraction: share of the labelled subjects of train that are used, in (0, 1]; tuning and held_out stay
             whole.
         fraction_seed: seed that draws those subjects.
+        prefixes: `hours` and `shares` of `Prefixes`: how often a record is cut before the prediction time when it is trained
+            on; None = never.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Classification:
         shuffle_labels: int | None = None,
         label_fraction: float = 1.0,
         fraction_seed: int = 0,
+        prefixes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
@@ -64,6 +69,7 @@ class Classification:
             check_range(f"task.{name}", seed or 0, 0)
         check_class_weights(class_weights)
         self.label_fraction, self.fraction_seed = label_fraction, fraction_seed
+        self.prefixes = None if prefixes is None else Prefixes(**prefixes)
         self.samples: dict[str, Samples] = {}
         self.class_names: list[str] = []
         self.threshold = 0.5
@@ -85,6 +91,7 @@ class Classification:
     metrics: Sequence[Metric] = CLASS_METRICS
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        self._max_length = max_length
         label_set = read_labels(self.labels, labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
@@ -121,34 +128,41 @@ class Classification:
         return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        return BatchDataset(self._events[split], self.samples[split])
+        samples = self.samples[split]
+        if rng is not None and self.prefixes is not None:
+            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""
         logits = logits_of(model, embedding.inputs(batch))
-        loss_B = self.loss(logits, batch.labels)
-        if loss_B.shape != batch.labels.shape:
+        loss_B = loss_over_members(self.loss, logits, batch.labels)
+        if loss_B.shape != batch.labels.shape[:1]:
             raise UserError(
                 f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected "
-                f"{tuple(batch.labels.shape)}, one loss per sample: the trainer takes the mean over all samples of a step. Leave "
-                'the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
+                f"{tuple(batch.labels.shape[:1])}, one loss per sample: the trainer takes the mean over all samples of a step. "
+                'Leave the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
             )
         return StepResult(loss_B.sum(), len(loss_B), self.probabilities(logits))
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the classes, (B, C) float64, from a model's outputs."""
-        return logits.detach().double().softmax(-1)
+        """Of the classes, (B, C) float64, from a model's logits (B, C), or (B, M, C) of M members."""
+        return over_members(logits.detach().double().softmax(-1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample times the weight of its class, (B,), from logits (B, C) and classes (B,).
+        """Return the cross-entropy of each sample times the weight of its class, (B,), from logits (B, C) and classes (B,), or the
+        classes' probabilities (B, C) where a teacher speaks.
 
         The weight of the sample's class multiplies the whole loss, its label-smoothing part included. torch's `weight`
         argument would use the weights of all classes in the smoothing part, where the weight of a rare class may
         dominate.
         """
         loss_B = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
-        return loss_B if self._weights is None else loss_B * self._weights.to(labels.device)[labels]
+        if self._weights is None:
+            return loss_B
+        weights_C = self._weights.to(labels.device)
+        return loss_B * (labels @ weights_C if labels.is_floating_point() else weights_C[labels])
 
     def fit_thresholds(self, outputs: Outputs) -> None:
         if self.num_classes == 2:

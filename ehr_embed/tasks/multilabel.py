@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
+from ehr_embed.data.prefixes import Prefixes
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multilabel_metrics
+from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
@@ -37,6 +39,8 @@ class Multilabel:
             positive relative to a negative. Both weights of a label are scaled to a mean of 1 over the samples of
             train, so that no label outweighs another.
         monitor: metric on tuning, averaged over labels, that chooses the best checkpoint.
+        prefixes: `hours` and `shares` of `Prefixes`: how often a record is cut before the prediction time when it is trained
+            on; None = never.
     """
 
     def __init__(
@@ -45,10 +49,12 @@ class Multilabel:
         labels: Sequence[str] | None = None,
         class_weights: str | Sequence[float] | None = None,
         monitor: str = "auroc",
+        prefixes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         check_class_weights(class_weights)
+        self.prefixes = None if prefixes is None else Prefixes(**prefixes)
         self.samples: dict[str, Samples] = {}
         self.label_names: list[str] = []
 
@@ -73,6 +79,7 @@ class Multilabel:
         return self.num_classes
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        self._max_length = max_length
         names = available_labels(labels_dir) if self.labels is None else list(self.labels)
         if len(names) < 2:
             raise UserError(f"task=multilabel needs two label sets or more, got {names}. Type: task.labels=[NAME,NAME]")
@@ -114,12 +121,15 @@ class Multilabel:
         return _of_mean_one(np.array(self.class_weights, np.float64), rate)
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        return BatchDataset(self._events[split], self.samples[split])
+        samples = self.samples[split]
+        if rng is not None and self.prefixes is not None:
+            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the losses of all known labels, their number, and the probabilities, each label's on its own."""
         logits = logits_of(model, embedding.inputs(batch))
-        loss_BL = self.loss(logits, batch.labels)
+        loss_BL = loss_over_members(self.loss, logits, batch.labels)
         if loss_BL.shape != batch.labels.shape:
             raise UserError(
                 f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_BL.shape)}, expected "
@@ -129,8 +139,8 @@ class Multilabel:
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the labels, each on its own, (B, L) float64, from a model's outputs."""
-        return logits.detach().double().sigmoid()
+        """Of the labels, each on its own, (B, L) float64, from a model's logits (B, L), or (B, M, L) of M members."""
+        return over_members(logits.detach().double().sigmoid())
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the weighted binary cross-entropy of each label, (B, L), from logits and labels (B, L).

@@ -50,9 +50,9 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     began = time.perf_counter()
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
-    model.choose_features(_inputs(trainer, embedding, "train"))
+    model.choose_features(inputs_of(trainer, embedding, "train"))
     _check_size(trainer, model, embedding)
-    train, tuning = (_feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
+    train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
     def score(outputs: npt.NDArray[np.float64]) -> float:
         return float(tuning_values(task, outputs)[task.monitor])
@@ -116,13 +116,14 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
         )
 
 
-def _inputs(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
+def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
+    """Yield what a model is given of a split, batch by batch."""
     for batch in trainer._loader(split):
         yield embedding.inputs(batch.to(trainer.fabric.device))
 
 
 @torch.inference_mode()
-def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
+def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
     """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
     assert isinstance(task, WeighsSamples)

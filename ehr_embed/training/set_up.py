@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import Batch
+from ehr_embed.data.batches import Batch, BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import body_of
+from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
+from ehr_embed.training.ema import Ema
 from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
@@ -70,7 +71,8 @@ def set_up_training(
     about: dict[str, Any],
     n_batches: int,
 ) -> Training:
-    """Place the model on the devices, build its optimizer and its schedules, and take over the state of `run`.
+    """Fit the model's statistics to train, place it on the devices, build its optimizer and its schedules, and take over the state
+    of `run`.
 
     Args:
         model: on any device, with the weights to start from.
@@ -93,6 +95,8 @@ def set_up_training(
         embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
     if settings.compile:
         compile_blocks(model)
+    if run is None and isinstance(model, AdaptsToRecords):
+        model.to(fabric.device).adapt_to_records(train_inputs(embedding, settings=settings, task=task))
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.
     wrapped = fabric.setup_module(model)
@@ -104,7 +108,9 @@ def set_up_training(
         layer_decay=settings.layer_decay,
     )
     # A fused optimizer would scale float16's gradients back within its step, after they were clipped.
-    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(groups, fused=precision != "16-mixed"))
+    optimizer: Any = fabric.setup_optimizers(
+        torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), fused=precision != "16-mixed")
+    )
     scheduler, plateau = schedules(
         optimizer,
         settings.schedule,
@@ -114,7 +120,11 @@ def set_up_training(
         patience=settings.scheduler_patience,
         is_higher_better=task.is_higher_better,
     )
-    state = TrainingState(model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes)
+    # After the model is on its device, and with the parameters that the optimizer changes.
+    ema = None if settings.ema is None else Ema([*model.parameters(), *embedding.parameters()], settings.ema)
+    state = TrainingState(
+        model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes, ema=ema
+    )
     rng = None if run is None else state.restore(run)
     if rng is None and processes.rank:  # else all ranks would drop and mask the same places
         torch.manual_seed(seed_of_rank(seed, processes.rank))
@@ -126,6 +136,15 @@ def set_up_training(
         n_processes=processes.size,
     )
     return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
+
+
+def train_inputs(embedding: EventEmbedding, *, settings: TrainerSettings, task: Task) -> Iterator[dict[str, Tensor]]:
+    """Yield what a model is given of all of train, at the prediction times; the same in every process."""
+    dataset = task.dataset("train")
+    for rows in BucketSampler(
+        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+    ):
+        yield embedding.inputs(dataset[rows].to(embedding.table.device))
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
@@ -11,6 +12,8 @@ from ehr_embed.training.optimizer import SCHEDULES
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
 
+KEPT = ("best", "last")
+TEACHERS = ("gbm",)
 MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 
 
@@ -29,11 +32,16 @@ class TrainerSettings:
     learning_rate: float = 1e-4
     min_learning_rate: float = 1e-6
     weight_decay: float = 0.01
+    betas: Sequence[float] = (0.9, 0.999)
+    ema: float | None = None
+    teacher: str | None = None
+    teacher_share: float = 0.5
     warmup_steps: int = 100
     schedule: str = "plateau"
     scheduler_patience: int = 3
     clip_norm: float = 1.0
-    patience: int = 10
+    patience: int | None = 10
+    keep: str = "best"
     save_every: int = 10
     checkpoint_every: int | None = 500
     n_bootstrap: int = 1000
@@ -54,6 +62,26 @@ class TrainerSettings:
         if self.schedule not in SCHEDULES:
             raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
         choose_precision(self.precision, self.accelerator)
+        if self.keep not in KEPT:
+            raise unknown_name("trainer.keep", self.keep, KEPT)
+        if self.keep == "last" and self.patience is not None:
+            raise UserError(
+                f"trainer.keep=last with trainer.patience={self.patience}: where tuning chooses no epoch, it does not end training "
+                "either. Type: trainer.patience=null"
+            )
+        if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"trainer.betas={list(self.betas)}: expected two numbers in [0, 1), as in [0.9,0.999].")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"trainer.ema={self.ema}: expected a decay in [0, 1) such as 0.99, or null.")
+        if self.ema is not None and self.strategy == "fsdp":
+            raise UserError(
+                "trainer.ema with trainer.strategy=fsdp: averages of weights that are spread are not supported. "
+                "Type: trainer.ema=null or trainer.strategy=ddp"
+            )
+        if self.teacher not in (None, *TEACHERS):
+            raise unknown_name("trainer.teacher", self.teacher, ["null", *TEACHERS])
+        if not 0 <= self.teacher_share <= 1:
+            raise UserError(f"trainer.teacher_share={self.teacher_share}: expected a share in [0, 1].")
         if self.freeze not in (None, "body"):
             raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
         if not 0 < self.layer_decay <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.run_folder.checkpoints import Continuation, write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST, epoch_checkpoint
+from ehr_embed.training.ema import Ema
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.sharding import load_optimizer, load_weights, whole
 
@@ -108,8 +110,9 @@ class Progress:
             setattr(self, name, getattr(self, name) * self.n_processes / n)
         self.n_processes = n
 
-    def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool) -> None:
-        """Add the epoch to the totals, and update the best epoch by `value`, the monitored metric."""
+    def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool, keeps_last: bool = False) -> None:
+        """Add the epoch to the totals, and update the best epoch by `value`, the monitored metric; with `keeps_last` the epoch
+        counts as the best so far."""
         self.total_events += self.n_events
         self.total_padded += self.n_padded
         self.total_pairs += self.n_pairs
@@ -118,7 +121,7 @@ class Progress:
         self.n_events, self.n_padded, self.n_pairs = 0, 0, 0
         self.history.append(row)
         sign = 1 if is_higher_better else -1
-        if self.best_value is None or sign * value > sign * self.best_value:
+        if keeps_last or self.best_value is None or sign * value > sign * self.best_value:
             self.best_value, self.best_epoch, self.epochs_without_improvement = value, self.epoch, 0
         else:
             self.epochs_without_improvement += 1
@@ -137,6 +140,8 @@ class TrainingState:
         precision: Fabric's precision plugin, which has a state if it scales gradients.
         about: other contents of a checkpoint: configuration, identity, sizes, classes and digest of the samples.
         processes: processes that train together; all must call `save` and `restore`, and rank 0 writes.
+        ema: averages of the weights, with which the run predicts; None = there are none. A checkpoint's `model_state_dict` holds
+            the averages, and the learned weights are beside them.
         progress: progress of the run.
     """
 
@@ -149,9 +154,14 @@ class TrainingState:
     about: dict[str, Any]
     processes: Processes
     progress: Progress = field(default_factory=Progress)
+    ema: Ema | None = None
 
     def __post_init__(self) -> None:
         self.progress.n_processes = self.processes.size
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the averages where the weights are, as long as something is predicted; without `ema` nothing changes."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def save(self, run_dir: Path, rng: dict[str, Any] | None = None) -> None:
         """Write `latest_checkpoint.pt`.
@@ -161,7 +171,10 @@ class TrainingState:
             rng: state of the random generators to save; None = their state now.
         """
         is_first = self.processes.is_first
-        weights, moments = (whole(x.state_dict(), is_kept=is_first) for x in (self.model, self.optimizer))
+        with self.averaged():
+            weights = whole(self.model.state_dict(), is_kept=is_first)
+            vectors = self.embedding.state_dict()
+        moments = whole(self.optimizer.state_dict(), is_kept=is_first)
         rng, *others = self.processes.gather(rng or rng_state())
         if not is_first:
             return
@@ -174,8 +187,11 @@ class TrainingState:
             },
             "precision_state": self.precision.state_dict(),
         }
-        if learned := self.embedding.state_dict():
-            rest["embedding_state_dict"] = learned
+        if vectors:
+            rest["embedding_state_dict"] = vectors
+        if self.ema is not None:
+            rest["learning_state_dict"] = self.model.state_dict()
+            rest["learning_embedding_state_dict"] = self.embedding.state_dict()
         if others:
             rest["other_rng_states"] = others
         write_latest(run_dir, weights, dict(vars(self.progress)), self.about | rest, rng)
@@ -208,6 +224,12 @@ class TrainingState:
         try:
             load_weights(self.model, saved["model_state_dict"])
             self.embedding.load_state_dict(saved.get("embedding_state_dict", {}))
+            if self.ema is not None and "learning_state_dict" in saved:
+                self.ema.take()
+                load_weights(self.model, saved["learning_state_dict"])
+                self.embedding.load_state_dict(saved["learning_embedding_state_dict"])
+            elif self.ema is not None:  # a run that had none until now
+                self.ema.take()
             load_optimizer(self.optimizer, saved["optimizer_state_dict"])
         except (RuntimeError, ValueError) as error:
             raise UserError(

@@ -50,6 +50,9 @@ class Trainer:
         sizes: what the model was built with beside its configuration; stored too.
         seed: order of the batches, and what a task draws.
         log: called with a row of metrics and the epoch after every epoch.
+
+    Attributes:
+        teacher: gives each train batch targets in place of its labels; None = the labels stay. Set before `fit`.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Trainer:
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
+        self.teacher: Callable[[Batch], Batch] | None = None
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about: dict[str, Any] = {
             "config": config,
@@ -134,7 +138,9 @@ class Trainer:
             while self._goes_on(progress):
                 loss = self._train_epoch(training, stop, after_batch)
                 row, value = self._evaluate_epoch(training, loss, stop)
-                progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
+                progress.end_epoch(
+                    row, value, is_higher_better=self.task.is_higher_better, keeps_last=self.settings.keep == "last"
+                )
                 state.save(self.run_dir)
                 self._keep(state)
                 self.log(row, progress.epoch)
@@ -143,7 +149,8 @@ class Trainer:
 
     def _goes_on(self, progress: Progress) -> bool:
         """Return whether an epoch is unfinished, or another one is to come."""
-        is_patient = progress.epochs_without_improvement < self.settings.patience
+        patience = self.settings.patience
+        is_patient = patience is None or progress.epochs_without_improvement < patience
         return bool(progress.batch) or (progress.epoch < self.settings.epochs and is_patient)
 
     def _evaluate_epoch(self, training: Training, loss: float, stop: StopRequest) -> tuple[dict[str, Any], float]:
@@ -163,7 +170,8 @@ class Trainer:
         state, progress = training.state, training.state.progress
         rng = rng_state()
         try:
-            tuning_loss, outputs = self._predict(state.model, state.embedding, "tuning", stop)
+            with state.averaged():
+                tuning_loss, outputs = self._predict(state.model, state.embedding, "tuning", stop)
         except Stopped:
             state.save(self.run_dir, rng)
             self._leave_if_asked(stop, progress)
@@ -290,8 +298,14 @@ class Trainer:
         Returns:
             (2,) float64, the batch's sum of losses and their number.
         """
+        moved = batch.to(self.fabric.device)
         with self.fabric.no_backward_sync(training.wrapped, enabled=not ends_step):
-            result = run_step(self.task, training.wrapped, training.state.embedding, batch.to(self.fabric.device))
+            result = run_step(
+                self.task,
+                training.wrapped,
+                training.state.embedding,
+                moved if self.teacher is None else self.teacher(moved),
+            )
             self.fabric.backward(step_mean.loss(result))
         return torch.stack([result.loss_sum.detach().double(), count_of(result, self.fabric.device)])
 
@@ -308,6 +322,8 @@ class Trainer:
         state.scheduler.step()
         state.optimizer.zero_grad()
         state.progress.step += 1
+        if state.ema is not None:
+            state.ema.update(state.progress.step)
 
     @staticmethod
     def _refuse_infinite(progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.training import teacher
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.small_meds import Event, write_meds
@@ -38,7 +40,12 @@ def planted(tmp_path_factory) -> tuple[EventStore, Path]:
     return build_store(root.parent / "store", MedsSource(root=str(root)), VocabularySettings()), root / "labels"
 
 
-def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **settings):
+def sizes_of(embedding_dim: int, task: Classification) -> dict[str, Any]:
+    """Return the sizes that a model is built with."""
+    return {"embedding_dim": embedding_dim, "has_values": False, **task.sizes}
+
+
+def train(planted, run_dir: Path, *, seed=0, dropout=0.1, teacher_of=None, cache_dir=None, run=None, **settings):
     """Train a small encoder on random event vectors; returns the facts, the rows logged, and the trainer."""
     store, labels_dir = planted
     run_dir.mkdir(exist_ok=True)
@@ -56,14 +63,16 @@ def train(planted, run_dir: Path, *, seed: int = 0, dropout: float = 0.1, **sett
         trainer_settings.launch(),
         task=task,
         run_dir=run_dir,
-        config={"seed": seed},
+        config={"seed": seed} | ({} if cache_dir is None else {"cache_dir": cache_dir}),
         identity={"embedder": "none", "vocab_sha256": "none"},
         sizes={"embedding_dim": 12, "has_values": False, **task.sizes},
         seed=seed,
         log=lambda row, epoch: rows.append(row),
     )
     embedding = EventEmbedding(table)
-    facts = trainer.fit(model, embedding)
+    if teacher_of is not None:
+        trainer.teacher = teacher.cross_fitted(trainer, teacher_of(sizes_of(12, task)), embedding, share=0.5)
+    facts = trainer.fit(model, embedding, run)
     return facts, rows, trainer, model, embedding
 
 

@@ -23,7 +23,7 @@ from tests.helpers.prompts import prompts
 from tests.helpers.small_meds import Event, write_meds
 
 __all__ = ["planted"]  # the fixture
-MODELS = ("encoder_small", "decoder_small", "gru", "mean_pool", "code_encoder")
+MODELS = ("encoder_small", "decoder_small", "gru", "mean_pool", "code_encoder", "code_tab")
 N = 300
 
 

@@ -1,0 +1,205 @@
+"""Seventeen numbers per code of a record: how many events, which values, and when, counted back from the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.code_features import ReadsCodes
+from ehr_embed.models.groups import Groups
+from ehr_embed.models.quantiles import QuantileNormal
+
+HOURS_PER_DAY = 24.0
+N_WINDOWS = 4
+N_SUMMARIES = 9 + 2 * N_WINDOWS
+"""Count; first, last, mean, least, greatest value and their standard deviation; hours to the first and the last event; the count in
+each window, then the mean value in each."""
+COUNTS = (0, *range(9, 9 + N_WINDOWS))
+"""Which of them are known of a code without events: all are 0."""
+MAX_FITTED = 2**21
+"""Pairs of a record and a code that quantiles are fitted to, at most; of a larger train, records are drawn."""
+
+
+class Pairs(NamedTuple):
+    """The codes that occur in the records of a batch, G pairs of a record and a code.
+
+    Attributes:
+        row: (G,) int64, the record.
+        code: (G,) int64, the code; from `n_codes` on, codes that train never had.
+        summaries: (G, 17) float32, NaN = missing.
+        last_event: (G,) int64, the last event of each pair, counted over the batch's events row by row.
+    """
+
+    row: Tensor
+    code: Tensor
+    summaries: Tensor
+    last_event: Tensor
+
+
+class CodeSummaries(ReadsCodes):
+    """Sums up the events of each code of a record, and normalises the numbers by train's quantiles.
+
+    Known codes are those that occur in train of the first vocabulary it is given; they are part of the `state_dict`, by name, with
+    the quantiles. Events without a code (the unknown event) are ignored.
+
+    Args:
+        has_values: whether batches carry a number beside each event.
+        windows_hours: where the four windows end, counted back from the prediction.
+
+    Raises:
+        UserError: not four ascending numbers of hours above 0.
+    """
+
+    code_of_token: Tensor
+
+    def __init__(self, *, has_values: bool, windows_hours: Sequence[float]) -> None:
+        super().__init__(has_values=has_values)
+        edges = [0.0, *map(float, windows_hours)]
+        if len(edges) != N_WINDOWS + 1 or any(b <= a for a, b in pairwise(edges)):
+            raise UserError(
+                f"model.windows_hours={list(windows_hours)}: expected four ascending numbers of hours above 0, where the windows "
+                "before the prediction end. Type: model.windows_hours=[12,24,36,48]"
+            )
+        self.edges = edges
+        self.codes: list[str] = []
+        self.quantiles = QuantileNormal(N_SUMMARIES)
+        self.register_buffer("code_of_token", torch.empty(0, dtype=torch.int64), persistent=False)
+
+    @property
+    def n_codes(self) -> int:
+        """Known codes C."""
+        return len(self.codes)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean; the codes of the first vocabulary that occur in train are the known ones.
+
+        Raises:
+            UserError: none occurs in train.
+        """
+        super().set_vocabulary(vocabulary)
+        if not self.codes:
+            counts = vocabulary.tokens["count"].to_list()
+            if not any(counts):  # of no train, such as a vocabulary of texts alone
+                counts = [1] * len(counts)
+            found = {c: None for c, n in zip(self.token_codes, counts, strict=True) if c is not None and n}
+            if not found:
+                raise UserError("no event of train has a code of the vocabulary, so there is nothing to summarise.")
+            self._know(list(found))
+        self._match()
+
+    def _know(self, codes: list[str]) -> None:
+        self.codes = codes
+        # A last column, without numbers, stands for all codes that train never had.
+        device = self.quantiles.offsets.device
+        self.quantiles.offsets = torch.zeros((self.n_codes + 1) * N_SUMMARIES + 1, dtype=torch.int64, device=device)
+
+    def _match(self) -> None:
+        number = {code: i for i, code in enumerate(self.codes)}
+        for code in self.token_codes:
+            if code is not None:
+                number.setdefault(code, len(number))
+        self.n_slots = len(number)
+        found = [-1 if code is None else number[code] for code in self.token_codes]
+        self.code_of_token = torch.tensor(found, dtype=torch.int64, device=self.code_of_token.device)
+
+    def get_extra_state(self) -> dict[str, list[str]]:
+        """The known codes."""
+        return {"codes": self.codes}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the codes of another run."""
+        self._know(list(state["codes"]))
+        self._match()
+
+    def slots_of(self, tokens: Tensor) -> Tensor:
+        """The code's number of each token id, -1 for none."""
+        return self.code_of_token[tokens]
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, Tensor]) -> Pairs:
+        """Return the pairs of a batch from `token_ids`, `days` and, where there are any, `values` (B, T), NaN = none, and
+        `padding_mask` (B, T), True = event."""
+        is_event_BT = inputs["padding_mask"]
+        row_N, _ = is_event_BT.nonzero(as_tuple=True)
+        code_N = self.slots_of(self.tokens(inputs)[is_event_BT])
+        has_code_N = code_N >= 0
+        number_N = torch.arange(len(row_N), device=row_N.device)[has_code_N]
+        row_N, code_N = row_N[has_code_N], code_N[has_code_N]
+        values_N = self.values(inputs)[is_event_BT][has_code_N].float()
+        hours_N = inputs["days"][is_event_BT][has_code_N] * HOURS_PER_DAY
+        key_N = row_N * self.n_slots + code_N
+        found = key_N.bincount(minlength=len(is_event_BT) * self.n_slots) > 0
+        key_G = found.nonzero().squeeze(1)
+        groups = Groups((found.long().cumsum(0) - 1)[key_N], len(key_G))
+        last_G = number_N.new_zeros(len(key_G)).scatter_reduce(0, groups.group_N, number_N, "amax", include_self=False)
+        return Pairs(key_G // self.n_slots, key_G % self.n_slots, self._sum_up(groups, values_N, hours_N), last_G)
+
+    def _sum_up(self, groups: Groups, values_N: Tensor, hours_N: Tensor) -> Tensor:
+        has_value_N = ~values_N.isnan()
+        valued, x_N, n_groups = (
+            Groups(groups.group_N[has_value_N], groups.n_groups),
+            values_N[has_value_N],
+            groups.n_groups,
+        )
+        mean_G = valued.mean(x_N)
+        sd_G = valued.mean((x_N - valued.spread(mean_G)).square()).sqrt()
+        parts = [groups.count(), valued.first(x_N), valued.last(x_N), mean_G]
+        parts += [valued.extreme(x_N, "amin"), valued.extreme(x_N, "amax"), sd_G]
+        parts += [groups.extreme(hours_N, "amax"), groups.extreme(hours_N, "amin")]
+        # The last window that an event lies before the end of; beyond the fourth there is none.
+        ends = torch.tensor(self.edges[1:], device=hours_N.device, dtype=hours_N.dtype)
+        window_N = torch.bucketize(hours_N, ends)
+        is_in_N = window_N < N_WINDOWS
+        by_window = Groups((groups.group_N * N_WINDOWS + window_N)[is_in_N], n_groups * N_WINDOWS)
+        counts_GW = by_window.count().view(n_groups, N_WINDOWS)
+        is_in_N &= has_value_N
+        by_window = Groups((groups.group_N * N_WINDOWS + window_N)[is_in_N], n_groups * N_WINDOWS)
+        means_GW = by_window.mean(values_N[is_in_N]).view(n_groups, N_WINDOWS)
+        return torch.cat([torch.stack([part.float() for part in parts], dim=1), counts_GW.float(), means_GW], dim=1)
+
+    def normalise(self, pairs: Pairs) -> Tensor:
+        """What the model is fed of each pair, (G, 18): normal scores, then 0, "absent" does not hold."""
+        columns_GF = self._columns(pairs.code.clamp(max=self.n_codes))
+        return torch.nn.functional.pad(self.quantiles(columns_GF, pairs.summaries), (0, 1))
+
+    def absent(self) -> Tensor:
+        """What it is fed of each known code that a record lacks, (C, 18)."""
+        numbers_CF = torch.full((self.n_codes, N_SUMMARIES), float("nan"), device=self.code_of_token.device)
+        numbers_CF[:, list(COUNTS)] = 0.0
+        columns_CF = self._columns(torch.arange(self.n_codes, device=numbers_CF.device))
+        return torch.nn.functional.pad(self.quantiles(columns_CF, numbers_CF), (0, 1), value=1.0)
+
+    def _columns(self, code_G: Tensor) -> Tensor:
+        return code_G[:, None] * N_SUMMARIES + torch.arange(N_SUMMARIES, device=code_G.device)
+
+    def fit(self, train: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
+        """Fit the quantiles to train's records at their prediction times; `train` gives each batch once."""
+        generator, share, n_records = torch.Generator().manual_seed(seed), 1.0, 0
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []  # each pair's record's draw, code, summaries
+        draws: list[Tensor] = []
+        for inputs in train:
+            pairs = self(inputs)
+            draw_B = torch.rand(len(inputs["padding_mask"]), generator=generator)
+            draws.append(draw_B)
+            draw_G = draw_B[pairs.row.cpu()]
+            chosen = (draw_G < share) & (pairs.code < self.n_codes).cpu()
+            kept.append((draw_G[chosen], pairs.code.cpu()[chosen], pairs.summaries.cpu()[chosen]))
+            while sum(len(part[0]) for part in kept) > MAX_FITTED:
+                share /= 2
+                kept = [tuple(x[part[0] < share] for x in part) for part in kept]  # type: ignore[misc]
+        n_records = int((torch.cat(draws) < share).sum())
+        code_G, summaries_GF = torch.cat([part[1] for part in kept]), torch.cat([part[2] for part in kept])
+        columns_GF = self._columns(code_G)
+        lacking_C = n_records - code_G.bincount(minlength=self.n_codes)
+        zeros_CK = self._columns(torch.arange(self.n_codes))[:, list(COUNTS)]
+        columns = torch.cat([columns_GF.flatten(), zeros_CK.flatten()])
+        numbers = torch.cat([summaries_GF.flatten(), torch.zeros(zeros_CK.numel())])
+        weights = torch.cat([torch.ones(summaries_GF.numel()), lacking_C[:, None].expand_as(zeros_CK).flatten()])
+        has_weight = weights > 0
+        self.quantiles.fit(columns[has_weight], numbers[has_weight], weights[has_weight])

@@ -1,0 +1,316 @@
+"""Weights that a code's text chooses, over summaries of each code, with members inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.body import check_width
+from ehr_embed.models.code_encoder import Subject
+from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
+from ehr_embed.models.heads import check_classifies
+from ehr_embed.models.members import MemberHead
+from ehr_embed.models.whitening import Whitening
+
+MEMBER_WEIGHTS = ("codes", "text")
+N_INPUTS = N_SUMMARIES + 1
+
+
+class CodeTabBody(nn.Module):
+    """A vector per member of each record: the sum over codes of what text-conditioned weights make of the code's summaries.
+
+    For a code with inputs x (P,) and whitened text e (E,), g = G e and g2 = G2 e (R,): h = GELU(x (A + sum_r g_r B_r) + b + U e),
+    v = h sum_r g2_r B2_r, and member m gets 2 / sqrt(C + 1) times the sum over codes of a[m, c] v. A code that a record lacks has
+    the same inputs in all records, so that its part is found once per batch; cost follows the codes that occur.
+    """
+
+    signs: Tensor
+    vectors: Tensor
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        has_values: bool,
+        model_dim: int,
+        hidden_dim: int,
+        n_gates: int,
+        n_members: int,
+        dropout: float,
+        windows_hours: Sequence[float],
+        member_weights: str,
+        feeds_absent: bool,
+        age: bool,
+        shrinkage: float,
+    ) -> None:
+        super().__init__()
+        self.embedding_dim, self.n_members, self.n_gates = embedding_dim, n_members, n_gates
+        self.feeds_absent, self.hidden_dim = feeds_absent, hidden_dim
+        self.input = CodeSummaries(has_values=has_values, windows_hours=windows_hours)
+        self.norm = Whitening(embedding_dim, shrinkage)
+        self.gates, self.gates2 = (_reads_text(embedding_dim, n_gates) for _ in range(2))
+        self.shared = nn.Linear(N_INPUTS, hidden_dim)
+        self.text = nn.Linear(embedding_dim, hidden_dim, bias=False)
+        self.weights1 = nn.Parameter(torch.randn(n_gates, N_INPUTS, hidden_dim) * (n_gates * N_INPUTS) ** -0.5)
+        self.weights2 = nn.Parameter(torch.randn(n_gates, hidden_dim, model_dim) * (n_gates * hidden_dim) ** -0.5)
+        self.dropout = Dropout(dropout)
+        self.subject = Subject(model_dim) if age else None
+        self.subject_signs = nn.Parameter(_signs(n_members, 1)[:, 0]) if age else None
+        self.from_text = _reads_text(embedding_dim, n_members) if member_weights == "text" else None
+        self.register_buffer("vectors", torch.zeros(0, embedding_dim), persistent=False)
+        self.register_parameter("signs", None)
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The known codes' vectors; not a buffer of the `state_dict`, since their number is the data's."""
+        return {"vectors": self.vectors.cpu()}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take the vectors of another run's codes."""
+        self.vectors = state["vectors"].to(self.vectors.device)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean, and at first which codes there are."""
+        self.input.set_vocabulary(vocabulary)
+        n_codes = self.input.n_codes
+        if not len(self.vectors):
+            self.vectors = torch.zeros(n_codes, self.embedding_dim, device=self.vectors.device)
+        if self.from_text is None and self.signs is None:
+            self.register_parameter("signs", nn.Parameter(_signs(self.n_members, n_codes)))
+
+    @torch.no_grad()
+    def take_vectors(self, vectors: Tensor, tokens: Tensor) -> None:
+        """Take the vectors (K, E) of train's tokens (K,): a code's is the mean of those of its tokens; fit the whitening.
+
+        Directions in which no text varies are zero after it. The weights that read texts are scaled to what is left, as if these
+        directions had been dropped before they were drawn.
+        """
+        code_K = self.input.slots_of(tokens.to(vectors.device))
+        vectors, code_K = vectors[code_K >= 0].float(), code_K[code_K >= 0]
+        n_C = code_K.bincount(minlength=self.input.n_codes).clamp(min=1)
+        self.vectors = vectors.new_zeros(len(n_C), self.embedding_dim).index_add(0, code_K, vectors) / n_C[:, None]
+        self.norm.fit(self.vectors)
+        n_directions = int((self.norm.matrix != 0).any(0).sum())
+        scale = (self.embedding_dim / max(n_directions, 1)) ** 0.5
+        self.norm.matrix /= scale
+        for reads in (self.gates, self.gates2, self.text, self.from_text):
+            if reads is not None:
+                reads.weight *= scale
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, M, D) of what `EventEmbedding.inputs` gives."""
+        pairs = self.input(inputs)
+        e_CE = self._texts(inputs, pairs)
+        n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
+        g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
+        a_CM = self._member_weights(e_CE)
+        x_GP = self.input.normalise(pairs)
+        is_known = len(e_CE) == n_known
+        if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)):
+            z_BMD = self._dense(n_rows, pairs, x_GP, g_CR, g2_CR, t_CH, a_CM)
+        else:
+            z_BMD = self._sparse(n_rows, pairs, x_GP, g_CR, g2_CR, t_CH, a_CM)
+        if self.subject is not None and self.subject_signs is not None:
+            z_BMD = z_BMD + self.subject_signs[:, None] * self.subject(inputs)[:, None]
+        return 2 / (n_known + 1) ** 0.5 * z_BMD
+
+    def _texts(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
+        """Return whitened vectors (C + J, E) float32: of the C known codes those of train, then, if any of the vocabulary's J other
+        codes occurs, those that their events have."""
+        vectors_CE, n_known = self.vectors, self.input.n_codes
+        is_new_G = pairs.code >= n_known
+        if bool(is_new_G.any()):
+            is_event_BT = inputs["padding_mask"]
+            new_CE = vectors_CE.new_zeros(self.input.n_slots - n_known, self.embedding_dim)
+            places = pairs.last_event[is_new_G]
+            if "rows" in inputs:
+                found = inputs["rows"][inputs["row_ids"][is_event_BT][places].long()]
+            else:
+                found = inputs["embeddings"][is_event_BT][places]
+            check_width(found, self.embedding_dim)
+            new_CE = new_CE.index_put((pairs.code[is_new_G] - n_known,), found.float())
+            vectors_CE = torch.cat([vectors_CE, new_CE])
+        with torch.autocast(vectors_CE.device.type, enabled=False):
+            return self.norm(vectors_CE)
+
+    def _member_weights(self, e_CE: Tensor) -> Tensor:
+        """(C + J, M); without weights from texts, a new code has those of the known code whose text is nearest."""
+        if self.from_text is not None:
+            return self.from_text(e_CE)
+        signs_CM, n_known = self.signs.T, self.input.n_codes
+        if len(e_CE) > n_known:
+            unit = F.normalize(e_CE, dim=1)
+            nearest = (unit[n_known:] @ unit[:n_known].T).argmax(1)
+            signs_CM = torch.cat([signs_CM, signs_CM[nearest]])
+        return signs_CM
+
+    def _is_dense_cheaper(self, n_rows: int, n_pairs: int) -> bool:
+        """Whether products with weights of each code, for all codes in all records, are fewer than products with those that codes
+        share, for the codes that occur."""
+        n_codes, n_gates, model_dim = self.input.n_codes, self.n_gates, self.weights2.shape[2]
+        of_code = N_INPUTS * self.hidden_dim + self.hidden_dim * model_dim
+        shared = (1 + n_gates) * N_INPUTS * self.hidden_dim + self.n_members * n_gates * self.hidden_dim
+        dense = n_codes * of_code * (n_rows + n_gates)
+        return dense < (n_pairs + n_codes) * shared + n_rows * self.n_members * n_gates * self.hidden_dim * model_dim
+
+    def _dense(
+        self, n_rows: int, pairs: Pairs, x_GP: Tensor, g_CR: Tensor, g2_CR: Tensor, t_CH: Tensor, a_CM: Tensor
+    ) -> Tensor:
+        """(B, M, D): all codes in all records, code by code."""
+        n_codes = len(g_CR)
+        x_CBP = self.input.absent()[:, None].expand(-1, n_rows, -1)
+        x_CBP = x_CBP.index_put((pairs.code, pairs.row), x_GP)
+        w_CPH = self.shared.weight.T + torch.einsum("cr,rph->cph", g_CR, self.weights1)
+        h_CBH = self.dropout(F.gelu(x_CBP @ w_CPH + (self.shared.bias + t_CH)[:, None]))
+        if not self.feeds_absent:
+            is_there_CB = torch.zeros(n_codes, n_rows, dtype=torch.bool, device=x_GP.device)
+            is_there_CB[pairs.code, pairs.row] = True
+            h_CBH = h_CBH * is_there_CB[..., None]
+        v_CBD = h_CBH @ torch.einsum("cr,rhd->chd", g2_CR, self.weights2)
+        return torch.einsum("cm,cbd->bmd", a_CM, v_CBD)
+
+    def _sparse(
+        self, n_rows: int, pairs: Pairs, x_GP: Tensor, g_CR: Tensor, g2_CR: Tensor, t_CH: Tensor, a_CM: Tensor
+    ) -> Tensor:
+        """(B, M, D) from the pairs that occur and, once for all records, the known codes' parts where they are absent.
+
+        The second matrix is a sum over gates, so that hidden vectors are added up over codes, with weights a g2, before it.
+        """
+        n_known = self.input.n_codes
+        k_CK = (a_CM[:, :, None] * g2_CR[:, None]).flatten(1)  # K = members x gates
+        h_GH = self._hidden(x_GP, g_CR[pairs.code], t_CH[pairs.code])
+        total_KH: Tensor | float = 0.0
+        if self.feeds_absent:
+            absent_CH = self._hidden(self.input.absent(), g_CR[:n_known], t_CH[:n_known])
+            total_KH = k_CK[:n_known].T @ absent_CH
+            is_known = (pairs.code < n_known)[:, None]
+            h_GH = h_GH - absent_CH[pairs.code.clamp(max=n_known - 1)] * is_known
+        # Records side by side, each with as many places as the longest has codes.
+        first_B = torch.searchsorted(pairs.row, torch.arange(n_rows, device=pairs.row.device))
+        place_G = torch.arange(len(pairs.row), device=pairs.row.device) - first_B[pairs.row]
+        n_places = int(place_G.max()) + 1 if len(place_G) else 1
+        where = (pairs.row, place_G)
+        h_BSH = h_GH.new_zeros(n_rows, n_places, h_GH.shape[1]).index_put(where, h_GH)
+        k_BSK = k_CK.new_zeros(n_rows, n_places, k_CK.shape[1]).index_put(where, k_CK[pairs.code])
+        sums_BKH = k_BSK.transpose(1, 2) @ h_BSH + total_KH
+        return sums_BKH.view(n_rows, self.n_members, -1) @ self.weights2.flatten(0, 1)
+
+    def _hidden(self, x_GP: Tensor, g_GR: Tensor, t_GH: Tensor) -> Tensor:
+        """(G, H): the first matrix is a sum over gates, so that all of them read the products of inputs and gates."""
+        products = (g_GR[:, :, None] * x_GP[:, None]).flatten(1)
+        return self.dropout(F.gelu(self.shared(x_GP) + products @ self.weights1.flatten(0, 1) + t_GH))
+
+
+class CodeTab(nn.Module):
+    """Text-conditioned weights over summaries per code, and members that share them; reads codes, values and times.
+
+    Args:
+        embedding_dim: width E of the event vectors; the embedder says it.
+        num_classes: outputs; the task says it.
+        vocab_size: refused: classes only.
+        has_values: whether batches carry a number beside each event; the data say it.
+        model_dim: width D of a record's vector.
+        hidden_dim: width H within a code.
+        n_gates: numbers R that a code's text chooses its weights by.
+        n_members: M.
+        n_layers: hidden layers of the members' head.
+        dropout: probability.
+        max_length: longest sequence, in events; longer records keep their last events.
+        windows_hours: where the four windows end, counted back from the prediction.
+        member_weights: each code's weight per member: learned per code (`codes`; a new code has its nearest neighbour's) or made
+            from its `text`.
+        feeds_absent: whether a known code that a record lacks is an input too; else it adds nothing.
+        age: whether the age at the prediction is one more element.
+        shrinkage: of the whitening.
+
+    Raises:
+        UserError: a task that predicts events, an unknown `member_weights`, a number out of range.
+    """
+
+    is_causal = False
+    learns_vectors = False
+    """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
+
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        num_classes: int | None = None,
+        vocab_size: int | None = None,
+        has_values: bool = False,
+        model_dim: int = 96,
+        hidden_dim: int = 96,
+        n_gates: int = 16,
+        n_members: int = 8,
+        n_layers: int = 2,
+        dropout: float = 0.05,
+        max_length: int = 4096,
+        windows_hours: Sequence[float] = (12, 24, 36, 48),
+        member_weights: str = "codes",
+        feeds_absent: bool = True,
+        age: bool = True,
+        shrinkage: float = 0.1,
+    ) -> None:
+        super().__init__()
+        n_outputs = check_classifies("model=code_tab", num_classes, vocab_size)
+        if member_weights not in MEMBER_WEIGHTS:
+            raise unknown_name("model.member_weights", member_weights, MEMBER_WEIGHTS)
+        sizes = {"model_dim": model_dim, "hidden_dim": hidden_dim, "n_gates": n_gates, "n_members": n_members}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"model.{name}={size}: expected 1 or more.")
+        if n_layers < 0:
+            raise UserError(f"model.n_layers={n_layers}: expected 0 or more.")
+        self.body = CodeTabBody(
+            embedding_dim=embedding_dim,
+            has_values=has_values,
+            **sizes,
+            dropout=dropout,
+            windows_hours=windows_hours,
+            member_weights=member_weights,
+            feeds_absent=feeds_absent,
+            age=age,
+            shrinkage=shrinkage,
+        )
+        self.head = MemberHead(
+            model_dim=model_dim, num_classes=n_outputs, n_members=n_members, n_layers=n_layers, dropout=dropout
+        )
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take what the token ids of coming batches mean."""
+        self.body.set_vocabulary(vocabulary)
+        self._tokens = torch.from_numpy((vocabulary.tokens["count"].to_numpy() > 0).nonzero()[0])
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Take the vectors (V, E) of train's tokens."""
+        self.body.take_vectors(vectors, self._tokens)
+
+    def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """Fit the quantiles to train's records; `train` gives each batch once."""
+        self.body.input.fit(train)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, M, num_classes) float32 of M members from `token_ids` and `days` (B, T), `padding_mask` (B, T), True = event,
+        and `rows` (U, E) with `row_ids` (B, T), or `embeddings` (B, T, E).
+
+        Known codes have the vectors that train's had; those of events are read for codes that train never had. Age needs
+        `age_days` (B, T), NaN = unknown, and a model that carries values takes `values` (B, T), NaN = none.
+        """
+        return self.head(self.body(inputs))
+
+
+def _signs(n_members: int, n_codes: int) -> Tensor:
+    """(M, C) of 1 and -1, drawn."""
+    return torch.randint(0, 2, (n_members, n_codes)).float() * 2 - 1
+
+
+def _reads_text(embedding_dim: int, n_outputs: int) -> nn.Linear:
+    """A map from a text's vector to numbers of variance 1."""
+    weight = nn.Linear(embedding_dim, n_outputs, bias=False)
+    nn.init.normal_(weight.weight, std=embedding_dim**-0.5)
+    return weight

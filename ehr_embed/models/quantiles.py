@@ -1,0 +1,123 @@
+"""Quantile normalisation: each number becomes the normal score of its rank among train's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+MIN_VALUES = 20
+"""A column with fewer numbers in train says too little about ranks; all its numbers become 0."""
+N_KNOTS = 256
+"""Distinct numbers per column whose ranks are kept exactly; between them ranks are interpolated."""
+LEAST_RANK = 0.003
+N_HALVINGS = N_KNOTS.bit_length()
+
+
+class QuantileNormal(nn.Module):
+    """Phi^-1 of the mid-rank of a number among train's numbers of the same column, clipped to [0.003, 0.997] before.
+
+    The mid-rank is (numbers below + numbers not above) / (2 n), so that equal numbers share one. Missing numbers become 0, as do
+    those of columns with under `MIN_VALUES` numbers. Monotone changes of a column's scale before `fit` change nothing.
+
+    Args:
+        n_columns: columns F.
+
+    >>> normal = QuantileNormal(1)
+    >>> normal.fit(torch.zeros(41, dtype=torch.int64), torch.arange(41.0))
+    >>> normal(torch.zeros(3, dtype=torch.int64), torch.tensor([20.0, -5.0, float("nan")])).round(decimals=2).tolist()
+    [0.0, -2.75, 0.0]
+    """
+
+    knots: Tensor
+    below: Tensor
+    upto: Tensor
+    offsets: Tensor
+
+    def __init__(self, n_columns: int) -> None:
+        super().__init__()
+        for name in ("knots", "below", "upto"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+        self.register_buffer("offsets", torch.zeros(n_columns + 1, dtype=torch.int64), persistent=False)
+
+    @property
+    def n_columns(self) -> int:
+        """Columns F."""
+        return len(self.offsets) - 1
+
+    @torch.no_grad()
+    def fit(self, columns: Tensor, numbers: Tensor, weights: Tensor | None = None) -> None:
+        """Take train's numbers (N,), each of a column (N,) int64, each counted `weights` (N,) times; NaN counts as absent."""
+        keep = ~numbers.isnan()
+        weights = torch.ones(len(numbers)) if weights is None else weights
+        column_N, x_N, weight_N = (x[keep].cpu().numpy() for x in (columns, numbers.float(), weights.double()))
+        order = np.lexsort((x_N, column_N))
+        column_N, x_N, weight_N = column_N[order], x_N[order], weight_N[order]
+        starts = np.flatnonzero(np.r_[True, (np.diff(column_N) != 0) | (np.diff(x_N) != 0)][: len(x_N)])
+        total = np.add.reduceat(weight_N, starts) if len(starts) else np.zeros(0)
+        column_K, x_K = column_N[starts], x_N[starts]
+        n_F = np.bincount(column_K, weights=total, minlength=self.n_columns)
+        before_F = np.concatenate([np.zeros(1), np.cumsum(n_F)[:-1]])
+        after_K = np.cumsum(total) - before_F[column_K]
+        share_K = n_F[column_K]
+        below_K, upto_K = (after_K - total) / share_K, after_K / share_K
+        kept = (share_K >= MIN_VALUES) & _chosen(column_K, below_K, upto_K, self.n_columns)
+        device = self.offsets.device
+        for name, array in (("knots", x_K), ("below", below_K), ("upto", upto_K)):
+            setattr(self, name, torch.from_numpy(array[kept].astype(np.float32)).to(device))
+        counts = np.bincount(column_K[kept], minlength=self.n_columns)
+        self.offsets = torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])).to(device)
+
+    @torch.no_grad()
+    def forward(self, columns: Tensor, numbers: Tensor) -> Tensor:
+        """Normal scores, float32 in the shape of `numbers`, whose columns are `columns` (any shape that broadcasts to it)."""
+        columns, x = columns.expand(numbers.shape), numbers.float()
+        first, stop = self.offsets[columns], self.offsets[columns + 1]
+        is_known = (stop > first) & ~x.isnan()
+        if not bool(is_known.any()):
+            return torch.zeros_like(x)
+        first, stop, x_N = first[is_known], stop[is_known], x[is_known]
+        low, high = first, stop  # the first knot above x lies in [low, high]
+        for _ in range(N_HALVINGS + 1):
+            middle = (low + high) // 2
+            is_above = (middle < stop) & (self.knots[middle.clamp(max=len(self.knots) - 1)] <= x_N)
+            is_open = low < high
+            low = torch.where(is_open & is_above, middle + 1, low)
+            high = torch.where(is_open & ~is_above, middle, high)
+        left, right = (low - 1).clamp(min=0), low.clamp(max=len(self.knots) - 1)
+        has_left, has_right = low > first, low < stop
+        x_left, x_right = self.knots[left], self.knots[right]
+        rank_left = torch.where(has_left, self.upto[left], 0.0)
+        rank_right = torch.where(has_right, self.below[right], 1.0)
+        share = ((x_N - x_left) / (x_right - x_left)).nan_to_num(0.0, 0.0, 0.0)
+        share = torch.where(has_left & has_right, share, 0.0)
+        rank = rank_left + share * (rank_right - rank_left)
+        rank = torch.where(has_left & (x_left == x_N), (self.below[left] + self.upto[left]) / 2, rank)
+        z = torch.zeros_like(x)
+        z[is_known] = torch.special.ndtri(rank.clamp(LEAST_RANK, 1 - LEAST_RANK))
+        return z
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The tables; not buffers of the `state_dict`, since their lengths are fitted."""
+        return {name: getattr(self, name).cpu() for name in ("knots", "below", "upto", "offsets")}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the tables of another run."""
+        device = self.offsets.device
+        for name in ("knots", "below", "upto", "offsets"):
+            setattr(self, name, state[name].to(device))
+
+
+def _chosen(
+    column_K: npt.NDArray[np.int64], below_K: npt.NDArray, upto_K: npt.NDArray, n_columns: int
+) -> npt.NDArray[np.bool_]:
+    """Which distinct numbers become knots: all of a column with few, else those at which the rank passes a step of the grid,
+    which every frequent number does, and each column's least and greatest."""
+    n_distinct = np.bincount(column_K, minlength=n_columns)[column_K]
+    is_end = np.r_[True, np.diff(column_K) != 0] | np.r_[np.diff(column_K) != 0, True] if len(column_K) else False
+    grid = N_KNOTS - 2
+    passes = np.floor(upto_K * grid + 1e-9) > np.floor(below_K * grid + 1e-9)
+    return (n_distinct <= N_KNOTS) | passes | is_end
