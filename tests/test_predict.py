@@ -118,7 +118,7 @@ def test_the_command_line(folder, new, inside):  # noqa: F811
     assert "3 predictions in by/cli.parquet" in output
     for arguments, message in (
         (["run=nowhere", "data.root=new", "output=x"], "run=nowhere: expected the folder of a finished run"),
-        (["run=moved", "output=x"], "Missing mandatory value: data.root"),
+        (["run=moved", "output=x"], "data.root is not set"),
         (
             ["run=moved", "data.root=new", "output=x", "split=train"],
             "no split. Expected metadata/subject_splits.parquet",
