@@ -131,7 +131,10 @@ def _looking_ahead(events: SplitEvents, *args, **options) -> Samples:
 
 USES = {
     "predict": lambda place: predict(
-        composed(f"run={place / 'run'}", f"data.root={place / 'set'}", "split=train", "task.labels=case", name="predict")
+        composed(
+            f"run={place / 'run'}", f"data.root={place / 'set'}", "split=train", "task.labels=case", "output=p.parquet",
+            name="predict",
+        )
     ),
     "load": lambda place: ehr_embed.load(place / "run").predict_proba(place / "set", labels="case", split="train"),
     "explain": lambda place: explain(

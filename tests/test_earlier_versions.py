@@ -81,11 +81,11 @@ def test_no_new_name_leads_out_of_what_a_stored_configuration_may_build():
         "ehr_embed.unpickle.pickle.loads",
         "ehr_embed.trainer.signal.raise_signal",
     ):
-        with pytest.raises(UserError, match="trusted_packages"):
+        with pytest.raises(UserError, match="_target_"):
             instantiate(OmegaConf.create({"_target_": target}))
     for group in ("model", "task", "embedder"):
         stored = {group: {"_target_": OLD_SETTINGS}}
-        with pytest.raises(UserError, match="trusted_packages"):
+        with pytest.raises(UserError, match="_target_"):
             check_stored(renamed(stored), group)
 
 
