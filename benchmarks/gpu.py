@@ -37,7 +37,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("torch finds no GPU here; each benchmark takes --device cpu: python -m benchmarks.training --device cpu")
         return 1
-    commands = [["pytest", "-q", "tests/test_packing.py", "tests/test_event_tensors.py"]]
+    commands = [["pytest", "-q", "tests/models/test_packing.py", "tests/data/test_device_events.py"]]
     commands += [[f"benchmarks.{name}", *arguments, *DEVICE] for name, *arguments in RUNS]
     n_failed = 0
     for command in commands:

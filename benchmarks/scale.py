@@ -37,8 +37,9 @@ from hydra import compose, initialize_config_dir
 from benchmarks.common import LABELS, parser, report, write_cohort
 from ehr_embed import predict
 from ehr_embed.core.files import read_json
-from ehr_embed.experiment import run as experiment
 from ehr_embed.experiment.cli import CONF
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.training.memory import peak_memory_mib
 
 EVENTS_PER_SUBJECT, MEDIAN_EVENTS, MAX_EVENTS = 1000, 667, 20_000
@@ -95,7 +96,7 @@ def step(name: str, folder: Path, model: str, replicates: int) -> dict[str, Any]
         "again": [*data, *trained, f"run_dir={runs / 'again'}", "seed=1"],
         "predict": asked,
     }[name]
-    work = {"embed": experiment.embed, "predict": predict.predict}.get(name, experiment.run)
+    work = {"embed": embed, "predict": predict.predict}.get(name, run)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(name if name in ("embed", "predict") else "train", overrides=overrides)
     began = time.perf_counter()

@@ -32,7 +32,8 @@ from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.training.trainer import Trainer, TrainerSettings
+from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.trainer import Trainer
 
 EMBEDDING_DIM, BATCH_SIZE, LEARNING_RATE = 384, 32, 1e-4
 SIZES = {

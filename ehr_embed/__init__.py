@@ -13,16 +13,17 @@ __version__ = "0.1.0"
 
 
 def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> Predictor:
-    """A finished run, ready for `predict_proba` on vectors, texts or a MEDS dataset.
+    """Open a finished run for `predict_proba` on vectors, texts or a MEDS dataset.
 
     Args:
         run_dir: the run's folder.
-        device: cpu, cuda or another of torch's.
-        trusted_packages: packages of your own whose code the run needs, as `trusted_packages` of train.py.
+        device: a torch device such as cpu or cuda.
+        trusted_packages: your own packages whose code the run needs, as in `trusted_packages` of train.py.
 
     Raises:
-        UserError: not a run's folder, or a run that predicts events.
+        UserError: the folder is not a run's, or the run predicts events instead of classes.
     """
-    from ehr_embed.inference.predictor import Predictor  # here, so that the package is imported without torch
+    # Imported here, so that importing the package does not load torch.
+    from ehr_embed.inference.predictor import Predictor
 
     return Predictor(run_dir, device=device, trusted_packages=trusted_packages)

@@ -1,7 +1,7 @@
-"""The stable names: what a model, an embedder, a task or a source of one's own imports.
+"""Public names for your own model, embedder, task or source: import them from here.
 
-These names stay where they are while the modules that define them may move. docs/extending.md shows one member of each axis, built
-with them and nothing else. The protocols say, with shapes, what a member must have and what it may have.
+These names stay in this module, while the modules that define them may move. docs/extending.md builds one example per config
+group from these names alone. The protocols document, with shapes, which members such a class must have and which it may have.
 """
 
 from __future__ import annotations

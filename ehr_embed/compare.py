@@ -1,4 +1,4 @@
-"""Compare runs: one table, plots, and paired bootstrap tests on the held-out subjects they share.
+"""Compare runs: write one table, plots, and paired bootstrap tests on the held-out subjects that the runs share.
 
 python -m ehr_embed.compare RUN RUN ...
 python -m ehr_embed.compare SWEEP_DIR --output FOLDER --reference RUN
@@ -16,7 +16,7 @@ from ehr_embed.core.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one message and exit code 2."""
+    """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m ehr_embed.compare", description="Compare runs, with paired bootstrap tests between them."
     )

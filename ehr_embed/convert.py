@@ -1,10 +1,11 @@
-"""Convert a corpus of the original pipeline to a MEDS dataset, once and for good.
+"""Convert a corpus of the original pipeline to a MEDS dataset, which later runs read with data=meds.
 
     python -m ehr_embed.convert data=tokenized data.data_dir=DIR data.vocab_filepath=FILE data.labels_filepath=FILE data.root=OUT
     python -m ehr_embed.convert data=patient_files data.data_dir=DIR data.root=OUT
     python train.py data=meds data.root=OUT
 
-Takes every override of embed.py; the result is what `data=tokenized` and `data=patient_files` keep in their cache.
+The command accepts every override of embed.py. `data=tokenized` and `data=patient_files` convert in the same way, but into their
+cache.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ehr_embed.experiment.cli import CONF, run_main
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def main(cfg: DictConfig) -> None:
-    """Write the dataset and say what it holds."""
-    from ehr_embed.experiment.run import convert  # here, so that a misspelt override is refused before torch is loaded
+    """Write the dataset and report its contents."""
+    # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.experiment.inputs import convert
 
     if "data_dir" not in cfg.data:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`python -m ehr_embed.explain`: which events moved a subject's prediction, and which texts move those of a split most."""
+"""`python -m ehr_embed.explain`: explain one subject's prediction by its events, or the predictions of a split by texts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from ehr_embed.inference.trained_run import device_named, trained_on
 
 @checks_config
 def explain(cfg: DictConfig) -> list[Path]:
-    """Explain as `cfg` (conf/explain.yaml) says.
+    """Explain as `cfg` (conf/explain.yaml) says, and write the tables and plots.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        UserError: as `Predictor`, `Explainer` and what they call.
+        UserError: a setting is out of range, or `Predictor` or `Explainer` refuses the run, the dataset or the target.
     """
     for key in ("max_samples", "min_samples"):
         if cfg[key] < 1:
@@ -50,7 +53,7 @@ def explain(cfg: DictConfig) -> list[Path]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="explain")
 def main(cfg: DictConfig) -> None:
-    """Explain and write."""
+    """Run the command line."""
     explain(cfg)
 
 

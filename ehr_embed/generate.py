@@ -1,4 +1,4 @@
-"""`python -m ehr_embed.generate`: futures of subjects, sampled from a run of task=next_event, as MEDS events."""
+"""`python -m ehr_embed.generate`: sample futures of subjects from a run of task=next_event, and write them as MEDS events."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from ehr_embed.sources.protocol import SPLITS, Source
 
 @checks_config
 def generate_trajectories(cfg: DictConfig) -> list[Path]:
-    """Sample futures as `cfg` (conf/generate.yaml) says, and write one file a sample.
+    """Sample futures as `cfg` (conf/generate.yaml) says, and write one file per future number, with all prompts in each.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        UserError: a run that cannot generate, an unknown split or stop code, a horizon of 0, a prompt that leaves no room.
+        UserError: the run cannot generate events, the split or a stop code is unknown, the horizon is 0, or the prompt leaves
+            no room for new events.
     """
     if cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
@@ -34,7 +38,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
     max_length = check_generates(run.model).body.max_length
-    earlier_futures(Path(cfg.output) / cfg.split)  # hours of sampling are not to end in a refusal
+    earlier_futures(Path(cfg.output) / cfg.split)  # refuse a folder with other files now, not after hours of sampling
     sampling = Sampling(
         n_samples=cfg.n_samples,
         horizon_days=cfg.horizon_days,
@@ -67,7 +71,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="generate")
 def main(cfg: DictConfig) -> None:
-    """Sample futures and write them."""
+    """Run the command line."""
     generate_trajectories(cfg)
 
 

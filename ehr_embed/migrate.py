@@ -1,12 +1,12 @@
-"""From a config of the original pipeline to the equivalent here.
+"""Translate a config of the original pipeline into an experiment YAML of this package.
 
     python -m ehr_embed.migrate OLD.yaml
     python -m ehr_embed.migrate OLD.yaml > my/experiment/old.yaml
     python train.py --config-dir my experiment=old
 
-The output is a YAML file whose comments hold the command line, what is no longer needed and what is unknown. The keys are
-those of the four configs in https://github.com/Ashvin-Gupta/CancEHR-Training (src/pipelines/embedded_based) and of their
-description in its README; docs/migration.md is the same table for people.
+The output is a YAML file. Its comments hold the command line and list the keys that are no longer needed and the unknown keys.
+The table below covers the keys of the four configs in https://github.com/Ashvin-Gupta/CancEHR-Training
+(src/pipelines/embedded_based) and those in that repository's README; docs/migration.md shows the same table.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from yaml import YAMLError  # what OmegaConf.load raises
 from ehr_embed.core.errors import UserError
 
 STAGES = ("create", "pretrain", "encoder", "decoder")
-"""The original's configs: create embeddings, pretrain the decoder, fine-tune the encoder, fine-tune the decoder."""
+"""The four configs of the original: create embeddings, pretrain the decoder, fine-tune the encoder, fine-tune the decoder."""
 CREATE, PRETRAIN, ENCODER, DECODER = ((stage,) for stage in STAGES)
 TRAINING = PRETRAIN + ENCODER + DECODER
 FINE_TUNING = ENCODER + DECODER
 EMBEDDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The original gave E5 no prefix, and left the multilingual model's vectors as long as they are.
+    # The original gave E5 no prefix, and did not normalise the vectors of the multilingual model.
     "all-MiniLM-L6-v2": ("minilm_l6", {}),
     "all-MiniLM-L12-v2": ("minilm_l12", {}),
     "all-mpnet-base-v2": ("mpnet", {}),
@@ -39,20 +39,20 @@ EMBEDDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "e5-large-v2": ("e5_large", {"embedder.prompt": None}),
 }
 BATCH_TOKENS = 16_384
-"""Default of trainer.batch_tokens: a batch with more padded events is made smaller."""
+"""Default of trainer.batch_tokens: a batch with more events, padding included, is made smaller."""
 DEFAULT_EPOCHS = 50
 """Default of trainer.epochs."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the original.
+    """A config key of the original and its counterpart.
 
     Attributes:
-        old: its path.
-        stages: the configs it stands in.
-        new: the key or group here that takes its value; None = nothing does.
-        why: why nothing does, or what else changes.
+        old: dotted path of the key.
+        stages: the original's configs that contain the key, of `STAGES`.
+        new: key or config group of this package that takes the value; None = the value is not needed.
+        why: reason why the value is not needed, or a note on the counterpart.
     """
 
     old: str
@@ -130,14 +130,14 @@ KEYS = (
 
 @dataclass
 class Migration:
-    """What a config becomes.
+    """The translation of one config.
 
     Attributes:
-        stage: one of `STAGES`.
-        groups: group -> option.
+        stage: kind of the config, one of `STAGES`.
+        groups: config group -> option.
         values: key -> value.
-        dropped: lines on keys that nothing takes here.
-        unknown: keys that the original's configs do not have.
+        dropped: one line per key that is not needed, with the reason.
+        unknown: keys that do not occur in the original's configs, with their values.
     """
 
     stage: str
@@ -148,20 +148,21 @@ class Migration:
 
     @property
     def program(self) -> str:
+        """Return the script that runs the translated config."""
         return "embed.py" if self.stage == "create" else "train.py"
 
     @property
     def command(self) -> list[str]:
-        """The overrides of the command line."""
+        """Return the overrides of the equivalent command line."""
         groups = [f"{group}={option}" for group, option in self.groups.items()]
         return groups + [f"{key}={hydra_value(value)}" for key, value in self.values.items()]
 
 
 def migrate(config: dict[str, Any]) -> Migration:
-    """Place every key of a config of the original.
+    """Translate every key of a config of the original.
 
     Raises:
-        UserError: it is none of the four configs.
+        UserError: the config is none of the original's four.
 
     >>> old = {"model": {"type": "transformer_encoder_embedded", "context_length": 64, "layers": 2},
     ...     "training": {"batch_size": 8, "output_dir": "out"}, "data": {"embedding_output_dir": "files"}}
@@ -190,15 +191,16 @@ def migrate(config: dict[str, Any]) -> Migration:
     if stage != "create":
         result.values.setdefault("trainer.warmup_steps", 0)  # the original has no warm-up
     if stage == "pretrain":
-        # The original predicts the next token alone, by a matrix of its own, for all epochs of a cosine.
+        # The original predicts only the next token, with an output matrix of its own, and trains all epochs on a cosine schedule.
         result.values |= {"model.vocabulary_head": "linear", "task.time_weight": 0, "trainer.schedule": "cosine"}
         result.values["trainer.patience"] = result.values.get("trainer.epochs", DEFAULT_EPOCHS)
     if stage in FINE_TUNING:
-        result.values["task.monitor"] = "f1"  # by which the original chooses the best epoch
+        result.values["task.monitor"] = "f1"  # the original chooses the best epoch by F1
     if stage == "decoder":
         result.values.setdefault("model.pooling", "mean")
     if result.groups.get("model") == "decoder":
-        result.values["model.times"] = []  # the original's reads the order of events only, and so do its files
+        # The original's decoder reads the order of events only, and the original's files hold no times.
+        result.values["model.times"] = []
     batch_size, max_length = (result.values.get(key, 0) for key in ("trainer.batch_size", "model.max_length"))
     if batch_size * max_length > BATCH_TOKENS:
         result.values["trainer.batch_tokens"] = batch_size * max_length
@@ -207,7 +209,7 @@ def migrate(config: dict[str, Any]) -> Migration:
 
 def _place(result: Migration, new: str, value: Any) -> None:
     if new in ("model", "task"):
-        return  # the stage says them
+        return  # the stage already determines model and task
     if new == "embedder":
         known = EMBEDDERS.get(str(value).rpartition("/")[2])
         result.groups["embedder"] = known[0] if known else "minilm_l6"
@@ -225,7 +227,7 @@ def _place(result: Migration, new: str, value: Any) -> None:
 def _leaves(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict):
-            # Whether W&B is on decides what becomes of its other keys.
+            # `enabled` comes first, because the translation of the other W&B keys depends on it.
             ordered = dict(sorted(value.items(), key=lambda item: item[0] != "enabled"))
             yield from _leaves(ordered, f"{path}{key}.")
         else:
@@ -252,7 +254,7 @@ def _stage(leaves: dict[str, Any]) -> str:
 
 
 def hydra_value(value: Any) -> str:
-    """A value in Hydra's grammar of overrides.
+    """Return a value in Hydra's grammar of overrides.
 
     >>> [hydra_value(v) for v in (None, True, 1e-4, [0.5, 1.5], "a/b.csv", "it's, well")]
     ['null', 'true', '0.0001', '[0.5,1.5]', 'a/b.csv', "'it\\\\'s, well'"]
@@ -269,7 +271,12 @@ def hydra_value(value: Any) -> str:
 
 
 def render(migration: Migration, old: str) -> str:
-    """The YAML with the command and the rest as comments."""
+    """Return the YAML text, with the command, the dropped keys and the unknown keys as comments.
+
+    Args:
+        migration: the translation.
+        old: name of the original's file.
+    """
     words = ["python", migration.program, *(shlex.quote(word) for word in migration.command)]
     lines = ["# @package _global_", f"# {old}, migrated from the original pipeline ({migration.stage}).", "#"]
     lines += [f"#   {' '.join(words)}", "#"]
@@ -288,7 +295,7 @@ def render(migration: Migration, old: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ehr_embed.migrate", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("old", help="a config of the original: create embeddings, pretrain, or fine-tune")
     old = parser.parse_args(arguments).old

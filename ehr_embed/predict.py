@@ -1,4 +1,4 @@
-"""`python -m ehr_embed.predict`: a finished run's probabilities for the subjects of a MEDS dataset, as a parquet file."""
+"""`python -m ehr_embed.predict`: write a finished run's probabilities for the subjects of a MEDS dataset to a parquet file."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ log = logging.getLogger(__name__)
 def predict(cfg: DictConfig) -> Path:
     """Predict as `cfg` (conf/predict.yaml) says, and write the table.
 
+    Returns:
+        The path of the file.
+
     Raises:
-        UserError: what `Predictor` refuses; labels that are not the run's classes; a run without metrics.json where a
-            threshold is needed.
+        UserError: `Predictor` refuses the run or the dataset, a label is not one of the run's classes, or the run has no
+            metrics.json with the threshold that labelled predictions need.
     """
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
@@ -57,14 +60,14 @@ def predict(cfg: DictConfig) -> Path:
 
 
 def write_labelled(path: Path, found: pl.DataFrame, labels: LabelSet, class_names: list[str], *, run_dir: Path) -> None:
-    """Predictions beside their labels, as the run itself writes them.
+    """Write predictions with their labels in the format in which a run writes its own predictions.
 
     Args:
-        path: the file.
-        found: subject_id, prediction_time, probability_<class>.
-        labels: what the predictions were asked for.
-        class_names: the run's.
-        run_dir: where the decision threshold is read from, which tuning chose.
+        path: parquet file to write.
+        found: one row per prediction with subject_id, prediction_time and probability_<class>.
+        labels: label set at whose prediction times the predictions were made.
+        class_names: classes of the run.
+        run_dir: the run's folder, whose metrics.json holds the decision threshold chosen on tuning.
     """
     rows = found.join(labels.frame, on=["subject_id", "prediction_time"], how="left", maintain_order="left")
     classes = encode_classes(rows["value"], class_names, f"label set {labels.name}")
@@ -86,24 +89,24 @@ def write_labelled(path: Path, found: pl.DataFrame, labels: LabelSet, class_name
 
 
 def threshold_of(run_dir: Path) -> float:
-    """The probability from which a run of a binary task predicts the positive class.
+    """Return the probability at and above which a run of a binary task predicts the positive class.
 
     Raises:
-        UserError: the run has no metrics.json with one.
+        UserError: the run has no metrics.json with a threshold.
     """
     path = run_dir / FINISHED
     threshold = read_metrics(run_dir)["tuning"].get("threshold") if path.is_file() else None
     if threshold is None:
         raise UserError(
-            f"{path}: expected the threshold that tuning chose; the run was stopped before its evaluation. Leave task.labels "
-            "out to get probabilities alone, or train again."
+            f"{path}: expected the threshold that tuning chose, but the run was stopped before its evaluation. Leave task.labels "
+            "out to get probabilities only, or train again."
         )
     return float(threshold)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="predict")
 def main(cfg: DictConfig) -> None:
-    """Predict and write."""
+    """Run the command line."""
     predict(cfg)
 
 

@@ -1,6 +1,7 @@
-"""One table of many runs: those that differ only in their seed are one row, with mean, SD and 95 % interval over them.
+"""Tabulate many runs: runs that differ only in their seed form one row, with mean, SD and 95 % interval over these runs.
 
-Where these are folds of a cross-validation (data.split_column), a fold's seeds are averaged first, and mean and SD are over folds.
+Where the runs of a row are folds of a cross-validation (data.split_column), the seeds of each fold are averaged first, and
+mean and SD are over the folds.
 
 python -m ehr_embed.tabulate multirun/pipelines
 python -m ehr_embed.tabulate multirun/physionet2012 --metrics held_out/auroc,ensemble/auroc
@@ -19,7 +20,7 @@ from ehr_embed.core.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one message and exit code 2."""
+    """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m ehr_embed.tabulate", description="One table of many runs, with means over seeds."
     )

@@ -23,9 +23,9 @@ from docs.hooks import outside
 from docs.options import AXES, expanded
 from ehr_embed.core.errors import UserError
 from ehr_embed.inference.trained_run import open_run
-from tests.conftest import ROOT
-from tests.test_tokenized import record, write_corpus
-from tests.test_train import checked, inside, metrics_of  # noqa: F401  (a fixture)
+from tests.helpers.corpora import record, write_corpus
+from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
+from tests.helpers.small_meds import ROOT
 
 DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ import pytest
 from ehr_embed.core.manifest import RUN_FOLDERS
 from ehr_embed.run_folder import layout
 from ehr_embed.run_folder.layout import PREDICTIONS, VOCABULARY
-from tests.conftest import ROOT
+from tests.helpers.small_meds import ROOT
 
 HOUSE = ROOT / "ehr_embed"
 PACKAGES = sorted(path.parent for path in HOUSE.glob("*/__init__.py"))

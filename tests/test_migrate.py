@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
-from ehr_embed.experiment.run import embed, run
+from ehr_embed.experiment.inputs import embed
+from ehr_embed.experiment.run import run
 from ehr_embed.migrate import KEYS, STAGES, main, migrate
 from ehr_embed.sources.protocol import SPLITS
-from tests.conftest import ROOT
-from tests.test_conf import CONF, composed
-from tests.test_tokenized import record, write_corpus
+from tests.helpers.configs import CONF, composed
+from tests.helpers.corpora import record, write_corpus
+from tests.helpers.small_meds import ROOT
 
 CREATE = {
     "name": "embed",

@@ -1,4 +1,4 @@
-"""Compare runs: one table, plots, and paired bootstrap tests on the held-out subjects they share."""
+"""Compare runs: write one table, plots, and paired bootstrap tests on the held-out subjects that the runs share."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ def compare(
 
     Args:
         paths: run folders, or folders with runs below them.
-        split: whose predictions are tested.
-        reference: the run that every other run is tested against; None = the best by its objective on tuning, which
-            `split` had no part in choosing. Two runs that are not the reference are not tested against each other: every
-            further test costs all of them power.
-        n_bootstrap: draws of subjects; None = as many as the number of comparisons needs (`replicates_needed`).
+        output: folder for the results.
+        split: split whose predictions are tested.
+        reference: the run that every other run is tested against; None = the run with the best objective on tuning, a choice
+            that does not depend on the held-out split. Two other runs are not tested against each other, because each
+            further test would cost all tests power.
+        n_bootstrap: bootstrap draws of subjects; None = as many as the number of comparisons needs (`replicates_needed`).
 
     Returns:
         One row per metric and run other than the reference: difference, 95 % interval, p, and p after Holm's adjustment over
-        the comparisons with the reference in that metric.
+        the comparisons in that metric.
 
     Raises:
-        UserError: fewer than two runs with predictions, or runs on different subjects, times or labels.
+        UserError: fewer than two runs have predictions, or the runs predict for different subjects, times or labels.
     """
     folders = find_runs(paths)
     rows, direction = read_rows(folders)
@@ -77,7 +78,7 @@ def compare(
 
 
 def paired_tests(predictions: Mapping[str, Predictions], *, n_bootstrap: int) -> pd.DataFrame:
-    """Test the first run, the reference, against each other one, under the same draws of subjects.
+    """Test the first run, the reference, against each other run on the same bootstrap draws of subjects.
 
     Raises:
         UserError: the runs do not predict for the same subjects, times and labels.
@@ -98,7 +99,7 @@ def paired_tests(predictions: Mapping[str, Predictions], *, n_bootstrap: int) ->
 
 
 def print_tests(pairs: pd.DataFrame, reference: str, split: str, output: Path, n_bootstrap: int) -> None:
-    """Print the reference against each other run, and what the number of replicates can show at all."""
+    """Print the tests of the reference against each other run, and the smallest p-value that the replicates can show."""
     shown = Table(
         title=f"{reference} minus each other run on {split}, paired over subjects, {output / 'comparisons.csv'}",
         title_justify="left",

@@ -1,4 +1,4 @@
-"""How a job of a multirun ended, left in its folder by whichever process ran it."""
+"""The outcome of a job of a multirun, which the process that ran the job writes into the job's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from ehr_embed.core.files import read_json, write_json
 from ehr_embed.core.secrets import masked
 from ehr_embed.run_folder.layout import OUTCOME
 
-MAX_MESSAGE_LENGTH = 1000  # a storage's text field holds 2048
+MAX_MESSAGE_LENGTH = 1000  # characters; a text field of Optuna's SQL storage holds 2048
 
 
 @dataclass
 class Outcome:
-    """State `finished`, `pruned` or `failed`; values returned, one an objective; the overrides the job had."""
+    """The end of a job.
+
+    Attributes:
+        state: `finished`, `pruned` or `failed`.
+        values: objectives that the job returned, one per direction; None if it returned nothing.
+        error: message of a failed job.
+        seconds: duration of the job.
+        overrides: overrides of the job, with secrets masked.
+        results: metrics and facts of `metrics.json` by column name.
+    """
 
     state: Literal["finished", "pruned", "failed"]
     values: list[float] | None = None
@@ -31,7 +40,7 @@ class Outcome:
 
 
 def outcome_of(returned: Any, *, seconds: float, overrides: Sequence[str]) -> Outcome:
-    """The outcome of a job that returned a value, several, nothing, or raised.
+    """Return the outcome of a job from its return value (a number, several numbers or None) or the exception it raised.
 
     >>> outcome_of(0.5, seconds=1.0, overrides=[]).values, outcome_of(float("nan"), seconds=1.0, overrides=[]).error
     ([0.5], 'the objective is nan')
@@ -55,7 +64,7 @@ def outcome_of(returned: Any, *, seconds: float, overrides: Sequence[str]) -> Ou
 
 
 def message_of(error: BaseException) -> str:
-    """An exception in one text: ours as it is, others with their type.
+    """Return the message of an exception with secrets masked; other errors than `UserError` begin with their type.
 
     >>> message_of(ValueError("bad")), message_of(UserError("do this"))
     ('ValueError: bad', 'do this')
@@ -65,11 +74,11 @@ def message_of(error: BaseException) -> str:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Leave `outcome.json` in the job's folder, atomically."""
+    """Write `outcome.json` into the job's folder atomically."""
     write_json(folder / OUTCOME, asdict(outcome))
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """What the job left; None if it did not come to its end."""
+    """Return the outcome in a job's folder; None if the job was killed before it wrote one."""
     path = folder / OUTCOME
     return Outcome(**read_json(path)) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Paired bootstrap: two runs judged on the same draws of the same subjects, so that what is hard for both cancels out."""
+"""Paired bootstrap: judge runs on the same draws of the same subjects, so that the difficulty of a draw cancels out."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ METRICS = ("auroc", "auprc", "brier")
 
 
 def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> dict[str, Floats]:
-    """Replicates of one run, see `paired_replicates`."""
+    """Return the bootstrap replicates of one run, as `paired_replicates` does for several."""
     return paired_replicates([predictions], n_bootstrap=n_bootstrap, seed=seed)[0]
 
 
 def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: int = 0) -> list[dict[str, Floats]]:
     """Return, for each run, every metric of `METRICS` on the data and on `n_bootstrap` draws of subjects: (1 + n_bootstrap,).
 
-    Several classes or labels: the mean of one-versus-rest areas, and the sum of squared errors. All runs, which predict for the
-    same samples, are judged on the same draws, and so is a later call with the same subjects and seed: that is what makes runs
-    paired. NaN where a draw lacks a class.
+    With several classes or labels, AUROC and AUPRC are means of the one-versus-rest areas, and the Brier score sums the squared
+    errors. All runs must predict for the same samples and are judged on the same draws; a later call with the same subjects and
+    seed uses these draws again. A metric is NaN where a draw lacks a class.
     """
     n, n_classes = runs[0].labels.shape
     subjects = runs[0].keys["subject_id"].to_numpy()
@@ -52,10 +52,10 @@ def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: in
 
 
 def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
-    """Each metric of `METRICS` of the mean of the runs' probabilities.
+    """Return each metric of `METRICS` for the mean of the runs' probabilities on a split.
 
     Raises:
-        UserError: the runs predict for other subjects, times or labels.
+        UserError: the runs predict for different subjects, times or labels.
     """
     members = [read_predictions(predictions_file(run, split)) for run in runs]
     for run, member in zip(runs, members, strict=True):
@@ -92,10 +92,15 @@ def least_p(n_comparisons: int, n_bootstrap: int) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of one run minus that of another: on the data, its 95 % interval, and a two-sided p-value.
+    """Difference between two runs in one metric.
 
-    Interval and p are NaN where no draw tells anything: the metric is undefined in all of them, or all draws are the data
-    themselves, as they are of one subject.
+    Attributes:
+        difference: the metric of the first run minus that of the second, on the data.
+        low, high: 95 % bootstrap interval of the difference.
+        p: two-sided p-value.
+
+    Interval and p are NaN where no draw is informative: the metric is undefined in all draws, or there is a single subject,
+    whose every draw equals the data.
     """
 
     difference: float
@@ -105,10 +110,10 @@ class Difference:
 
 
 def difference(one: Floats, other: Floats) -> Difference:
-    """Compare two runs' replicates (1 + n_bootstrap,), the first of which is the data as it is.
+    """Compare the replicates of two runs, each (1 + n_bootstrap,); the first replicate is the metric on the data.
 
-    p is twice the smaller share of draws on one side of zero, counting the data themselves as one draw, so that it is
-    never 0 (Davison and Hinkley 1997, section 4.2). Draws in which a metric is undefined are left out.
+    p is twice the smaller share of draws on one side of zero. The data count as one draw, so that p is never 0 (Davison
+    and Hinkley 1997, section 4.2). Draws in which a metric is undefined are left out.
 
     >>> difference(np.array([1.0, 0.75, 1.0, 0.75]), np.array([0.5, 0.5, 0.5, 0.5]))
     Difference(difference=0.5, low=0.25, high=0.4875, p=0.5)
@@ -124,7 +129,7 @@ def difference(one: Floats, other: Floats) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjustment (Holm 1979) for as many tests as have a p-value; NaN stays NaN and counts for none.
+    """Return p-values after Holm's step-down adjustment (Holm 1979); NaN stays NaN and is not counted as a test.
 
     >>> holm([0.01, 0.04, 0.03]), holm([0.01, float("nan"), 0.04])
     ([0.03, 0.06, 0.06], [0.02, nan, 0.04])

@@ -1,4 +1,4 @@
-"""What is left after every multirun: summary.csv, study.json, Optuna's plots, and a table printed best first."""
+"""Report of a multirun: write summary.csv, study.json and Optuna's plots, and print the runs, the best first."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ehr_embed.core.secrets import MASK, is_secret, masked
 log = logging.getLogger(__name__)
 MAX_SHOWN = 20
 LOG_WIDTH = 140
-"""Columns of the printed table where there is no terminal."""
+"""Width in characters of the printed table where there is no terminal."""
 SHOWN_METRICS = ("auroc", "accuracy", "top1", "loss")
 
 
 def report_folder(folder: Path) -> None:
-    """Report the jobs of a multirun by what they left in `folder`; nothing if none left anything."""
+    """Report the jobs of a multirun from the files in `folder`; do nothing if no job left a result."""
     try:
         runs = find_runs([folder])
     except UserError:
@@ -51,10 +51,15 @@ def write_report(
     """Write summary.csv, study.json and plots/ into `folder`, and print the table.
 
     Args:
-        rows: see `ehr_embed.comparison.results.Row`.
-        directions: of the objectives.
-        facts: of the study, for study.json.
-        study: for the plots; None = made from the rows.
+        rows: one row per run, see `ehr_embed.comparison.results.Row`.
+        folder: folder for the results.
+        directions: `maximize` or `minimize`, one per objective.
+        facts: further facts of the study for study.json.
+        study: Optuna study to plot; None = a study made from the rows.
+        has_plots: also draw the plots.
+
+    Returns:
+        The table of `summary.csv`.
     """
     rows = [_without_secrets(row) for row in rows]
     table = best_first(pd.DataFrame(rows), directions)
@@ -88,7 +93,7 @@ def write_report(
 
 
 def _without_secrets(row: Row) -> Row:
-    """Return a row whose overrides show no password.
+    """Return a row with the secrets in its overrides masked.
 
     >>> _without_secrets({"run": "0", "tracker.api_key": "k1", "seed": "1"})
     {'run': '0', 'tracker.api_key': '***', 'seed': '1'}
@@ -100,7 +105,7 @@ def _without_secrets(row: Row) -> Row:
 
 
 def best_first(table: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
-    """Rows by objective, those without one last. Several objectives: the Pareto front first, marked in `is_best`."""
+    """Sort rows by objective, rows without one last. With several objectives, put the Pareto front first (`is_best`)."""
     if not len(table):
         return table
     objectives = objective_names(table)
@@ -119,14 +124,14 @@ def best_first(table: pd.DataFrame, directions: Sequence[str]) -> pd.DataFrame:
 
 
 def objective_names(table: pd.DataFrame) -> list[str]:
-    """The columns that hold objectives, in order."""
+    """Return the names of the columns that hold objectives, in order."""
     return [
         name for name in table.columns if name == "objective" or (name.startswith("objective_") and name[10:].isdigit())
     ]
 
 
 def override_names(rows: Sequence[Row]) -> list[str]:
-    """Override keys whose values differ between rows: texts under a dotted key or a group's name."""
+    """Return the columns of overrides (those with text values) whose values differ between rows."""
     fixed = {"run", "state", "error", "host"}
     keys = dict.fromkeys(
         key for row in rows for key, value in row.items() if isinstance(value, str) and key not in fixed
@@ -135,7 +140,7 @@ def override_names(rows: Sequence[Row]) -> list[str]:
 
 
 def study_of(rows: Sequence[Row], directions: Sequence[str]) -> optuna.Study:
-    """Rows as a study in memory, so that Optuna can plot the jobs of any sweeper."""
+    """Build an in-memory Optuna study from rows, so that Optuna can plot the jobs of any sweeper."""
     study = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
     objectives = objective_names(pd.DataFrame(list(rows)))
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}
@@ -172,7 +177,7 @@ def _number(text: str) -> float | None:
 
 
 def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Sequence[str], folder: Path) -> None:
-    """The best rows: objectives, the first held-out metric with its interval, and what differs between the runs."""
+    """Print the best rows: objectives, first held-out metric with its interval, and the overrides that differ."""
     console = wide_console()
     shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
     metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
@@ -196,13 +201,13 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
 
 
 def wide_console() -> Console:
-    """The terminal, or a log wide enough for a row."""
+    """Return the console: the terminal, or without one a plain output that is wide enough for a row."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last part of a key, where it is the only one of its name.
+    """Return the last part of a dotted key, or the whole key where another key ends in the same part.
 
     >>> _short("model.n_layers", ["model.n_layers", "seed"]), _short("a.x", ["a.x", "b.x"])
     ('n_layers', 'a.x')
@@ -216,7 +221,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A number in four digits, any other text as it is.
+    """Return a number with four significant digits, and any other text unchanged.
 
     >>> _shown("0.0011509493"), _shown("mpnet"), _shown("128")
     ('0.001151', 'mpnet', '128')
@@ -232,7 +237,7 @@ def _interval(row: Mapping[Any, Any], name: str) -> str:
 
 
 def _cell(value: Any, form: str) -> str:
-    """A number in `form`, a text as it is, nothing for what is missing.
+    """Return a number formatted by `form`, a text unchanged, and an empty text for a missing value.
 
     >>> _cell(0.12345, ".3f"), _cell("mpnet", ".3f"), _cell(float("nan"), ".3f"), _cell(None, ".3f")
     ('0.123', 'mpnet', '', '')
@@ -243,7 +248,7 @@ def _cell(value: Any, form: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Pandas' missing values as None."""
+    """Return a value in which NaN, pandas' missing value, is replaced by None, which JSON can hold."""
     if isinstance(value, Mapping):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What runs left behind, as rows that can be compared: overrides, metrics with intervals, speed and size."""
+"""Read the results of runs as rows that can be compared: overrides, metrics with intervals, speed and size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, OUTCOME
 
 Row = dict[str, Any]
-"""run, state, objective; overrides by key; `<split>/<metric>` and its /low and /high; seconds, events_per_s, ..."""
+"""One run: run, state, objective; overrides by key; `<split>/<metric>` with /low and /high; seconds, events_per_s, ..."""
 FACTS = {"total_seconds": "seconds", "seconds": "train_seconds"} | {
     name: name
     for name in (
@@ -27,19 +27,19 @@ FACTS = {"total_seconds": "seconds", "seconds": "train_seconds"} | {
         "epochs",
     )
 }
-"""Facts of training by their name in `metrics.json`, and their columns."""
+"""Facts of training: name in `metrics.json` -> name of the column."""
 LOWER_IN_OLD_RUNS = ("loss", "perplexity", "time_loss", "value_loss", "brier", "ece")
-"""Monitors that were better when lower in versions whose metrics.json does not say so."""
+"""Metrics for which lower is better, for runs of versions whose metrics.json does not store the direction."""
 NOT_COMPARED = ("run_dir", "cache_dir", "hydra", "defaults", "tracker")
 
 
 def read_results(folder: Path) -> Row:
-    """Flat results of one run; empty if it has no `metrics.json`."""
+    """Return the results of one run as a row; empty if the run has no `metrics.json`."""
     return flat_metrics(read_metrics(folder)) if (folder / FINISHED).exists() else {}
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Row:
-    """Metrics of held_out and tuning with their intervals, and the facts of training.
+    """Return the metrics of held_out and tuning with their intervals, and the facts of training, as one row.
 
     >>> flat_metrics({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 9}, "train": {"epochs": 3}})
     {'tuning/auroc': 0.8, 'tuning/auroc/low': 0.7, 'tuning/auroc/high': 0.9, 'epochs': 3}
@@ -55,7 +55,10 @@ def flat_metrics(metrics: Mapping[str, Any]) -> Row:
 
 
 def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_objectives: int) -> Outcome:
-    """Add what the job measured, take the objectives from it if they are named, and refuse a wrong number of them."""
+    """Add the job's metrics to its outcome, and take the values of the named `objectives` from them.
+
+    The outcome becomes a failure if an objective is missing or the number of values differs from `n_objectives`.
+    """
     if outcome.state == "failed":
         return outcome
     try:
@@ -73,10 +76,10 @@ def with_results(outcome: Outcome, folder: Path, objectives: Sequence[str], n_ob
 
 
 def objective_of(metrics: dict[str, Any], name: str) -> float:
-    """A number of `metrics.json` by its dotted name; a metric's value stands for the metric.
+    """Return a number of `metrics.json` by its dotted name; the name of a metric means the metric's value.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: metrics.json has no number of this name.
 
     >>> objective_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}}}, "tuning.auroc")
     0.8
@@ -94,10 +97,10 @@ def objective_of(metrics: dict[str, Any], name: str) -> float:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run folders among `paths` and below them, in the order of their numbers.
+    """Return the run folders among `paths` and below them, in the order of their numbers.
 
     Raises:
-        UserError: a path that is no folder, or under which no run has left anything.
+        UserError: a path is not a folder, or no run has ended in it or below it.
     """
     found: list[Path] = []
     for path in paths:
@@ -106,7 +109,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         folders = {file.parent for name in (FINISHED, OUTCOME) for file in path.rglob(name)}
         if not folders:
             raise UserError(f"{path}: no {FINISHED} and no {OUTCOME} in it or below, so no run has ended here.")
-        # A run's own folder may hold the run of an earlier stage, which is no rival of it.
+        # A run's folder may contain the run of an earlier stage, such as pretraining, which is not compared with it.
         folders = {folder for folder in folders if not folders.intersection(folder.parents)}
         found += sorted(folders, key=_by_number)
     return list(dict.fromkeys(found))
@@ -117,9 +120,10 @@ def _by_number(path: Path) -> list[tuple[int, int | str]]:
 
 
 def read_rows(folders: Sequence[Path], relative_to: Path | None = None) -> tuple[list[Row], str]:
-    """One row a run, and the direction of their objective.
+    """Return one row per run, and the direction of their objective.
 
-    Overrides are those of the jobs of a multirun, else the configuration keys in which the runs differ.
+    The overrides in a row are those of the multirun's job. Where no run has any, the configuration keys in which the runs
+    differ take their place.
     """
     rows: list[Row] = []
     higher_is_better: set[bool] = set()
@@ -149,14 +153,14 @@ def read_rows(folders: Sequence[Path], relative_to: Path | None = None) -> tuple
 
 
 def objective_columns(values: Sequence[float | None]) -> Row:
-    """`objective`, or `objective_0`, `objective_1`, ... for several."""
+    """Return the column `objective`, or with several values the columns `objective_0`, `objective_1`, ..."""
     if len(values) == 1:
         return {"objective": values[0]}
     return {f"objective_{index}": value for index, value in enumerate(values)}
 
 
 def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
-    """Key and value of each override.
+    """Return the key and the value of each override that sets a value.
 
     >>> split_overrides(["+model.x=1", "task.labels=[a,b]", "~data"])
     {'model.x': '1', 'task.labels': '[a,b]'}
@@ -166,7 +170,7 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A run's resolved configuration by dotted key; empty if it left none."""
+    """Return a run's resolved configuration by dotted key; empty if the folder holds no config.yaml."""
     return dict(_flat(finish.read_config(folder) or {}))
 
 
@@ -179,7 +183,7 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The keys whose values are not the same in all configurations, and their values in each.
+    """Return, per configuration, the values of the keys that are not the same in all configurations.
 
     >>> differences([{"seed": 0, "a": 1}, {"seed": 1, "a": 1}])
     [{'seed': '0'}, {'seed': '1'}]

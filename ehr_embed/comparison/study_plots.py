@@ -1,4 +1,4 @@
-"""Optuna's plots of a study, each as HTML to explore and as PNG to show."""
+"""Draw Optuna's plots of a study, each as an interactive HTML file and as a PNG image."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ PLOTS = ("optimization_history", "param_importances", "parallel_coordinate", "sl
 
 
 def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[str]) -> list[Path]:
-    """Write `<plot>.html` and `<plot>.png` for each plot of `PLOTS`, and the Pareto front of several objectives.
+    """Write `<plot>.html` and `<plot>.png` for each plot of `PLOTS`, and the Pareto front of two or three objectives.
 
-    A plot that a study does not allow (no completed trial, one parameter's value only) is left out with a line in the
-    log: the study's numbers do not depend on it.
+    A plot that Optuna cannot draw for this study (for example if a parameter has a single value) is left out with a line
+    in the log.
 
     Args:
-        objectives: names, in the order of the study's directions; several = one set of plots for each.
+        folder: folder for the files.
+        study: the study; without a completed trial nothing is drawn.
+        objectives: names of the objectives in the order of the study's directions; several = one set of plots for each.
+
+    Returns:
+        The paths of the files.
     """
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return []
-    # Drawn into files by any process, with or without a display.
+    # The Agg backend draws into files and needs no display.
     matplotlib.use("Agg")
-    # It remarks on choices such as 32 and 64, which are texts on purpose.
+    # Matplotlib logs a remark on texts that look like numbers, such as the choices 32 and 64, which are texts on purpose.
     logging.getLogger("matplotlib.category").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -55,18 +60,18 @@ def _value_at(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:
 def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]) -> list[Path]:
     html, png = stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.png")
     try:
-        # Optuna chooses a style for the whole process.
+        # Optuna sets a matplotlib style for the whole process; rc_context restores the old one.
         with warnings.catch_warnings(), matplotlib.rc_context():
-            # Optuna marks its matplotlib plots as experimental, and notes trials that lack a conditional parameter.
+            # Optuna warns that its matplotlib plots are experimental, and about trials that lack a conditional parameter.
             warnings.simplefilter("ignore")
             interactive = getattr(optuna.visualization, f"plot_{name}")(study, **arguments)
             axes = getattr(optuna.visualization.matplotlib, f"plot_{name}")(study, **arguments)
         with atomic_path(html) as path:
-            # Plotly's 5 MB of JavaScript lie once beside the plots, which therefore open without a network.
+            # Plotly's 5 MB of JavaScript are stored once beside the plots, so that they open without a network.
             path.write_text(interactive.to_html(include_plotlyjs="directory"), encoding="utf-8")
         _write_plotly_script(stem.parent)
         figure = _figure_of(axes)
-        if name == "slice":  # names of choices would run into each other
+        if name == "slice":  # wide panels and slanted labels, or the names of choices would overlap
             figure.set_size_inches(max(6.0, 3.0 * len(figure.axes)), 5.0)
             for panel in figure.axes:
                 panel.tick_params(axis="x", labelrotation=45)
@@ -81,7 +86,7 @@ def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]
 
 
 def _figure_of(axes: Any) -> Any:
-    """The figure of one axes, or of an array of them."""
+    """Return the figure that one axes, or an array of axes, belongs to."""
     return (axes.flat[0] if hasattr(axes, "flat") else axes).get_figure()
 
 

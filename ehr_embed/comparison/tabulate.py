@@ -1,6 +1,7 @@
-"""One table of many runs: those that differ only in their seed are one row, with mean, SD and 95 % interval over them.
+"""Tabulate many runs: runs that differ only in their seed form one row, with mean, SD and 95 % interval over these runs.
 
-Where these are folds of a cross-validation (data.split_column), a fold's seeds are averaged first, and mean and SD are over folds.
+Where the runs of a row are folds of a cross-validation (data.split_column), the seeds of each fold are averaged first, and
+mean and SD are over the folds.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, predictions_file
 
 FOLDER = "folder"
-"""`--by folder`: a row for each folder on the command line."""
+"""Value of --by that makes one row per folder of the command line."""
 FOLD = "data.split_column"
-"""Key that tells the folds of a cross-validation apart."""
+"""Configuration key whose values distinguish the folds of a cross-validation."""
 REPEATS = ("seed", FOLD, "data.source.split_column", "task.fraction_seed")
-"""Keys in which runs may differ and still be repetitions of each other."""
+"""Keys in which runs of one row may differ: such runs are repetitions of each other."""
 SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
 TITLES = {
     "events_per_s": "training speed, events/s",
@@ -52,22 +53,22 @@ TITLES = {
     "embedding_seconds": "embedding, once, s",
 }
 ENSEMBLE = "ensemble/"
-"""`ensemble/auroc`: on held_out, of the mean of the probabilities that a row's runs give."""
+"""Prefix of metrics, such as `ensemble/auroc`, of the mean probabilities of a row's runs on held_out."""
 ONCE = ("embedding_seconds",)
-"""Facts that only the first of a row's runs pays for: added up."""
+"""Facts that are summed over a row's runs rather than averaged: the first run pays, the others find the result cached."""
 BYTES_A_PARAMETER = 4
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Of the n values that a row's runs have of one metric, or its folds, each the mean of its runs.
+    """Statistics of one metric over the n runs of a row, or over its n folds, where each fold is the mean of its runs.
 
     Attributes:
-        mean: their mean.
+        mean: mean of the n values.
         sd: sample standard deviation; None for one value.
-        low, high: 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one value. Over seeds it says
-            how much training varies, and nothing of the subjects being a sample; over folds it is too narrow, since they share
-            subjects to train on (Bengio and Grandvalet 2004).
+        low, high: 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one value. Over seeds, the
+            interval measures how much training varies, but not how much the subjects would vary if they were sampled again.
+            Over folds it is too narrow, since the folds share training subjects (Bengio and Grandvalet 2004).
     """
 
     mean: float
@@ -78,12 +79,12 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Group:
-    """A row: runs that repeat each other.
+    """One row of the table: runs that repeat each other.
 
     Attributes:
-        keys: what tells it from other rows.
-        runs: their folders.
-        statistics: by metric; one that no run of the row has is missing.
+        keys: configuration keys and values that distinguish the row from others.
+        runs: folders of the runs.
+        statistics: metric -> statistics; a metric that no run of the row has is missing.
     """
 
     keys: dict[str, str]
@@ -93,7 +94,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Tabulated:
-    """The rows, the metrics asked for, and what has to be said beside them."""
+    """The table: its rows, the metrics in their order, and the notes that are printed below it."""
 
     groups: list[Group]
     metrics: list[str]
@@ -101,7 +102,7 @@ class Tabulated:
 
 
 def statistic(values: Sequence[float]) -> Statistic:
-    """Mean, SD and interval.
+    """Return mean, SD and 95 % interval of one or more values.
 
     >>> found = statistic([0.7, 0.8, 0.9])
     >>> round(found.mean, 3), round(found.sd, 3), round(found.low, 3), round(found.high, 3)
@@ -118,18 +119,18 @@ def statistic(values: Sequence[float]) -> Statistic:
 
 
 def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence[str] = ()) -> Tabulated:
-    """Group the runs under `paths`.
+    """Group the runs under `paths` into rows, and compute the statistics of each row.
 
     Args:
         paths: folders of runs or of sweeps.
         metrics: `<split>/<metric>`, a fact of training such as events_per_s, any number of metrics.json by its path, or
-            `ensemble/<metric>`; empty = those of `SHOWN` that the runs have.
-        by: keys of the configuration, overridden groups, or `folder`; empty = every key in which the runs differ, except
-            those that repeat a run (`REPEATS`).
+            `ensemble/<metric>`; empty = those metrics of `SHOWN` that the runs have.
+        by: keys whose values make the rows: configuration keys, overridden groups, or `folder`; empty = every key in which the
+            runs differ, except the keys of repetitions (`REPEATS`).
 
     Raises:
-        UserError: no run has results; an unknown metric or key; a row whose runs predict for other subjects or labels, or of
-            which only some have a metric.
+        UserError: no run has results, a metric or key is unknown, the runs of a row predict for different subjects or labels,
+            or only some runs of a row have a metric.
     """
     origin = {run: path for path in paths for run in find_runs([path])}
     runs = [run for run in origin if (run / FINISHED).exists()]
@@ -151,7 +152,7 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
             raise unknown_name("metric", name, sorted(known))
     if alone := [str(run) for run in runs if read_metrics(run).get("held_out", {}).get("n_subjects") == 1]:
         notes.append(
-            f"held_out of {len(alone)} runs is one subject, so nothing tells how they do on others: {', '.join(alone)}"
+            f"held_out of {len(alone)} runs is a single subject, which says nothing about other subjects: {', '.join(alone)}"
         )
     folds = [_folds(members) for members in grouped.values()]
     notes += _check_samples(folds)
@@ -163,9 +164,9 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of `metrics.json`: metrics by split, facts of training, and what follows from these.
+    """Return every number of `metrics.json` by name: metrics per split, facts of training, and two derived facts.
 
-    `ms_per_step` is training time over optimizer steps, `model_mib` the size of all parameters in float32.
+    `ms_per_step` is training time per optimizer step in ms, `model_mib` the size of all parameters in float32 in MiB.
 
     >>> numbers_of({"held_out": {"auroc": {"value": 0.8}, "n": 9}, "train": {"seconds": 2.0, "steps": 100}})
     {'held_out/auroc': 0.8, 'train_seconds': 2.0, 'steps': 100, 'ms_per_step': 20.0, 'held_out/n': 9}
@@ -182,10 +183,10 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _keys(runs: Sequence[Path], origin: Mapping[Path, Path], by: Sequence[str]) -> list[dict[str, str]]:
-    """What tells each run's row from others."""
+    """Return, per run, the keys and values that determine its row."""
     configs = [read_config(run) for run in runs]
     overrides = [split_overrides(outcome.overrides if (outcome := read_outcome(run)) else []) for run in runs]
-    # An override says in one word, such as a group's option, what many keys of the configuration say.
+    # An override such as model=decoder is one word where the resolved configurations differ in many keys.
     varying = differences(overrides if all(overrides) else configs)
     if not by:
         keys = dict.fromkeys(key for row in varying for key in row)
@@ -211,7 +212,7 @@ def _statistics(
         missing = [run for run in runs if name not in values[run]]
         if missing and len(missing) < len(runs):
             raise UserError(
-                f"{missing[0]} has no {name}, and other runs of its row have: a mean over some of them would mislead. Run it "
+                f"{missing[0]} has no {name}, but other runs of its row have: a mean over some runs would mislead. Run it "
                 "again, leave it out, or leave the metric out."
             )
         if not missing:
@@ -222,7 +223,7 @@ def _statistics(
 
 
 def _folds(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    """Runs by the fold they are about; without a cross-validation it is one."""
+    """Return runs grouped by their fold; without a cross-validation all runs are one fold."""
     folds: dict[str, list[Path]] = {}
     for run in runs:
         folds.setdefault(str(read_config(run).get(FOLD)), []).append(run)
@@ -230,10 +231,13 @@ def _folds(runs: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _check_samples(rows: Sequence[Mapping[str, Sequence[Path]]]) -> list[str]:
-    """A note where rows, runs by fold, are about other subjects or labels than each other.
+    """Return a note if the rows predict for different subjects or labels.
+
+    Args:
+        rows: fold -> runs, per row.
 
     Raises:
-        UserError: runs of one row are, without being folds of a cross-validation.
+        UserError: runs of the same row and fold predict for different subjects, times or labels.
     """
     seen = []
     for folds in rows:
@@ -249,14 +253,15 @@ def _check_samples(rows: Sequence[Mapping[str, Sequence[Path]]]) -> list[str]:
             digests[fold] = expected
         seen.append(digests)
     if any(samples != seen[0] for samples in seen):
-        return ["rows are about different subjects or labels: differences between them are not of the models alone"]
+        return ["rows are about different subjects or labels: differences between rows are not due to the models alone"]
     return []
 
 
 def samples_digest(run: Path, split: str = "held_out") -> str:
-    """What tells a run's subjects, times and labels of a split from those of other runs; their number where it is all that
-    is known."""
-    checked(path := predictions_file(run, split))  # damage is said; predictions of another kind are not
+    """Return a digest of the subjects, times and labels of a run's split; the number of samples where there are no
+    class probabilities to read them from."""
+    # A damaged file is an error here. Without a file, or with predictions of another kind, the number of samples must do.
+    checked(path := predictions_file(run, split))
     try:
         predictions = read_predictions(path)
     except (UserError, OSError):
@@ -265,7 +270,7 @@ def samples_digest(run: Path, split: str = "held_out") -> str:
 
 
 def table_frame(tabulated: Tabulated) -> pd.DataFrame:
-    """A row a group: its keys, n_runs, each metric with /sd, /low and /high, and the runs' folders."""
+    """Return one row per group: its keys, n_runs, each metric with /sd, /low and /high, and the folders of its runs."""
     rows = []
     for group in tabulated.groups:
         row: dict[str, Any] = {**group.keys, "n_runs": len(group.runs)}
@@ -278,7 +283,7 @@ def table_frame(tabulated: Tabulated) -> pd.DataFrame:
 
 
 def cells(tabulated: Tabulated) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of the printed table: keys, number of runs, and each metric as text."""
+    """Return the titles and the rows of the printed table: keys, number of runs, and each metric as text."""
     keys = list(tabulated.groups[0].keys)
     titles = [*keys, "runs", *(TITLES.get(name, name) for name in tabulated.metrics)]
     rows = [
@@ -290,7 +295,7 @@ def cells(tabulated: Tabulated) -> tuple[list[str], list[list[str]]]:
 
 
 def cell(name: str, found: Statistic | None) -> str:
-    """A metric as mean ± SD [interval]; a fact as mean ± SD, and alone where it does not vary.
+    """Return a metric as mean ± SD [interval], and a fact as mean ± SD, without SD and interval if all runs agree.
 
     >>> cell("held_out/auroc", statistic([0.7, 0.8, 0.9])), cell("held_out/auroc", statistic([0.7]))
     ('0.800 ± 0.100 [0.552, 1.048]', '0.700')
@@ -300,7 +305,7 @@ def cell(name: str, found: Statistic | None) -> str:
     if found is None:
         return ""
     is_metric, size = "/" in name, abs(found.mean)
-    # Three digits of what is large; of what is small, such as an AUROC, three decimals.
+    # Three significant digits for large numbers; three decimals for a small metric such as an AUROC.
     decimals = 0 if size >= 100 else 1 if size >= 10 else 3 if is_metric else 2
     text = f"{found.mean:,.{decimals}f}"
     if not found.sd:
@@ -310,7 +315,7 @@ def cell(name: str, found: Statistic | None) -> str:
 
 
 def markdown(tabulated: Tabulated) -> str:
-    """The table for a document, with the notes below it."""
+    """Return the table as Markdown, with the notes below it."""
     titles, rows = cells(tabulated)
     n_keys = len(tabulated.groups[0].keys)
     rule = ["---"] * n_keys + ["---:"] * (len(titles) - n_keys)
@@ -319,7 +324,7 @@ def markdown(tabulated: Tabulated) -> str:
 
 
 def write_table(tabulated: Tabulated, stem: Path) -> None:
-    """Write STEM.csv, every number, and STEM.md, the printed table."""
+    """Write all numbers to STEM.csv and the printed table to STEM.md."""
     with atomic_path(stem.parent / f"{stem.name}.csv") as path:
         table_frame(tabulated).to_csv(path, index=False)
     with atomic_path(stem.parent / f"{stem.name}.md") as path:
@@ -327,7 +332,7 @@ def write_table(tabulated: Tabulated, stem: Path) -> None:
 
 
 def print_table(tabulated: Tabulated) -> None:
-    """The table and its notes; with more metrics than rows it is turned, since a terminal is longer than wide."""
+    """Print the table and its notes; a table with more metrics than rows is transposed so that it fits the terminal."""
     titles, rows = cells(tabulated)
     shown = Table(title="mean ± SD [95 % interval of the mean] over runs", title_justify="left")
     n_keys = len(tabulated.groups[0].keys)

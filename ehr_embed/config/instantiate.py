@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -112,6 +113,11 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         raise UserError(
             f"cannot build {config.get('_target_')}: {error}. Check the keys of its YAML under conf/."
         ) from error
+
+
+def builder(cfg: DictConfig) -> Callable[..., Any]:
+    """Return `instantiate` for the nodes of a configuration, with the packages that the configuration trusts."""
+    return partial(instantiate, trusted=tuple(cfg.trusted_packages))
 
 
 def trainable_of(embedder: Mapping[Any, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The one exception users are meant to see, and the wording of its commonest case."""
+"""Define `UserError`, the one exception that users are meant to see, and the wording of its commonest cases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake the user can mend: its message says what was expected, what arrived, why it matters
-    and which command to type next. The command-line entry points print it without a traceback."""
+    """Report a mistake that the user can mend.
+
+    The message says what was expected, what arrived, why that matters and which command to type next. The command-line
+    entry points print it without a traceback.
+    """
 
 
 def check_range(key: str, value: float, least: float, most: float | None = None, *, remedy: str = "") -> None:
@@ -27,7 +30,7 @@ def check_range(key: str, value: float, least: float, most: float | None = None,
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[object], remedy: str = "") -> UserError:
-    """A `UserError` for a name that is not among the valid ones.
+    """Return a `UserError` for a name that is not among the valid ones; its message lists them.
 
     >>> print(unknown_name("label set", "mortalty", ["mortality", "readmission"]))
     unknown label set 'mortalty': did you mean 'mortality'? Valid: mortality, readmission.

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: temporary name, fsync, rename. One lock a place; digests for manifests."""
+"""Write files that are either whole or absent, lock a place against other processes, and compute digests of files.
+
+A file is written under a temporary name, flushed to the disk (fsync) and then renamed.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ _REFUSED = re.compile(
     r"|database or disk is full|readonly database|unable to open database file|disk I/O error"
 )
 _PARTLY = re.compile(r"unexpected pos \d+ vs \d+|\d+ requested and \d+ written|failed writing file|transport error")
-"""What torch, numpy and polars say where a write was cut short: the system's reason is lost."""
+"""Messages of torch, numpy and polars for a write that was cut short; they do not pass on the system's reason."""
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why the system refused to write, whichever library met it; None for an error of another kind.
+    """Return why the system refused to write, whichever library raised the error; None for an error of another kind.
 
     >>> write_failure(OSError(28, "No space left on device")), write_failure(RuntimeError("unexpected pos 576 vs 534"))
     ('No space left on device', 'only a part could be written (is the disk full?)')
@@ -46,7 +49,7 @@ def write_failure(error: BaseException) -> str | None:
 
 
 def cannot_write(path: object, error: BaseException) -> UserError:
-    """The one line for a full disk or a read-only folder."""
+    """Return the error to raise for a full disk or a read-only folder; its message is one line."""
     reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None) or str(error)
     return UserError(
         f"cannot write {path}: {reason}. Nothing was left half-written. Free space or choose another folder."
@@ -55,7 +58,7 @@ def cannot_write(path: object, error: BaseException) -> UserError:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Whatever library meets a full disk or a read-only folder within, it ends in the one line."""
+    """Turn the error that any library raises for a full disk or a read-only folder into `cannot_write`."""
     try:
         yield
     except UserError:
@@ -68,8 +71,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`,
-    on any exception it is removed.
+    """Yield a temporary path beside `path`. On success the file there replaces `path`; on any exception it is removed.
 
     Raises:
         UserError: the folder cannot be written to (read-only, full disk).
@@ -84,13 +86,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # where nothing can be written there is nothing to remove
+        with contextlib.suppress(OSError):  # in a folder that cannot be written to there is no file to remove
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path`, on any exception it is removed.
+    """Yield a temporary folder beside `path`. On success the folder replaces `path`; on any exception it is removed.
 
     Raises:
         UserError: the folder cannot be written to (read-only, full disk).
@@ -115,9 +117,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for whoever has it; `doing` says in the log what is waited for.
+    """Hold the lock file `path`, and wait as long as another process holds it.
 
-    The kernel releases the lock of a process that ended, however it ended; the file that stays behind holds nothing.
+    The kernel releases the lock when the process ends, even if it is killed. The lock file stays behind and locks
+    nothing.
+
+    Args:
+        path: the lock file.
+        doing: what the lock guards, such as "building STORE", for the log line of a process that waits.
 
     Raises:
         UserError: the lock cannot be made (read-only folder, full disk).
@@ -139,7 +146,7 @@ def locked(path: Path, doing: str) -> Iterator[None]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a whole line to a file, or nothing.
+    """Append a line to a file; where the disk is full, append nothing rather than a part of it.
 
     Raises:
         UserError: the file cannot be written to.
@@ -159,7 +166,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def link_file(path: Path, target: Path) -> None:
-    """Give a file a second name; a copy only where that cannot be done (another file system)."""
+    """Give a file a second name by a hard link; copy it where a link is impossible, as between file systems."""
     with atomic_path(target) as temporary:
         try:
             os.link(path, temporary)
@@ -168,9 +175,13 @@ def link_file(path: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left half-written in `folder`, of files and folders whose name begins with `name`.
+    """Remove the temporary files and folders that killed processes left in `folder`.
 
-    Only where no other process can be writing: under the lock that guards them.
+    Call it only under the lock that guards the folder, so that no other process is writing there.
+
+    Args:
+        folder: where the leftovers lie.
+        name: beginning of the names of the files to which they belong.
     """
     for path in folder.glob(f".{name}*.tmp"):
         if path.is_dir():
@@ -187,15 +198,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """What `write_json` writes."""
+    """Return the text that `write_json` writes."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; a damaged one is named.
+    """Read a JSON file.
 
     Raises:
-        UserError: the file is not valid JSON.
+        UserError: the file is not valid JSON; the message names it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -206,7 +217,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def digest(value: Any, length: int = 16) -> str:
-    """Hex digest of any JSON-able value, independent of key order.
+    """Return the first `length` hexadecimal digits of the SHA-256 of a value's JSON; the order of keys changes nothing.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True
@@ -216,6 +227,6 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

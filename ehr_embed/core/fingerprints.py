@@ -1,8 +1,8 @@
-"""Fingerprints of the files that a store or an import was made from: of all their bytes, read once per change of a file.
+"""Compute fingerprints of the files that a store or an import was made from, and cache them.
 
-A fingerprint says nothing of where or when a file was written, so a copied dataset has the fingerprint of the original. What a
-file's inode, size and times say is used only to know that it need not be read again: `known_fingerprints` keeps that in a file
-of the cache folder. SHA-256 takes 0.8 s per GB on one core.
+A fingerprint is a digest of all bytes of a file. It does not depend on where or when the file was written, so a copied
+dataset has the fingerprint of the original. Since SHA-256 takes 0.8 s per GB on one core, `known_fingerprints` caches
+the fingerprints in the cache folder; a file is read again only when its inode, size or times have changed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ log = logging.getLogger(__name__)
 KNOWN = "fingerprints.json"
 TAIL_BYTES = 1 << 16
 SETTLED_NS = 2_000_000_000
-"""A file that was written to more recently is read again next time: another write may leave it the same times."""
+"""Nanoseconds. The fingerprint of a file that was modified more recently is not cached: another write within the
+resolution of the file system's clock would leave the same times."""
 TOLD_BYTES = 1 << 30
 EARLIER_VERSION = (
-    "%s was made by an earlier version, which kept sizes and the last 64 KiB of the files alone: these agree, a change elsewhere "
-    "would not show. To compare every byte from now on, type: python embed.py overwrite=true with the same overrides"
+    "%s was made by an earlier version, which compared only the sizes and the last 64 KiB of the data files. These agree, "
+    "but a change elsewhere would not show. To compare every byte from now on, type: python embed.py overwrite=true with the "
+    "same overrides"
 )
 Known = dict[str, tuple[str, str]]
-"""Of each path, or folder of files: a digest of inodes, sizes and times, and the fingerprint of the content at that moment."""
+"""Maps each file, or folder of files, to a digest of inodes, sizes and times, and the fingerprint at that time."""
 _known: ContextVar[Known | None] = ContextVar("known_fingerprints", default=None)
 
 
 @contextmanager
 def known_fingerprints(folder: Path) -> Iterator[None]:
-    """Take fingerprints of unchanged files from `folder`, and keep those that are computed within there.
+    """Reuse the cached fingerprints of unchanged files in `folder`, and cache those that this context computes.
 
-    A folder that cannot be written to, or a damaged file in it, costs another reading of the files and nothing else.
+    Where the folder cannot be written to, or its cache file is damaged, the data files are read again.
     """
     before = _read(folder / KNOWN)
     token = _known.set(known := dict(before))
@@ -49,12 +51,12 @@ def known_fingerprints(folder: Path) -> Iterator[None]:
         new = {path: entry for path, entry in known.items() if before.get(path) != entry}
         if new:
             with contextlib.suppress(UserError, OSError):
-                # Read again, since another process may have kept others meanwhile.
+                # The cache file is read again, since another process may have added fingerprints to it in the meantime.
                 write_json(folder / KNOWN, _read(folder / KNOWN) | new)
 
 
 def fingerprint(path: Path) -> str:
-    """Return a file's size, the digest of its last 64 KiB (all that earlier versions knew), and that of all its bytes."""
+    """Return a file's size, the digest of its last 64 KiB (as in earlier versions) and the digest of all its bytes."""
 
     def read() -> str:
         size = path.stat().st_size
@@ -69,8 +71,11 @@ def fingerprint(path: Path) -> str:
 
 
 def fingerprint_of_many(paths: Sequence[Path], *, sampled: int) -> str:
-    """Return number and bytes of files in one folder, a digest of names, sizes and the ends of `sampled` of them (all that
-    earlier versions knew), and one of all their bytes."""
+    """Return one fingerprint of many files in one folder.
+
+    The fingerprint has the number and the bytes of the files, a digest of their names, sizes and the ends of `sampled`
+    of them (all that earlier versions compared), and a digest of all their bytes.
+    """
 
     def read() -> str:
         sizes = [(path.name, path.stat().st_size) for path in paths]
@@ -82,7 +87,7 @@ def fingerprint_of_many(paths: Sequence[Path], *, sampled: int) -> str:
 
 
 def without_content(value: str) -> str:
-    """Return what an earlier version would have said in place of a fingerprint.
+    """Return the shorter fingerprint that an earlier version would have computed of the same file.
 
     >>> without_content("900:0123456789abcdef:00112233445566778899aabbccddeeff")
     '900:0123456789abcdef'
@@ -91,7 +96,7 @@ def without_content(value: str) -> str:
 
 
 def is_same(found: object, kept: object) -> bool:
-    """Whether a fingerprint, or another fact, is the one that was kept, perhaps by a version that knew less of a file.
+    """Return whether a fingerprint, or another fact, equals the kept one, which an earlier version may have made.
 
     >>> is_same("900:01ab:ffee", "900:01ab"), is_same("900:01ab:ffee", "900:01ab:ffef"), is_same([0.2, 1], [0.2, 1])
     (True, False, True)
@@ -100,7 +105,7 @@ def is_same(found: object, kept: object) -> bool:
 
 
 def is_of_earlier_version(found: object, kept: object) -> bool:
-    """Whether `kept` agrees with the fingerprint `found` as far as an earlier version looked, which is not at every byte.
+    """Return whether `kept` is an earlier version's shorter fingerprint, and agrees with the fingerprint `found`.
 
     >>> is_of_earlier_version("900:01ab:ffee", "900:01ab"), is_of_earlier_version("900:01ab:ffee", "900:01ab:ffee")
     (True, False)
@@ -109,7 +114,10 @@ def is_of_earlier_version(found: object, kept: object) -> bool:
 
 
 def _once(key: str, paths: Sequence[Path], read: Callable[[], str]) -> str:
-    """Return what is known of unchanged files, or what `read` finds; that is kept unless a file was written to just now."""
+    """Return the cached fingerprint of unchanged files, else the one that `read` computes.
+
+    The computed fingerprint is cached unless a file was modified just now.
+    """
     known = _known.get()
     stamp, newest = _stamp(paths)
     if known is not None and key in known and known[key][0] == stamp:

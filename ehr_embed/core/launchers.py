@@ -1,4 +1,4 @@
-"""Who started this process: torchrun, Slurm's srun, this package, or nobody but the user."""
+"""Find out who started this process: torchrun, Slurm's srun, this package, or the user directly."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ PREFIXES = ("TORCHELASTIC_", "SLURM_NTASKS")
 
 
 def is_torchrun() -> bool:
-    """Whether torchrun started this process, or `run_ranks`, which sets what it sets."""
+    """Return whether torchrun started this process, or `run_ranks`, which sets the same environment variables."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def n_launched() -> int:
-    """Processes that were started together with this one; 1 = it is alone."""
+    """Return how many processes were started together, this one included; 1 if this process is the only one."""
     return int(os.environ.get("WORLD_SIZE" if is_torchrun() else "SLURM_STEP_NUM_TASKS", 1))
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what says that a process is one of several.
+    """Return an environment without the variables that make a process one of several.
 
     >>> alone({"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "PATH": "/bin"})
     {'SLURM_JOB_ID': '7', 'PATH': '/bin'}
@@ -32,8 +32,10 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """From now on end this process, which another one started by `multiprocessing`, when that one is gone, even by SIGKILL:
-    nobody would stop it, and it may hold a device."""
+    """End this process, which another one started by `multiprocessing`, as soon as its parent process has ended.
+
+    A parent that is killed by SIGKILL cannot stop its children, and a child that goes on may hold a GPU's memory.
+    """
 
     def wait() -> None:
         if (parent := multiprocessing.parent_process()) is not None:

@@ -1,8 +1,10 @@
-"""Manifests: what a folder holds (size and SHA-256 of each file) and what it was made from, checked before it is read.
+"""Write manifests, and compare a folder with its manifest before the folder is read.
 
-Sizes are compared at every opening. Checksums are too, of folders up to `FULL_BYTES`; in a larger one, of every file that is not
-the very one last found whole (same inode, size and times), so that a memory-mapped store opens at once and a file that was
-written to or copied is read through again. Only damage that leaves a file's times alone needs `integrity=full` there.
+A manifest lists the size and the SHA-256 of each file of a folder, and what the folder was made from. Sizes are
+compared whenever a folder is opened. In folders up to `FULL_BYTES` checksums are compared too. In a larger folder the
+checksum of a file is compared only if its inode, size or times have changed since it was last found whole, so that a
+memory-mapped store opens at once. Damage that changes none of these, such as a failing disk's, is found in a large
+folder only with `integrity=full`.
 """
 
 from __future__ import annotations
@@ -19,19 +21,24 @@ from ehr_embed.core.files import digest, file_sha256, read_json, write_json
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 REBUILD = "Type: python embed.py overwrite=true with the same overrides"
-"""How a store, a table or an import is made anew."""
+"""Remedy for a damaged store, table or import: build it again."""
 FULL_BYTES = 256 << 20
-"""A quarter of a second of SHA-256 on one core."""
+"""Largest folder, in bytes, of which every checksum is compared; this takes a quarter of a second on one core."""
 MODES = ("auto", "full", "size")
 CHECKED = ".checked.json"
-"""In a large folder: the files that were found whole, by inode, size and times."""
+"""In a large folder: inode, size and times of each file when it was last found whole."""
 RUN_FOLDERS = ("vocabulary", "predictions")
-"""In a run's folder: what lies in them is in its manifest."""
+"""Sub-folders of a run's folder whose files the manifest of the run's folder lists."""
 Files = dict[str, dict[str, Any]]
 
 
 def describe(folder: Path, paths: Iterable[Path] | None = None) -> Files:
-    """Bytes and sha256 of files in `folder` (None: all), by their path in it; a file with several names is read once."""
+    """Return bytes and sha256 of files, by path relative to `folder`; a file with several names (links) is read once.
+
+    Args:
+        folder: the folder of the manifest.
+        paths: files in the folder; None = all.
+    """
     chosen = sorted(path for path in (folder.rglob("*") if paths is None else paths) if path.is_file())
     known: dict[tuple[int, int], dict[str, Any]] = {}
     files: Files = {}
@@ -51,10 +58,10 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: Files, *, name: s
 
 
 def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
-    """What `write_manifest` wrote.
+    """Read a manifest that `write_manifest` wrote.
 
     Raises:
-        UserError: it is damaged, or of a version that had no checksums.
+        UserError: the manifest is damaged, or a version without checksums wrote it.
     """
     content = read_json(path)
     found = content.pop("digest", None) if isinstance(content, dict) else None
@@ -72,12 +79,12 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def check_files(folder: Path, files: Files, remedy: str, *, integrity: str = "auto") -> None:
-    """Compare files with what a manifest says of them, as the head of this module describes.
+    """Compare files with their entries in a manifest, as the head of this module describes.
 
     Args:
-        folder: where they lie.
-        files: by their path in it.
-        remedy: the command that makes them anew.
+        folder: where the files lie.
+        files: entries of the manifest, by path relative to the folder.
+        remedy: the command that builds the files again, for messages.
         integrity: `auto`, `full` (every byte) or `size` (sizes alone).
 
     Raises:
@@ -105,19 +112,19 @@ def check_files(folder: Path, files: Files, remedy: str, *, integrity: str = "au
 
 
 def remember(folder: Path, files: Files) -> None:
-    """Note that the files are whole now, where they are too large to be read through at every opening."""
+    """Record that the files of a large folder are whole now, so that they need not be read whenever it is opened."""
     if sum(entry["bytes"] for entry in files.values()) > FULL_BYTES:
         with contextlib.suppress(UserError):  # a read-only folder is checked each time
             write_json(folder / CHECKED, {name: _stamp(folder / name) for name in files})
 
 
 def checked(path: Path) -> Path:
-    """`path`, compared with the manifest of its run's folder if that lists it.
+    """Return `path` after its file is compared with the manifest of its run's folder.
 
-    A file that no manifest lists, such as one of a run that has not ended, is given back as it is.
+    A file that no manifest lists, such as one of a run that has not ended, is not compared.
 
     Raises:
-        UserError: it has another size or checksum, or the manifest is damaged.
+        UserError: the file has another size or checksum than the manifest says, or the manifest is damaged.
     """
     remedy = "Restore the run's folder, or train again: resume=overwrite"
     folder = path.parent.parent if path.parent.name in RUN_FOLDERS else path.parent

@@ -1,7 +1,8 @@
-"""Where what an earlier version called by another name is now: configurations that runs and checkpoints keep hold such names.
+"""Map the dotted names of earlier versions to those of today, for the configurations that runs and checkpoints keep.
 
-Whatever is moved or renamed gets a line here, so that what was trained before still opens. Both sides of the tables are below
-`ehr_embed.`: no name can be sent out of the package, and what a stored configuration may build is decided after the names changed.
+Whoever moves or renames a class or a module adds a line here, so that runs trained before still open. Both sides of the
+tables are below `ehr_embed.`, so that no stored name can lead out of the package. Whether a stored configuration may
+build an object is decided after its name was mapped.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ PACKAGE = "ehr_embed"
 DEFINITIONS = {
     "compare.compare": "comparison.compare.compare",
     "compare.paired_tests": "comparison.compare.paired_tests",
-    "experiment.convert": "experiment.run.convert",
-    "experiment.embed": "experiment.run.embed",
-    "experiment.evaluate": "experiment.run.evaluate",
-    "experiment.open_source": "experiment.run.open_source",
-    "experiment.prepare_from": "experiment.run.prepare_from",
-    "experiment.run_stage": "experiment.run.run_stage",
+    "experiment.convert": "experiment.inputs.convert",
+    "experiment.embed": "experiment.inputs.embed",
+    "experiment.evaluate": "experiment.stage.evaluate",
+    "experiment.open_source": "experiment.inputs.open_source",
+    "experiment.prepare_from": "experiment.inputs.prepare_from",
+    "experiment.run_stage": "experiment.stage.run_stage",
     "explain.Explainer": "inference.explainer.Explainer",
     "explain.event_table": "inference.explainer.event_table",
     "generate.TRAJECTORY_SCHEMA": "inference.trajectories.TRAJECTORY_SCHEMA",
@@ -44,7 +45,7 @@ DEFINITIONS = {
     "training_state.LATEST": "run_folder.layout.LATEST",
     "training_state.write_latest": "run_folder.checkpoints.write_latest",
 }
-"""Single definitions, old name -> new, both below `ehr_embed.`; they win over their modules' line."""
+"""Single definitions, old name -> new, both below `ehr_embed.`; these lines take precedence over `MODULES`."""
 MODULES = {
     "attribution": "inference.attribution",
     "audit": "evaluation.leakage_audit",
@@ -112,7 +113,7 @@ MODULES = {
 
 
 def new_name(dotted: str) -> str:
-    """Return the dotted name of today for one of an earlier version; any other name as it is.
+    """Return today's dotted name for one of an earlier version; return any other name unchanged.
 
     >>> new_name("ehr_embed.trainer.TrainerSettings"), new_name("ehr_embed.store.EventStore")
     ('ehr_embed.training.settings.TrainerSettings', 'ehr_embed.data.store.EventStore')
@@ -132,7 +133,7 @@ def new_name(dotted: str) -> str:
 
 
 def renamed(config: Any) -> Any:
-    """Return a configuration of plain values in which every `_target_`, at any depth, has its name of today.
+    """Return a configuration of plain values in which every `_target_`, at any depth, has its present name.
 
     >>> renamed({"trainer": {"_target_": "ehr_embed.trainer.TrainerSettings", "epochs": 3}, "seed": 0})
     {'trainer': {'_target_': 'ehr_embed.training.settings.TrainerSettings', 'epochs': 3}, 'seed': 0}

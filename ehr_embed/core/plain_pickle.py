@@ -1,7 +1,8 @@
-"""Pickles of plain data only: a pickle is a program, and a foreign one may run anything.
+"""Load pickles of plain data and refuse all others: a pickle is a program, and a foreign one may run anything.
 
-Allowed are lists, dicts, tuples, numbers, strings and bytes (which need no name), numpy arrays and scalars of
-numbers and strings, and torch tensors. Whatever else a pickle names is refused before it is called.
+Allowed are lists, dicts, tuples, numbers, strings and bytes (for which a pickle names no class), numpy arrays and
+scalars of numbers and strings, and torch tensors. A pickle that names any other class or function is refused before
+that is called.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ ARRAY_KINDS = "biufcSU"
 
 
 def load_pickle(path: Path) -> Any:
-    """The plain data in a pickle file.
+    """Return the plain data in a pickle file.
 
     Raises:
-        UserError: the pickle names something else than plain data, or is damaged or no pickle at all.
+        UserError: the pickle names a class or function that plain data do not need, is damaged, or is no pickle at all.
     """
     with open(path, "rb") as file:
         try:
@@ -40,7 +41,7 @@ def load_pickle(path: Path) -> Any:
                 f"{path}: the pickle names {error}, and loading it would run that code. Expected lists, dicts, numbers, "
                 "strings, numpy arrays and torch tensors only. Nothing of it was run; write the file again as plain data."
             ) from error
-        # A damaged pickle can fail in any of the ways its opcodes can.
+        # A damaged pickle can raise any of the errors that its instructions can raise.
         except (
             pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
             MemoryError, RuntimeError, struct.error,
@@ -51,15 +52,15 @@ def load_pickle(path: Path) -> Any:
 
 
 class _RefusedError(Exception):
-    """A name that plain data do not need."""
+    """The pickle names a class or function that plain data do not need."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray"):
-            return "numpy.ndarray"  # only ever named to say what is rebuilt
+            return "numpy.ndarray"  # pickles name the class only as an argument of `_reconstruct`, which ignores it
         try:
-            # A wrapper of its own for every use: a pickle can also set attributes of what it names.
+            # Every use gets its own wrapper, since a pickle can also set attributes of the objects that it names.
             return functools.partial(ALLOWED[module, name])
         except KeyError:
             raise _RefusedError(f"{module}.{name}") from None
@@ -69,7 +70,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _PlainDtype:
-    """Stands for a dtype while it is unpickled: numpy's own may be changed by a pickle in more ways than its byte order."""
+    """Stand-in for a dtype during unpickling: a pickle could change more of numpy's own dtype than its byte order."""
 
     def __init__(self, spec: Any, *_: Any) -> None:
         dtype = np.dtype(spec) if isinstance(spec, str) else None
@@ -82,7 +83,7 @@ class _PlainDtype:
 
 
 class _PlainArray(np.ndarray):
-    """An array whose pickled state is checked before numpy sees it."""
+    """Array that checks its pickled state before it hands the state to numpy."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, plain, is_fortran, data = state
@@ -106,14 +107,14 @@ def _scalar(plain: _PlainDtype, data: bytes) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes as pickle protocols below 3 write them."""
+    """Return bytes from the text as which pickle protocols below 3 write them."""
     if encoding != "latin1":
         raise _RefusedError(f"_codecs.encode(..., {encoding!r})")
     return text.encode("latin1")
 
 
 def _empty_bytes() -> bytes:
-    """What the same protocols write where there are no bytes."""
+    """Return empty bytes; pickle protocols below 3 write a call of `bytes` for them."""
     return b""
 
 
@@ -138,4 +139,4 @@ def _allowed() -> dict[tuple[str, str], Any]:
 
 
 ALLOWED = _allowed()
-"""What a pickle may name, and what it gets for it."""
+"""Maps each class or function that a pickle may name, by module and name, to the object that is called in its place."""

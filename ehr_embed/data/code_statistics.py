@@ -1,4 +1,4 @@
-"""What train says of each code: how often it occurs, and its numbers. Memory does not grow with the number of events."""
+"""Count each code in train and summarise its numeric values, in memory that does not grow with the number of events."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ehr_embed.core.files import cannot_write
 from ehr_embed.sources.protocol import Source
 
 MAX_VALUES_PER_CODE = 20_000
-"""Values kept per code for its quantiles: exact below, a uniform sample above."""
+"""Values kept per code to compute its quantiles; a code with more values keeps a uniform sample of this size."""
 SPARE = 10 * MAX_VALUES_PER_CODE**0.5
-"""Ten standard deviations of how many values fall below the priority that lets `MAX_VALUES_PER_CODE` through on average."""
+"""Allowance for chance: ten standard deviations of the number of values whose random priority lies below the threshold
+that keeps `MAX_VALUES_PER_CODE` values on average."""
 VALUES_IN_MEMORY = 500_000
 N_FILES = 32
 RECORD = np.dtype([("code", np.int32), ("value", np.float32), ("priority", np.float64)])
@@ -29,15 +30,18 @@ T = TypeVar("T")
 def code_statistics(
     source: Source, summary: Callable[[npt.NDArray[np.float32]], T], *, scratch: Path | None, seed: int
 ) -> tuple[pl.DataFrame, dict[str, T]]:
-    """Counts (code, count) of train, frequent codes first, and for each code with numbers a summary of a sample of them.
+    """Return counts (code, count) of train, frequent codes first, and a summary of each code's values if it has any.
 
-    The sample of a code are the values with the lowest random priorities: uniform over all shards. Codes that repeat often
-    let through the fewer new values the more they had, and what is let through waits in unnamed files, so that memory holds
-    one shard and then one share of the codes.
+    The summary of a code is of the values with the lowest random priorities, which are a uniform sample over all
+    shards. The more values a code has had, the lower must the priority of a further value be to be kept. Kept values
+    are moved to unnamed temporary files, so that memory holds one shard at a time, and in the end the values of one
+    group of codes.
 
     Args:
-        summary: called with at most `MAX_VALUES_PER_CODE` values of one code.
-        scratch: folder of the unnamed files, None = the system's.
+        source: the source of the events.
+        summary: function of at most `MAX_VALUES_PER_CODE` values of one code.
+        scratch: folder for the temporary files; None = the system's.
+        seed: seed of the priorities.
 
     Raises:
         UserError: train has no event, or `scratch` cannot be written to.
@@ -55,7 +59,7 @@ def code_statistics(
 
 
 class _Gathered:
-    """Codes seen so far, how many events (C,) and how many numbers (C,) each had; the numbers go to `spill`."""
+    """Collect the C codes seen so far, with the numbers of their events (C,) and values (C,); values go to `spill`."""
 
     def __init__(self, spill: _Spill) -> None:
         self.spill = spill
@@ -63,7 +67,7 @@ class _Gathered:
         self.n_events_C, self.n_values_C = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def add(self, events: pl.DataFrame, rng: np.random.Generator) -> None:
-        """A shard; a call of its own, so that nothing of it is left when the next one is read."""
+        """Add a shard. This is a function of its own so that its frames are freed before the next shard is read."""
         train = events.filter(split="train").select("code", "numeric_value")
         counts = train.group_by("code").len()
         new = (
@@ -91,7 +95,7 @@ class _Gathered:
 
 
 def _samples(records: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Code and sample of every code, values in the order they came."""
+    """Yield the number of each code and the sample of its values, which are in the order of the shards."""
     records = records[np.argsort(records["code"], kind="stable")]
     ends = np.flatnonzero(np.diff(records["code"], append=-1)) + 1
     for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True) if len(records) else ():
@@ -103,7 +107,7 @@ def _samples(records: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[np.fl
 
 
 class _Spill:
-    """Records that are kept in memory while they are few, else in files without a name: nothing outlives the process."""
+    """Store of records, in memory while they are few, else in temporary files that end with the process."""
 
     def __init__(self, scratch: Path | None) -> None:
         self.scratch, self.files = scratch, ExitStack()
@@ -122,7 +126,7 @@ class _Spill:
             self._flush()
 
     def parts(self) -> Iterator[npt.NDArray[Any]]:
-        """All records; those of one code are in one part, in the order they came."""
+        """Yield all records in parts; those of one code are in one part, in the order in which they were added."""
         if not self.parted:
             yield self._taken()
             return

@@ -1,4 +1,4 @@
-"""A split's events as tensors: over the memory map, or held whole on a GPU, where batches are then gathered."""
+"""Provide a split's events as tensors that share the store's memory map, or are held whole on a GPU."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ehr_embed.data.store import SplitEvents
 log = logging.getLogger(__name__)
 DATA_DEVICES = ("auto", "host", "device")
 HELD_SHARE = 0.25
-"""Of a GPU's memory that is free but for events, what `auto` gives to those of all splits; training needs the rest."""
+"""Largest share of a GPU's free memory that `auto` gives to the events of all splits; training needs the rest."""
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class EventTensors:
-    """The arrays of `SplitEvents` that have a number an event, on one device.
+    """The arrays of `SplitEvents` that have one number per event, as tensors on one device.
 
     Attributes:
         token_ids: (N,) int32.
@@ -37,32 +37,37 @@ class EventTensors:
 
 
 _held: WeakKeyDictionary[SplitEvents, dict[torch.device, EventTensors]] = WeakKeyDictionary()
-# Beside the events and not in them, so that a worker process is not sent what is held here.
+# The tensors are no attribute of the events, since the events are pickled for worker processes.
 
 
 def event_tensors(events: SplitEvents, device: torch.device) -> EventTensors:
-    """The events on `device`, copied there once for as long as they are in use; on the CPU they share the arrays' memory."""
+    """Return the events on `device`; they are copied once and stay there while `events` is in use.
+
+    On the CPU the tensors share the memory of the arrays.
+    """
     found = _held.setdefault(events, {})
     if device not in found:
         values = None if events.values is None else _tensor(events.values, device)
         found[device] = EventTensors(_tensor(events.token_ids, device), _tensor(events.times, device), values)
         if device.type == "cuda":
             log.info(
-                "%d events (%.2f GiB) are held on %s: batches are gathered there, whatever trainer.num_workers is",
+                "%d events (%.2f GiB) are held on %s: batches are gathered there, and trainer.num_workers has no effect",
                 len(events.times), n_bytes(events) / GIB, device,
             )  # fmt: skip
     return found[device]
 
 
 def is_gathered_there(events: SplitEvents, device: torch.device, wanted: str) -> bool:
-    """Whether batches for `device` are gathered on it, from events held there, and not on the host.
+    """Return whether batches for `device` are gathered there, from events held there, rather than on the host.
 
     Args:
-        wanted: `host` (no), `device` (yes), or `auto`: on a GPU, if with those already held they take at most `HELD_SHARE` of
-            the memory that is free but for them.
+        events: the split's events.
+        device: the device that will use the batches.
+        wanted: `host` (no), `device` (yes), or `auto`: yes on a GPU if these events, together with those already held,
+            take at most `HELD_SHARE` of the memory that would be free without any of them.
 
     Raises:
-        UserError: `device` where the events do not fit, or on a device that cannot count days exactly.
+        UserError: `wanted` is `device` and the events do not fit there, or the device has no float64.
     """
     if wanted == "host" or (wanted == "auto" and device.type != "cuda"):
         return False
@@ -84,19 +89,23 @@ def is_gathered_there(events: SplitEvents, device: torch.device, wanted: str) ->
 
 
 def n_bytes(events: SplitEvents) -> int:
-    """What the events take on a device."""
+    """Return the bytes that the events take on a device."""
     arrays = (events.token_ids, events.times, events.values)
     return sum(array.nbytes for array in arrays if array is not None)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that no tensor and no other process has; what torch keeps for later tensors is free too."""
+    """Return the bytes of a GPU's memory that no tensor and no other process uses.
+
+    Memory that torch has reserved for later tensors counts as free.
+    """
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _tensor(array: npt.NDArray, device: torch.device) -> Tensor:
-    # Tensors of evaluation's inference mode could not be used in training.
+    # Inference mode is switched off, since a tensor made in it, as by an evaluation, could not be used in training.
     with warnings.catch_warnings(), torch.inference_mode(False):
-        # Nothing writes to the tensor, and a writable map would have to fit the machine's memory.
+        # The map is read-only, since a writable map of private pages would have to fit in memory; nothing writes to the
+        # tensor.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         return torch.from_numpy(array).to(device)

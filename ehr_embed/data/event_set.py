@@ -1,4 +1,4 @@
-"""A set of events, named by codes or by patterns: what ends a generated future, or what its risk is asked for."""
+"""Define sets of events by codes or patterns, such as the outcomes for which trajectories are generated."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
 
 @dataclass(frozen=True)
 class EventSet:
-    """Events with one of `codes`, or whose code or text matches a pattern (Python's `re.search`, case ignored for texts).
+    """Set of the events with one of `codes`, or whose code or text matches a pattern by Python's `re.search`.
 
     Attributes:
-        codes: codes as in the data, whatever the value.
-        code_pattern: regular expression on the code.
-        text_pattern: regular expression on the code's text.
+        codes: codes as in the data; events with any value of such a code belong to the set.
+        code_pattern: regular expression for the code.
+        text_pattern: regular expression for the code's text; case is ignored.
     """
 
     codes: Sequence[str] = ()
@@ -33,7 +33,7 @@ class EventSet:
     def __post_init__(self) -> None:
         if isinstance(self.codes, str):
             raise UserError(f"codes={self.codes}: expected a list, in brackets: [{self.codes}].")
-        object.__setattr__(self, "codes", tuple(self.codes))  # a list would equal no tuple
+        object.__setattr__(self, "codes", tuple(self.codes))  # so that sets made from a list and from a tuple are equal
         for name in ("code_pattern", "text_pattern"):
             try:
                 re.compile(getattr(self, name) or "")
@@ -42,10 +42,10 @@ class EventSet:
 
     @classmethod
     def read(cls, path: str | Path) -> EventSet:
-        """The set a YAML file defines with the keys codes, code_pattern, text_pattern.
+        """Read a set from a YAML file with the keys codes, code_pattern, text_pattern.
 
         Raises:
-            UserError: no such file, not a mapping, or other keys.
+            UserError: the file is missing, is no mapping, or has other keys.
         """
         if not Path(path).is_file():
             raise UserError(
@@ -64,10 +64,10 @@ class EventSet:
         return cls(**found)
 
     def tokens(self, vocabulary: Vocabulary) -> tuple[int, ...]:
-        """Token ids of the set's events, all value bins of a code included.
+        """Return the token ids of the set's events, those of all value bins of a code included.
 
         Raises:
-            UserError: a code has no token; MEDS' own code of death is forgiven, since not every dataset has deaths.
+            UserError: a code has no token. Only MEDS' code of death may have none, since not every dataset has deaths.
         """
         n = len(vocabulary) - FIRST_TOKEN
         code_of = vocabulary.decode(np.arange(FIRST_TOKEN, len(vocabulary)), np.full(n, np.nan, np.float32))["code"]

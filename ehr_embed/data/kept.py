@@ -1,4 +1,7 @@
-"""What was computed from an event store and is kept in its folder: found again by content, gone when the store is rebuilt."""
+"""Cache results that were computed from an event store in the store's folder.
+
+The name of a cached result holds a digest of the store and the settings; rebuilding the store removes all of them.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,21 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """Return what `make` returns, from the store's folder if it is kept there, else made and kept.
+    """Return the arrays that `make` returns, from the cache in the store's folder if they are there.
 
-    One process at a time makes it, and others wait. Where the folder cannot be written to it is made each time.
+    One process at a time makes them, and others wait. If the folder cannot be written to, every call makes them again.
 
     Args:
-        kind: what it is, the beginning of its folder's name.
-        about: settings that determine it beside the store's content.
+        store: the event store from which the arrays are computed.
+        kind: kind of the arrays, the beginning of the name of their folder.
+        about: JSON-able settings on which the arrays depend, beside the store's content.
+        make: function that computes the arrays.
 
     Returns:
         The arrays, mapped from disk and read-only, or as `make` returned them.
 
     Raises:
-        UserError: a kept file was changed; names the folder to remove.
+        UserError: a cached file was changed; the message names the folder to remove.
     """
     folder = _place(store, kind, about)
     made: Arrays | None = None
@@ -47,9 +52,9 @@ def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Calla
                         write_manifest(temporary, {"kind": kind, "about": about}, files := describe(temporary))
                     remember(folder, files)
     except UserError as error:
-        log.info("%s is not kept, and is computed anew by each run: %s", kind, error)
+        log.info("%s cannot be cached, so each run computes it again: %s", kind, error)
         return make() if made is None else made
-    remedy = f"Remove the folder {folder}: it is made anew"
+    remedy = f"Remove the folder {folder}, which will be made again"
     files = read_manifest(folder / "manifest.json", remedy)["files"]
     check_files(folder, files, remedy)
     return {Path(name).stem: np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in files}
@@ -58,16 +63,16 @@ def kept_arrays(store: EventStore, kind: str, about: dict[str, Any], make: Calla
 def kept_facts(
     store: EventStore, kind: str, about: dict[str, Any], make: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any], bool]:
-    """Return what `make` returns, ready for JSON, and whether it was kept from before; else as `kept_arrays`."""
+    """Return the JSON-able facts that `make` returns, and whether they were cached; cache them like `kept_arrays`."""
     path = _place(store, kind, about).with_suffix(".json")
     if path.exists():
-        return read_manifest(path, f"Remove the file {path}: it is made anew")["facts"], True
+        return read_manifest(path, f"Remove the file {path}, which will be made again")["facts"], True
     facts = make()
     try:
         with locked(_lock(store), f"keeping {path}"):
             write_manifest(path.parent, {"kind": kind, "about": about, "facts": facts}, {}, name=path.name)
     except UserError as error:
-        log.info("%s is not kept, and is computed anew by each run: %s", kind, error)
+        log.info("%s cannot be cached, so each run computes it again: %s", kind, error)
     return facts, False
 
 
@@ -76,5 +81,5 @@ def _place(store: EventStore, kind: str, about: dict[str, Any]) -> Path:
 
 
 def _lock(store: EventStore) -> Path:
-    """The lock of `prepare`, under which what a killed process left half-written in the store's folder is removed."""
+    """Return the lock under which `prepare` removes the temporary files of killed processes from the folder."""
     return store.folder.with_suffix(".lock")

@@ -1,4 +1,4 @@
-"""Label sets in MEDS' label schema: subject_id, prediction_time, and one value column."""
+"""Read label sets in MEDS' label schema: subject_id, prediction_time, and one value column."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ VALUE_COLUMNS = ("boolean_value", "integer_value", "categorical_value")
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Labels of all splits together; the store says which split a subject is in.
+    """Labels of all splits together; the event store knows the split of each subject.
 
     Attributes:
         name: the label set's name.
         frame: subject_id Int64, prediction_time Datetime[us], value String ("true"/"false" for booleans); sorted.
-        value_column: which of `VALUE_COLUMNS` the values came from.
+        value_column: the one of `VALUE_COLUMNS` from which the values were read.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LabelSet:
 
 
 def available_labels(labels_dir: Path) -> list[str]:
-    """Names of the label sets of a dataset."""
+    """Return the names of a dataset's label sets, sorted."""
     return sorted(path.name for path in labels_dir.iterdir() if path.is_dir()) if labels_dir.is_dir() else []
 
 
@@ -41,7 +41,8 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     """Read a label set by name (a folder in `labels_dir`) or by path (a folder or one parquet file).
 
     Raises:
-        UserError: unknown name (lists those present), wrong columns or dtypes, null or repeated rows.
+        UserError: the name is unknown (the message lists the valid ones), columns or dtypes are wrong, or rows are null
+            or repeated.
     """
     names = available_labels(labels_dir)
     remedy = "Type: python train.py ... task.labels=NAME, or a path to a folder or parquet file."
@@ -70,19 +71,20 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     if len(repeated):
         subject, time = repeated.row(0)[:2]
         raise UserError(
-            f"{path}: subject {subject} at {time} has {len(repeated)} rows among repeated ones; expected one label each."
+            f"{path}: subject {subject} has several labels at {time} ({len(repeated)} rows of the label set share subject and "
+            "prediction_time with another row); expected one label per subject and time. Drop the other rows."
         )
     return LabelSet(path.stem, frame, value_columns[0])
 
 
 def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
-    """The labels of a file and the column of their values; None for a file without rows."""
+    """Read the labels of a file and the name of their value column; return None for a file without rows."""
     with readable(file):
         frame = pl.read_parquet(file)
     expected = "expected subject_id (integer), prediction_time (datetime) and one of " + ", ".join(VALUE_COLUMNS)
     for column, good in (
         ("subject_id", lambda d: d.is_integer()),
-        ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # as event times
+        ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # event times have no zone
     ):
         if column not in frame.columns:
             raise UserError(f"{file}: column `{column}` is missing, found {', '.join(frame.columns)}; {expected}.")
@@ -90,7 +92,7 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
             raise UserError(f"{file}: column `{column}` has dtype {frame.schema[column]}; {expected}.")
     if not len(frame):
         return None
-    # MEDS allows all value columns to be present with only one filled.
+    # A file in MEDS may have all value columns, of which only one is filled.
     filled = [name for name in VALUE_COLUMNS if name in frame.columns and frame[name].null_count() < len(frame)]
     if len(filled) != 1:
         raise UserError(

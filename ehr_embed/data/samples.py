@@ -1,4 +1,4 @@
-"""Samples: which events of a subject are visible at a prediction time, or which stretch of a record is read."""
+"""Build samples: the events of a subject visible at a prediction time, or windows of a record for pretraining."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ehr_embed.data.store import STATIC_TIME, SplitEvents
 
 @dataclass(frozen=True)
 class Samples:
-    """What the model may see, as event indices into a split's arrays, and what it must say.
+    """Samples of one split: the events that the model may see, as indices into the split's arrays, and the labels.
 
-    A sample's sequence is the subject's static events [static_start, static_stop) followed by [start, stop).
+    The sequence of a sample is the static events [static_start, static_stop) followed by the events [start, stop).
 
     Attributes:
         subject_ids: (n,) int64.
@@ -42,16 +42,16 @@ class Samples:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) events in each sample."""
+        """Return the number of events of each sample, (n,)."""
         return self.static_stop - self.static_start + self.stop - self.start
 
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
-        """The samples at `index`, (m,)."""
+        """Return the samples at `index`, (m,)."""
         return Samples(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
 def samples_digest(samples: Mapping[str, Samples]) -> str:
-    """Return a digest of who is predicted when, from which events, with which labels, in all splits."""
+    """Return a digest of the subjects, prediction times, visible events and labels of all splits."""
     total = hashlib.sha256()
     for split in sorted(samples):
         total.update(split.encode())
@@ -66,7 +66,7 @@ def ragged_searchsorted(
     high: npt.NDArray[np.int64],
     targets: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """First index in [low, high) whose value is greater than the target, for many ranges at once; `high` if none.
+    """Return per range the first index in [low, high) whose value exceeds the target; `high` if none does.
 
     `values` must be sorted within every range.
 
@@ -83,18 +83,18 @@ def ragged_searchsorted(
 
 
 def build_samples(events: SplitEvents, labels: pl.DataFrame, values: npt.NDArray, *, max_length: int) -> Samples:
-    """Visible events of every label: those with time <= prediction_time, the last `max_length` of them.
+    """Return one sample per label: the events with time <= prediction_time, of which at most `max_length` are kept.
 
-    Static events are always visible and are kept before the most recent timed ones.
+    Static events are always visible and come first; the most recent timed events fill the rest of the sequence.
 
     Args:
         events: the split's events.
         labels: subject_id, prediction_time; every subject is in the split.
         values: (n,) or (n, L) encoded labels, in the order of `labels`.
-        max_length: events a sample may have.
+        max_length: largest number of events of a sample.
 
     Raises:
-        UserError: a label lies before the subject's first event, so that nothing is visible.
+        UserError: a prediction time lies before the subject's first event, so that no event is visible.
     """
     order = np.argsort(events.subject_ids, kind="stable")
     subject_ids = labels["subject_id"].to_numpy()
@@ -117,7 +117,7 @@ def build_samples(events: SplitEvents, labels: pl.DataFrame, values: npt.NDArray
 
 
 def ragged_arange(start: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """start[0], start[0] + 1, ... (count[0] numbers), then those of start[1], and so on.
+    """Return the count[0] numbers from start[0] on, followed by the count[1] numbers from start[1] on, and so on.
 
     >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
@@ -129,23 +129,25 @@ def ragged_arange(start: npt.NDArray[np.int64], count: npt.NDArray[np.int64]) ->
 def window_samples(
     events: SplitEvents, *, max_length: int, which: str, rng: np.random.Generator | None = None
 ) -> Samples:
-    """Stretches of records, each after its subject's static events, as samples without labels.
+    """Cut records into windows, each preceded by its subject's static events, as samples without labels.
 
-    Windows overlap by one event, so that every event but a record's first is the next one of its predecessor in exactly
-    one of them; where static events had to be left out, as in `build_samples`, the first timed one is not. The prediction time of
-    a window is that of its last event; windows of a single event are left out.
+    Windows overlap by one event, so that every event but the first of a record is the target of a next-event prediction
+    in exactly one window. The exception is the first timed event where some static events had to be left out, as in
+    `build_samples`: it is no target. The prediction time of a window is the time of its last event. Windows of a single
+    event are left out.
 
     Args:
-        max_length: events a window may have, static ones included.
+        events: the split's events.
+        max_length: largest number of events of a window, static ones included.
         which: `all` windows of a record, or only the `last`.
-        rng: draws where the first cut of a long record falls; None cuts from its beginning.
+        rng: draws the place of the first cut of a long record; None = windows begin at the beginning of the record.
 
     Raises:
         UserError: no record has two events.
     """
     first, last = events.offsets[:-1], events.offsets[1:]
     first_timed = ragged_searchsorted(events.times, first, last, np.full_like(first, STATIC_TIME))
-    # A window needs an event and its next one besides the static events.
+    # Beside the static events a window needs room for an event and the next one.
     static_stop = np.minimum(first_timed, first + max_length - 2)
     stride = max_length - (static_stop - first) - 1
     n_timed = last - first_timed
@@ -181,17 +183,18 @@ def window_samples(
 def packed_samples(
     events: SplitEvents, *, max_length: int, rng: np.random.Generator
 ) -> tuple[Samples, npt.NDArray[np.int64]]:
-    """Whole records in random order, written one after the other into rows of `max_length` events.
+    """Write whole records in random order, one after the other, into rows of `max_length` events.
 
-    A record that does not fit a row goes on in the next one; its static events stand at its beginning only.
+    A record that does not fit into the rest of a row continues in the next row, where its static events are not
+    repeated.
 
     Returns:
-        the pieces of records, as samples without labels, and the row of each piece, ascending.
+        The pieces of records, as samples without labels, and the row of each piece, ascending.
     """
     order = rng.permutation(len(events.subject_ids))
     length = np.diff(events.offsets)[order]
     record_stop = np.cumsum(length)
-    # The stream is cut where a record or a row ends.
+    # The concatenated records are cut wherever a record or a row ends.
     row_stops = np.arange(max_length, record_stop[-1], max_length)
     stop = np.union1d(record_stop, row_stops)
     start = np.concatenate([np.zeros(1, np.int64), stop[:-1]])

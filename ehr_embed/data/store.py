@@ -1,4 +1,4 @@
-"""The event store: memory-mapped ragged arrays per split, written shard by shard, manifest last."""
+"""Build and open the event store: memory-mapped ragged arrays per split, written shard by shard, with a manifest."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
-from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary
+from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary, vocabulary_sha256
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
 
 log = logging.getLogger(__name__)
 FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
-"""Time of a static event: below every real one, so it sorts first and is always visible."""
+"""Time of a static event: it is below every real time, so a static event sorts first and is always visible."""
 MICROSECONDS_PER_DAY = 86_400_000_000
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
@@ -35,7 +35,7 @@ SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 
 @dataclass(frozen=True, eq=False)
 class SplitEvents:
-    """The events of one split, subject after subject. Two are equal only if they are the same object.
+    """Events of one split, subject after subject. Two instances are equal only if they are the same object.
 
     Attributes:
         token_ids: (N,) int32.
@@ -43,7 +43,7 @@ class SplitEvents:
         values: (N,) float32 or None when the vocabulary carries no values.
         subject_ids: (S,) int64.
         offsets: (S + 1,) int64; subject s owns events offsets[s]:offsets[s + 1].
-        birth_times: (S,) int64, microseconds since 1970-01-01, `STATIC_TIME` where the record does not say.
+        birth_times: (S,) int64, microseconds since 1970-01-01, `STATIC_TIME` where the record has no time of birth.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -55,14 +55,14 @@ class SplitEvents:
 
 
 class EventStore:
-    """A store on disk, opened; `build_store` makes one.
+    """Open a store that `build_store` wrote.
 
     Args:
-        folder: where it lies.
-        integrity: how its files are compared with the manifest, see `ehr_embed.core.manifest`.
+        folder: the store's folder.
+        integrity: how the files are compared with the manifest, see `ehr_embed.core.manifest`.
 
     Raises:
-        UserError: there is none at `folder`, or its format or files are not what the manifest says.
+        UserError: there is no store in `folder`, it has another format, or its files differ from the manifest.
     """
 
     def __init__(self, folder: Path, *, integrity: str = "auto") -> None:
@@ -81,10 +81,10 @@ class EventStore:
         return Vocabulary.load(self.folder)
 
     def split(self, name: str) -> SplitEvents:
-        """Open a split's arrays; nothing is read into memory yet.
+        """Map a split's events from disk without reading them into memory.
 
         Raises:
-            UserError: the dataset has no such split, or a file has not the size the manifest says.
+            UserError: the dataset has no such split, or a file has another size than the manifest says.
         """
         sizes = self.manifest["splits"][name]
         if not sizes["n_events"]:
@@ -109,7 +109,7 @@ class EventStore:
 
 
 def build_store(folder: Path, source: Source, settings: VocabularySettings) -> EventStore:
-    """Fit the vocabulary on train, then write every split's events to `folder`; it appears whole or not at all."""
+    """Fit the vocabulary on train, and write every split's events to `folder`, which appears whole or not at all."""
     vocabulary = fit_vocabulary(source, settings, scratch=folder.parent)
     counts = np.zeros(len(vocabulary), np.int64)
     with atomic_directory(folder) as temporary:
@@ -123,7 +123,7 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
                 token_ids = writers[split].append(part, vocabulary)
                 if split == "train":
                     counts += np.bincount(token_ids, minlength=len(counts))
-                # or else it lies in memory beside the next shard
+                # Without the deletion this shard would still be in memory while the next one is read.
                 del part, token_ids
             del events
         check_split_names(n_by_split, where=source.name, of="events")
@@ -134,7 +134,7 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
             "name": source.name,
             "source": source.fingerprint(),
             "settings": settings_key(settings),
-            "vocab_sha256": file_sha256(temporary / "vocab.csv"),
+            "vocab_sha256": vocabulary_sha256(temporary),
             "has_values": settings.has_values,
             "splits": {split: writer.finish() for split, writer in writers.items()},
         }
@@ -144,7 +144,7 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
 
 
 def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The events of each split that has any."""
+    """Yield the name and the events of each split that has events."""
     found = events["split"].unique()
     for split in SPLITS:
         if split in found:
@@ -152,7 +152,12 @@ def by_split(events: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> SplitEvents:
-    """Return the events of one split of any source (None: of all subjects) under a vocabulary fitted elsewhere, in memory.
+    """Return the events of one split of any source, encoded with a vocabulary that was fitted elsewhere, in memory.
+
+    Args:
+        source: the source of the events.
+        vocabulary: the vocabulary that encodes them.
+        split: the split; None = all subjects.
 
     Raises:
         UserError: the source has no such split.
@@ -163,10 +168,12 @@ def encode_split(source: Source, vocabulary: Vocabulary, split: str | None) -> S
 def encode_shards(
     source: Source, vocabulary_for: Callable[[pl.Series], Vocabulary], split: str | None
 ) -> Iterator[SplitEvents]:
-    """Yield the events of each shard that has any of the split, each shard being read once.
+    """Yield the encoded events of each shard that has events of the split; each shard is read once.
 
     Args:
-        vocabulary_for: gives the vocabulary of a shard from the codes of its events.
+        source: the source of the events.
+        vocabulary_for: function that returns the vocabulary for a shard, given the codes of its events.
+        split: the split; None = all subjects.
 
     Raises:
         UserError: the source has no such split.
@@ -188,7 +195,7 @@ def encode_shards(
 
 
 def joined(parts: list[SplitEvents]) -> SplitEvents:
-    """Return the subjects of all parts, one part after the other; the list is emptied, so that no part is held twice."""
+    """Return the subjects of all parts in order, and empty the list, so that memory holds no part twice."""
     if len(parts) == 1:
         return parts.pop()
     names = ("token_ids", "times", "values", "subject_ids", "birth_times")
@@ -202,9 +209,9 @@ def joined(parts: list[SplitEvents]) -> SplitEvents:
 
 
 def n_doubled(events: pl.DataFrame) -> int:
-    """Count the events that are exact copies of another one: same subject, time, code and number.
+    """Count the events that are exact copies of another event: same subject, time, code and number.
 
-    Rows are compared by 64-bit hashes: of 10^8 rows about one in 4,000 counts is off by one.
+    Rows are compared by 64-bit hashes; with 10^8 rows the count is off by one with a probability of about 1 in 4,000.
 
     >>> events = {"subject_id": [1, 1, 1], "time": [None] * 3, "code": ["A", "A", "A"], "numeric_value": [1.0, 1.0, None]}
     >>> n_doubled(pl.DataFrame(events))
@@ -214,7 +221,9 @@ def n_doubled(events: pl.DataFrame) -> int:
 
 
 def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
-    """A row a subject, in order of appearance: subject_id, n_events, birth_time (microseconds, `STATIC_TIME` if unknown).
+    """Return one row per subject, in order of appearance: subject_id, n_events, birth_time.
+
+    The time of birth is in microseconds since 1970-01-01, `STATIC_TIME` if the record has none.
 
     >>> from datetime import datetime
     >>> events = {"subject_id": [7, 7, 3], "time": [None, datetime(1970, 1, 1), datetime(2020, 1, 1)],
@@ -230,36 +239,37 @@ def subject_rows(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def subject_arrays(parts: list[pl.DataFrame]) -> list[npt.NDArray[np.int64]]:
-    """The arrays of `SUBJECT_ARRAYS`, from the rows of `subject_rows`."""
+    """Return the arrays of `SUBJECT_ARRAYS`, given the rows of `subject_rows`."""
     rows = pl.concat(parts)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows["n_events"].to_numpy())])
     return [rows["subject_id"].to_numpy(), offsets, rows["birth_time"].to_numpy()]
 
 
 def event_times(events: pl.DataFrame) -> npt.NDArray[np.int64]:
-    """Microseconds since 1970-01-01 of every event, `STATIC_TIME` for static ones."""
+    """Return the microseconds since 1970-01-01 of every event, `STATIC_TIME` for static events."""
     return events["time"].cast(pl.Int64).fill_null(STATIC_TIME).to_numpy()
 
 
 def settings_key(settings: VocabularySettings) -> dict[str, Any]:
-    """What of the settings determines the store: the lookups by content, not by name."""
+    """Return the settings that determine the store's content; lookup files are identified by content, not by name."""
     return {**settings.__dict__, "lookups": [file_sha256(path) for path in settings.lookups if Path(path).is_file()]}
 
 
 def store_folder(cache_dir: Path, source: Source, settings: VocabularySettings) -> Path:
-    """Where the store of this source and these settings belongs.
+    """Return the folder of the store for a source and settings.
 
-    The data's fingerprint is not part of the name: changed data meet the old store and are refused, not rebuilt unasked.
+    The folder's name does not depend on the fingerprint of the data. So if the data have changed, the old store is
+    found and refused, rather than a new one built without the user's knowledge.
     """
     where = str(source.labels_dir.parent)
     return cache_dir / "stores" / f"{source.name}-{digest({'root': where, **settings_key(settings)}, 10)}"
 
 
 def check_fingerprint(store: EventStore, source: Source) -> None:
-    """Refuse a store that was built from other data than `source` now holds.
+    """Refuse a store that was built from other data than `source` now has.
 
     Raises:
-        UserError: names the first file that differs, with both fingerprints.
+        UserError: the data differ; the message names the first file that differs, with both fingerprints.
     """
     found, expected = source.fingerprint(), store.manifest["source"]
     for file in sorted({*found, *expected}):
@@ -274,7 +284,7 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
 
 
 class _SplitWriter:
-    """Appends a split's events to its files."""
+    """Append a split's events to the files of the store."""
 
     def __init__(self, folder: Path, has_values: bool) -> None:
         folder.mkdir(parents=True)
@@ -285,7 +295,7 @@ class _SplitWriter:
         self.n_unknown = self.n_doubled = 0
 
     def append(self, events: pl.DataFrame, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-        """Write events; their token ids."""
+        """Write events and return their token ids, (N,)."""
         token_ids, values = vocabulary.encode(events["code"], events["numeric_value"])
         for key, array in {"token_ids": token_ids, "times": event_times(events), "values": values}.items():
             if key in self.files:

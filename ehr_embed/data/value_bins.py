@@ -1,4 +1,4 @@
-"""From a code's numbers to bins, their names in words, and a scale."""
+"""Compute the value bins of a code, their names in words, and the scale that normalises its values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 
 def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.float32]:
-    """Lower bounds of the second and later quantile bins; every bin holds at least one of `values`.
+    """Return the lower bounds of the second and later quantile bins; every bin holds at least one of `values`.
 
-    A variable with no more distinct values than bins gets one bin a value.
+    A variable with at most `n_bins` distinct values gets one bin per value.
 
     >>> bin_edges(np.arange(10.), 5).tolist()
     [2.0, 4.0, 6.0, 8.0]
@@ -24,21 +24,22 @@ def bin_edges(values: npt.NDArray[np.float32], n_bins: int) -> npt.NDArray[np.fl
         return distinct[1:]
     if n_bins < 2:
         return distinct[:0]
-    # numpy.quantile(method="higher"), whose preparations take longer than most codes' sorting
+    # The same as numpy.quantile(method="higher"), whose overhead is larger than the time to sort the values of most
+    # codes.
     edges = ordered[np.ceil((len(ordered) - 1) * (np.arange(1, n_bins) / n_bins)).astype(np.intp)]
     edges = edges[_is_first(edges) & (edges > distinct[0])]
-    if not len(edges):  # nearly all values are the minimum: bin what lies above it
+    if not len(edges):  # nearly all values equal the minimum, so the values above it are binned
         return np.concatenate([distinct[1:2], bin_edges(ordered[ordered > distinct[0]], n_bins - 1)])
     return edges
 
 
 def _is_first(ordered: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Whether a sorted value differs from the one before it."""
+    """Return for each sorted value whether it differs from the one before it."""
     return np.append(np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1])
 
 
 def bin_text(number: int, n_bins: int) -> str:
-    """A value bin in words; `number` counts from 1.
+    """Return the name of a value bin in words; `number` counts from 1.
 
     >>> bin_text(8, 10)
     'high (8th of 10)'
@@ -53,8 +54,10 @@ def bin_text(number: int, n_bins: int) -> str:
 
 
 def robust_scale(values: npt.NDArray[np.float32]) -> tuple[float, float]:
-    """Median and interquartile range / 1.349 (the standard deviation of a normal variable with that range);
-    the standard deviation where the range is 0, and 1 where that is 0 too.
+    """Return the median and a robust standard deviation.
+
+    The latter is the interquartile range / 1.349, which is the standard deviation of a normal variable with that range.
+    Where the range is 0, it is the standard deviation of the values; where that is 0 too, it is 1.
 
     >>> robust_scale(np.array([1., 1., 1.]))
     (1.0, 1.0)
@@ -65,7 +68,7 @@ def robust_scale(values: npt.NDArray[np.float32]) -> tuple[float, float]:
 
 
 def quantile(ordered: npt.NDArray[np.float32], share: float) -> float:
-    """The quantile of sorted values as `numpy.quantile` gives it, whose preparations take longer than all else here.
+    """Return the same quantile of sorted values as `numpy.quantile`, without its overhead.
 
     >>> quantile(np.array([1.0, 2.0, 4.0]), 0.75)
     3.0

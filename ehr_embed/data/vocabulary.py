@@ -1,4 +1,4 @@
-"""Tokens: one per code, or per code and value bin. Fitted on train only."""
+"""Fit the vocabulary on train: one token per code, or one per code and value bin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import atomic_path, read_json, write_json
+from ehr_embed.core.files import atomic_path, file_sha256, read_json, write_json
 from ehr_embed.data.code_statistics import code_statistics
 from ehr_embed.data.value_bins import bin_edges, bin_text, robust_scale
 from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
@@ -20,22 +20,25 @@ from ehr_embed.sources.protocol import Source
 
 PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
 UNKNOWN_TEXT = "Unknown event"
+TOKENS_FILE = "vocab.csv"
+"""The tokens in a vocabulary's folder; the digest of this file is the vocabulary's identity."""
 VALUE_MODES = ("bins", "continuous", "both", "none")
 VALUE_LIMIT = 10.0
-"""Normalised values are clipped here: beyond ten robust standard deviations lie typing errors."""
+"""Normalised values are clipped to this many robust standard deviations; values beyond it are mostly typing errors."""
 
 
 @dataclass(frozen=True)
 class VocabularySettings:
-    """What the vocabulary is fitted with.
+    """Settings with which the vocabulary is fitted.
 
     Attributes:
         values: `bins` (token = code and value bin), `continuous` (token = code, number beside it), `both`, or `none`.
         n_bins: quantile bins per code.
-        min_count: a code with fewer train events folds into its parent's token, or keeps a token of its plain text.
-        lookups: CSV files with columns code,term whose texts win over the dataset's descriptions.
-        describe_unseen: a code that a description or lookup names and train never has gets a token of its own text, without
-            its numbers; else it has its parent's token or is unknown.
+        min_count: a code with fewer train events gets its parent's token or, if it has no useful parent, a token
+            without value bins.
+        lookups: CSV files with columns code,term; their texts take precedence over the dataset's descriptions.
+        describe_unseen: whether a code that never occurs in train, but has a text in a description or lookup, gets a
+            token of its own, without values; if False, such a code has its parent's token or is unknown.
     """
 
     values: str = "bins"
@@ -63,14 +66,16 @@ class VocabularySettings:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens and the map from (code, value) to them. What follows from them is made once, and must not be changed.
+    """V tokens, and the map from (code, value) to them. Derived arrays are cached, so nothing in it may be changed.
 
     Attributes:
-        settings: what it was fitted with.
-        tokens: token (row number), str, text, count (train events; 0 until the store is built).
-        codes: code, plain_token, bin_token (first bin's token, -1 = no bins), edges (lower bounds of bins 2...),
-            loc and scale (median and robust standard deviation of the values in train).
-        report: coverage by text step, and what was folded or dropped.
+        settings: the settings with which it was fitted.
+        tokens: one row per token: token (row number), str (name), text, count (train events; 0 until the store is
+            built).
+        codes: one row per code: code, plain_token (token without value bin), bin_token (token of the first bin, -1 = no
+            bins), edges (lower bounds of the second and later bins), loc and scale (median and robust standard
+            deviation of the values in train).
+        report: shares of codes and events by the origin of their text, and numbers of folded codes.
     """
 
     settings: VocabularySettings
@@ -80,17 +85,17 @@ class Vocabulary:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Text of every token; row 0, padding, is empty."""
+        """Return the text of every token, (V,); token 0, padding, has an empty text."""
         return self.tokens["text"].to_list()
 
     @cached_property
     def strings(self) -> list[str]:
-        """Name of every token: its code, with the value bin if it has one; distinct."""
+        """Return the distinct names of the tokens, (V,): the code, with the value bin if there is one."""
         return self.tokens["str"].to_list()
 
     @cached_property
     def plain_tokens(self) -> npt.NDArray[np.int64]:
-        """Of every token that of its code without the value bin, itself for one that has no bin, (V,)."""
+        """Return for each token, (V,), the token of its code without value bin, which is itself if it has no bin."""
         tokens = np.arange(len(self))
         for plain, first, edges in self.codes.select("plain_token", "bin_token", "edges").iter_rows():
             if first >= 0:
@@ -99,14 +104,16 @@ class Vocabulary:
 
     @cached_property
     def token_codes(self) -> list[str | None]:
-        """Code of every token: that of a bin without the bin, the parent where rare codes were folded; None for the
-        special tokens."""
+        """Return the code of every token, without its value bin; None for the special tokens.
+
+        A token to which rare codes were folded has the code of their parent.
+        """
         strings = self.strings
         return [None] * FIRST_TOKEN + [strings[token] for token in self.plain_tokens[FIRST_TOKEN:].tolist()]
 
     @cached_property
     def token_bins(self) -> npt.NDArray[np.float32]:
-        """Number of every token's value bin, from 1, NaN for a token without one, (V,)."""
+        """Return the number of every token's value bin, (V,), counted from 1; NaN for a token without a bin."""
         bins = np.full(len(self), np.nan, np.float32)
         for first, edges in self.codes.select("bin_token", "edges").iter_rows():
             if first >= 0:
@@ -117,15 +124,16 @@ class Vocabulary:
         return len(self.tokens)
 
     def encode(self, codes: pl.Series, values: pl.Series) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Token id and normalised value of every event.
+        """Return the token id and the normalised value of every event.
 
         Args:
             codes: (N,) String.
             values: (N,) Float32, null = no value.
 
         Returns:
-            token ids (N,) int32, `UNKNOWN` for a code without token or parent; values (N,) float32 in robust standard
-            deviations from the train median, NaN where there is none or the settings carry no values.
+            Token ids (N,) int32, `UNKNOWN` for a code without a token and without a parent that has one; values (N,)
+            float32 in robust standard deviations from the train median, NaN for events without a value, or if the
+            settings carry no values.
         """
         index = pl.DataFrame({"code": self.codes["code"], "index": np.arange(len(self.codes), dtype=np.int64)})
         row = pl.DataFrame({"code": codes}).join(index, on="code", how="left", maintain_order="left")["index"]
@@ -152,15 +160,15 @@ class Vocabulary:
         return token_N, normal_N
 
     def decode(self, token_ids: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> pl.DataFrame:
-        """Codes and numbers of generated events, the inverse of `encode` as far as there is one.
+        """Return the codes and numbers of generated events; this inverts `encode` as far as possible.
 
         Args:
-            token_ids: (N,).
-            values: (N,) normalised, NaN = none.
+            token_ids: (N,) token ids.
+            values: (N,) normalised values, NaN = no value.
 
         Returns:
-            code String: the bin is left out, a rare code comes back as the parent it was folded into; numeric_value
-            Float32: null where the value is NaN.
+            One row per event: code String, without value bin, and for a rare code the parent into which it was folded;
+            numeric_value Float32, null where the value is NaN.
         """
         code_of, row_of = self.token_codes, self._row_of_code
         codes = [code_of[token] for token in token_ids.tolist()]
@@ -184,13 +192,13 @@ class Vocabulary:
         return edges
 
     def with_counts(self, counts: npt.NDArray[np.int64]) -> Vocabulary:
-        """The same vocabulary with the number of train events of each token, (V,)."""
+        """Return the same vocabulary with the number of train events of each token, (V,)."""
         return Vocabulary(self.settings, self.tokens.with_columns(count=pl.Series(counts)), self.codes, self.report)
 
     def with_codes(self, texts: pl.DataFrame) -> Vocabulary:
-        """The same vocabulary with a token more for each code of `texts` (code, text), none of which it has.
+        """Return the vocabulary with one more token for each row of `texts` (code, text), whose codes must be new.
 
-        Their numbers have no scale in train, so they are left out.
+        Values of the new codes are left out, since train gives no scale for them.
         """
         new = np.arange(len(self), len(self) + len(texts))
         tokens = texts.select(token=pl.Series(new), str="code", text="text", count=pl.lit(0, pl.Int64))
@@ -207,7 +215,7 @@ class Vocabulary:
 
     def save(self, folder: Path) -> None:
         """Write vocab.csv (token,str,text,count), codes.parquet and vocabulary.json to `folder`."""
-        with atomic_path(folder / "vocab.csv") as path:
+        with atomic_path(folder / TOKENS_FILE) as path:
             self.tokens.write_csv(path)
         with atomic_path(folder / "codes.parquet") as path:
             self.codes.write_parquet(path)
@@ -216,12 +224,23 @@ class Vocabulary:
 
     @staticmethod
     def load(folder: Path) -> Vocabulary:
-        """Read what `save` wrote."""
+        """Read the vocabulary that `save` wrote to `folder`."""
         about = read_json(folder / "vocabulary.json")
         schema = {"token": pl.Int64, "str": pl.String, "text": pl.String, "count": pl.Int64}
-        tokens = pl.read_csv(folder / "vocab.csv", schema=schema).with_columns(pl.col("text").fill_null(""))
+        tokens = pl.read_csv(folder / TOKENS_FILE, schema=schema).with_columns(pl.col("text").fill_null(""))
         settings = VocabularySettings(**{**about["settings"], "lookups": tuple(about["settings"]["lookups"])})
         return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
+
+
+def vocabulary_sha256(folder: Path) -> str | None:
+    """Return the digest by which stores, tables and checkpoints know the vocabulary in `folder`; None where there is none."""
+    file = folder / TOKENS_FILE
+    return file_sha256(file) if file.is_file() else None
+
+
+def read_strings(folder: Path) -> list[str]:
+    """Return the strings of all tokens (V,) of the vocabulary in `folder`, in the order of their ids."""
+    return pl.read_csv(folder / TOKENS_FILE, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
 
 
 def fit_vocabulary(
@@ -230,7 +249,10 @@ def fit_vocabulary(
     """Fit tokens, bins and value normalisation on the train split of `source`, one shard in memory at a time.
 
     Args:
-        scratch: folder for what does not fit in memory, None = the system's; nothing is left there.
+        source: the source of the events and of the descriptions of codes.
+        settings: the settings of the vocabulary.
+        scratch: folder for temporary files of values that do not fit in memory; None = the system's.
+        seed: seed of the samples of values, see `code_statistics`.
 
     Raises:
         UserError: there is no train event, or `scratch` cannot be written to.
@@ -260,8 +282,9 @@ def fit_vocabulary(
         builder.add(code, numbers.get(code, NO_NUMBERS))
     for code, parent in folded.select("code", "parent").iter_rows():
         builder.fold(code, parent, numbers.get(code, NO_NUMBERS))
-    # Codes of the other splits are never counted. What metadata say of them is no statistic, so they may be described;
-    # of the others, those whose parent has a token can still use it.
+    # Codes of the other splits are never counted. A description in the metadata is no statistic of these splits, so
+    # such a code may get a token from its description; a code without one still uses its parent's token, if that
+    # exists.
     own_text = texts.filter(pl.col("step").is_in(["lookup", "description"]) & settings.describe_unseen)
     described_unseen = own_text.filter(~pl.col("code").is_in(counts["code"].implode()))["code"]
     for code in described_unseen:
@@ -286,7 +309,7 @@ def fit_vocabulary(
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What of a code's numbers enters the vocabulary."""
+    """Bin edges and scale of a code's values, as they enter the vocabulary."""
 
     edges: list[float]
     loc: float
@@ -303,7 +326,7 @@ def _numbers(values: npt.NDArray[np.float32], settings: VocabularySettings) -> _
 
 
 class _Builder:
-    """Collects tokens and the rows of the code map."""
+    """Collect the tokens, and the rows of the map from codes to tokens."""
 
     def __init__(self, text_of: dict[str, str]) -> None:
         self.text_of = text_of
@@ -312,7 +335,7 @@ class _Builder:
         self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
 
     def _free(self, string: str) -> str:
-        """A name that no code has: vectors and codes are looked up by the tokens' names."""
+        """Return `string`, with primes added until no code has that name, since tokens are looked up by name."""
         while string in self.text_of:
             string += "'"
         return string
@@ -341,7 +364,7 @@ class _Builder:
         self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale)
 
     def describe(self, code: str) -> None:
-        """A token of the code's text alone: without events in train its numbers have no scale."""
+        """Add a token with the code's text and no values, which have no scale without events in train."""
         self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
 
     def fold(self, code: str, parent: str, numbers: _Numbers) -> None:

@@ -1,4 +1,4 @@
-"""Vectors that came with the data: those of the original pipeline's per-patient files."""
+"""Provide the vectors that came with the data in the original pipeline's per-patient files."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ehr_embed.sources.imported import import_folder
 from ehr_embed.sources.patient_files import VECTORS
 
 UNKNOWN_TOKEN = "<unknown>"
-"""String of the token that stands for unknown ones in both this project's and the original's vocabularies."""
+"""String of the token for unknown events, in the vocabularies of this project and of the original pipeline."""
 
 
 class FilesEmbedder:
-    """Looks texts up among the vectors that the import of a `data=patient_files` corpus wrote.
+    """Embedder that looks texts up in the table of vectors that the import of a `data=patient_files` corpus wrote.
 
-    The unknown event has the vector of the corpus' own unknown token, or zeros where it has none.
+    The unknown event has the vector of the corpus' own unknown token, or a vector of zeros if the corpus has none.
 
     Args:
-        data_dir: the corpus.
-        root: the folder its import lies in; None = its place in the cache.
+        data_dir: folder of the corpus.
+        root: folder of its import; None = the import's folder in the cache.
         cache_dir: folder of the cache.
-        batch_size: texts a call.
+        batch_size: texts per call of `embed`.
     """
 
     reads_text = True
@@ -52,7 +52,7 @@ class FilesEmbedder:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The vectors' own digest: two corpora never share cached vectors."""
+        """Return a digest of the table of vectors, so that two corpora never share cached vectors."""
         self._refuse_missing()
         return {"class": "FilesEmbedder", "sha256": file_sha256(self.path)}
 
@@ -74,7 +74,7 @@ class FilesEmbedder:
         return np.concatenate([self._vectors, zeros])[rows]
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there are no worker processes to end."""
 
     def _refuse_missing(self) -> None:
         if not self.path.is_file():

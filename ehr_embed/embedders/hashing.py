@@ -1,4 +1,4 @@
-"""Feature hashing: deterministic vectors without weights, for tests and as the weakest text baseline."""
+"""Embed texts by feature hashing: deterministic vectors without weights, for tests and as the weakest text baseline."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from ehr_embed.data.vocabulary import Vocabulary
 
 
 class HashingEmbedder:
-    """Signed hashes of words and character trigrams (Weinberger et al. 2009, arXiv:0902.2206), of norm one.
+    """Embedder that sums signed hashes of words and character trigrams (Weinberger et al. 2009, arXiv:0902.2206).
+
+    Vectors are scaled to a norm of one.
 
     Args:
-        embedding_dim: width E.
-        batch_size: texts a call.
+        embedding_dim: width E of the vectors.
+        batch_size: texts per call of `embed`.
     """
 
     reads_text = True
@@ -47,4 +49,4 @@ class HashingEmbedder:
         return np.divide(vectors, norms, where=norms > 0, out=vectors)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there are no worker processes to end."""

@@ -1,4 +1,4 @@
-"""What an embedder must offer."""
+"""Define the protocol of an embedder."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from ehr_embed.data.vocabulary import Vocabulary
 
 
 class Embedder(Protocol):
-    """A fixed map from texts to vectors; `embedder.trainable` says whether training moves them afterwards."""
+    """Fixed map from texts to vectors; `embedder.trainable` decides whether training changes the vectors afterwards."""
 
     batch_size: int
+    """Texts per call of `embed`."""
 
     reads_text: bool
-    """Whether the vector of a text that no vocabulary has says something of it."""
+    """Whether vectors depend on the texts' meaning, so that a text outside the vocabulary has a useful vector too."""
 
     @property
     def embedding_dim(self) -> int:
-        """Width E of the vectors, read from the model."""
+        """Return the width E of the vectors, as the model says."""
         ...
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able; everything that determines the vectors."""
+        """Return a JSON-able description of everything that determines the vectors."""
         ...
 
     def names(self, vocabulary: Vocabulary) -> list[str]:
-        """What `embed` is given for each token, (V,): the texts, or the distinct strings where no text is read."""
+        """Return the input of `embed` per token, (V,): its text, or its distinct name if no texts are read."""
         ...
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Vectors of the texts, (n, E) float32."""
+        """Return the vectors of the texts, (n, E) float32."""
         ...
 
     def close(self) -> None:
-        """Release worker processes, if any."""
+        """End the worker processes, if there are any."""
         ...

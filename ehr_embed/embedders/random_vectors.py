@@ -1,4 +1,4 @@
-"""Random vectors, which know no text: the start of an embedding learned from the events alone, or a control."""
+"""Provide random vectors that depend on no text: the start of an embedding learned from events alone, or a control."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ehr_embed.data.vocabulary import Vocabulary
 
 
 class RandomEmbedder:
-    """A vector drawn for each token's name from a normal distribution, of norm about one, as text vectors have.
+    """Embedder that draws a vector for each token's name from a normal distribution.
 
-    A name has the same vector in every vocabulary.
+    The norm of a vector is about one, like that of a text vector. A name has the same vector in every vocabulary.
 
     Args:
-        embedding_dim: width E.
-        seed: draws other vectors.
-        batch_size: names a call.
+        embedding_dim: width E of the vectors.
+        seed: seed of the vectors.
+        batch_size: names per call of `embed`.
     """
 
     reads_text = False
@@ -47,4 +47,4 @@ class RandomEmbedder:
         return vectors / np.float32(np.sqrt(self.embedding_dim))
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there are no worker processes to end."""

@@ -1,4 +1,4 @@
-"""Any sentence-transformers model: bundled, in a local folder, or from the Hugging Face hub."""
+"""Embed texts with any sentence-transformers model: bundled, in a local folder, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_to
 DTYPES = ("float32", "bfloat16", "float16")
 CPU_BATCH, GPU_BATCH = 32, 128
 BATCHES_A_CALL = 4
-"""Of each device: those that are done with theirs go on with what is left of the call."""
+"""Batches per device in one call of `embed`: a device that is done with a batch takes the next one of the call."""
 
 
 class SentenceTransformerEmbedder:
-    """Frozen vectors of texts; weights are loaded at the first text that the cache does not have.
+    """Embedder with frozen weights; they are loaded when a text is not in the cache of vectors.
 
     Args:
         model: `bundled` (all-MiniLM-L6-v2 from the installed package), a local folder, or a hub id.
-        revision: commit, branch or tag on the hub; None takes the copy at hand, else the newest.
-        prompt: put before every text, as the model's authors prescribe; None for none.
-        pooling: how token vectors become one (`POOLINGS`); None takes the model's own.
-        normalize: scale vectors to length one.
-        truncate_dim: keep the first dimensions only (Matryoshka models, arXiv:2205.13147); None keeps all.
-        embedding_dim: width the user expects, checked against the model; None reads it from the model.
-        batch_size: texts a batch on each device; None = 128 on a GPU and 32 on a CPU. A call takes four a device.
-        device: `auto` (all GPUs, else the CPU), one device, or a list of them.
-        dtype: of the weights: float32, bfloat16 or float16.
+        revision: commit, branch or tag on the hub; None = the downloaded copy, or the newest commit if there is none.
+        prompt: prefix of every text, as the model's authors prescribe; None = no prefix.
+        pooling: one of `POOLINGS`, to pool the vectors of a text's tokens; None = the model's own pooling.
+        normalize: whether to scale vectors to a norm of one.
+        truncate_dim: number of first dimensions to keep (Matryoshka models, arXiv:2205.13147); None = all.
+        embedding_dim: width that the user expects, compared with the model's; None = the model's width.
+        batch_size: texts per batch on each device; None = 128 on a GPU and 32 on a CPU. A call of `embed` takes four
+            batches per device.
+        device: `auto` (all GPUs, else the CPU), one device, or a list of devices.
+        dtype: dtype of the weights: float32, bfloat16 or float16.
 
     Raises:
-        UserError: unknown pooling or dtype, a folder or weights that cannot be had, a damaged bundled model.
+        UserError: pooling or dtype is unknown, the folder or the weights are missing, or the bundled model is damaged.
     """
 
     reads_text = True
@@ -82,12 +83,12 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def folder(self) -> Path | None:
-        """The model's local folder; None for a hub id that is not there yet."""
+        """Return the model's local folder; None for a hub id that has not been downloaded yet."""
         return local_folder(self.model, self.revision, key=KEY)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        # A hub snapshot is named by its commit; any other folder by the digest of its files.
+        # A hub snapshot is identified by its commit, any other folder by the digest of its files.
         folder = self.folder
         if folder is None:
             _ = self._loaded
@@ -128,8 +129,8 @@ class SentenceTransformerEmbedder:
         return vocabulary.texts
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        _ = self.embedding_dim  # a typed width that disagrees is refused before any work
-        # What fits in one batch is not worth the seconds that processes take to start.
+        _ = self.embedding_dim  # refuses a width other than the model's before any text is embedded
+        # Starting the processes takes seconds, which texts that fit in one batch are not worth.
         if len(self.devices) > 1 and self._pool is None and len(texts) > self._batch_size:
             self._pool = self._loaded.start_multi_process_pool(self.devices)
         with self._dead_processes_named():
@@ -153,7 +154,7 @@ class SentenceTransformerEmbedder:
     def _dead_processes_named(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over its vectors
+        except (RuntimeError, OSError, EOFError) as error:  # the last two occur if it ended while it sent its vectors
             dead = [process for process in (self._pool or {}).get("processes", ()) if not process.is_alive()]
             if not dead:
                 raise
@@ -182,17 +183,17 @@ class SentenceTransformerEmbedder:
 
 
 class _Encoder(SentenceTransformer):
-    """Its processes end with the one that started them, however that ends: each holds memory of a device."""
+    """Sentence transformer whose workers, each with GPU memory, end with their parent even if that is killed."""
 
     @classmethod
     def _multi_process_worker(cls, *arguments: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started them ends them
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends its workers
         end_with_parent()
         super()._multi_process_worker(*arguments)
 
 
 def _devices(device: str | list[str]) -> list[str]:
-    """The devices to embed on; `auto` is every GPU, else Apple's, else the CPU."""
+    """Return the devices that embed; `auto` is every CUDA GPU, else Apple's GPU, else the CPU."""
     if device != "auto":
         return [device] if isinstance(device, str) else list(device)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Right vectors on the wrong tokens: what is left of a model when its texts mean nothing."""
+"""Permute the vectors of an embedder among the tokens: a control for what a model owes to the texts' meaning."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ehr_embed.embedders.protocol import Embedder
 
 
 class ShuffledTextEmbedder:
-    """Another embedder's vectors, dealt out anew among the tokens of a vocabulary.
+    """Embedder that permutes another embedder's vectors among the tokens of a vocabulary.
 
-    A control (Hewitt and Liang 2019, arXiv:1909.03368): tokens are as well apart as before, since the vectors are the
-    same, but none lies where its text would put it. Each vocabulary is dealt its own way, and texts that it does not
-    have stay without a vector.
+    This is a control (Hewitt and Liang 2019, arXiv:1909.03368): the set of vectors is unchanged, so tokens are as far
+    apart as before, but no token has the vector of its own text. Each vocabulary has its own permutation, so a text
+    outside the vocabulary has no vector.
 
     Args:
-        inner: the embedder whose vectors they are.
-        seed: deals otherwise.
+        inner: the embedder that computes the vectors.
+        seed: seed of the permutation.
     """
 
     reads_text = False
@@ -49,7 +49,9 @@ class ShuffledTextEmbedder:
 
 
 def deranged(names: Sequence[str], seed: int) -> list[str]:
-    """The same names in another order, none where it was; where one fills more than half of the places, some stay.
+    """Return the names in another order, in which no position has its old name.
+
+    If one name has more than half of the positions, some of these keep it.
 
     >>> deranged(["a", "b"], 0)
     ['b', 'a']
@@ -60,7 +62,8 @@ def deranged(names: Sequence[str], seed: int) -> list[str]:
     """
     if not names:
         return []
-    # Equal names side by side, in random order: a step as long as the longest such row leaves every row.
+    # Equal names are put next to each other, groups in random order. A cyclic shift by the size of the largest group
+    # then moves every name out of its group.
     distinct, group_N, counts = np.unique(np.array(names, dtype=object), return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(names)), rng.permutation(len(distinct))[group_N]))

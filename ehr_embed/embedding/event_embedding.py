@@ -1,4 +1,4 @@
-"""Event vectors by lookup in the embedding table, on the model's device."""
+"""Look up the vectors of events in the embedding table, and make a model's inputs from a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TRAINABLE = ("frozen", "residual", "full")
 
 
 class EventEmbedding(nn.Module):
-    """The table: token ids to vectors. Kept apart from the model, whose weights stay free of it.
+    """Embedding table as a module of its own, so that the model's weights do not include it.
 
-    Its `state_dict` holds what is learned and nothing else: `learned` (V, E), or nothing when frozen.
+    Its `state_dict` holds learned parameters only: `learned` (V, E), or nothing when frozen.
 
     Args:
         table: (V, E) vectors of the tokens' texts.
-        trainable: `frozen` (the vectors stay as they are), `residual` (each gets a learned offset, zero at the start), or
-            `full` (the vectors themselves are learned; these are the start).
+        trainable: `frozen` (the vectors stay as they are), `residual` (a learned offset, zero at the start, is added to
+            each), or `full` (the vectors themselves are learned, starting from `table`).
 
     Raises:
-        UserError: unknown `trainable`.
+        UserError: `trainable` is none of these.
 
     >>> embedding = EventEmbedding(torch.eye(3), "residual")
     >>> torch.equal(embedding.table, torch.eye(3)), list(embedding.state_dict())
@@ -45,26 +45,33 @@ class EventEmbedding(nn.Module):
 
     @property
     def _parts(self) -> list[Tensor]:
-        """What a vector is the sum of."""
+        """Return the tables, (V, E) each, whose sum is the embedding table."""
         return [part for part in (self.fixed, self.learned) if part is not None]
 
     @property
     def table(self) -> Tensor:
-        """(V, E): every token's vector as it now is."""
+        """Return the present vector of every token, (V, E)."""
         return reduce(torch.add, self._parts)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """(...) ids -> (..., E)."""
+        """Return the vectors (..., E) of token ids (...)."""
         return reduce(torch.add, (F.embedding(token_ids, part) for part in self._parts))
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What a model takes, from a batch on the table's device: the table's rows in use, each event's row and token, times, and
-        where the events and the sequences are."""
+        """Return the inputs of a model, by name, from a batch on the table's device.
+
+        `rows` (R, E) are the vectors in use, and `row_ids` (B, T) the row of each event in them. `padding_mask` (B, T)
+        is True for events and False for padding. All other inputs are attributes of `Batch` under the same name and
+        with the same shape: `token_ids`, `is_static`, `places`, `sequence_starts`, the times `days`, `gap_days`,
+        `elapsed_days`, `age_days`, and `values`, `segments` and `event_index`, which are left out where the batch has
+        None.
+        """
         row_ids, n_tokens = batch.token_ids, len(self._parts[0])
         if n_tokens <= row_ids.numel():
             rows = self.table
         elif row_ids.device.type != "cpu":
-            # To find the distinct ones would wait for the device, which costs more than the products spared.
+            # Finding the distinct tokens would make the host wait for the device, which takes longer than the products
+            # it saves.
             rows = self(row_ids.flatten())
             row_ids = torch.arange(row_ids.numel(), device=row_ids.device).view_as(row_ids)
         else:

@@ -1,4 +1,4 @@
-"""From a source and an embedder to an event store and an embedding table, built only where missing."""
+"""Prepare the event store and the embedding table of a source and an embedder; build them only if they are missing."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training reads.
+    """The data that training reads.
 
     Attributes:
         store: events and vocabulary.
         table: (V, E) vectors of the tokens' texts.
-        table_path: its file.
-        table_digest: changes with the texts or the embedder.
-        identity: digests of the embedder and the vocabulary, which trained weights depend on.
-        embedding_seconds: spent on the table; 0 where it was there.
+        table_path: file of the table.
+        table_digest: digest of the table's file, which changes with the texts or the embedder.
+        identity: digests of the embedder and the vocabulary, on which trained weights depend.
+        embedding_seconds: seconds spent on building the table; 0 if it existed.
     """
 
     store: EventStore
@@ -52,10 +52,19 @@ def prepare(
     overwrite: bool = False,
     integrity: str = "auto",
 ) -> Prepared:
-    """Open the store and the table, building what is missing; one process at a time builds, others wait for it.
+    """Open the store and the table, and build them if missing; one process at a time builds, others wait for it.
+
+    Args:
+        source: the source of the events.
+        settings: the settings of the vocabulary.
+        embedder: the embedder of the tokens' texts.
+        cache_dir: folder of the cache, in which store and table lie.
+        min_text_coverage: share of train events with a real text below which a warning is logged.
+        overwrite: whether to build store and table again.
+        integrity: how the files are compared with the manifest, see `ehr_embed.core.manifest`.
 
     Raises:
-        UserError: the store was built from other data (unless `overwrite`), or anything the parts refuse.
+        UserError: the store was built from other data and `overwrite` is False, or building or opening failed.
     """
     folder = store_folder(cache_dir, source, settings)
     with locked(folder.with_suffix(".lock"), f"building {folder}"), known_fingerprints(cache_dir):
@@ -85,7 +94,7 @@ def prepare(
 
 
 def report(store: EventStore, min_text_coverage: float) -> None:
-    """Log where texts came from and what was folded or dropped; warn where too few events have a real text."""
+    """Log the origins of texts, the folded codes and the sizes of the splits; warn if few events have a real text."""
     found = store.vocabulary.report
     for what, shares in found["text_coverage"].items():
         log.info("text of %s from: %s", what, ", ".join(f"{step} {share:.1%}" for step, share in shares.items()))
@@ -100,7 +109,7 @@ def report(store: EventStore, min_text_coverage: float) -> None:
     for split in SPLITS:
         sizes = store.manifest["splits"][split]
         log.info(
-            "%s: %d subjects, %d events, %d of them unknown to train",
+            "%s: %d subjects, %d events, %d of them with a code unknown in train",
             split,
             sizes["n_subjects"],
             sizes["n_events"],

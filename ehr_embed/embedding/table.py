@@ -1,4 +1,4 @@
-"""The embedding table: row i is the vector of token i's text."""
+"""Build, write and read the embedding table, whose row i is the vector of token i's text."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from ehr_embed.embedding.vector_cache import embed_texts
 log = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST = torch.finfo(torch.float16).smallest_normal
-"""Numbers below it lose digits in float16."""
+"""Smallest number that float16 represents in full precision."""
 
 
 def build_table(texts: list[str], *, embedder: Embedder, cache_dir: Path) -> Tensor:
-    """(V, E) float32; row 0, padding, is zero and its text is not embedded."""
+    """Return the table (V, E) float32 of V texts; row 0, padding, is zero, and its text is not embedded."""
     vectors = embed_texts(embedder, texts[1:], cache_dir=cache_dir)
     return torch.from_numpy(np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors]))
 
 
 def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
-    """Write the table as safetensors, in float16 where that holds the vectors; its metadata, `about` and the vectors' sha256, are
-    its manifest."""
+    """Write the table as safetensors, in float16 if that suffices; its metadata are `about` and a sha256."""
     vectors = as_stored(table).contiguous()
     if vectors.dtype != torch.float16:
         log.warning(
@@ -49,8 +48,9 @@ def save_table(path: Path, table: Tensor, about: dict[str, str]) -> None:
 
 
 def as_stored(vectors: Tensor) -> Tensor:
-    """Return vectors as a table on disk holds them: float16, or float32 where a number would become infinite or all of them
-    would lose digits.
+    """Return vectors as they are stored on disk: in float16, or in float32 if float16 cannot represent them.
+
+    That is the case if a number would become infinite, or if all numbers are so small that they would lose digits.
 
     >>> as_stored(torch.tensor([1.0])).dtype, as_stored(torch.tensor([1e5])).dtype, as_stored(torch.tensor([1e-6])).dtype
     (torch.float16, torch.float32, torch.float32)
@@ -61,10 +61,11 @@ def as_stored(vectors: Tensor) -> Tensor:
 
 
 def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[str, str]]:
-    """The table as float32, and its metadata.
+    """Return the table (V, E) as float32, and its metadata.
 
     Raises:
-        UserError: the file is damaged, or was made from other texts or by another embedder than `expected` says.
+        UserError: the file is damaged, or its metadata differ from `expected`: it belongs to other texts or another
+            embedder.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -87,7 +88,7 @@ def load_table(path: Path, *, expected: dict[str, str]) -> tuple[Tensor, dict[st
 
 
 def _sha256(vectors: Tensor, about: dict[str, str]) -> str:
-    """Of the vectors' bytes, shape and type, and of what is said about them."""
+    """Return the SHA-256 of the vectors' bytes, shape and dtype, and of the metadata."""
     facts = json.dumps([about, list(vectors.shape), str(vectors.dtype)], sort_keys=True)
     total = hashlib.sha256(facts.encode())
     total.update(vectors.contiguous().view(torch.uint8).numpy().data)

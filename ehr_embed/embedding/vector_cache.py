@@ -1,6 +1,7 @@
-"""A text-to-vector cache shared by all datasets: SQLite, addressed by the text's digest, one file an embedder.
+"""Cache the vectors of texts for all datasets, in one SQLite file per embedder with the digest of the text as key.
 
-The file is its own manifest: it names the embedder, and beside each vector stands a checksum of embedder, text and vector.
+The file needs no manifest: it holds the embedder's fingerprint, and for each vector a checksum of embedder, text and
+vector.
 """
 
 from __future__ import annotations
@@ -23,26 +24,27 @@ from ehr_embed.embedders.protocol import Embedder
 
 log = logging.getLogger(__name__)
 FORMAT = 1
-"""SQLite's `user_version`; 0 had no checksums."""
+"""Version of the file's format, in SQLite's `user_version`; files of version 0 have no checksums."""
 LOCK_TIMEOUT_S = 600
 LOOKUP_CHUNK = 500
-"""Keys a query; SQLite limits the parameters of one."""
+"""Keys per query; SQLite limits the number of parameters of a query."""
 Vectors = dict[str, npt.NDArray[np.float32]]
 
 
 def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) -> npt.NDArray[np.float32]:
-    """Vectors of texts, (n, E), in their order; only texts that no dataset had before are embedded.
+    """Return the vectors of texts, (n, E); only texts that are not in the cache are embedded.
 
-    One process at a time embeds for a cache; others that miss texts wait and take over what it found. Each batch is committed
-    on its own, so that an interrupted run loses at most one.
+    One process at a time embeds texts for a cache file; other processes that need vectors wait and then read the new
+    ones from the file. Each batch is committed at once, so that an interrupted run loses one batch at most.
 
     Raises:
-        UserError: an empty text, a vector of the wrong shape or with NaN, vectors that do not tell texts apart, a damaged or
-            foreign cache, or one that cannot be written.
+        UserError: a text is empty; a vector has the wrong shape or NaN; different texts have the same vector; or the
+            cache is damaged, belongs to another embedder, or cannot be written.
     """
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise UserError(
-            f"text {blank[0]} is empty ({len(blank)} such): an empty text has no meaning to embed. Give it a description."
+            f"text {blank[0]} is empty ({len(blank)} such texts), and an empty text has no meaning to embed. Give its code a "
+            "description."
         )
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     path = cache_dir / "embeddings" / f"{digest(embedder.fingerprint)}.sqlite"
@@ -51,7 +53,7 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
         if len(found) < len(distinct):
             with locked(path.with_suffix(".lock"), f"embedding texts into {path}"):
                 found |= _look_up(database, path, [text for text in distinct if text not in found])
-                # The longest first: a batch that does not fit in memory fails at once, not at the end.
+                # The longest texts are embedded first, so that a batch that does not fit in memory fails at once.
                 missing = [text for text in reversed(distinct) if text not in found]
                 found |= _embed(database, path, missing, embedder)
     result = np.stack([found[text] for text in texts]) if texts else np.empty((0, embedder.embedding_dim), np.float32)
@@ -76,7 +78,7 @@ def _embed(database: sqlite3.Connection, path: Path, texts: Sequence[str], embed
 
 @contextmanager
 def _opened(path: Path, embedder: Embedder) -> Iterator[sqlite3.Connection]:
-    """The cache, made if it is missing; what SQLite says of a damaged file or a full disk ends in one line."""
+    """Open or make the cache file; turn SQLite's errors for a damaged file or a full disk into `UserError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +98,7 @@ def _opened(path: Path, embedder: Embedder) -> Iterator[sqlite3.Connection]:
 def _open(database: sqlite3.Connection, path: Path, embedder: Embedder) -> None:
     fingerprint = json.dumps(embedder.fingerprint, sort_keys=True, default=str)
     with database:
-        database.execute("BEGIN IMMEDIATE")  # of two processes that open it at once, one makes the tables
+        database.execute("BEGIN IMMEDIATE")  # if two processes open a new file at once, only one makes the tables
         database.execute(
             "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB, checksum BLOB) WITHOUT ROWID"
         )
@@ -112,7 +114,7 @@ def _open(database: sqlite3.Connection, path: Path, embedder: Embedder) -> None:
 
 
 def _upgrade(database: sqlite3.Connection, path: Path) -> None:
-    """Give the vectors of an earlier version their checksums: to embed them again may take hours."""
+    """Add checksums to the vectors of an earlier version's file, since embedding the texts again may take hours."""
     columns = [row[1] for row in database.execute("PRAGMA table_info(vectors)")]
     if "checksum" not in columns:
         log.info("adding checksums to %s", path)
@@ -123,7 +125,7 @@ def _upgrade(database: sqlite3.Connection, path: Path) -> None:
 
 
 def _look_up(database: sqlite3.Connection, path: Path, texts: Sequence[str]) -> Vectors:
-    """The vectors that are there already, each compared with its checksum."""
+    """Return the cached vectors of texts; each is compared with its checksum."""
     found: Vectors = {}
     text_of = {_key(text): text for text in texts}
     keys = list(text_of)
@@ -131,7 +133,7 @@ def _look_up(database: sqlite3.Connection, path: Path, texts: Sequence[str]) -> 
         chunk = keys[start : start + LOOKUP_CHUNK]
         query = f"SELECT key, vector, checksum FROM vectors WHERE key IN ({','.join('?' * len(chunk))})"
         for key, vector, checksum in database.execute(query, chunk):
-            # A flipped bit can also give a value another type.
+            # A flipped bit can also change the type of a value, so the type is checked first.
             is_whole = isinstance(vector, bytes) and key in text_of and checksum == _checksum(path, key, vector)
             if not is_whole:
                 raise UserError(
@@ -152,7 +154,7 @@ def _key(text: str) -> bytes:
 
 
 def _checksum(path: Path, key: bytes, vector: bytes) -> bytes:
-    """Of text and vector, with the embedder that names the file: rows of another cache do not pass."""
+    """Return the checksum of a key and its vector, keyed by the file's name so that rows of another cache fail."""
     return hashlib.blake2b(key + vector, digest_size=8, key=path.stem.encode()).digest()
 
 
@@ -166,10 +168,10 @@ def _check(vectors: npt.NDArray[np.float32], texts: Sequence[str], width: int) -
 
 
 def check_informative(vectors: npt.NDArray[np.float32], texts: Sequence[str]) -> None:
-    """Refuse vectors that do not tell different texts apart: training on them would silently ignore the texts.
+    """Refuse vectors that are the same for different texts: a model trained on them would silently ignore the texts.
 
     Raises:
-        UserError: all vectors are zero, or (nearly) the same for different texts.
+        UserError: all vectors are zero, or nearly the same for different texts.
 
     >>> check_informative(np.eye(2, dtype=np.float32), ["fever", "cough"])
     """

@@ -1,9 +1,10 @@
-"""Subject-level bootstrap as weights, and metrics under many weightings of the same samples at once.
+"""Subject-level bootstrap by weights: metrics are computed for many weightings of the same samples at once.
 
-A subject's samples are not independent, so the bootstrap redraws subjects and lets all their samples move together.
-A replicate is a vector of weights (how often each subject was drawn), and every metric is computed from weights:
-the scores are sorted once, and whatever is a sum over samples becomes a matrix product with per-subject sums.
-Replicate 0 has weight one everywhere and is the point estimate, so value and interval share one code path.
+The samples of a subject are not independent, so the bootstrap draws subjects, each with all its samples. A replicate is
+a vector of weights, the number of times that each subject was drawn, and every metric is computed from these weights:
+the scores are sorted once, and each sum over samples is a matrix product of the weights with sums per subject.
+Replicate 0 has a weight of one everywhere and gives the point estimate, so that value and interval come from the same
+code.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ N_CALIBRATION_BINS = 10
 # Entries of one (replicates, samples) float64 chunk: 32 MiB, and a handful of such arrays are alive at once.
 _CHUNK_ENTRIES = 2**22
 MANY_SUBJECTS = 2**17
-"""Above, a draw goes block by block; at and below, all at once, so that a seed gives the intervals that it always gave."""
-_BLOCK = 2**16  # a uint16 numbers the subjects of a block, and their counts fit into a core's cache
+"""Number of subjects above which a draw is made in blocks. Smaller draws are made at once, so that a given seed keeps
+its intervals."""
+_BLOCK = 2**16  # a uint16 can number the subjects of a block, and their counts fit into a core's cache
 
 NO_INTERVAL = "no interval: one subject"
-"""Said in the place of an interval where all draws are the data themselves."""
+"""Text in place of an interval if there is one subject, because every draw would be the data themselves."""
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.intp]
@@ -34,23 +36,23 @@ Booleans = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Ranking:
-    """Samples sorted by descending score, cut into segments where the ties that hold a positive begin and end.
+    """Samples sorted by descending score, and cut into segments at the start and end of each tie that holds a positive.
 
-    n samples, m positives, g distinct scores among the positives, s <= 2g + 1 segments. Only at a positive's score do the two
-    areas gain anything, so that the sum of the weights in each segment is all that they need: one pass over the samples per
-    weighting, without a cumulative sum of n numbers.
+    There are n samples, m positives, g distinct scores among the positives, and s <= 2g + 1 segments. AUROC and average
+    precision grow only at the scores of positives, so the sums of the weights per segment suffice to compute them. Each
+    weighting then takes one pass over the samples, without a cumulative sum of n numbers.
     """
 
     order: Integers  # (n,) sorted position -> sample
     positive_at: Integers  # (m,) sorted positions of the positives
     segment_start: Integers  # (s,) sorted position at which each segment begins
-    tie_start: Integers  # (g,) segments ranked strictly above the tie
-    tie_stop: Integers  # (g,) the same, and the tie itself
-    positive_start: Integers  # (g,) positives ranked strictly above the tie
+    tie_start: Integers  # (g,) number of segments ranked strictly above the tie
+    tie_stop: Integers  # (g,) number of segments ranked at or above the tie
+    positive_start: Integers  # (g,) number of positives ranked strictly above the tie
 
     @classmethod
     def fit(cls, labels: Booleans, scores: Floats) -> Ranking:
-        """Sort `scores` (n,) once, for any number of weightings."""
+        """Build the ranking of `scores` (n,), which serves any number of weightings."""
         order = np.argsort(-scores, kind="stable")
         y = labels[order]
         starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) != 0])
@@ -59,12 +61,12 @@ class Ranking:
         has_positive = positives[stops] > positives[starts]
         starts, stops = starts[has_positive], stops[has_positive]
         edges = np.unique(np.r_[0, starts, stops, len(order)])
-        # Typed as a single number by NumPy's stubs.
+        # NumPy's stubs give the result of searchsorted the type of a single number.
         tie_start, tie_stop = (np.asarray(np.searchsorted(edges, places)) for places in (starts, stops))
         return cls(order, np.flatnonzero(y), edges[:-1], tie_start, tie_stop, positives[starts])
 
     def areas(self, weights: Floats) -> tuple[Floats, Floats]:
-        """AUROC and average precision under `weights` (b, n), which are in the order of the ranking.
+        """Return AUROC and average precision under `weights` (b, n), which are in the order of the ranking.
 
         Ties count half in the AUROC and are one threshold in the average precision, as in scikit-learn.
 
@@ -89,14 +91,14 @@ class Ranking:
 
 
 def _cumulative(weights: Floats) -> Floats:
-    """(b, n) -> (b, n + 1) sums of the first 0, 1, ..., n columns."""
+    """Return the sums of the first 0, 1, ..., n columns, (b, n) -> (b, n + 1)."""
     sums = np.zeros((weights.shape[0], weights.shape[1] + 1))
     np.cumsum(weights, axis=1, out=sums[:, 1:])
     return sums
 
 
 def weighted_areas(labels: npt.ArrayLike, scores: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """AUROC and average precision for many weightings of the same samples at once.
+    """Return AUROC and average precision for many weightings of the same samples at once.
 
     Args:
         labels: (n,) 0/1.
@@ -115,7 +117,7 @@ def weighted_areas(labels: npt.ArrayLike, scores: npt.ArrayLike, weights: npt.Ar
 
 
 def chunk_rows(n_rows: int, n_columns: int) -> Iterator[int]:
-    """Rows of each chunk into which (n_rows, n_columns) are cut, so that memory stays bounded.
+    """Yield the numbers of rows of the chunks into which an (n_rows, n_columns) array is cut to bound the memory.
 
     >>> list(chunk_rows(5, 2**21))
     [2, 2, 1]
@@ -126,10 +128,11 @@ def chunk_rows(n_rows: int, n_columns: int) -> Iterator[int]:
 
 
 def draw_counts(n_subjects: int, rng: np.random.Generator) -> Integers:
-    """How often each of n subjects occurs among n draws with replacement, (n_subjects,).
+    """Draw n subjects out of n with replacement, and return how often each occurs, (n_subjects,).
 
-    Many subjects are drawn in two steps, which together have the same multinomial distribution: how many draws fall into each
-    block of subjects, then which subjects of the block. Counting within a block stays in cache, which is 3 times as fast.
+    Many subjects are drawn in two steps, which together have the same multinomial distribution: first the number of
+    draws per block of subjects, then the subjects within each block. The counts of a block fit into a core's cache,
+    which makes the draw 3 times as fast.
 
     >>> draw_counts(5, np.random.default_rng(0)).tolist(), draw_counts(200_000, np.random.default_rng(0)).sum().item()
     ([0, 2, 1, 1, 1], 200000)
@@ -147,20 +150,25 @@ def draw_counts(n_subjects: int, rng: np.random.Generator) -> Integers:
 
 @dataclass(frozen=True)
 class SubjectBootstrap:
-    """Draws of subjects with replacement. Replicate 0 is the data as it is; 1 ... n_bootstrap are the draws.
+    """Draws subjects with replacement; replicate 0 is the data themselves, and 1 ... n_bootstrap are the draws.
 
-    The same seed gives the same draws, so replicates of several classes or labels can be averaged. Of one subject there are no
-    draws: each would be the data themselves, and an interval of no width would look like certainty.
+    The same seed gives the same draws, so replicates of several classes or labels can be averaged. With a single
+    subject there are no draws: each would be the data themselves, and an interval of width zero would look like
+    certainty.
     """
 
-    subject: Integers  # (n,) index in 0 ... n_subjects - 1 of each sample's subject
+    subject: Integers  # (n,) index of each sample's subject, in 0 ... n_subjects - 1
     n_subjects: int
     n_bootstrap: int
     seed: int
 
     @classmethod
     def of(cls, subject_ids: npt.ArrayLike, *, n_samples: int, n_bootstrap: int, seed: int) -> SubjectBootstrap:
-        """Number the subjects of `subject_ids` (n,)."""
+        """Build the bootstrap of samples whose subjects are `subject_ids` (n,).
+
+        Raises:
+            UserError: there is not one subject id per sample, or `n_bootstrap` is negative.
+        """
         ids = np.asarray(subject_ids)
         if ids.shape != (n_samples,):
             raise UserError(
@@ -172,7 +180,7 @@ class SubjectBootstrap:
         return cls(subject.astype(np.intp), len(unique), n_bootstrap if len(unique) > 1 else 0, seed)
 
     def weights(self) -> Iterator[Floats]:
-        """Yield chunks (b, n_subjects) of how often each subject is drawn, 1 + n_bootstrap rows in all."""
+        """Yield chunks (b, n_subjects) of the number of draws of each subject, 1 + n_bootstrap rows in all."""
         rng = np.random.default_rng(self.seed)
         is_first = True
         for n_rows in chunk_rows(1 + self.n_bootstrap, len(self.subject)):
@@ -183,28 +191,35 @@ class SubjectBootstrap:
             yield chunk
 
     def totals(self, values: npt.NDArray[Any]) -> Floats:
-        """Sum `values` (n,) over each subject's samples: (n_subjects,)."""
-        # Typed as integers by NumPy's stubs, which overlook that weights make the counts floats.
+        """Return the sums of `values` (n,) over the samples of each subject, (n_subjects,)."""
+        # NumPy's stubs give bincount an integer type and overlook that weights make the counts floats.
         totals: Any = np.bincount(self.subject, weights=values, minlength=self.n_subjects)
         return np.asarray(totals, dtype=np.float64)
 
     def calibration_totals(self, probabilities: Floats, outcomes: Booleans) -> Floats:
-        """Sums of probability minus outcome over each subject's samples in each bin: (n_subjects, 10).
+        """Return the sums of probability minus outcome per subject and calibration bin, (n_subjects, 10).
 
-        The expected calibration error is the sum over bins of their absolute totals, divided by the samples.
+        The expected calibration error is the sum of the bins' absolute totals, divided by the number of samples.
         """
         return calibration_totals(self.subject, self.n_subjects, probabilities, outcomes)
 
 
 def calibration_totals(member: Integers, n_members: int, probabilities: Floats, outcomes: Booleans) -> Floats:
-    """Sums of probability minus outcome (n,) over the samples of each member and calibration bin: (n_members, 10)."""
+    """Return the sums of probability minus outcome per member and calibration bin, (n_members, 10).
+
+    Args:
+        member: (n,) index of the member, such as a subject or cell, that each sample belongs to.
+        n_members: number of members.
+        probabilities: (n,) in [0, 1].
+        outcomes: (n,).
+    """
     cell = member * N_CALIBRATION_BINS + calibration_bin(probabilities)
     totals: Any = np.bincount(cell, weights=probabilities - outcomes, minlength=n_members * N_CALIBRATION_BINS)
     return np.asarray(totals, dtype=np.float64).reshape(-1, N_CALIBRATION_BINS)
 
 
 def calibration_bin(probabilities: Floats) -> Integers:
-    """The bin of each probability among 10 of equal width; the last one includes 1.
+    """Return the index of each probability's bin among 10 bins of equal width; the last bin includes 1.
 
     >>> calibration_bin(np.array([0.0, 0.09, 0.1, 0.95, 1.0])).tolist()
     [0, 0, 1, 9, 9]

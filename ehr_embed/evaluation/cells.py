@@ -1,4 +1,4 @@
-"""The bootstrap of many samples: those that count alike in every metric are one cell, and a replicate weighs cells."""
+"""Bootstrap of many samples: samples that count alike in every metric form a cell, and a replicate weighs cells."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from ehr_embed.evaluation.bootstrap import (
 )
 
 MANY_SAMPLES = 2**17
-"""Above, replicates weigh cells; at and below, samples one by one, so that a seed gives the intervals that it always gave."""
+"""Number of samples above which replicates weigh cells. Fewer samples are weighed one by one, so that a given seed
+keeps its intervals."""
 N_GROUPS = 2**14
-"""Positives' scores that are told apart. With more of them, neighbours are ties: AUROC and AUPRC move by less than 1e-4."""
+"""Largest number of distinct scores of positives. If there are more, neighbouring scores become ties, which changes
+AUROC and AUPRC by less than 1e-4."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Samples cut by their score where the positives' scores begin and end, by label, and by prediction.
+    """Samples grouped into cells: a cell has one label, one prediction, and scores in one segment of a `Ranking`.
 
-    The data themselves have their exact values. In a replicate each sample counts with its cell's mean, and with more than
-    `N_GROUPS` distinct scores among the positives both areas are approximate.
+    The metrics of the data themselves are exact. In a replicate each sample counts with the mean of its cell, and with
+    more than `N_GROUPS` distinct scores among the positives, AUROC and average precision are approximate.
     """
 
-    cell: Integers  # (n,) of each sample; cells are numbered by descending score
-    size: Integers  # (c,) samples of each cell
-    ranking: Ranking  # of the cells
+    cell: Integers  # (n,) cell of each sample; cells are numbered by descending score
+    size: Integers  # (c,) number of samples per cell
+    ranking: Ranking  # ranking of the cells
     of_data: tuple[float, float]  # AUROC and average precision of the samples themselves
 
     @classmethod
     def fit(cls, labels: Booleans, scores: Floats, predicted: Booleans | None = None) -> Cells:
-        """Cut the samples of `labels` and `scores` (n,), of which `predicted` (n,) count as predicted positive."""
+        """Build the cells of `labels` and `scores` (n,); `predicted` (n,) marks the samples predicted positive."""
         own = Ranking.fit(labels, scores)
         n, n_positive = len(labels), len(own.positive_at)
         edges = own.segment_start
@@ -57,11 +59,11 @@ class Cells:
         return cls(cell, size, ranking, (float(auroc[0]), float(auprc[0])))
 
     def mean(self, values: Booleans | Floats) -> Floats:
-        """Mean of `values` (n,) over the samples of each cell, (c,)."""
+        """Return the mean of `values` (n,) over the samples of each cell, (c,)."""
         return np.bincount(self.cell, weights=values, minlength=len(self.size)) / self.size
 
     def calibration_means(self, probabilities: Floats, outcomes: Booleans) -> Floats:
-        """Sums of probability minus outcome over each cell's samples in each bin, per sample of the cell: (c, 10)."""
+        """Return the sum of probability minus outcome per cell and calibration bin over the cell's size, (c, 10)."""
         return calibration_totals(self.cell, len(self.size), probabilities, outcomes) / self.size[:, None]
 
     def weights(self, bootstrap: SubjectBootstrap) -> Iterator[Floats]:
@@ -72,9 +74,9 @@ class Cells:
             yield np.add.reduceat(np.take(weights, subject, axis=1), first, axis=1)
 
     def own_weights(self, bootstrap: SubjectBootstrap) -> Iterator[Floats]:
-        """As `weights`, where no other metric needs the same draws.
+        """Yield chunks as `weights` does, for metrics that need not share their draws with others.
 
-        Of subjects with one sample each, how often each cell is drawn is multinomial: no subject need be drawn.
+        If each subject has one sample, the numbers of draws per cell are multinomial and are drawn directly.
         """
         if bootstrap.n_subjects < len(self.cell):
             yield from self.weights(bootstrap)
@@ -87,16 +89,16 @@ class Cells:
 
 @dataclass(frozen=True)
 class SampleAreas:
-    """AUROC and average precision of samples under the weights of their subjects."""
+    """Computes AUROC and average precision of samples under the weights of their subjects."""
 
     ranking: Ranking
-    subject: Integers  # (n,) of each sample, in the order of the ranking, or of the cells
-    first: Integers | None  # (c,) where each cell begins; None = samples are weighed one by one
-    of_data: tuple[float, float] | None
+    subject: Integers  # (n,) subject of each sample, in the order of the ranking, or of the cells
+    first: Integers | None  # (c,) index at which each cell begins; None = samples are weighed one by one
+    of_data: tuple[float, float] | None  # exact AUROC and average precision of the samples, if they are in cells
 
     @classmethod
     def fit(cls, bootstrap: SubjectBootstrap, labels: Booleans, scores: Floats) -> SampleAreas:
-        """Sort the samples of `labels` and `scores` (n,), and group them into cells if they are many."""
+        """Sort the samples of `labels` and `scores` (n,), and group them into cells if there are many."""
         if len(labels) <= MANY_SAMPLES:
             ranking = Ranking.fit(labels, scores)
             return cls(ranking, bootstrap.subject[ranking.order], None, None)
@@ -106,7 +108,12 @@ class SampleAreas:
         return cls(cells.ranking, bootstrap.subject[order], first, cells.of_data)
 
     def of(self, weights: Floats, *, is_first: bool) -> tuple[Floats, Floats]:
-        """Both areas (b,) under the weights (b, n_subjects); `is_first` = the first row is the data themselves."""
+        """Return AUROC and average precision (b,) under weights (b, n_subjects).
+
+        Args:
+            weights: weight of each subject in each replicate.
+            is_first: whether the first row is the data themselves, for which the exact values are known.
+        """
         own = np.take(weights, self.subject, axis=1)
         if self.first is not None:
             own = np.add.reduceat(own, self.first, axis=1)

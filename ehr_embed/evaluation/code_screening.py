@@ -1,4 +1,4 @@
-"""What is known of each code at each prediction time, as sparse columns, and how well each column alone ranks a class."""
+"""Builds sparse features of each code at each prediction time, and measures how well each alone ranks a class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ehr_embed.data.vocabulary import Vocabulary
 
 MIN_PER_CLASS = 20
 MAX_SAMPLES = 100_000
-"""Samples beyond these are not needed to see an AUROC of 0.98; they are left out at random."""
+"""Largest number of samples that are screened, drawn at random; more are not needed to see an AUROC of 0.98."""
 CHUNK_EVENTS = 2_000_000
 COUNT, PRESENCE, AT_PREDICTION, LAST_VALUE = "count", "presence", "presence at the prediction time", "last value"
 RECORD = "record"
@@ -32,9 +32,10 @@ class Entries:
 
     Attributes:
         row, column: (m,) sample and column of each cell.
-        value: (m,) its number.
-        n_columns: columns of the table.
-        empty_is_zero: an empty cell is a number below all others; else its sample is left out of the column.
+        value: (m,) number in each cell.
+        n_columns: number of columns of the table.
+        empty_is_zero: whether an empty cell counts as a number below all others; otherwise its sample is left out of
+            the column.
     """
 
     row: npt.NDArray[np.int64]
@@ -46,12 +47,13 @@ class Entries:
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """Tables of some samples.
+    """Tables of features of the screened samples.
 
     Attributes:
-        rows: (n,) the samples taken, as indices of those given.
-        entries: `COUNT`, `PRESENCE`, `AT_PREDICTION` and `LAST_VALUE` with a column a code, `RECORD` with those of `record_names`.
-        record_names: what `RECORD` tells.
+        rows: (n,) indices of the screened samples among all samples.
+        entries: tables by name: `COUNT`, `PRESENCE`, `AT_PREDICTION` and `LAST_VALUE` with one column per code, and
+            `RECORD` with the columns of `record_names`.
+        record_names: names of the columns of `RECORD`.
     """
 
     rows: npt.NDArray[np.int64]
@@ -60,10 +62,10 @@ class SampleFeatures:
 
 
 def code_groups(vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], list[str], npt.NDArray[np.int64]]:
-    """Tokens by code, all value bins of a code together.
+    """Group the tokens by code, so that all value bins of a code form one group.
 
     Returns:
-        group of each token (V,); name of each group; its plain token.
+        The group of each token (V,), the name of each group, and the plain token (without a value bin) of each group.
     """
     tokens, groups = np.unique(vocabulary.plain_tokens, return_inverse=True)
     strings = vocabulary.strings
@@ -71,10 +73,11 @@ def code_groups(vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], list[str
 
 
 def sample_features(vocabulary: Vocabulary, events: SplitEvents, samples: Samples, *, seed: int = 0) -> SampleFeatures:
-    """Per code: how often it is visible, whether it is, whether it is at the very prediction time, and its last value.
+    """Build the features of each code: count, presence, presence at the prediction time, and last value.
 
-    Visible is what the model sees: the sample's events. A value is the number beside the token, or where the vocabulary
-    carries none the value bin. Memory is bounded by `CHUNK_EVENTS`, and by `MAX_SAMPLES` times the codes of a sample.
+    Only events that the model sees count, the events of the sample. A value is the numeric value of the event, or the
+    value bin of its token if events carry no values. `CHUNK_EVENTS`, and `MAX_SAMPLES` times the codes per sample,
+    bound the memory.
     """
     groups, names, tokens = code_groups(vocabulary)
     n_codes = len(names)
@@ -114,7 +117,7 @@ def sample_features(vocabulary: Vocabulary, events: SplitEvents, samples: Sample
 
 
 def record_entries(events: SplitEvents, samples: Samples) -> Entries:
-    """The columns `RECORD_NAMES`; the last two for samples with a timed event."""
+    """Build the columns of `RECORD_NAMES`; samples without a timed event have no entry in the last two columns."""
     timed = np.flatnonzero(samples.start < samples.stop)
     first, last = events.times[samples.start[timed]], events.times[samples.stop[timed] - 1]
     times = samples.prediction_times[timed]
@@ -130,7 +133,10 @@ def record_entries(events: SplitEvents, samples: Samples) -> Entries:
 
 
 def visible_events(samples: Samples) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Chunks of whole samples: sample (N,) and event (N,) of each visible event; a sample's events come in their order."""
+    """Yield, in chunks of whole samples, the sample index (N,) and the event index (N,) of each visible event.
+
+    The events of a sample are in the order of its record.
+    """
     for begin, end in chunks(samples.lengths, CHUNK_EVENTS):
         part, index = samples.take(np.arange(begin, end)), np.arange(begin, end)
         n_static, n_timed = part.static_stop - part.static_start, part.stop - part.start
@@ -139,7 +145,7 @@ def visible_events(samples: Samples) -> Iterator[tuple[npt.NDArray[np.int64], np
 
 
 def chunks(sizes: npt.NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of items whose sizes add up to at most `limit`, a larger item alone.
+    """Yield consecutive ranges of items whose sizes add up to at most `limit`; a larger item is a range by itself.
 
     >>> list(chunks(np.array([3, 3, 9, 1]), 6))
     [(0, 2), (2, 3), (3, 4)]
@@ -155,7 +161,7 @@ def chunks(sizes: npt.NDArray[np.int64], limit: int) -> Iterator[tuple[int, int]
 def last_of_each(
     key: npt.NDArray[np.int64], value: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The distinct keys in order, and the last value of each.
+    """Return the distinct keys in ascending order, and the last value of each.
 
     >>> [part.tolist() for part in last_of_each(np.array([2, 1, 2]), np.array([5.0, 6.0, 7.0]))]
     [[1, 2], [6.0, 7.0]]
@@ -165,11 +171,14 @@ def last_of_each(
 
 
 def aurocs(entries: Entries, is_class: npt.NDArray[np.bool_], *, min_per_class: int = MIN_PER_CLASS) -> npt.NDArray:
-    """AUROC of each column as a score of the class, ties counting half; NaN below `min_per_class` on either side.
+    """Return the AUROC of each column as a score of the class, with ties counting half.
+
+    The AUROC is NaN for a column with fewer than `min_per_class` samples with or without the class.
 
     Args:
-        entries: of n samples.
-        is_class: (n,).
+        entries: table of n samples.
+        is_class: (n,) whether each sample has the class.
+        min_per_class: least number of samples with, and without, the class.
 
     >>> cells = Entries(np.array([0, 1, 3]), np.array([0, 0, 1]), np.array([1.0, 2.0, 1.0]), 2, True)
     >>> aurocs(cells, np.array([False, True, False, True]), min_per_class=1).tolist()

@@ -1,7 +1,8 @@
-"""Leakage audit: what would make a result better than it is, looked for in the store and the samples before training.
+"""Leakage audit: before training, search the store and the samples for leaks that would make a result look better.
 
-What is guaranteed elsewhere is not checked again: `MedsSource` refuses a subject in two splits or two files, `read_labels`
-a prediction time with two labels, `build_samples` shows no event after it.
+The audit does not repeat checks of other modules: `MedsSource` refuses a subject in two splits or two files,
+`read_labels` refuses a prediction time with two labels, and `build_samples` gives a sample no event after its
+prediction time.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from ehr_embed.evaluation.code_screening import (
 log = logging.getLogger(__name__)
 MODES = ("error", "warn", "off")
 FORMAT = 1
-"""Of what is kept with the store. Raise it where a check is added, removed or decides otherwise."""
+"""Version of the findings cached in the store's folder. Increase it when a check is added, removed or changed."""
 AUROC_LIMIT = 0.98
 MIN_DUPLICATE_EVENTS = 10
-"""Shorter records may be equal by chance."""
+"""Least number of events of records that are compared with each other; shorter records may be equal by chance."""
 PREVALENCE_Z, PREVALENCE_RATIO = 5.0, 1.5
 MAX_LISTED = 20
 
@@ -48,13 +49,13 @@ Level = Literal["leak", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found.
+    """A finding of the audit.
 
     Attributes:
-        check: which check found it.
-        level: `leak` stops a run under `audit=error`; a `note` is worth knowing and stops nothing.
-        message: a sentence.
-        details: numbers, codes and subject ids behind it, ready for JSON.
+        check: name of the check.
+        level: a `leak` stops a run under `audit=error`; a `note` is information and stops nothing.
+        message: the finding in one sentence.
+        details: the numbers, codes and subject ids of the finding, ready for JSON.
     """
 
     check: str
@@ -66,28 +67,29 @@ class Finding:
 def audit(
     store: EventStore, samples: Mapping[str, Samples], class_names: list[str], *, mode: str = "warn"
 ) -> dict[str, Any] | None:
-    """Look for leaks, and log what is found; what is found on tuning and held_out is reported and changes nothing.
+    """Look for leaks and log the findings; they change neither the data nor the training.
 
-    Checks: `split_overlap` (a subject id in two splits), `duplicate_subjects` (other ids, the same record; across splits a
-    leak), `death_before_prediction` (MEDS' code of death among the visible events), `single_code` (what is known of one code
-    in train tells a class with an AUROC above 0.98 or below 0.02), `record_shape` (so does the length of the record or its
-    end), `prevalence` (a class much more frequent in one split than in train; a note).
+    Checks: `split_overlap` (a subject id in two splits), `duplicate_subjects` (the same record under different ids; a
+    leak if in different splits), `death_before_prediction` (MEDS' code of death among the visible events),
+    `single_code` (a feature of one code alone ranks a class in train with an AUROC above 0.98 or below 0.02),
+    `record_shape` (the length of the record or its first or last time alone does so), `prevalence` (the share of a
+    class differs much between a split and train; a note).
 
-    What is found is kept in the store's folder: that of the events for every run on the store, that of the samples for every
-    run and trial with the same samples and labels.
+    The findings are cached in the store's folder: those about the events for all runs on the store, those about the
+    samples for all runs and trials with the same samples and labels.
 
     Args:
-        store: the events.
-        samples: of each split.
-        class_names: as the task has them; empty where nothing is predicted but events.
+        store: store of the events.
+        samples: samples of each split.
+        class_names: classes of the task; empty for a task that predicts events.
         mode: `error`, `warn`, or `off`.
 
     Returns:
-        findings, what could not be checked, the share of prediction times that events follow, and seconds, ready for JSON;
-        None when off.
+        The findings, the checks that were not possible, the share of prediction times that are followed by events, and
+        the seconds taken, ready for JSON; None for `off`.
 
     Raises:
-        UserError: unknown mode; with `error`, any leak, all of them listed.
+        UserError: the mode is unknown, or it is `error` and there is a leak; the message lists all leaks.
     """
     if mode not in MODES:
         raise unknown_name("audit", mode, MODES)
@@ -128,13 +130,13 @@ def audit(
 
 
 def _audit_events(store: EventStore, splits: Iterable[str]) -> dict[str, Any]:
-    """What follows from the events alone, whatever is predicted."""
+    """Run the checks that need the events alone."""
     events = {split: store.split(split) for split in splits}
     return {"findings": [asdict(finding) for finding in (*split_overlap(events), *duplicate_subjects(events))]}
 
 
 def _audit_samples(store: EventStore, samples: Mapping[str, Samples], class_names: list[str]) -> dict[str, Any]:
-    """What follows from the samples and their labels."""
+    """Run the checks that need the samples and their labels."""
     events = {split: store.split(split) for split in samples}
     findings: list[Finding] = []
     not_checked: list[str] = []
@@ -157,7 +159,9 @@ def _audit_samples(store: EventStore, samples: Mapping[str, Samples], class_name
 
 
 def class_columns(labels: npt.NDArray[Any], class_names: list[str]) -> dict[str, npt.NDArray[np.bool_]]:
-    """Name -> (n,) membership: the second of two classes, each of several, each label of a multi-label task; empty for others.
+    """Return masks (n,) of the classes to check: the second of two, each of several, or each of several labels.
+
+    The result is empty for labels that are no classes.
 
     >>> sorted(class_columns(np.array([0, 1]), ["false", "true"]))
     ['true']
@@ -173,7 +177,7 @@ def class_columns(labels: npt.NDArray[Any], class_names: list[str]) -> dict[str,
 
 
 def split_overlap(events: Mapping[str, SplitEvents]) -> list[Finding]:
-    """Subject ids that two splits share."""
+    """Find subject ids that are in two splits."""
     findings = []
     for one, other in combinations(events, 2):
         shared = np.intersect1d(events[one].subject_ids, events[other].subject_ids)
@@ -185,9 +189,10 @@ def split_overlap(events: Mapping[str, SplitEvents]) -> list[Finding]:
 
 
 def duplicate_subjects(events: Mapping[str, SplitEvents]) -> list[Finding]:
-    """Different ids with the same record: tokens, values, and times since the first timed event.
+    """Find different subject ids with the same record: the same tokens, values, and times since the first timed event.
 
-    A copy whose dates were shifted as a whole is thus found; records of fewer than 10 events are not compared.
+    A copy whose dates are all shifted by the same time is found too. Records with fewer than `MIN_DUPLICATE_EVENTS`
+    events are not compared.
     """
     ids, splits, hashes = [], [], []
     names = list(events)
@@ -220,7 +225,7 @@ def duplicate_subjects(events: Mapping[str, SplitEvents]) -> list[Finding]:
 
 
 def record_hashes(events: SplitEvents, *, chunk_events: int = CHUNK_EVENTS) -> npt.NDArray[np.uint64]:
-    """(S,) 64-bit hash of each subject's tokens, values and times since the first timed event, in their order."""
+    """Return a 64-bit hash of each subject's tokens, values and times since the first timed event, in order, (S,)."""
     first, lengths = events.offsets[:-1], np.diff(events.offsets)
     hashes = np.zeros(len(lengths), np.uint64)
     for begin, end in chunks(lengths, chunk_events):
@@ -238,13 +243,13 @@ def record_hashes(events: SplitEvents, *, chunk_events: int = CHUNK_EVENTS) -> n
         if events.values is not None:
             value = np.asarray(events.values[low:high])
             mixed = _mix(mixed ^ np.where(np.isnan(value), np.float32("nan"), value).view(np.uint32).astype(np.uint64))
-        # The position is in every term, so the sum keeps the order; unsigned sums wrap around.
+        # Every term depends on the position, so the sum depends on the order of the events; unsigned sums wrap around.
         np.add.at(hashes[begin:end], subject, mixed)
     return hashes
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the input moves half the bits of the output."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014), where each input bit changes half of the output bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -256,7 +261,7 @@ def death_before_prediction(
     samples: Mapping[str, Samples],
     classes: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]],
 ) -> list[Finding]:
-    """Prediction times at which the subject's death is visible: the outcome, or a prediction after it."""
+    """Find prediction times at which death is visible: it is the outcome itself, or the prediction is made after it."""
     groups, names, _ = code_groups(vocabulary)
     is_death_V = np.array([name.split("//")[0] == death_code for name in names])[groups]
     findings: list[Finding] = []
@@ -282,17 +287,20 @@ def death_before_prediction(
 def single_code(
     vocabulary: Vocabulary, features: SampleFeatures, is_class: npt.NDArray[np.bool_], class_name: str
 ) -> tuple[list[Finding], list[str]]:
-    """What of a single code, or of the record's shape, tells a class in train by itself; and what had too few samples.
+    """Find features of a single code, or of the record's shape, that alone rank a class in train (nearly) perfectly.
 
-    The rule: an AUROC above 0.98 or below 0.02 over at least 20 samples with and 20 without the class (for a last value,
-    among the samples that have one). Under chance an AUROC over 20 and 20 has a standard deviation of 0.09, so 0.98 lies
-    five of them away, too far for the best of a hundred thousand codes.
+    The limit is an AUROC above 0.98 or below 0.02 over at least 20 samples with and 20 without the class; for a last
+    value, only samples that have one count. By chance, an AUROC over 20 and 20 samples has a standard deviation of
+    0.09, so 0.98 is five standard deviations away, too far for the best of a hundred thousand codes.
+
+    Returns:
+        The findings, and a sentence for each class with too few samples to check.
     """
     n, n_class = len(is_class), int(is_class.sum())
     if min(n_class, n - n_class) < MIN_PER_CLASS:
         return [], [
-            f"{class_name}: codes that tell the label alone were not looked for, train has {n_class} samples with and "
-            f"{n - n_class} without it, fewer than {MIN_PER_CLASS}"
+            f"{class_name}: the audit did not look for codes that predict the label alone, because train has {n_class} "
+            f"samples with and {n - n_class} without it, one of them fewer than {MIN_PER_CLASS}"
         ]
     _, names, tokens = code_groups(vocabulary)
     found: dict[tuple[str, str], tuple[float, str]] = {}
@@ -313,10 +321,10 @@ def single_code(
     for (check, name), (value, what) in ranked[:MAX_LISTED]:
         details = {"class": class_name, "name": name, "feature": what, "auroc": value, "n": n, "n_class": n_class}
         about = f"{what} of {name} ({texts[token_of[name]]})" if check == "single_code" else what
-        message = f"{about} tells {class_name} in train alone, AUROC {value:.3f} ({n_class} of {n} samples)"
+        message = f"{about} alone predicts {class_name} in train, AUROC {value:.3f} ({n_class} of {n} samples)"
         findings.append(Finding(check, "leak", message, details))
     if len(ranked) > MAX_LISTED:
-        more = f"{len(ranked) - MAX_LISTED} more codes tell {class_name} alone"
+        more = f"{len(ranked) - MAX_LISTED} more codes alone predict {class_name} in train"
         findings.append(Finding("single_code", "leak", more, {"class": class_name, "n": len(ranked)}))
     return findings, []
 
@@ -324,8 +332,10 @@ def single_code(
 def followed_share(
     events: SplitEvents, samples: Samples, classes: Mapping[str, npt.NDArray[np.bool_]]
 ) -> dict[str, dict[str, float]]:
-    """Of each class and of the others, the share of prediction times after which the subject has an event: a label whose
-    cases go on and whose controls end, or the reverse, may rest on who was followed up."""
+    """Return, for each class and for the rest, the share of prediction times after which the subject has an event.
+
+    If records of cases continue and records of controls end, or the reverse, the label may depend on follow-up.
+    """
     last = np.searchsorted(events.offsets, samples.static_start, side="right")
     is_followed = samples.stop < events.offsets[last]
     shares = {}
@@ -336,7 +346,7 @@ def followed_share(
 
 
 def prevalence(classes: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]]) -> list[Finding]:
-    """Classes whose share in a split is not that in train: by half as much again, and by five standard errors."""
+    """Find classes whose shares in a split and in train differ by over a factor of 1.5 and five standard errors."""
     findings = []
     for name, train in classes["train"].items():
         for split in (split for split in classes if split != "train"):

@@ -1,4 +1,4 @@
-"""What a metric is: its name and which way is better, declared where the metric is computed; free of torch."""
+"""Declaration of a metric: its name and direction. This module does not import torch, so that a search starts fast."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Metric:
     """A number that a task measures on a split.
 
     Attributes:
-        name: its key in metrics.json.
-        is_higher_better: its direction, by which checkpoints, schedules and searches choose.
-        needs: what the data must hold for the metric to exist; None = nothing.
+        name: key of the metric in metrics.json.
+        is_higher_better: direction of the metric, by which checkpoints, schedules and searches choose.
+        needs: `values` if the metric exists only for events that carry values; None = it always exists.
     """
 
     name: str
@@ -25,10 +25,10 @@ class Metric:
 
 
 def metric_named(name: str, metrics: Iterable[Metric]) -> Metric:
-    """Return the metric of this name among a task's.
+    """Return the metric with this name among the metrics of a task.
 
     Raises:
-        UserError: the task has none of this name, or the name is that of a metric on held_out.
+        UserError: the task has no metric with this name, or the name is that of a metric on held_out.
 
     >>> own = (Metric("auroc", True), Metric("brier", False))
     >>> metric_named("brier", own).is_higher_better

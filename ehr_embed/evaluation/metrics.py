@@ -19,11 +19,11 @@ CLASS_METRICS = (
 )
 METRICS = tuple(metric.name for metric in CLASS_METRICS)
 LEAST_PROBABILITY = float(np.finfo(np.float64).eps)
-"""What a probability of 0 counts as in the loss, as in scikit-learn: a model that is sure and wrong has a finite loss."""
+"""Least probability in the loss, as in scikit-learn: a model that is certain and wrong has a finite loss."""
 
 
 def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Point value of each metric of a split, counts and the like left out.
+    """Return the point value of each metric of a split, without other entries such as counts.
 
     >>> values_of({"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10})
     {'auroc': 0.8}
@@ -32,7 +32,7 @@ def values_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def with_interval(entry: Mapping[str, float | None]) -> str:
-    """A metric's value with its interval, if it has one.
+    """Format a metric's value with its interval, if it has one.
 
     >>> with_interval({"value": 0.8, "low": 0.71, "high": 0.9}), with_interval({"value": 0.8, "low": None, "high": None})
     ('0.800 [0.710, 0.900]', '0.800')
@@ -42,7 +42,7 @@ def with_interval(entry: Mapping[str, float | None]) -> str:
 
 
 def intervals_missing(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each split of `metrics` (split -> its metrics) that has no intervals because it is one subject.
+    """Return a sentence for each split of `metrics` that has no intervals because all its samples are of one subject.
 
     >>> intervals_missing({"tuning": {"n_subjects": 1, "n": 40}, "held_out": {"n_subjects": 9, "n": 9}})
     ['All 40 samples of tuning are of one subject: nothing tells how the metrics vary between subjects, hence no intervals.']
@@ -92,7 +92,7 @@ def check_probabilities(probabilities: Floats, *, split_name: str) -> None:
     """Refuse NaN, infinite and out-of-range entries of `probabilities` (any shape).
 
     Raises:
-        UserError: as above, with the number of such entries.
+        UserError: there are such entries; the message gives their number.
     """
     n_bad = int((~np.isfinite(probabilities)).sum())
     if n_bad:
@@ -109,9 +109,10 @@ def check_probabilities(probabilities: Floats, *, split_name: str) -> None:
 
 
 def choose_threshold(labels: npt.ArrayLike, probabilities: npt.ArrayLike, *, split_name: str = "tuning") -> float:
-    """The threshold t that maximises the F1 of `probabilities >= t`; among equals, the largest.
+    """Return the threshold t that maximises the F1 of `probabilities >= t`; among equal thresholds, the largest.
 
-    Fit it on the tuning split only: chosen on held_out it would flatter every thresholded metric.
+    Choose the threshold on the tuning split only: a threshold chosen on held_out would flatter every thresholded
+    metric.
 
     Args:
         labels: (n,) 0/1.
@@ -143,28 +144,32 @@ def binary_metrics(
     confidence: float = 0.95,
     split_name: str,
 ) -> dict[str, Any]:
-    """Metrics of a binary task, each with a subject-level percentile bootstrap interval.
+    """Return the metrics of a binary task, each with a subject-level percentile bootstrap interval.
 
     AUROC, AUPRC (scikit-learn's average precision), F1, accuracy, precision, recall and Brier score equal
     scikit-learn's; precision and F1 are 0 where nothing is predicted or present. ECE is the expected calibration error
-    of the positive class: 10 equal-width bins, mean absolute gap between mean probability and observed rate,
-    weighted by samples. It is an absolute value, so resampling noise pushes it up and its interval may lie above it. The loss is
-    the mean negative log likelihood of the labels, in nats; every sample counts once, whatever the class weights and label
-    smoothing of training, so that runs with different ones can be compared.
+    of the positive class: the absolute gap between mean probability and observed rate in 10 bins of equal width,
+    averaged over samples. Because it is an absolute value, resampling noise increases it, and its interval may lie
+    above the point estimate. The loss is the mean negative log likelihood of the labels, in nats. Every sample counts
+    once, whatever the class weights and label smoothing of training are, so that runs can be compared.
 
-    A replicate that drew a single class is left out of the AUROC, AUPRC and recall intervals. With one sample a
-    subject and k positive subjects, about one in e^k is: 1 of 150 for k = 5, none of 1000 to speak of from k = 10.
+    A replicate with a single class is left out of the intervals of AUROC, AUPRC and recall. With one sample per subject
+    and k positive subjects, about one replicate in e^k has a single class: 1 in 150 for k = 5, and hardly any of 1000
+    for k = 10.
 
     Args:
         labels: (n,) 0/1.
-        probabilities: (n,) of the positive class, in [0, 1].
-        threshold: predicted positive when probability >= threshold. From `choose_threshold` on tuning.
+        probabilities: (n,) probability of the positive class, in [0, 1].
+        threshold: probability from which on a sample is predicted positive, from `choose_threshold` on tuning.
         subject_ids: (n,) integers or strings.
-        n_bootstrap: replicates; 0 gives point values only, at the cost of one sort.
+        n_bootstrap: number of replicates; 0 gives point values only, at the cost of one sort.
+        seed: seed of the bootstrap.
+        confidence: level of the intervals, in (0, 1).
+        split_name: name of the split, for error messages.
 
     Returns:
-        Each of `METRICS` -> {"value", "low", "high"}, low and high None without replicates or of one subject; and "n",
-        "n_subjects", "prevalence", "threshold". Ready for JSON.
+        Each of `METRICS` -> {"value", "low", "high"}, where low and high are None without replicates or with one
+        subject; and "n", "n_subjects", "prevalence", "threshold". Ready for JSON.
 
     Raises:
         UserError: see `check_binary`.
@@ -191,22 +196,24 @@ def multiclass_metrics(
     confidence: float = 0.95,
     split_name: str,
 ) -> dict[str, Any]:
-    """Metrics of a task with C exclusive classes; the prediction is the most probable class.
+    """Return the metrics of a task with C exclusive classes; the prediction is the most probable class.
 
-    AUROC and AUPRC are unweighted means of one class against the rest; F1, precision and recall are macro means;
-    the Brier score sums over classes and averages over samples (0 to 2); ECE is that of the top label.
+    AUROC and AUPRC are unweighted means over classes of one class against the rest. F1, precision and recall are macro
+    means. The Brier score is summed over classes and averaged over samples (0 to 2). ECE is that of the predicted
+    class.
 
     Args:
         labels: (n,) integers in 0 ... C - 1.
-        probabilities: (n, C), rows summing to one.
+        probabilities: (n, C), rows that sum to one.
         class_names: C names, in column order.
+        subject_ids, n_bootstrap, seed, confidence, split_name: as in `binary_metrics`.
 
     Returns:
         As `binary_metrics`, with "per_class" {name: {"n", and auroc, auprc, f1, precision, recall as values with
         intervals}} in place of prevalence and threshold.
 
     Raises:
-        UserError: a class is absent from the split (named), or probabilities are no distribution.
+        UserError: a class has no samples in the split, or the probabilities are no distributions.
     """
     y, p = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     n_classes = len(class_names)
@@ -262,20 +269,21 @@ def multilabel_metrics(
     confidence: float = 0.95,
     split_name: str,
 ) -> dict[str, Any]:
-    """Metrics of a task with L yes-or-no labels a sample: the binary ones of each label, and their unweighted means.
+    """Return the metrics of a task with L yes-or-no labels per sample: those of each label, and their unweighted means.
 
     Args:
         labels: (n, L) 0/1.
         probabilities: (n, L) in [0, 1].
-        thresholds: (L,), one a label, each from `choose_threshold` on tuning.
+        thresholds: (L,) threshold of each label, from `choose_threshold` on tuning.
         label_names: L names, in column order.
+        subject_ids, n_bootstrap, seed, confidence, split_name: as in `binary_metrics`.
 
     Returns:
-        The means as in `binary_metrics` (accuracy is thus that of single labels), "n", "n_subjects", and
+        The means in the form of `binary_metrics` (accuracy is thus that of single labels), "n", "n_subjects", and
         "per_label" {name: a `binary_metrics` result}.
 
     Raises:
-        UserError: see `check_binary`; the label is named.
+        UserError: a label cannot be evaluated, see `check_binary`; the message names the label.
     """
     y, p, t = np.asarray(labels), np.asarray(probabilities, dtype=np.float64), np.asarray(thresholds, dtype=np.float64)
     n_labels = len(label_names)
@@ -304,10 +312,10 @@ def multilabel_metrics(
 def _binary_replicates(
     bootstrap: SubjectBootstrap, y: Booleans, p: Floats, predicted: Booleans, *, is_alone: bool = False
 ) -> dict[str, Floats]:
-    """Every metric in every replicate: name -> (1 + n_bootstrap,), NaN where undefined.
+    """Return every metric in every replicate, name -> (1 + n_bootstrap,), NaN where undefined.
 
     Args:
-        is_alone: no other metric needs the same draws.
+        is_alone: whether no other class or label needs the same draws.
     """
     values = (np.ones(len(y)), y, predicted, y & predicted, (p - y) ** 2, log_loss(np.where(y, p, 1 - p)))
     areas, sums = [], []
@@ -348,10 +356,10 @@ def _binary_replicates(
 def _top_label_replicates(
     bootstrap: SubjectBootstrap, y: Integers, p: Floats, predicted: Integers
 ) -> dict[str, Floats]:
-    """Accuracy, Brier score, loss and top-label ECE of exclusive classes in every replicate."""
+    """Return accuracy, Brier score, loss and ECE of the predicted class in every replicate, for exclusive classes."""
     correct = predicted == y
     rows = np.arange(len(y))
-    # Sum over classes of (p - onehot)^2, without building the one-hot matrix.
+    # This is the sum over classes of (p - onehot)^2, computed without the one-hot matrix.
     squares = (p**2).sum(axis=1) - 2 * p[rows, y] + 1
     losses = log_loss(p[rows, y])
     columns = [bootstrap.totals(values) for values in (np.ones(len(y)), correct, squares, losses)]
@@ -377,12 +385,12 @@ def log_loss(probabilities: Floats) -> Floats:
 
 
 def _mean_replicates(members: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
-    """Macro mean within each replicate; NaN in a member, hence left out, where any member is undefined."""
+    """Return the macro mean of each metric within each replicate; NaN if the metric of any member is undefined."""
     return {name: np.mean([member[name] for member in members], axis=0) for name in METRICS}
 
 
 def summaries(replicates: dict[str, Floats], confidence: float) -> dict[str, Any]:
-    """Point value (replicate 0) and percentile interval (the others) of each metric.
+    """Return the point value (replicate 0) and the percentile interval (over the others) of each metric.
 
     >>> summaries({"f1": np.array([0.5, 0.25, np.nan, 0.75])}, 0.5)
     {'f1': {'value': 0.5, 'low': 0.375, 'high': 0.625}}

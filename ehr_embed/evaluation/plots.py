@@ -1,4 +1,8 @@
-"""PNG plots of a run. Figures are plain objects drawn by Agg: no display, no pyplot state, safe in worker processes."""
+"""PNG plots of a run.
+
+Figures are plain objects drawn by Agg, without a display or pyplot's global state, so they are safe in worker
+processes.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +37,10 @@ _MAX_POINTS = 2000
 
 
 def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
-    """Loss by epoch and, where there are any, the tuning metrics on a scale from 0 to 1 beside it.
+    """Plot the loss by epoch and, in a second panel, the other metrics on tuning if there are any.
 
     Args:
-        history: one dict an epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
+        history: one dict per epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
             missing or None in an epoch is skipped; other keys and values that are no numbers are ignored.
     """
     keys = list(dict.fromkeys(key for row in history for key in row))
@@ -73,7 +77,7 @@ def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]
 
 
 def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
-    """ROC curves, AUROC in the legend.
+    """Plot ROC curves with the AUROC in the legend.
 
     Args:
         curves: split name -> (labels (n,) 0/1, probabilities (n,)).
@@ -96,7 +100,7 @@ def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
 
 
 def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
-    """Precision against recall, average precision in the legend, each split's prevalence as its dashed baseline.
+    """Plot precision against recall, with the average precision in the legend and the prevalence as a dashed baseline.
 
     Args:
         curves: split name -> (labels (n,) 0/1, probabilities (n,)).
@@ -125,10 +129,10 @@ def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
 
 
 def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
-    """Reliability diagram over 10 equal-width bins, with the number of samples in each bin below it.
+    """Plot a reliability diagram over 10 bins of equal width, with the number of samples in each bin below it.
 
-    The bins are those of the ECE in `ehr_embed.evaluation.metrics`; bars about a rate are 95% Wilson intervals, which treat
-    samples as independent.
+    The bins are those of the ECE in `ehr_embed.evaluation.metrics`. The error bars are 95% Wilson intervals, which
+    treat samples as independent.
 
     Args:
         curves: split name -> (labels (n,) 0/1, probabilities (n,)).
@@ -178,7 +182,7 @@ def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and finite values of one key.
+    """Return the epochs and the finite values of one key.
 
     >>> _series([{"epoch": 1, "a": 0.5}, {"epoch": 2, "a": None}, {"epoch": 3}, {"epoch": 4, "a": 0.25}], "a")
     ([1, 4], [0.5, 0.25])
@@ -189,7 +193,7 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 def _wilson(rate: npt.NDArray[Any], n: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """95% score interval of a proportion (Wilson 1927): finite and within [0, 1] even for 0 of n.
+    """Return the 95% score interval of a proportion (Wilson 1927), which is finite and within [0, 1] even for 0 of n.
 
     >>> [bound.round(3).tolist() for bound in _wilson(np.array([0.0, 0.5]), np.array([10, 100]))]
     [[0.0, 0.404], [0.278, 0.596]]
@@ -201,7 +205,7 @@ def _wilson(rate: npt.NDArray[Any], n: npt.NDArray[Any]) -> tuple[npt.NDArray[An
 
 
 def _thin(n_points: int) -> npt.NDArray[np.intp]:
-    """Indices of at most 2000 of `n_points`, both ends among them: a screen shows no more."""
+    """Return the indices of at most 2000 of `n_points`, both ends included, because a screen shows no more."""
     return np.unique(np.linspace(0, n_points - 1, min(n_points, _MAX_POINTS)).round().astype(np.intp))
 
 
@@ -210,7 +214,7 @@ def _colour(name: str, index: int) -> str:
 
 
 def _title(name: str) -> str:
-    """Name for a legend: abbreviations in capitals, underscores to spaces.
+    """Return a name for the legend, with abbreviations in capitals and spaces in place of underscores.
 
     >>> _title("held_out"), _title("auroc")
     ('held out', 'AUROC')

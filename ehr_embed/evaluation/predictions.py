@@ -1,4 +1,4 @@
-"""Predictions on disk: the table of meds-evaluation for binary tasks, and its natural extension to several classes."""
+"""Writes and reads tables of predictions, in the format of meds-evaluation for binary tasks."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ def write_predictions(
     probabilities: npt.ArrayLike,
     threshold: float,
 ) -> None:
-    """Write a binary task's predictions as meds-evaluation 0.0.6 reads them, atomically.
+    """Write the predictions of a binary task atomically, as meds-evaluation 0.0.6 reads them.
 
-    Columns, and no others: subject_id int64, prediction_time timestamp[us], boolean_value bool,
+    The columns are exactly: subject_id int64, prediction_time timestamp[us], boolean_value bool,
     predicted_boolean_value bool (probability >= threshold, before rounding to float32),
     predicted_boolean_probability float32. Source: `meds_evaluation.schema.PredictionSchema`.
 
     Args:
+        path: the parquet file.
         subject_ids: (n,) integers.
         prediction_times: (n,) datetime64, any unit.
         labels: (n,) 0/1.
-        probabilities: (n,) of the positive class.
+        probabilities: (n,) probability of the positive class.
+        threshold: probability from which on a sample is predicted positive.
 
     Raises:
         UserError: lengths differ, or the file cannot be written.
@@ -64,12 +66,13 @@ def write_multiclass_predictions(
     probabilities: npt.ArrayLike,
     class_names: Sequence[str],
 ) -> None:
-    """Write predictions over C exclusive classes, atomically.
+    """Write the predictions over C exclusive classes atomically.
 
-    Columns: subject_id int64, prediction_time timestamp[us], label and predicted_label (names, string), and
+    The columns are: subject_id int64, prediction_time timestamp[us], label and predicted_label (names, string), and
     probability_<class> float32 for each class. meds-evaluation 0.0.6 has no multi-class schema to follow.
 
     Args:
+        path: the parquet file.
         subject_ids: (n,) integers.
         prediction_times: (n,) datetime64, any unit.
         labels: (n,) integers in 0 ... C - 1.
@@ -81,7 +84,7 @@ def write_multiclass_predictions(
     """
     p, y, names = np.asarray(probabilities), np.asarray(labels).astype(np.intp), [str(name) for name in class_names]
     if p.ndim != 2 or p.shape[1] != len(names):
-        raise UserError(f"{path}: expected probabilities (n, {len(names)}), one column a class, got {p.shape}.")
+        raise UserError(f"{path}: expected probabilities (n, {len(names)}), one column per class, got {p.shape}.")
     if len(set(names)) != len(names):
         raise UserError(f"{path}: class names repeat, and each names a column: {', '.join(names)}.")
     if len(y) and not (y.min() >= 0 and y.max() < len(names)):
@@ -97,7 +100,11 @@ def write_multiclass_predictions(
 
 
 def _key_columns(subject_ids: npt.ArrayLike, prediction_times: npt.NDArray[np.datetime64]) -> dict[str, Any]:
-    """The two columns that say whose prediction it is, and as of when."""
+    """Return the two columns that identify a prediction: the subject and the prediction time.
+
+    Raises:
+        UserError: the ids are no integers, or the times are no datetime64.
+    """
     ids, times = np.asarray(subject_ids), np.asarray(prediction_times)
     if not np.issubdtype(ids.dtype, np.integer) or not np.issubdtype(times.dtype, np.datetime64):
         raise UserError(
@@ -120,12 +127,12 @@ def _write(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One run's predictions on a split, in the order of subject and time.
+    """Predictions of a run on a split, sorted by subject and prediction time.
 
-    Args:
-        keys: (n,) subject_id and prediction_time.
-        labels: (n, C) true where the sample has the class; C = 1 for a binary task.
-        probabilities: (n, C).
+    Attributes:
+        keys: (n,) rows of subject_id and prediction_time.
+        labels: (n, C) True where the sample has the class; C = 1 for a binary task.
+        probabilities: (n, C) probability of each class.
     """
 
     keys: pl.DataFrame
@@ -133,10 +140,10 @@ class Predictions:
     probabilities: npt.NDArray[np.float64]
 
     def refuse_other_samples(self, other: Predictions, name: str, other_name: str) -> None:
-        """Refuse a pair that is not paired.
+        """Refuse to compare predictions of different samples or labels.
 
         Raises:
-            UserError: other subjects or times, classes or labels.
+            UserError: subjects, prediction times, classes or labels differ.
         """
         if not self.keys.equals(other.keys):
             raise UserError(
@@ -151,7 +158,7 @@ def read_predictions(path: Path) -> Predictions:
     """Return the predictions of a binary, multi-class or multi-label run.
 
     Raises:
-        UserError: the file holds neither, or is not the one that the run's manifest lists.
+        UserError: the file holds no such predictions, or differs from the one that the run's manifest lists.
     """
     with readable(path):
         frame = pl.read_parquet(checked(path)).sort(KEYS)

@@ -1,4 +1,4 @@
-"""How well a binary run does on groups of its subjects: those with a static code, and age bands."""
+"""Metrics of a binary run on groups of its subjects: subjects with a given static code, and age bands."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.evaluation.metrics import binary_metrics
 
 MIN_SUBJECTS = 20
-"""Of smaller groups nothing is told: a metric would be noise, and a group of a few may be somebody."""
+"""Least number of subjects per group. Smaller groups are not reported: their metrics would be noise, and they might
+identify a person."""
 MAX_CODES = 50
-"""Static codes that are evaluated, those with most subjects: of 10,000 codes the rest would cost hours, and nobody reads them."""
+"""Largest number of static codes that are evaluated, those with the most subjects; 10,000 codes would take hours."""
 AGE_BANDS = (("0 to 17", 0), ("18 to 39", 18), ("40 to 64", 40), ("65 to 79", 65), ("80 and older", 80))
 DAYS_PER_YEAR = 365.25
 
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Some of a split's samples.
+    """A group of a split's samples, with its metrics.
 
     Attributes:
-        name: what its subjects share.
-        n: samples; None where it is too small to tell.
-        metrics: as `binary_metrics` gives them; None where it is too small, or a class is missing.
+        name: the code or age band that the group shares.
+        n: number of samples; None for a group that is too small to report.
+        metrics: metrics as `binary_metrics` returns them; None for a group that is too small or has one class only.
     """
 
     name: str
@@ -46,16 +47,15 @@ def subgroups(
     threshold: float,
     n_bootstrap: int,
 ) -> tuple[list[Subgroup], int]:
-    """Return the metrics of every age band and of the `MAX_CODES` static codes with most subjects, by name, and the number of
-    static codes left out.
+    """Return the metrics of age bands and of the `MAX_CODES` most frequent static codes, and the number of other codes.
 
     Args:
-        vocabulary: of the events.
-        events: of the split.
-        samples: with labels 0 and 1.
-        probabilities: (n,) of label 1.
-        threshold: from which a sample counts as predicted positive.
-        n_bootstrap: replicates of the intervals.
+        vocabulary: vocabulary of the events.
+        events: events of the split.
+        samples: n samples with labels 0 and 1.
+        probabilities: (n,) probability of label 1.
+        threshold: probability from which on a sample counts as predicted positive.
+        n_bootstrap: number of bootstrap replicates for the intervals.
     """
     found = []
     codes, n_left_out = static_codes(vocabulary, events, samples)
@@ -81,14 +81,15 @@ def subgroups(
 def static_codes(
     vocabulary: Vocabulary, events: SplitEvents, samples: Samples
 ) -> tuple[dict[str, npt.NDArray[np.bool_]], int]:
-    """Return the members (n,) of the `MAX_CODES` static tokens with most subjects by name, and the number of tokens left out.
+    """Return masks (n,) of the samples with each of the `MAX_CODES` most frequent static tokens.
 
-    A code's value bins are apart. A code that all samples have is no group.
+    The second result is the number of tokens that are left out.
+    Each value bin of a code is a group of its own. A token that all samples have is no group.
     """
     n_static = samples.static_stop - samples.static_start
     sample_N = np.repeat(np.arange(len(samples)), n_static)
     token_N = events.token_ids[ragged_arange(samples.static_start, n_static)]
-    # One number per token and sample that has it, sorted by token.
+    # The keys are one number per pair of a token and a sample that has the token, sorted by token.
     key = np.unique(token_N.astype(np.int64) * len(samples) + sample_N)
     tokens, first = np.unique(key // len(samples), return_index=True)
     of_token = [
@@ -110,7 +111,10 @@ def static_codes(
 
 
 def age_bands(samples: Samples) -> dict[str, npt.NDArray[np.bool_]]:
-    """Members (n,) of each band of the age at the prediction time; empty where no subject has a timed birth."""
+    """Return masks (n,) of the bands of the age at the prediction time, without empty bands.
+
+    The result is empty if no subject has a birth time.
+    """
     birth = samples.birth_times
     is_known = birth != STATIC_TIME
     days = np.where(is_known, samples.prediction_times - np.where(is_known, birth, 0), 0) / MICROSECONDS_PER_DAY

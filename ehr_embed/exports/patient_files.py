@@ -1,4 +1,4 @@
-"""The corpus as the original pipeline keeps it: one dense file a sample, {train,tuning,held_out}/patient_*.pt."""
+"""Export the samples in the original pipeline's format: one dense file per sample, {train,tuning,held_out}/patient_*.pt."""
 
 from __future__ import annotations
 
@@ -25,38 +25,41 @@ from ehr_embed.tasks.set_up import set_up
 
 log = logging.getLogger(__name__)
 ID_BYTES, FILE_BYTES = 8, 2000
-"""Bytes of a token id, and of what a .pt file holds beside its numbers."""
+"""Bytes of a token id, and bytes of a .pt file in addition to its numbers."""
 WHOLE_RECORD = 2**31
 
 
 class PatientFilesExport:
-    """Writes a file a sample, {'embeddings': (N, E), 'token_ids': (N,) int64, 'label': ()}, N events as the model sees them.
+    """Export that writes one file per sample: {'embeddings': (N, E), 'token_ids': (N,) int64, 'label': ()} for its N events.
 
-    Beside them: samples.csv (split, file, subject_id, prediction_time, label), classes.csv (label, class), vocab.csv and
-    vocab_embeddings.pt. Numbers that a vocabulary with `data.values=continuous` or `both` carries beside the tokens have no
-    place in these files.
+    Beside these files it writes samples.csv (split, file, subject_id, prediction_time, label), classes.csv (label, class),
+    vocab.csv and vocab_embeddings.pt. The files have no place for the numeric values that `data.values=continuous` or `both`
+    store beside the tokens.
 
     Args:
-        dir: the folder to write to, absent or empty.
-        dtype: of the embeddings, `float32` or `float16`.
-        max_length: events a file, the static ones and the last others; None = the whole visible record.
+        dir: folder for the files, which must be absent or empty.
+        dtype: type of the embeddings, `float32` or `float16`.
+        max_length: largest number of events per file: the static events and the latest others; None = the whole record up to
+            the prediction time.
     """
 
     def __init__(self, *, dir: str | None = None, dtype: str = "float32", max_length: int | None = None) -> None:
         self.dir, self.dtype, self.max_length = dir, export_dtype(dtype), max_length
 
     def check(self) -> None:
+        """Raise `UserError` if the folder is not given or is not empty."""
         export_folder(self.dir)
 
     def write(self, prepared: Prepared, task: Task, labels_dir: Path) -> None:
+        """Write the files of all splits, and the tables beside them."""
         folder = export_folder(self.dir)
         set_up(task, prepared.store, labels_dir, self.max_length or WHOLE_RECORD)
         table = as_stored(prepared.table, self.dtype)
         self._announce(folder, prepared, task.samples, table)
         if prepared.store.manifest["has_values"]:
             log.warning(
-                "the store carries numbers beside its tokens, and these files cannot: a model trained on them sees less. "
-                "Type: data.values=bins to put values into the tokens"
+                "the event store holds numeric values beside its tokens, and the exported files cannot hold them: a model trained "
+                "on these files sees no values. Type: data.values=bins to put values into the tokens"
             )
         rows = []
         for split, samples in task.samples.items():
@@ -75,10 +78,10 @@ class PatientFilesExport:
         log.info("wrote %d files to %s", sum(map(len, task.samples.values())), folder)
 
     def _announce(self, folder: Path, prepared: Prepared, samples: dict[str, Samples], table: Tensor) -> None:
-        """Say how large the export will be, beside what it is made from, before the first file.
+        """Log the size of the export and of the event store before the first file is written.
 
         Raises:
-            UserError: the disk has less room than that.
+            UserError: the disk has less free space than the export needs.
         """
         n_files = sum(map(len, samples.values()))
         n_events = sum(int(split.lengths.sum()) for split in samples.values())
@@ -103,7 +106,7 @@ class PatientFilesExport:
 
 
 def readable_size(n_bytes: float) -> str:
-    """A number of bytes in the unit that fits.
+    """Return a number of bytes as text in the largest unit that gives at least 1.
 
     >>> readable_size(512), readable_size(3 * 2**30)
     ('512.0 B', '3.0 GiB')
@@ -116,7 +119,7 @@ def readable_size(n_bytes: float) -> str:
 
 
 def sample_record(events: SplitEvents, samples: Samples, number: int, table: Tensor) -> dict[str, Tensor]:
-    """The content of one file: the sample's static events and those up to its prediction time."""
+    """Return the content of one file: the static events of a sample, then its events up to the prediction time."""
     parts = (
         events.token_ids[samples.static_start[number] : samples.static_stop[number]],
         events.token_ids[samples.start[number] : samples.stop[number]],

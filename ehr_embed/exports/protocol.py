@@ -1,4 +1,4 @@
-"""What an export must offer."""
+"""Interface of exports, which write a prepared dataset in another format, and the checks that all exports share."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Export(Protocol):
-    """Writes a prepared dataset in another format."""
+    """Interface of an export, chosen by `export=NAME`."""
 
     def check(self) -> None:
-        """Refuse what can be refused before the dataset is prepared.
+        """Check the settings before the dataset is prepared, which may take hours.
 
         Raises:
-            UserError: no folder to write to, or one that holds something.
+            UserError: the folder to write to is not given, or is not empty.
         """
         ...
 
     def write(self, prepared: Prepared, task: Task, labels_dir: Path) -> None:
-        """Write everything; whole files only.
+        """Write the export; an interruption must leave no half-written file.
 
         Args:
-            prepared: the store and the table.
-            task: before `setup`; says which samples there are.
-            labels_dir: the source's label sets.
+            prepared: the event store and the embedding table.
+            task: the task before its `setup`; it determines the samples.
+            labels_dir: folder with the label sets of the source.
         """
         ...
 
 
 def export_folder(folder: str | None) -> Path:
-    """`export.dir`, checked to be absent or empty: nothing is ever written over.
+    """Return `export.dir` after checking that it is absent or empty, since an export never overwrites a file.
 
     Raises:
-        UserError: it is not given, or holds something.
+        UserError: the folder is not given, or is not empty.
     """
     if folder is None:
         raise UserError(
@@ -57,7 +57,7 @@ def export_folder(folder: str | None) -> Path:
 
 
 def export_dtype(name: str) -> torch.dtype:
-    """The floating type a name stands for.
+    """Return the floating-point type of a name.
 
     >>> export_dtype("float16")
     torch.float16
@@ -68,16 +68,16 @@ def export_dtype(name: str) -> torch.dtype:
 
 
 def token_strings(prepared: Prepared) -> tuple[list[int], list[str]]:
-    """Ids and strings of all tokens, padding included, as vocab.csv lists them."""
+    """Return the ids and strings of all tokens including padding, in the order of vocab.csv."""
     tokens = prepared.store.vocabulary.tokens
     return tokens["token"].to_list(), tokens["str"].to_list()
 
 
 def as_stored(table: Tensor, dtype: torch.dtype) -> Tensor:
-    """The table in the export's type.
+    """Return the embedding table in the type of the export.
 
     Raises:
-        UserError: a value that the type cannot hold.
+        UserError: the type cannot hold a value of the table.
     """
     stored = table.to(dtype)
     if not np.isfinite(stored.numpy()).all():

@@ -1,4 +1,4 @@
-"""The table as the original pipeline keeps it: vocab_embeddings.pt, {token id: (E,)}, and its vocab.csv."""
+"""Export the embedding table in the original pipeline's format: vocab_embeddings.pt, {token id: (E,)}, and vocab.csv."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ VECTORS, VOCAB = "vocab_embeddings.pt", "vocab.csv"
 
 
 class VocabularyExport:
-    """Writes `<dir>/vocab_embeddings.pt` and `<dir>/vocab.csv` (token,str).
+    """Export that writes `<dir>/vocab_embeddings.pt` and `<dir>/vocab.csv` (columns token,str).
 
     Args:
-        dir: the folder to write to, absent or empty.
-        dtype: `float32` or `float16`.
+        dir: folder for the files, which must be absent or empty.
+        dtype: type of the vectors, `float32` or `float16`.
     """
 
     def __init__(self, *, dir: str | None = None, dtype: str = "float32") -> None:
         self.dir, self.dtype = dir, export_dtype(dtype)
 
     def check(self) -> None:
+        """Raise `UserError` if the folder is not given or is not empty."""
         export_folder(self.dir)
 
     def write(self, prepared: Prepared, task: Task, labels_dir: Path) -> None:
+        """Write both files."""
         folder = export_folder(self.dir)
         write_vocabulary(folder, prepared, self.dtype)
         log.info("wrote %d vectors of width %d to %s", *prepared.table.shape, folder)
 
 
 def write_vocabulary(folder: Path, prepared: Prepared, dtype: torch.dtype) -> None:
-    """Write both files into `folder`."""
+    """Write the embedding table and the vocabulary into `folder`."""
     ids, strings = token_strings(prepared)
     table = as_stored(prepared.table, dtype)
     with atomic_path(folder / VECTORS) as path:
-        # A clone each: a row that is a view would be saved with the whole table behind it.
+        # torch.save stores the whole storage behind a view, so each row must be a copy of its own.
         torch.save({token: table[token].clone() for token in ids}, path)
     with atomic_path(folder / VOCAB) as path:
         pl.DataFrame({"token": ids, "str": strings}).write_csv(path)

@@ -1,8 +1,9 @@
-"""Integrated gradients on event vectors: how much each event of a record moves a prediction.
+"""Integrated gradients on event vectors: attribute a prediction to the events of a record (Sundararajan et al. 2017,
+arXiv:1703.01365).
 
-Sundararajan et al. 2017, arXiv:1703.01365. The baseline is the average event: every event's vector is replaced by the mean vector
-of train's events, every number by the median, times and the number of events stay. A zero vector would be no event a model has
-seen, and since models normalise each vector its scale means nothing to them: on the way from zero all change happens at once.
+The baseline is a record of average events: each event's vector is replaced by the mean vector of the events in train, each
+numeric value by the median, and the times and the number of events stay. A zero vector would be a worse baseline: no event in train
+has it, and since the models normalise each vector, the prediction would change only in a small step next to zero.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from ehr_embed.core.errors import UserError
 
 POINTS_AT_ONCE = 16
 Score = Callable[[dict[str, Tensor]], Tensor]
-"""Model inputs of B samples -> (B,), what is explained."""
+"""Function from the model inputs of B samples to the scores (B,) that are explained."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Of one sample with T places.
+    """Attribution of one sample's score to the T positions of its sequence.
 
     Attributes:
-        events: (T,) float64; they add up to `score - baseline_score`, save for `gap`. Padding has 0.
-        score, baseline_score: of the record, and of as many average events at the same times.
-        gap: |sum of events - (score - baseline_score)|.
-        n_steps: points of the path that it took.
+        events: (T,) float64 attributions, which add up to `score - baseline_score` except for `gap`; 0 at padding.
+        score: score of the record.
+        baseline_score: score of as many average events at the same times.
+        gap: |sum of events - (score - baseline_score)|, the numerical error of the integral.
+        n_steps: number of points at which the gradient was evaluated.
     """
 
     events: npt.NDArray[np.float64]
@@ -49,20 +51,22 @@ def integrated_gradients(
     max_steps: int = 2048,
     tolerance: float = 0.01,
 ) -> Attribution:
-    """Attribute a score to the events of one sample; an event's part is that of its vector and of its number.
+    """Attribute a score to the events of one sample; the attribution of an event sums over its vector and its numeric value.
 
-    The integral along the straight path is a Gauss-Legendre sum, with twice as many points until it is complete.
+    The integral along the straight path from the baseline is a Gauss-Legendre sum, whose points are doubled until the gap is
+    within the tolerance.
 
     Args:
-        score: what to explain, differentiable.
-        inputs: of one sample, with `embeddings` (1, T, E), `padding_mask` (1, T) True = event, and maybe `values` (1, T).
-        baseline: (E,) the vector in whose place each event's counts as moving nothing.
-        n_steps: points to begin with.
-        max_steps: points to give up at.
-        tolerance: of the gap, as a share of the change of the score, or of 1 where it is smaller.
+        score: differentiable score to explain.
+        inputs: model inputs of one sample, with `embeddings` (1, T, E), `padding_mask` (1, T) True = event, and for some models
+            `values` (1, T), standardised so that 0 is the median.
+        baseline: (E,) vector of the average event.
+        n_steps: number of points at the first attempt.
+        max_steps: largest number of points.
+        tolerance: largest accepted gap, as a share of the change of the score; absolute where the change is below 1.
 
     Raises:
-        UserError: the score does not depend on the event vectors, or `max_steps` do not suffice.
+        UserError: the score does not depend on the event vectors, or `max_steps` points do not reach the tolerance.
     """
     mask = inputs["padding_mask"].unsqueeze(-1)
     ends = {"embeddings": (torch.where(mask, baseline, inputs["embeddings"]), inputs["embeddings"])}
@@ -89,7 +93,7 @@ def integrated_gradients(
 def _integrate(
     score: Score, inputs: dict[str, Tensor], ends: dict[str, tuple[Tensor, Tensor]], n_steps: int
 ) -> npt.NDArray[np.float64]:
-    """(T,) sums over the points of the path of weight times gradient times way, over each event's vector and number."""
+    """Return the path integral (T,) of gradient times path for each event, summed over its vector and its numeric value."""
     nodes, weights = np.polynomial.legendre.leggauss(n_steps)
     n_places = inputs["padding_mask"].shape[1]
     total, depends = torch.zeros(n_places, dtype=torch.float64), False
@@ -114,7 +118,7 @@ def _integrate(
             total += (weight[:, None] * part).sum(0)
     if not depends:
         raise UserError(
-            "the prediction does not depend on the event vectors, so they cannot be said to move it: this model reads tokens or "
-            "counts, or does not differentiate. Use a run of model=encoder or model=decoder."
+            "the prediction does not depend on the event vectors, so it cannot be attributed to them: this model reads tokens or "
+            "counts, or has no gradient. Use a run of model=encoder or model=decoder."
         )
     return total.numpy()

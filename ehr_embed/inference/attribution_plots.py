@@ -1,4 +1,4 @@
-"""Attributions drawn: along a subject's timeline as PNG and HTML, and over texts."""
+"""Draw attributions: along the timeline of one subject as PNG and HTML, and averaged per text over many samples."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ehr_embed.core.files import atomic_path
 RAISES, LOWERS = "#D55E00", "#0072B2"
 N_NAMED, N_TEXTS, TEXT_WIDTH = 15, 20, 60
 UNITS = ((3.0, 24.0, "hours"), (3 * 365.25, 1.0, "days"), (float("inf"), 1 / 365.25, "years"))
-"""Longest span in days, units a day, and name of each unit of the time axis."""
+"""Units of the time axis: longest span in days for which the unit is used, units per day, and name."""
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is drawn of one prediction.
+    """Data of the plots of one prediction.
 
     Attributes:
-        events: text, days_before (null = static), numeric_value, attribution.
-        subject: its id.
-        prediction_time: when.
-        target: the class.
-        score, baseline_score: its log-odds, and those of an average record.
+        events: one row per event with text, days_before (null = static), numeric_value and attribution.
+        subject: id of the subject.
+        prediction_time: time of the prediction.
+        target: class whose log-odds are explained.
+        score: log-odds of the class.
+        baseline_score: log-odds of the class for a record of average events.
     """
 
     events: pl.DataFrame
@@ -42,6 +43,7 @@ class Timeline:
 
     @property
     def title(self) -> str:
+        """Return the title: subject, time, probability and log-odds of the class."""
         p = 1 / (1 + np.exp(-self.score))
         return (
             f"Subject {self.subject} at {self.prediction_time:%Y-%m-%d %H:%M}: probability of {self.target} {p:.3f}\n"
@@ -50,13 +52,16 @@ class Timeline:
 
     @property
     def unit(self) -> tuple[float, str]:
-        """Units a day, and the unit's name."""
+        """Return the units per day and the name of the unit that suits the span of the record."""
         longest = self.events["days_before"].max()
         span = float(longest) if isinstance(longest, int | float) else 0.0
         return next((per_day, name) for limit, per_day, name in UNITS if span <= limit)
 
     def positions(self) -> tuple[np.ndarray, float | None]:
-        """Place of each event on the time axis, in units before the prediction (negative), and that of static events."""
+        """Return the position of each event on the time axis, in units before the prediction (negative).
+
+        The second value is the position of static events, left of all others; None if there are none.
+        """
         per_day, _ = self.unit
         days = self.events["days_before"].to_numpy()
         x = -days * per_day
@@ -69,7 +74,7 @@ class Timeline:
 
 
 def event_label(text: str, value: float | None, width: int = TEXT_WIDTH) -> str:
-    """A text with its number, shortened.
+    """Return a text with its numeric value, shortened to `width` characters.
 
     >>> event_label("Creatinine, mg/dL", 1.5), event_label("word " * 30, None, 12)
     ('Creatinine, mg/dL = 1.5', 'word word …')
@@ -79,7 +84,14 @@ def event_label(text: str, value: float | None, width: int = TEXT_WIDTH) -> str:
 
 
 def label_groups(x: np.ndarray, y: np.ndarray, *, near_x: float = 0.02, near_y: float = 0.08) -> list[list[int]]:
-    """Points, in their order, whose labels would cover each other, put together: those near the first of their group.
+    """Group points whose labels would overlap: each point joins the first group whose first point is near.
+
+    Args:
+        x, y: (n,) positions as shares of the axes.
+        near_x, near_y: distances below which labels overlap.
+
+    Returns:
+        Indices of the points in each group, in the order of the points.
 
     >>> label_groups(np.array([0.0, 0.5, 0.01]), np.array([0.9, 0.9, 0.85]))
     [[0, 2], [1]]
@@ -95,7 +107,7 @@ def label_groups(x: np.ndarray, y: np.ndarray, *, near_x: float = 0.02, near_y: 
 
 
 def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
-    """Above, every event as a stem at its time; below, the events that moved the prediction most, with the same numbers."""
+    """Draw every event as a stem at its time, and below the events with the largest attributions under the same numbers."""
     events = timeline.events
     y = events["attribution"].to_numpy()
     x, static_at = timeline.positions()
@@ -103,7 +115,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
     colours = np.where(y >= 0, RAISES, LOWERS)
     top = np.argsort(-np.abs(y), kind="stable")[:N_NAMED]
     figure = Figure(figsize=(11, 4.4 + 0.3 * len(top)), layout="constrained")
-    # Subfigures, so that the long names below leave the timeline its full width.
+    # Two subfigures, so that the long names in the lower one do not narrow the timeline.
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[3.8, 0.3 * len(top) + 0.6])[:, 0]
     above, below = upper.subplots(), lower.subplots()
     above.vlines(x, 0, y, colors=colours, lw=1.4)
@@ -116,7 +128,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
         above.annotate(
             ", ".join(str(number + 1) for number in numbers),
             (x[first], y[first]),
-            (5, 0),  # beside the stem, which a smaller event at the same time may share
+            (5, 0),  # to the right of the stem, on which a smaller event at the same time may lie
             textcoords="offset points",
             ha="left",
             va="center",
@@ -148,7 +160,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
 
 
 def write_timeline_html(path: str | os.PathLike[str], timeline: Timeline) -> None:
-    """The timeline as one HTML file that needs no network; each event says what it is where the pointer rests."""
+    """Write the timeline as one HTML file that opens without a network and describes each event under the pointer."""
     events = timeline.events
     x, static_at = timeline.positions()
     per_day, unit = timeline.unit
@@ -190,13 +202,13 @@ def write_timeline_html(path: str | os.PathLike[str], timeline: Timeline) -> Non
 
 
 def plot_texts(path: str | os.PathLike[str], texts: pl.DataFrame, *, target: str, n_samples: int) -> None:
-    """The texts that raise and that lower the log-odds most on average, over the samples that have them.
+    """Draw the texts that raise and that lower the log-odds most on average over the samples in which they occur.
 
     Args:
-        path: of the PNG.
-        texts: text, n_samples, mean_attribution.
-        target: the class.
-        n_samples: samples looked at.
+        path: path of the PNG file.
+        texts: one row per text with text, n_samples and mean_attribution.
+        target: class whose log-odds are explained.
+        n_samples: number of samples that were explained.
     """
     raising = texts.filter(pl.col("mean_attribution") > 0).sort("mean_attribution", descending=True).head(N_TEXTS)
     lowering = texts.filter(pl.col("mean_attribution") < 0).sort("mean_attribution", descending=True).tail(N_TEXTS)

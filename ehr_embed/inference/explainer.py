@@ -1,4 +1,4 @@
-"""Which events moved a subject's prediction, and which texts move those of a split most."""
+"""Explain the predictions of a run: the events that moved one subject's prediction, or the texts that move those of a split."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class Explainer:
-    """Attributes the log-odds of one class of a run to events.
+    """Explainer that attributes the log-odds of one class of a run to events.
 
     Args:
-        predictor: the run.
-        target: its class or label; None = the last one.
+        predictor: the run, opened for prediction.
+        target: class or label of the run; None = the last one.
         n_steps, max_steps, tolerance: as in `integrated_gradients`.
 
     Raises:
@@ -56,7 +56,7 @@ class Explainer:
         self._baseline = (counts @ vectors / counts.sum()).to(predictor.device)
 
     def score(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Log-odds of the target, (B,)."""
+        """Return the log-odds (B,) of the target for a batch of model inputs."""
         logits = self.predictor.run.model(inputs).float()
         own = logits[:, self._index]
         if not self.predictor.has_exclusive_classes:
@@ -65,12 +65,12 @@ class Explainer:
         return own - logits[:, others].logsumexp(-1)
 
     def attribute(self, data: Dataset, row: int) -> Attribution:
-        """Of one sample of the dataset, its padding left out."""
+        """Return the attribution of one sample of the dataset, without padding."""
         batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
         embedding = data.embedding.to(self.predictor.device)
         inputs = embedding.inputs(batch)
-        # Each event gets a vector of its own: through rows that events share, one could not be told from another. And the path
-        # is of many records, for which places and sequence_starts, those of one, do not hold.
+        # Events with the same token share one row of `rows`, so a gradient on rows could not separate them: each event gets a
+        # vector of its own. `places` and `sequence_starts` describe one sample, but the path is a batch of many.
         for name in ("rows", "row_ids", "places", "sequence_starts"):
             del inputs[name]
         inputs["embeddings"] = embedding(batch.token_ids).detach()
@@ -80,13 +80,17 @@ class Explainer:
 
 
 def event_table(data: Dataset, row: int, found: Attribution) -> pl.DataFrame:
-    """The sample's events in the model's order: time (null = static), days_before, code, text, numeric_value, attribution."""
+    """Return one row per event of a sample, in the model's order, with its attribution.
+
+    Returns:
+        Columns time (null = static), days_before (null = static), code, text, numeric_value and attribution.
+    """
     samples = data.samples.take(np.array([row]))
     _, index = next(visible_events(samples))
     tokens, times = data.events.token_ids[index], data.events.times[index]
     values = np.full(len(index), np.nan, np.float32) if data.events.values is None else data.events.values[index]
     strings, texts = data.vocabulary.strings, data.vocabulary.texts
-    special = tokens < 2  # the unknown event has no code to decode to
+    special = tokens < 2  # padding and the unknown event have no code to decode
     decoded = data.vocabulary.decode(np.where(special, 2, tokens).astype(np.int64), np.where(special, np.nan, values))
     is_static = times == STATIC_TIME
     days = np.where(is_static, np.nan, (samples.prediction_times[0] - times) / MICROSECONDS_PER_DAY)
@@ -109,10 +113,20 @@ def event_table(data: Dataset, row: int, found: Attribution) -> pl.DataFrame:
 def explain_subject(
     explainer: Explainer, data: Dataset, subject: int, prediction_time: str | None, folder: Path
 ) -> list[Path]:
-    """Write subject_<ID>.csv, .png and .html.
+    """Explain one prediction of a subject and write subject_<ID>.csv, .png and .html.
+
+    Args:
+        explainer: explainer of the run.
+        data: the dataset.
+        subject: id of the subject.
+        prediction_time: ISO time of the prediction; None = the subject's last one.
+        folder: folder for the files.
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        UserError: no prediction of this subject, or none at this time.
+        UserError: the subject has no prediction, or none at this time.
     """
     rows = np.flatnonzero(data.samples.subject_ids == subject)
     if not len(rows):
@@ -145,10 +159,22 @@ def explain_subject(
 def explain_split(
     explainer: Explainer, data: Dataset, *, max_samples: int, min_samples: int, seed: int, folder: Path
 ) -> list[Path]:
-    """Write texts.csv, every text of the samples drawn, and texts.png, the 20 that raise and lower the prediction most.
+    """Explain samples of a split, write texts.csv with all their texts, and texts.png with the 20 texts per direction that
+    raise and lower the prediction most.
 
-    Columns: text, n_samples and n_events that have it, mean_attribution and mean_abs_attribution over these samples of the sum
-    over the text's events.
+    The columns are text, n_samples and n_events (the numbers of samples and events with the text), and mean_attribution and
+    mean_abs_attribution. The means are over the samples with the text, of the sum over its events in a sample.
+
+    Args:
+        explainer: explainer of the run.
+        data: the dataset.
+        max_samples: number of samples drawn at random.
+        min_samples: smallest number of samples with a text for the text to be drawn in texts.png.
+        seed: seed of the draw.
+        folder: folder for the files.
+
+    Raises:
+        UserError: no text occurs in `min_samples` of the drawn samples.
     """
     n = len(data.samples)
     drawn = np.sort(np.random.default_rng(seed).permutation(n)[:max_samples])

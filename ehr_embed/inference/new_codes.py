@@ -1,4 +1,4 @@
-"""The codes of a dataset that a run never saw: they get tokens and vectors when they first come up, and keep them."""
+"""Codes of a dataset that do not occur in a run's vocabulary: give each a token and a vector when it first occurs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from ehr_embed.sources.protocol import Source
 
 log = logging.getLogger(__name__)
 MAX_KEPT = 100_000
-"""New texts of a loaded run whose vectors stay in memory, 150 MiB at a width of 384."""
+"""Largest number of new texts whose vectors stay in memory; 150 MiB at a width of 384."""
 
 
 class DatasetTexts:
-    """Texts of a dataset's codes: from lookups, else from its own metadata; both are read when the first code asks.
+    """Callable that returns the texts of codes, from the lookups or else from the dataset's metadata.
+
+    Both are read at the first call, since a dataset without new codes does not need them.
 
     Args:
-        source: the dataset.
-        lookups: CSV files with columns code,term, a later file over an earlier one.
+        source: source of the dataset.
+        lookups: CSV files with columns code,term; a later file takes precedence over an earlier one.
     """
 
     def __init__(self, source: Source, lookups: Sequence[str]) -> None:
@@ -43,16 +45,16 @@ class DatasetTexts:
 
 
 class NewCodes:
-    """A run's vocabulary and vectors, and a token more for each new code.
+    """Vocabulary and vectors of a run, extended by one token per new code.
 
     Args:
         run: the run.
-        vectors_of: gives the vectors (n, E) of texts.
-        texts_of: gives the texts of codes; None = a new code stays the unknown event.
+        vectors_of: returns the vectors (n, E) of n texts.
+        texts_of: returns the texts of codes; None = new codes are read as the unknown event.
 
     Attributes:
-        vocabulary, embedding: as they are now. A token keeps its id; growth makes new objects.
-        token_of: token of each new code.
+        vocabulary, embedding: the extended vocabulary and vectors. An extension creates new objects and keeps all token ids.
+        token_of: token id of each new code.
     """
 
     def __init__(
@@ -69,13 +71,13 @@ class NewCodes:
         self._ignored: set[str] = set()
 
     def vocabulary_for(self, codes: pl.Series) -> Vocabulary:
-        """Return the vocabulary with a token for each of the codes."""
+        """Return the vocabulary, extended by a token for each code that is new."""
         distinct = set(codes.unique().drop_nulls())
         new = sorted(distinct - self._own - self._ignored - self.token_of.keys())
         if not new:
             return self.vocabulary
         if self._texts_of is None:
-            log.info("%d codes were not in train: they are unknown events", len(new))
+            log.info("%d codes were not in train: they are read as the unknown event", len(new))
             self._ignored.update(new)
         else:
             log.info("%d codes were not in train; their texts are read", len(new))
@@ -83,7 +85,11 @@ class NewCodes:
         return self.vocabulary
 
     def add(self, text_of: dict[str, str]) -> None:
-        """Give a token to each code that has none, with its text."""
+        """Add a token for each code that has none.
+
+        Args:
+            text_of: code -> text.
+        """
         new = {code: text for code, text in text_of.items() if code not in self.token_of}
         if not new:
             return
@@ -95,15 +101,15 @@ class NewCodes:
 
     @property
     def is_full(self) -> bool:
-        """Whether the new tokens are so many that it is time to begin anew."""
+        """Return whether more than `MAX_KEPT` tokens were added, so that the caller should start again from the run's own."""
         return len(self.token_of) > MAX_KEPT
 
 
 class KeptVectors:
-    """Vectors of texts, each embedded once as long as it is among the last `MAX_KEPT`.
+    """Cache of the vectors of texts: a text is embedded again only after `MAX_KEPT` newer ones.
 
     Args:
-        embed: gives the vectors (n, E) of texts.
+        embed: returns the vectors (n, E) of n texts.
     """
 
     def __init__(self, embed: Callable[[list[str]], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Probabilities from a finished run, for vectors, texts or a MEDS dataset it never saw."""
+"""Predict class probabilities with a finished run, for event vectors, event texts or a MEDS dataset."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ from ehr_embed.training.precision import autocast_of_run
 log = logging.getLogger(__name__)
 Vectors = npt.NDArray[Any] | Tensor
 CHUNK_EVENTS = 2_000_000
-"""Events of a dataset that are predicted from at a time, and thus held in memory (beside the shard that is read)."""
+"""Number of events that are held in memory at a time, in addition to the shard that is being read."""
 ROW = "__row"
 
 
 class Dataset(NamedTuple):
-    """A MEDS dataset under a run's vocabulary.
+    """A MEDS dataset, encoded with a run's vocabulary.
 
     Attributes:
-        vocabulary, embedding: the run's, with the codes it did not have.
-        events: of the subjects asked for.
-        samples: what is visible at each prediction time; their labels are zeros.
+        vocabulary, embedding: vocabulary and vectors of the run, extended by the dataset's new codes.
+        events: events of the chosen subjects.
+        samples: one sample per prediction time, with the events visible at that time and labels of zero.
     """
 
     vocabulary: Vocabulary
@@ -66,19 +66,19 @@ class Dataset(NamedTuple):
 
 
 class Predictor:
-    """A finished run, ready to predict; `ehr_embed.load` makes one.
+    """A finished run that is ready to predict; `ehr_embed.load` returns one.
 
     Args:
         run_dir: the run's folder.
-        device: where the model runs.
-        trusted_packages: further packages whose code the run's `_target_`s may run.
+        device: torch device on which the model runs.
+        trusted_packages: further packages from which the run's `_target_`s may come.
 
     Attributes:
-        class_names: what the columns of the probabilities are.
-        run: the model, the vectors of its tokens, its vocabulary and its configuration.
+        class_names: names of the probability columns.
+        run: model, token vectors, vocabulary and configuration of the run.
 
     Raises:
-        UserError: not a run's folder, or a run that predicts events.
+        UserError: the folder is not a run's, or the run predicts events instead of classes.
     """
 
     def __init__(self, run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> None:
@@ -100,7 +100,7 @@ class Predictor:
 
     @property
     def has_exclusive_classes(self) -> bool:
-        """Whether a sample has one of the classes, as against several labels of its own."""
+        """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
         return isinstance(self._task, Classification)
 
     @overload
@@ -119,31 +119,31 @@ class Predictor:
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return probabilities of the classes, in the precision that the run was evaluated in where this device is fast at it.
+        """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
 
-        Vectors and texts carry neither times nor numbers: they count as events one day apart without a number. Give a MEDS
-        dataset where these matter. Of a long record the last `model.max_length` events are seen.
+        Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
+        a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
 
         Args:
             records: one of
                 vectors of the events of one record (N, E) or of several, (n, N, E) or a list of (N, E);
-                texts of the events of one record, a list, or of several, a list of lists. A text of the vocabulary has its
-                token's vector, any other is embedded by the run's embedder;
-                the root of a MEDS dataset, as str or Path. Codes the run never saw are embedded by the texts that the
-                dataset's own metadata gives them, without their numbers; where the run reads no texts they are the unknown event.
-            labels: for a MEDS dataset: a label set's name or path, whose prediction times to predict at; None = at each
+                texts of the events of one record (a list) or of several (a list of lists). A text of the vocabulary gets its
+                token's vector, and the run's embedder embeds any other text;
+                the root of a MEDS dataset, as str or Path. Codes that the run never saw are embedded by their texts in the
+                dataset's metadata, without numeric values; a run that reads no texts treats them as the unknown event.
+            labels: for a MEDS dataset: name or path of a label set, at whose prediction times to predict; None = at each
                 subject's last event.
-            split: for a MEDS dataset: whose subjects; None = all, and the dataset needs no splits.
-            lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes win over the dataset's, and
-                over those of the lookups that the run was trained with.
+            split: for a MEDS dataset: split of the subjects; None = all subjects, and the dataset needs no splits.
+            lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes take precedence over those of
+                the dataset's metadata and of the lookups that the run was trained with.
 
         Returns:
-            (n, C) float64 in the order of the records, columns as `class_names`; for a MEDS dataset a Polars frame of
-            subject_id, prediction_time and probability_<class> for each class.
+            (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
+            row per prediction: subject_id, prediction_time and probability_<class> for each class.
 
         Raises:
-            UserError: no record or an empty one, vectors of another width or for a model that reads codes or texts, a text that
-                cannot be embedded, or what the dataset's reader refuses.
+            UserError: there is no record, or a record is empty; vectors have another width than the run's, or the model reads
+                codes or texts instead of vectors; a text cannot be embedded; or the dataset cannot be read.
         """
         if isinstance(records, str | Path):
             return self._predict_dataset(str(records), labels, split, lookups)
@@ -163,7 +163,7 @@ class Predictor:
         return self._predict(*self._events(token_ids), vocabulary, embedding)
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
-        """A MEDS dataset as the run sees it; arguments as in `predict_proba`."""
+        """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
         source, new = self._open(root, split, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
@@ -174,7 +174,7 @@ class Predictor:
     def _predict_dataset(
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> pl.DataFrame:
-        """Predict some shards at a time: no more of the dataset than `CHUNK_EVENTS` and a shard is in memory."""
+        """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
         source, new = self._open(root, split, lookups)
         asked = None if labels is None else read_labels(labels, source.labels_dir).frame
         if asked is not None:
@@ -203,7 +203,7 @@ class Predictor:
         return result if asked is None else result.sort(ROW).drop(ROW)
 
     def _open(self, root: str, split: str | None, lookups: Sequence[str]) -> tuple[MedsSource, NewCodes]:
-        """Open a MEDS dataset, with what was found of its new codes by an earlier call."""
+        """Open a MEDS dataset, together with the new codes that an earlier call found if the dataset has not changed."""
         if split is not None and split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         source = MedsSource(root=root, needs_splits=split is not None)
@@ -215,7 +215,7 @@ class Predictor:
         return source, self._dataset[1]
 
     def _chunks(self, source: MedsSource, new: NewCodes, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, as few as have `CHUNK_EVENTS`: small shards would make small batches."""
+        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches."""
         parts: list[SplitEvents] = []
         for events in encode_shards(source, new.vocabulary_for, split):
             parts.append(events)
@@ -229,7 +229,7 @@ class Predictor:
     def _predict(
         self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
     ) -> npt.NDArray[np.float64]:
-        """(n, C) of the samples, whose token ids are those of `vocabulary`."""
+        """Return the probabilities (n, C) of the samples, whose token ids refer to `vocabulary`."""
         embedding.to(self.device)
         dataset, trainer = BatchDataset(events, samples), self.run.config["trainer"]
         batches = BucketSampler(
@@ -245,7 +245,7 @@ class Predictor:
 
     @contextmanager
     def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
-        """Show a model that reads codes or texts what the token ids mean, and the run's own vocabulary again afterwards."""
+        """Give a model that reads codes or texts the vocabulary of the token ids, and restore the run's own one at the end."""
         model = self.run.model
         if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
             yield
@@ -257,7 +257,7 @@ class Predictor:
             model.set_vocabulary(self.run.vocabulary)
 
     def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
-        """Records without times as events one day apart, and a sample of each whole record."""
+        """Return records without times as events one day apart, and one sample per whole record."""
         lengths = np.array([len(tokens) for tokens in token_ids])
         if not lengths.all():
             raise UserError(f"record {int(lengths.argmin())} has no events, so there is nothing to predict from.")
@@ -276,7 +276,7 @@ class Predictor:
     def _tokens(
         self, records: Sequence[Sequence[str]]
     ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
-        """Token ids of texts, and the vocabulary and vectors of these tokens: the run's, then the texts it does not have."""
+        """Return the token ids of texts, and the run's vocabulary and vectors extended by the texts that are new."""
         known = self._token_of_text
         wanted = dict.fromkeys(text for record in records for text in record if text not in known)
         if blank := [text for text in wanted if not text.strip()]:
@@ -290,7 +290,7 @@ class Predictor:
             )
         if self._texts is None or self._texts.is_full:
             self._texts = NewCodes(self.run, self._vectors, None)
-        # A text without a code gets a name that no code has.
+        # A token needs a code, and a text has none, so it gets a name that no code has.
         self._texts.add({f"TEXT//{text}": text for text in wanted})
         token_of = self._texts.token_of
         token_ids = [
@@ -301,11 +301,11 @@ class Predictor:
 
     @cached_property
     def _token_of_text(self) -> dict[str, int]:
-        """The first token of each text of the run's vocabulary."""
+        """Return text -> token for the texts of the run's vocabulary; the first token of a text that several tokens share."""
         return {text: token for token, text in reversed(list(enumerate(self.run.vocabulary.texts))) if text}
 
     def _embedded(self, texts: list[str]) -> Tensor:
-        """Return the vectors of texts in the precision of a table on disk: a text has one vector wherever it comes from."""
+        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
         if not self._reads_vectors:
             return torch.zeros(len(texts), self.run.embedding.table.shape[1])
         embedder = self._embedder
@@ -320,12 +320,12 @@ class Predictor:
 
     @property
     def _reads_text(self) -> bool:
-        """Whether a text that the vocabulary does not have can mean something to the run."""
+        """Return whether the run can read texts that are not in its vocabulary."""
         return not self._reads_vectors or self._embedder.reads_text
 
     @cached_property
     def _embedder(self) -> Embedder:
-        """The run's embedder; its model is loaded when a text is embedded, and stays so."""
+        """Return the run's embedder; the first text that is embedded loads its model, which then stays loaded."""
         embedder: Embedder = instantiate_embedder(
             check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
         )
@@ -338,7 +338,7 @@ def _has_texts(records: Sequence[Any]) -> bool:
 
 
 def _vector_tokens(records: Sequence[Any]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
-    """A token for each vector, and the table of them; row 0, padding, is zero."""
+    """Return one token per vector, and the table of the vectors, whose row 0 is the zero vector of padding."""
     vectors = [torch.as_tensor(record, dtype=torch.float32) for record in records]
     if wrong := [tuple(record.shape) for record in vectors if record.ndim != 2]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A finished run: opening its folder, and the samples it is asked about."""
+"""Open the folder of a finished run, and build the samples for which it predicts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch import nn
 from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import file_sha256
 from ehr_embed.core.manifest import checked
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
-from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint
@@ -34,15 +33,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a run leaves for use on other data.
+    """The parts of a finished run that are needed to use it on other data.
 
     Attributes:
-        config: its resolved configuration, as plain values.
-        model: with the best checkpoint's weights, in evaluation mode.
-        embedding: the vectors of its tokens, as they were learned if they were.
-        vocabulary: codes to tokens.
-        class_names: what it predicts, in the order of its outputs; empty where it predicts events.
-        precision: in which it was trained and evaluated; None = an earlier version did not write it down.
+        config: resolved configuration as plain values.
+        model: model with the weights of the best checkpoint, in evaluation mode.
+        embedding: token vectors, with the learned values if they were trained.
+        vocabulary: vocabulary, which maps codes to tokens.
+        class_names: classes in the order of the model's outputs; empty if the run predicts events.
+        precision: precision in which the run was trained and evaluated; None if an earlier version did not record it.
     """
 
     config: dict[str, Any]
@@ -54,23 +53,24 @@ class TrainedRun:
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
-    """Open a run's folder; of its configuration each group may build members of that group, and of the packages of `trusted`.
+    """Open a run's folder, and build its model from the stored configuration.
 
-    Those that the run's own configuration trusts do not count: whoever hands on a folder would choose what runs here.
+    A config group may only build classes of that group or of the packages in `trusted`. The packages that the stored
+    configuration itself trusts are ignored, or the author of a shared folder could choose the code that runs here.
 
     Raises:
-        UserError: not a run's folder, or files in it that do not belong together.
+        UserError: the folder is not a run's, or its files do not belong together.
     """
     folder = Path(where).expanduser()
-    if not (folder / VOCABULARY / "vocab.csv").is_file():
+    found_sha256 = vocabulary_sha256(folder / VOCABULARY)
+    if found_sha256 is None:
         found = "a folder without vocabulary/" if folder.is_dir() else "no such folder"
         raise UserError(f"run={where}: expected the folder of a finished run (run_dir of train.py), found {found}.")
     path, checkpoint = read_checkpoint(folder)
     identity: dict[str, str] = checkpoint["identity"]
-    found_sha256 = file_sha256(folder / VOCABULARY / "vocab.csv")
     if found_sha256 != identity["vocab_sha256"]:
         raise UserError(
-            f"{folder / VOCABULARY / 'vocab.csv'} has sha256 {found_sha256[:12]}, but {path.name} was trained with "
+            f"{folder / VOCABULARY / TOKENS_FILE} has sha256 {found_sha256[:12]}, but {path.name} was trained with "
             f"{identity['vocab_sha256'][:12]}: token ids would mean other events. Restore the run's folder, or train again."
         )
     for file in (folder / VOCABULARY).iterdir():
@@ -97,17 +97,17 @@ def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:
     """Return the source of the dataset that a run was trained on, opened for reading.
 
     Raises:
-        UserError: as `instantiate_stored_source`.
+        UserError: `instantiate_stored_source` refuses the stored configuration or does not find the dataset.
     """
     source: Source = instantiate_stored_source(run.config, trusted)
     return source
 
 
 def device_named(name: str) -> torch.device:
-    """The device of a name, `auto` being a GPU if there is one.
+    """Return the torch device of a name, where `auto` means a GPU if there is one, else the CPU.
 
     Raises:
-        UserError: torch does not know or have it.
+        UserError: torch does not know the device, or there is no GPU.
 
     >>> device_named("cpu")
     device(type='cpu')
@@ -122,7 +122,13 @@ def device_named(name: str) -> torch.device:
 
 
 def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path, *, max_length: int) -> Samples:
-    """Records up to the prediction times of a label set, or up to each subject's last event; their labels are zeros.
+    """Return one sample per prediction time of a label set, or one per subject at its last event; all labels are zero.
+
+    Args:
+        events: events of the subjects.
+        labels: name or path of a label set; None = predict at each subject's last event.
+        labels_dir: folder in which the name of a label set is looked up.
+        max_length: largest number of events per sample.
 
     Raises:
         UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
@@ -142,8 +148,12 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
 
 
 def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.DataFrame:
-    """Return the rows of `labels` that belong to subjects of the events; None: the time of each subject's last event, if it has
-    one. The first columns are subject_id and prediction_time."""
+    """Return the prediction times of the subjects in `events`, with the columns subject_id and prediction_time first.
+
+    Args:
+        events: events of the subjects.
+        labels: label set, whose rows for these subjects are returned; None = the time of each subject's last timed event.
+    """
     if labels is not None:
         return labels.filter(pl.col("subject_id").is_in(pl.Series(events.subject_ids).implode()))
     last = events.times[events.offsets[1:] - 1]
@@ -153,7 +163,7 @@ def times_to_predict(events: SplitEvents, labels: pl.DataFrame | None) -> pl.Dat
 
 
 def say_static_only(n: int, of: int) -> None:
-    """Say how many of the subjects have static events only, and so no last event to predict at."""
+    """Log how many of the subjects have static events only, and therefore no last event at which to predict."""
     say_or_refuse(
         n,
         of,
@@ -164,7 +174,7 @@ def say_static_only(n: int, of: int) -> None:
 
 
 def nothing_to_predict() -> UserError:
-    """Return the error for a label set and a split that have no subject in common."""
+    """Return the error for a split in which no subject has a prediction time."""
     return UserError(
         "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
     )

@@ -1,4 +1,4 @@
-"""Futures of subjects, sampled from a run of task=next_event, as MEDS events."""
+"""Sample futures of subjects from a run of task=next_event, and write them as MEDS events."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TRAJECTORY_SCHEMA: dict[str, Any] = {
     "numeric_value": pl.Float32,
     "prediction_time": pl.Datetime("us"),
 }
-"""MEDS' data schema and the time up to which the generator saw the record: GeneratedTrajectorySchema of
-MEDS-trajectory-evaluation 0.0.6, which keeps the samples of one prompt in separate files."""
+"""Columns of the MEDS data schema, and the time up to which the model saw the record. This is GeneratedTrajectorySchema of
+MEDS-trajectory-evaluation 0.0.6, which expects the futures of one prompt in separate files."""
 
 
 def sample_futures(
@@ -48,15 +48,15 @@ def sample_futures(
 
     Args:
         run: a run of task=next_event.
-        prompts: each record up to its prediction time.
-        sampling: how many futures, how long, and how each event is drawn.
-        device: where the model runs.
-        batch_size: prompts at a time.
-        seed: of the draws.
-        use_cache: keep the keys and values of attention instead of computing them again for every event.
+        prompts: records up to their prediction times.
+        sampling: number of futures, their length, and how each event is drawn.
+        device: device on which the model runs.
+        batch_size: number of prompts per batch.
+        seed: seed of the draws.
+        use_cache: cache the keys and values of attention instead of computing them again for every event.
 
     Returns:
-        The columns of `TRAJECTORY_SCHEMA` and `sample`, the number of the future; one row per event.
+        One row per event, with the columns of `TRAJECTORY_SCHEMA` and `sample`, the number of the future.
     """
     samples, model, embedding = prompts.samples, run.model.to(device), run.embedding.to(device)
     generator, frames, began = torch.Generator(device).manual_seed(seed), [], time.perf_counter()
@@ -72,19 +72,22 @@ def sample_futures(
 
 
 def write_futures(futures: pl.DataFrame, folder: Path, *, n_samples: int) -> list[Path]:
-    """Write one file per sample, which holds one future of every prompt, and remove those of an earlier sampling.
+    """Write one file per future number, with one future of every prompt, and remove the files of an earlier sampling.
 
     Args:
-        futures: what `sample_futures` returned.
-        folder: where the files go, as 0.parquet, 1.parquet, ...
-        n_samples: futures per prompt.
+        futures: table that `sample_futures` returned.
+        folder: folder for the files 0.parquet, 1.parquet, ...
+        n_samples: number of futures per prompt.
+
+    Returns:
+        The paths of the files.
     """
-    for old in earlier_futures(folder):  # a sampling with more samples would mix with this one
+    for old in earlier_futures(folder):  # an earlier sampling may have written more files than this one will overwrite
         old.unlink()
     paths = [folder / f"{sample}.parquet" for sample in range(n_samples)]
     for sample, path in enumerate(paths):
         with atomic_path(path) as temporary:
-            # MEDS' strings are not Polars' large ones.
+            # Polars writes large_string columns; the MEDS schema asks for string.
             table = DataSchema.align(futures.filter(sample=sample).drop("sample").to_arrow())
             pq.write_table(table, temporary)
     return paths
@@ -94,7 +97,7 @@ def earlier_futures(folder: Path) -> list[Path]:
     """Return the files of an earlier sampling in a folder.
 
     Raises:
-        UserError: a file has the name of one and other columns, such as a shard of a dataset.
+        UserError: a file is named like sampled futures but has other columns, such as a shard of a dataset.
     """
     found = [path for path in sorted(folder.glob("*.parquet")) if path.stem.isdecimal()]
     for path in found:
@@ -104,14 +107,14 @@ def earlier_futures(folder: Path) -> list[Path]:
             is_ours = False
         if not is_ours:
             raise UserError(
-                f"{path} is no file of sampled futures (it has no column prediction_time), and they would replace it. "
+                f"{path} is no file of sampled futures (it has no column prediction_time), but sampled futures would replace it. "
                 "Type: output=ANOTHER_FOLDER"
             )
     return found
 
 
 def as_events(trajectories: Trajectories, samples: Samples, vocabulary: Vocabulary) -> pl.DataFrame:
-    """Generated events with the columns of `TRAJECTORY_SCHEMA`, and `sample`."""
+    """Return generated events as a table with the columns of `TRAJECTORY_SCHEMA` and `sample`, one row per event."""
     prompt = trajectories.prompt.cpu().numpy()
     decoded = vocabulary.decode(trajectories.token_ids.cpu().numpy(), trajectories.values.float().cpu().numpy())
     prediction_times = samples.prediction_times[prompt]

@@ -1,6 +1,7 @@
-"""The parts transformers are built of.
+"""Layers of the transformers: position and time features, dropout, attention, and the block made of them.
 
-Shapes: B batch, T events, D model, H heads, K head width, S events in the cache, N events of all sequences without padding.
+Shapes: B batch, T events, D model width, H heads, K head width, S events in the cache, N events of all sequences
+without padding.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from ehr_embed.models.packing import Packing
 
 Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 LONGEST_DAYS, SHORTEST_DAYS = 36525.0, 1.0 / 24
-"""Periods of the time features run from an hour to a century."""
+"""Longest and shortest period of the time features, in days: a century and an hour."""
 
 
 def sinusoids(position_BT: Tensor, dim: int, *, base: float = 10_000.0) -> Tensor:
-    """Sinusoidal features (Vaswani et al. 2017, section 3.5), (B, T) -> (B, T, dim)."""
+    """Return sinusoidal position features (Vaswani et al. 2017, section 3.5), (B, T) -> (B, T, dim)."""
     frequency = base ** (-torch.arange(0, dim, 2, device=position_BT.device, dtype=torch.float32) / dim)
     angle = position_BT.float().unsqueeze(-1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :dim]
 
 
 def time_features(days_BT: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of continuous time, periods spaced evenly in log from an hour to a century, (B, T, dim)."""
+    """Return sines and cosines of continuous time in days, (B, T) -> (B, T, dim).
+
+    The periods are spaced evenly on a log scale from an hour to a century.
+    """
     n = (dim + 1) // 2
     periods = torch.logspace(math.log10(SHORTEST_DAYS), math.log10(LONGEST_DAYS), n, device=days_BT.device)
     angle = 2 * math.pi * days_BT.float().unsqueeze(-1) / periods
@@ -37,7 +41,10 @@ def time_features(days_BT: Tensor, dim: int) -> Tensor:
 
 
 def rotate(x_BHTK: Tensor, position_BT: Tensor, *, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries or keys, (B, H, T, K); or (N, H, K) by (N,)."""
+    """Apply the rotary position embedding (Su et al. 2021, arXiv:2104.09864) to queries or keys.
+
+    Takes queries or keys (B, H, T, K) with positions (B, T), or packed ones (N, H, K) with positions (N,).
+    """
     half = x_BHTK.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x_BHTK.device, dtype=torch.float32) / half)
     angle_B1TK = (position_BT.float().unsqueeze(-1) * frequency).unsqueeze(1)
@@ -47,9 +54,10 @@ def rotate(x_BHTK: Tensor, position_BT: Tensor, *, base: float = 10_000.0) -> Te
 
 
 class Dropout(nn.Module):
-    """Dropout whose CPU path draws eight mask entries from each random number, at probabilities in steps of 1/256.
+    """Dropout that is fast on a CPU: each 64-bit random number gives eight mask entries.
 
-    torch's own draws them one by one, which on a CPU took a third of a training step.
+    The probability on a CPU is therefore a multiple of 1/256. `torch.nn.functional.dropout` draws the entries one by
+    one, which takes a third of a training step on a CPU.
     """
 
     def __init__(self, p: float) -> None:
@@ -59,7 +67,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape; the identity in evaluation."""
+        """Return `x`, of any shape, with entries dropped in training and unchanged in evaluation."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -71,9 +79,10 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on `scaled_dot_product_attention`, or in bfloat16 on a CPU on `cpu_attention`.
+    """Multi-head self-attention with torch's fused kernels, or with `cpu_attention` for bfloat16 on a CPU.
 
-    No dropout on the attention weights: it would rule out the fused kernels, and the block drops on the output.
+    There is no dropout on the attention weights, because dropout would rule out the fused kernels. The block applies
+    dropout to the output instead.
     """
 
     def __init__(self, *, model_dim: int, n_heads: int) -> None:
@@ -85,13 +94,14 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        """Return the attended vectors, (B, T, D) -> (B, T, D).
 
         Args:
-            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal. With a packing the
-                events and what they are rotated by are packed, (N, D) and (N,), and there is no `extend`.
-            rope_BT: positions to rotate queries and keys by; None = no rotation.
-            extend: takes the new keys and values (B, H, T, K) and returns those of all events so far (B, H, S, K).
+            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal. With a
+                packing, `x_BTD` and `rope_BT` are packed, (N, D) and (N,), and `extend` is None.
+            rope_BT: positions that rotate the queries and keys; None = no rotation.
+            extend: stores the new keys and values (B, H, T, K) and returns the keys and values of all events so far
+                (B, H, S, K).
         """
         if isinstance(mask, Packing):
             return self._packed(x_BTD, mask, rope_BT)
@@ -129,6 +139,6 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (N, D) -> (N, D); arguments as in `Attention`."""
+        """Return the block's output, of the shape of the input; arguments as in `Attention.forward`."""
         x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, extend))
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))

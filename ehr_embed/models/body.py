@@ -1,4 +1,7 @@
-"""What encoder and decoder share: from events to one vector an event. Its weights are what pretraining hands on."""
+"""The body that encoder and decoder share: it turns events into one vector per event.
+
+A run that starts from a pretrained run (`init_from`) takes over the weights of the body.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,19 @@ from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
 
 ROTARY = ("rope", "rope_time")
-"""Positions by rotation: attention sees how many events, or how much time, lie between two."""
+"""Rotary positions: attention sees the number of events, or the time, between two events."""
 TIMES = ("gap", "elapsed", "age")
 VALUES = ("film", "add", "none")
 MAX_WIDTH, MAX_LAYERS = 65_536, 1024
 
 
 class EventInput(nn.Module):
-    """Projects event vectors to the model's width; where values are carried, each changes its event.
+    """Projects event vectors to the model's width, and lets each numeric value change the vector of its event.
 
-    Text vectors have norm one whatever their width, so they are brought to unit variance first. A small MLP of (value, has
-    value) gives, with `values=film`, a scale and a shift of the vector (Perez et al. 2018, arXiv:1709.07871), with `add` a
-    shift alone; both start at zero. `none` leaves the values out.
+    Text vectors have norm one whatever their width, so a layer norm first brings them to unit variance. A small MLP
+    reads the value and a flag that says whether there is one. With `values=film` the MLP returns a scale and a shift of
+    the vector (Perez et al. 2018, arXiv:1709.07871), with `add` a shift alone; both start at zero. `none` ignores the
+    values.
     """
 
     def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool, values: str = "film") -> None:
@@ -45,10 +49,12 @@ class EventInput(nn.Module):
             self.values = nn.Sequential(nn.Linear(2, model_dim), nn.GELU(), last)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) from `embeddings` (B, T, E), or from `rows` (U, E) and `row_ids` (B, T), and `values` (B, T), NaN = none.
+        """Return the projected events, (B, T, D).
 
-        Without `values` no event has a number. Rows are projected once however many events share them: the same vectors,
-        with fewer products.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same vectors and
+                project each distinct row once however many events share it; `values` (B, T), NaN = no value. Without
+                `values` no event has a value.
         """
         if "rows" in inputs:
             check_width(inputs["rows"], self.project.in_features)
@@ -67,10 +73,10 @@ class EventInput(nn.Module):
 
 
 class TimeInput(nn.Module):
-    """Times of an event as sines and cosines, each kind a pathway of its own.
+    """Projects the times of an event, as sines and cosines, to the model's width.
 
-    `gap` (since the previous event), `elapsed` (since the first one) and `age` look back only, so that a causal model cannot
-    read from them how long the record goes on.
+    `gap` (days since the previous event), `elapsed` (days since the first event) and `age` look back only, so that a
+    causal model cannot learn from them how long the record continues.
     """
 
     def __init__(self, *, kinds: Sequence[str], model_dim: int) -> None:
@@ -82,15 +88,20 @@ class TimeInput(nn.Module):
         self.project = nn.Linear(len(kinds) * model_dim, model_dim)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) from `gap_days`, `elapsed_days` and `age_days`, (B, T) each, as far as they are asked for; NaN = unknown.
+        """Return the time features (B, T, D).
 
-        Without `age_days` no age is known.
+        Args:
+            inputs: `gap_days`, `elapsed_days` and `age_days`, (B, T) each, NaN = unknown, of which the kinds of this
+                module are needed. Without `age_days` every age is unknown.
+
+        Raises:
+            UserError: `gap_days` or `elapsed_days` is needed and missing.
         """
         names = [f"{kind}_days" for kind in self.kinds]
         if missing := [name for name in names if name not in inputs and name != "age_days"]:
             raise UserError(
-                f"model.times=[{','.join(self.kinds)}] needs {' and '.join(missing)} (B, T) beside the events, and it is not "
-                "there. Give each, or build the model with times=[]."
+                f"model.times=[{','.join(self.kinds)}] needs the inputs {' and '.join(missing)} (B, T), which are "
+                "missing. Give each of them, or build the model with times=[]."
             )
         unknown_BT = torch.full(inputs["padding_mask"].shape, float("nan"), device=inputs["padding_mask"].device)
         features = [time_features(inputs.get(name, unknown_BT), self.model_dim).nan_to_num() for name in names]
@@ -98,24 +109,24 @@ class TimeInput(nn.Module):
 
 
 class Body(nn.Module):
-    """Event input, positions, pre-norm blocks, final norm.
+    """Event input, positions, pre-norm transformer blocks and a final norm.
 
     Args:
         embedding_dim: width E of the event vectors.
-        has_values: whether a number stands beside each event.
+        has_values: whether batches carry a numeric value with each event.
         model_dim: width D of the model.
-        n_heads: attention heads; must divide `model_dim`.
-        n_layers: blocks.
-        dropout: probability, on what each block adds.
+        n_heads: number of attention heads; must divide `model_dim`.
+        n_layers: number of transformer blocks.
+        dropout: dropout probability on the residual branches of each block.
         max_length: longest sequence, in events.
         positions: one of `valid_positions`.
-        valid_positions: what the model that owns this body can do.
-        times: which of `TIMES` are added to each event.
-        values: one of `VALUES`, how a number enters its event.
+        valid_positions: positions that the model of this body supports.
+        times: the members of `TIMES` that are added to each event.
+        values: one of `VALUES`, how a numeric value changes its event vector.
 
     Attributes:
-        packs: whether blocks see the events without padding, where the inputs say their places; None = where torch has a kernel
-            for it. Both ways give the same vectors.
+        packs: whether the blocks compute without padding, for inputs that hold `places`; None = only where torch has a
+            kernel for packed sequences. Both ways give the same vectors.
     """
 
     packs: bool | None = None
@@ -147,10 +158,17 @@ class Body(nn.Module):
         self.norm = nn.LayerNorm(model_dim)
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Events with their order and time, before any attention, (B, T, D)."""
+        """Return the event vectors with positions and times added, before any attention, (B, T, D).
+
+        Raises:
+            UserError: the batch is longer than `max_length`.
+        """
         n_events = inputs["padding_mask"].shape[1]
         if n_events >= self.max_length + LENGTH_MULTIPLE:  # batches are padded to a multiple of it
-            raise UserError(f"{n_events} events, but model.max_length is {self.max_length}: keep the last ones.")
+            raise UserError(
+                f"the batch has {n_events} events per record, but model.max_length is {self.max_length}. "
+                "Keep the last events."
+            )
         x_BTD = self.input(inputs)
         if self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoids(event_index(inputs), x_BTD.shape[-1]).to(x_BTD.dtype)
@@ -161,13 +179,16 @@ class Body(nn.Module):
         return x_BTD
 
     def rotary(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """What queries and keys are rotated by, (B, T): the event's number, or the hours since the first; None = no rotation."""
+        """Return the positions that rotate queries and keys, (B, T), or None without rotary positions.
+
+        A position is the event's index with `rope`, and the hours since the first event with `rope_time`.
+        """
         if self.positions == "rope_time":
             return inputs["elapsed_days"] * 24
         return event_index(inputs) if self.positions == "rope" else None
 
     def packing(self, inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
-        """What `attend` takes in place of a mask to leave out the padding; None where padding stays."""
+        """Return the packing that `attend` takes in place of a mask to skip the padding; None to keep the padding."""
         packing, weight = packing_of(inputs, is_causal=is_causal), self.norm.weight
         if packing is None:
             return None
@@ -182,9 +203,12 @@ class Body(nn.Module):
         rope_BT: Tensor | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Blocks and final norm, (B, T, D) -> (B, T, D); `mask` as in `Attention`, `rope_BT` as `rotary` gives it.
+        """Return the output of the blocks and the final norm, (B, T, D) -> (B, T, D).
 
-        With a packing for a mask the padding comes out as zero.
+        Args:
+            mask: as in `Attention.forward`; with a packing the vectors of padding are zero.
+            rope_BT: as `rotary` returns it.
+            cache: keys and values of the events before these.
         """
         if isinstance(mask, Packing):
             x_ND = self._blocks(mask.pack(x_BTD), mask, None if rope_BT is None else mask.pack(rope_BT))
@@ -200,7 +224,7 @@ class Body(nn.Module):
 
 
 def check_width(vectors: Tensor, expected: int) -> None:
-    """Refuse event vectors (..., E) of another width than the model was built for.
+    """Refuse event vectors (..., E) whose width is not the one that the model was built for.
 
     Raises:
         UserError: E is not `expected`.
@@ -213,7 +237,10 @@ def check_width(vectors: Tensor, expected: int) -> None:
 
 
 def event_index(inputs: dict[str, Tensor]) -> Tensor:
-    """Number of each event within its sequence, (B, T): `event_index` where given (packed rows, a cache), else 0 ... T - 1."""
+    """Return the index of each event within its sequence, (B, T).
+
+    It is the input `event_index` where given (several sequences per row, or a cache), else 0 ... T - 1.
+    """
     if "event_index" in inputs:
         return inputs["event_index"]
     mask_BT = inputs["padding_mask"]
@@ -221,11 +248,11 @@ def event_index(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def check_sizes(model_dim: int, n_heads: int, n_layers: int, positions: str, valid_positions: tuple[str, ...]) -> None:
-    """Refuse sizes that blocks cannot be built with.
+    """Refuse sizes that no transformer block can have.
 
     Raises:
-        UserError: a width or a number of blocks out of range, `n_heads` that does not divide `model_dim`, an odd head size under
-            rope, unknown `positions`.
+        UserError: `model_dim` or `n_layers` is out of range, `n_heads` does not divide `model_dim`, the head width is
+            odd with rotary positions, or `positions` is unknown.
     """
     check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
     check_range("model.n_layers", n_layers, 1, MAX_LAYERS)

@@ -1,4 +1,4 @@
-"""Keys and values of the events so far, so that generating one more event costs one event and not the whole record."""
+"""A key-value cache for generation: each new event costs one event instead of the whole record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from ehr_embed.models.blocks import Extend
 
 
 class KeyValueCache:
-    """For B sequences of different lengths and up to S events each.
+    """Stores the keys and values of B sequences of different lengths, with up to S events each.
 
     Args:
-        n_layers, batch_size, n_heads, n_events, head_dim: sizes L, B, H, S, K.
-        device, dtype: of the keys and values.
+        n_layers, batch_size, n_heads, n_events, head_dim: the sizes L, B, H, S and K.
+        device, dtype: device and number format of the keys and values.
 
     Attributes:
-        lengths: (B,) int64, events of each sequence so far; the caller adds to it once all layers have been extended.
+        lengths: (B,) int64, the number of events of each sequence so far; the caller increases it after all layers have
+            stored the new events.
     """
 
     def __init__(
@@ -36,21 +37,21 @@ class KeyValueCache:
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64)
 
     def index_of(self, n_new: int) -> Tensor:
-        """Numbers of the next `n_new` events of each sequence, (B, n_new)."""
+        """Return the indices of the next `n_new` events of each sequence, (B, n_new)."""
         return self.lengths[:, None] + torch.arange(n_new, device=self.lengths.device)
 
     def mask(self, n_new: int) -> Tensor:
-        """Which stored events each of the next `n_new` may see, (B, 1, n_new, S'): itself and all before it.
+        """Return the causal mask of the next `n_new` events over the stored events, (B, 1, n_new, S'), True = attend.
 
-        S' is the longest sequence with its new events. Padding after a shorter prompt lies beyond its length, is never
-        seen, and is overwritten by the events that follow.
+        S' is the length of the longest sequence with its new events. The padding after a shorter prompt lies beyond
+        that prompt's length, so no event attends to it, and the events that follow overwrite it.
         """
         index_BT = self.index_of(n_new)
         stored = torch.arange(int(index_BT.max()) + 1, device=self.lengths.device)
         return (stored <= index_BT[:, :, None])[:, None]
 
     def extend_of(self, layer: int) -> Extend:
-        """The function that stores a layer's new keys and values (B, H, T, K) and returns all of them (B, H, S', K)."""
+        """Return a function that stores a layer's new keys and values (B, H, T, K) and returns all, (B, H, S', K)."""
 
         def extend(k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
             index_BT = self.index_of(k_BHTK.shape[2])

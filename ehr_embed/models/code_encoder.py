@@ -1,4 +1,4 @@
-"""A transformer over the codes of a record, each summarised once however often it occurs."""
+"""A transformer over the distinct codes of a record: each code is one element, however often it occurs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from ehr_embed.models.whitening import Whitening
 
 POOLINGS = ("max", "mean", "attention")
 SUMMARIES = {"count": 1, "values": 7, "times": 2}
-"""What is known of a code's events, and in how many numbers: how many they are; first, last, mean, least and greatest value, their
-standard deviation, and whether there is one; days since the first and the last."""
+"""Summaries of a code's events, with the number of features of each.
+
+`count` is the number of events; `values` are the first, last, mean, least and greatest value, their standard deviation,
+and whether there is a value; `times` are the days since the first and the last event.
+"""
 
 
 class CodeInput(ReadsCodes):
-    """One vector a code of the record: the mean of its events' vectors, changed by what sums up their values and times.
+    """Builds one vector per code of a record: the mean of the code's event vectors, changed by summaries of its events.
 
     Args:
         embedding_dim: width E of the event vectors.
-        model_dim: width D of what comes out.
-        has_values: whether batches carry a number beside each event.
-        summaries: of `SUMMARIES`.
-        whiten: whether vectors are whitened; without it they are brought to unit variance each.
-        shrinkage: of the whitening.
+        model_dim: width D of the returned vectors.
+        has_values: whether batches carry a numeric value with each event.
+        summaries: the members of `SUMMARIES` that are used.
+        whiten: whether event vectors are whitened (see `Whitening`); otherwise a layer norm brings each to unit
+            variance.
+        shrinkage: shrinkage of the whitening.
     """
 
     code_of_token: Tensor
@@ -63,14 +67,20 @@ class CodeInput(ReadsCodes):
         self.register_buffer("code_of_token", torch.empty(0, dtype=torch.int64), persistent=False)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean; tokens without a code, such as the unknown event, are one."""
+        """Set the vocabulary of the token ids in coming batches.
+
+        All tokens without a code, such as the unknown event, count as one code.
+        """
         super().set_vocabulary(vocabulary)
         number = {code: i for i, code in enumerate(dict.fromkeys(self.token_codes))}
         numbers = [number[code] for code in self.token_codes]
         self.code_of_token = torch.tensor(numbers, dtype=torch.int64, device=self.code_of_token.device)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors (B, S, D) of up to S codes a record, and True = code (B, S); codes in the vocabulary's order."""
+        """Return the vectors (B, S, D) of up to S codes per record and their mask (B, S), True = code.
+
+        The codes are in the vocabulary's order.
+        """
         is_event_BT = inputs["padding_mask"]
         n_rows, n_codes = len(is_event_BT), len(self.token_codes)
         row_N, _ = is_event_BT.nonzero(as_tuple=True)
@@ -91,17 +101,23 @@ class CodeInput(ReadsCodes):
         return x_BSD, is_code_BS
 
     def _vectors(self, inputs: dict[str, Tensor], is_event_BT: Tensor) -> Tensor:
-        """Projected vectors of the events, (N, D) float32."""
+        """Return the projected vectors of the events, (N, D) float32."""
         has_rows = "rows" in inputs
         vectors = inputs["rows"] if has_rows else inputs["embeddings"][is_event_BT]
         check_width(vectors, self.embedding_dim)
-        # Half precision would lose what whitening brings out, and the sums over events.
+        # In half precision the small differences that whitening amplifies, and the sums over events, would be rounded
+        # away.
         with torch.autocast(vectors.device.type, enabled=False):
             projected = self.project(self.norm(vectors.float()))
         return F.embedding(inputs["row_ids"][is_event_BT], projected) if has_rows else projected
 
     def _summarise(self, groups: Groups, values_N: Tensor, days_N: Tensor) -> Tensor:
-        """(G, F) float32 from values, NaN = none, and days before the prediction."""
+        """Return the summaries of G codes, (G, F) float32.
+
+        Args:
+            values_N: (N,) numeric values, NaN = none.
+            days_N: (N,) days from each event to the prediction time.
+        """
         of = {
             "count": lambda: groups.count().float().log1p().unsqueeze(-1),
             "values": lambda: self._values(groups, values_N.float()),
@@ -114,16 +130,16 @@ class CodeInput(ReadsCodes):
         has_value_N = ~values_N.isnan()
         valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
         mean_G = valued.mean(x_N)
-        # An epsilon, since the root of zero has no gradient.
+        # The epsilon keeps the gradient finite, because the square root has none at zero.
         sd_G = (valued.mean((x_N - valued.spread(mean_G)).square()) + 1e-12).sqrt()
         extremes = valued.extreme(x_N, "amin"), valued.extreme(x_N, "amax")
         found_GF = torch.stack([valued.first(x_N), valued.last(x_N), mean_G, *extremes, sd_G], dim=-1)
-        # Some numbers are a thousand standard deviations off: the further out, the less their size matters.
+        # Some values are a thousand standard deviations off, so asinh compresses the large ones.
         return torch.cat([found_GF.nan_to_num().asinh(), (valued.count() > 0).float().unsqueeze(-1)], dim=-1)
 
 
 class Subject(nn.Module):
-    """A learned vector, and what age at the prediction adds to it."""
+    """Builds one vector per subject: a learned vector plus a linear map of the age at the prediction time."""
 
     def __init__(self, model_dim: int) -> None:
         super().__init__()
@@ -131,10 +147,11 @@ class Subject(nn.Module):
         self.age = nn.Linear(3, model_dim)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, D) from `age_days` and `days` (B, T); without `age_days` no age is known."""
+        """Return subject vectors (B, D) from `age_days` and `days` (B, T); without `age_days` every age is unknown."""
         if "age_days" not in inputs:
             return self.vector + self.age(self.vector.new_zeros(len(inputs["padding_mask"]), 3))
-        # Every event since birth tells it.
+        # The age at an event plus the days from the event to the prediction is the age at the prediction, for every
+        # event.
         age_BT = (inputs["age_days"] + inputs["days"]).masked_fill(~inputs["padding_mask"], float("nan"))
         age_B = age_BT.nan_to_num(nan=float("-inf")).amax(1)
         years_B = age_B.masked_fill(age_B.isinf(), float("nan")) / DAYS_PER_YEAR
@@ -143,7 +160,7 @@ class Subject(nn.Module):
 
 
 class CodeBody(nn.Module):
-    """Code input, the subject's age as one more element, pre-norm blocks, final norm."""
+    """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm."""
 
     def __init__(
         self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
@@ -158,7 +175,7 @@ class CodeBody(nn.Module):
         self.norm = nn.LayerNorm(model_dim)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors (B, S, D) of the subject (with `age`) and up to S codes of each record, and True = one of these (B, S)."""
+        """Return vectors (B, S, D) of the subject (with `age`) and the codes of each record, and their mask (B, S)."""
         x_BSD, is_code_BS = self.input(inputs)
         if self.subject is not None:
             x_BSD = torch.cat([self.subject(inputs).unsqueeze(1), x_BSD], dim=1)
@@ -169,26 +186,30 @@ class CodeBody(nn.Module):
 
 
 class CodeEncoder(nn.Module):
-    """Attention between the codes of a record, pooled into one prediction; cost grows with the distinct codes, not the events.
+    """Transformer encoder over the codes of a record, pooled into one prediction.
+
+    Its cost grows with the number of distinct codes, not with the number of events.
 
     Args:
-        embedding_dim: width E of the event vectors; the embedder says it.
-        num_classes: outputs; the task says it.
-        vocab_size: refused: classes only.
-        has_values: whether batches carry a number beside each event; the data say it.
+        embedding_dim: width E of the event vectors, set by the embedder.
+        num_classes: number of outputs, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event, set by the data.
         model_dim: width D of the model.
-        n_heads: attention heads; must divide `model_dim`.
-        n_layers: blocks.
-        dropout: probability, on what each block adds and on the pooled vector.
-        max_length: longest sequence, in events; longer records keep their last events.
-        summaries: of a code's events: `count`, `values`, `times`.
-        age: whether the age at the prediction stands beside the codes, as an element of its own.
-        whiten: whether vectors are whitened, see `Whitening`; without it each is brought to unit variance.
-        shrinkage: of the whitening.
-        pooling: `max`, `mean`, `attention`.
+        n_heads: number of attention heads; must divide `model_dim`.
+        n_layers: number of transformer blocks.
+        dropout: dropout probability on the residual branches of each block and on the pooled vector.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
+        summaries: summaries of each code's events that are used: `count`, `values`, `times`.
+        age: whether the age at the prediction time is one more element beside the codes.
+        whiten: whether event vectors are whitened (see `Whitening`); otherwise a layer norm brings each to unit
+            variance.
+        shrinkage: shrinkage of the whitening.
+        pooling: how event vectors become one vector: `max`, `mean`, `attention`.
 
     Raises:
-        UserError: a task that predicts events, an unknown summary or pooling, sizes that do not divide.
+        UserError: the task predicts events, a summary or the pooling is unknown, or `n_heads` does not divide
+            `model_dim`.
     """
 
     is_causal = False
@@ -230,7 +251,7 @@ class CodeEncoder(nn.Module):
         self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean."""
+        """Set the vocabulary of the token ids in coming batches."""
         self.body.input.set_vocabulary(vocabulary)
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
@@ -239,10 +260,12 @@ class CodeEncoder(nn.Module):
             whitening.fit(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) from `embeddings` (B, T, E), `token_ids` and `days` (B, T), `padding_mask` (B, T), True = event.
+        """Return logits (B, num_classes).
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. Age needs `age_days` (B, T), NaN =
-        unknown, and a model that carries values takes `values` (B, T), NaN = none.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same logits;
+                `token_ids` and `days` (B, T); `padding_mask` (B, T), True = event; `age_days` (B, T), NaN = unknown, if
+                `age` is set; `values` (B, T), NaN = no value, if `has_values` is set.
         """
         x_BSD, is_code_BS = self.body(inputs)
         return self.head(x_BSD, {"padding_mask": is_code_BS})

@@ -1,4 +1,4 @@
-"""Summaries of a record per code: how often it occurs, its values, when. What estimators of tables read."""
+"""Features of a record per code (number of events, values, times), for models that are fitted to a table."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DAYS_PER_YEAR = 365.25
 
 
 class ReadsCodes(nn.Module):
-    """What tokens say about codes: the code of each and the number of its value bin.
+    """Mixin: look up the code of each token and the number of its value bin.
 
     Args:
-        has_values: whether batches carry a number beside each event.
+        has_values: whether batches carry a numeric value with each event.
     """
 
     bin_of_token: Tensor
@@ -34,15 +34,15 @@ class ReadsCodes(nn.Module):
         self.register_buffer("bin_of_token", torch.empty(0), persistent=False)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean."""
+        """Set the vocabulary of the token ids in coming batches."""
         self.token_codes = vocabulary.token_codes
         self.bin_of_token = torch.from_numpy(vocabulary.token_bins).to(self.bin_of_token.device)
 
     def tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Token ids, (B, T) int64.
+        """Return the token ids, (B, T) int64.
 
         Raises:
-            UserError: the events are vectors.
+            UserError: the inputs hold event vectors and no token ids.
         """
         if "token_ids" not in inputs:
             raise UserError(
@@ -51,33 +51,34 @@ class ReadsCodes(nn.Module):
         return inputs["token_ids"].long()
 
     def values(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The number of each event, else that of its bin, (B, T) float32, NaN = none."""
+        """Return the numeric value of each event, or else the number of its value bin, (B, T) float32, NaN = none."""
         values_BT = inputs.get("values")
         if values_BT is None:
             values_BT = self.bin_of_token[self.tokens(inputs)]
-            if self.has_values:  # fitted to numbers, which these events do not have
+            if self.has_values:  # the model was fitted to numeric values, which bin numbers must not replace
                 values_BT = torch.full_like(values_BT, float("nan"))
         return values_BT
 
 
 class CodeFeatures(ReadsCodes):
-    """Per code: the number of events; the first, last, mean, least and greatest value; years since the first and last event.
+    """Builds the features of each record: per code its count, values, and years since its first and last event.
 
-    A code's value is the number beside the event, in robust standard deviations from its train median (`data.values=both`,
-    `continuous`), else the number of the token's value bin (`bins`); without either only counts and years are left. Missing
-    is NaN, a count of 0 aside. The birth code is always chosen, and its years are the subject's age.
+    The value features are the first, last, mean, least and greatest value. A value is the number that the event
+    carries, in robust standard deviations from the code's train median (`data.values=both`, `continuous`), or else the
+    number of the token's value bin (`bins`). Without either there are only counts and years. A missing feature is NaN,
+    except a count, which is 0. The birth code is always chosen, and its years are the subject's age.
 
-    The chosen codes are part of the `state_dict`, by name: under another vocabulary each code finds its column again, codes
-    without one are ignored, and those that never occur are missing.
+    The chosen codes are part of the `state_dict`, by name, so that a model can read another vocabulary: each code keeps
+    its column, other codes are ignored, and the features of absent codes are missing.
 
     Args:
-        has_values: whether batches carry a number beside each event.
-        max_codes: codes that are summarised, the most frequent in train.
-        times: years since the first and last event of every code; without it of the birth code only.
+        has_values: whether batches carry a numeric value with each event.
+        max_codes: number of codes that get features; the most frequent in train are chosen.
+        times: whether every code has years since its first and last event; otherwise only the birth code has them.
 
     Attributes:
-        codes: chosen codes, K of them.
-        valued: those of them that have values in train.
+        codes: the chosen codes.
+        valued: the chosen codes that have values in train.
     """
 
     column_of_token: Tensor
@@ -95,27 +96,27 @@ class CodeFeatures(ReadsCodes):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean; chosen codes stay chosen."""
+        """Set the vocabulary of the token ids in coming batches; the chosen codes stay the same."""
         super().set_vocabulary(vocabulary)
         self._match()
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        """The chosen codes."""
+        """Return the chosen codes."""
         return {"codes": self.codes, "valued": self.valued}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the codes of another run."""
+        """Set the chosen codes to those of another run."""
         self.codes, self.valued = list(state["codes"]), list(state["valued"])
         self._match()
 
     @property
     def timed(self) -> list[str]:
-        """Codes with years."""
+        """Return the codes that have the features of `TIME_SUMMARIES`."""
         return self.codes if self.times else [code for code in self.codes if code == birth_code]
 
     @property
     def names(self) -> list[str]:
-        """Names of the features, CODE/SUMMARY, (F,)."""
+        """Return the names of the F features, as CODE/SUMMARY."""
         return [
             f"{code}/{summary}"
             for codes, summaries in (
@@ -128,7 +129,7 @@ class CodeFeatures(ReadsCodes):
         ]
 
     def choose(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """Choose codes by the events of train that are visible at its prediction times; `train` gives each batch once.
+        """Choose codes by the events of train that are visible at the prediction times; `train` yields each batch once.
 
         Raises:
             UserError: no event has a code.
@@ -155,10 +156,13 @@ class CodeFeatures(ReadsCodes):
         self._match()
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, F) float32 from `token_ids` and `days` (B, T), `padding_mask` (B, T), True = event, and `values` (B, T), NaN = none.
+        """Return the features (B, F) float32, NaN = missing.
+
+        Args:
+            inputs: `token_ids` and `days` (B, T); `padding_mask` (B, T), True = event; `values` (B, T), NaN = no value.
 
         Raises:
-            UserError: nothing was chosen yet.
+            UserError: no codes were chosen yet.
         """
         if not self.codes:
             raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
@@ -185,7 +189,7 @@ class CodeFeatures(ReadsCodes):
         return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
 
     def _match(self) -> None:
-        """The column of every token, -1 for none."""
+        """Set the column of every token in each group of features, -1 for a token without one."""
         device = self.column_of_token.device
         columns = []
         for chosen in (self.codes, self.valued, self.timed):
@@ -195,7 +199,7 @@ class CodeFeatures(ReadsCodes):
 
 
 class ReadsCodeFeatures(nn.Module):
-    """The part that estimators on `CodeFeatures` share: how they meet a vocabulary and get their table.
+    """Mixin: give an estimator the features of `CodeFeatures`.
 
     Args:
         has_values, max_codes, times: as in `CodeFeatures`.
@@ -206,20 +210,20 @@ class ReadsCodeFeatures(nn.Module):
         self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take what the token ids of coming batches mean."""
+        """Set the vocabulary of the token ids in coming batches."""
         self.features.set_vocabulary(vocabulary)
 
     def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """Choose the codes that are summarised."""
+        """Choose the codes that get features, by the batches of train."""
         self.features.choose(train)
 
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, F) float32."""
+        """Return the features of a batch, (B, F) float32, NaN = missing."""
         return self.features(inputs)
 
 
 def _columns(column_BT: Tensor, keep_BT: Tensor, n_columns: int) -> tuple[Tensor, Groups]:
-    """The events of a batch that belong to a column (B, T), and their groups: sample by sample, a group a column."""
+    """Return the mask (B, T) of the events that have a column, and their groups, one per sample and column."""
     keep_BT = keep_BT & (column_BT >= 0)
     row_N, _ = keep_BT.nonzero(as_tuple=True)
     return keep_BT, Groups(row_N * n_columns + column_BT[keep_BT], len(column_BT) * n_columns)

@@ -1,4 +1,7 @@
-"""Attention in bfloat16 on a CPU, a few sequences at a time. Shapes: B batch, T events, H heads, K head width."""
+"""Attention in bfloat16 on a CPU, computed for a few sequences at a time.
+
+Shapes: B batch, T events, H heads, K head width.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,22 @@ import torch
 from torch import Tensor
 
 SCORES_AT_ONCE = 2**20
-"""Scores held at a time: 2 MiB in bfloat16, which stay in the cache between the products and the softmax."""
+"""Attention scores computed at a time: 2 MiB in bfloat16, which stay in the CPU's cache until the softmax."""
 LONGEST = 1024
-"""Events up to which the weights, B x H x T x T, are kept for the backward pass."""
+"""Longest sequence, in events, for which the attention weights (B, H, T, T) are kept for the backward pass."""
 MASKED = -1e30
 
 
 def applies(q_BHTK: Tensor, k_BHTK: Tensor) -> bool:
-    """Whether `cpu_attention` is the faster way: torch's fused kernel for CPUs is several times slower in bfloat16."""
+    """Return whether `cpu_attention` is faster than torch's fused kernel, which is slow in bfloat16 on a CPU."""
     is_bf16_cpu = q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16
     return is_bf16_cpu and 1 < q_BHTK.shape[-2] == k_BHTK.shape[-2] <= LONGEST
 
 
 def cpu_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
-    """What `scaled_dot_product_attention` gives, (B, H, T, K), up to the rounding of the scores to the inputs' type.
+    """Return the attended values (B, H, T, K), equal to `scaled_dot_product_attention` up to rounding.
+
+    The scores are rounded to the number format of the inputs.
 
     Args:
         mask: True = attend, broadcastable to (B, 1, T, T); None = causal.
@@ -36,13 +41,13 @@ def cpu_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor |
 
 
 class _Attention(torch.autograd.Function):
-    """Products and softmax written out, forward and backward, over chunks of the batch."""
+    """Computes attention and its gradient with plain matrix products, one chunk of the batch after the other."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         B, H, T, K = q.shape
         chunks = _chunks(B, H * T * T)
-        # In the memory order of (B, T, H, K), in which the heads are joined without a copy.
+        # The memory order is that of (B, T, H, K), so that the heads can be joined without a copy.
         out = q.new_empty(B, T, H, K).transpose(1, 2)
         weights = []
         for rows in chunks:

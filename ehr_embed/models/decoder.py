@@ -17,23 +17,25 @@ POOLINGS = ("last", "mean", "max", "attention")
 
 
 class Decoder(nn.Module):
-    """An event sees itself and those before it; scores the next one, or is pooled into one prediction.
+    """Causal transformer: each event attends to itself and earlier events.
+
+    It scores the next event, for pretraining and generation, or pools all events into one prediction.
 
     Args:
-        embedding_dim: width E of the event vectors; the embedder says it.
-        num_classes: outputs of a pooled prediction; the task says it.
-        vocab_size: tokens, for a task that predicts events instead; the task says it.
-        has_values: whether batches carry a number beside each event; the data say it.
+        embedding_dim: width E of the event vectors, set by the embedder.
+        num_classes: number of outputs of a pooled prediction, set by the task.
+        vocab_size: number V of tokens, set instead by a task that predicts events.
+        has_values: whether batches carry a numeric value with each event, set by the data.
         model_dim: width D of the model.
-        n_heads: attention heads; must divide `model_dim`.
-        n_layers: blocks.
-        dropout: probability, on what each block adds and on the pooled vector.
-        max_length: longest sequence, in events; longer records keep their last events.
-        positions: `sinusoidal` or `rope` (order), `rope_time` (hours between events), `none`. Days before the prediction would
-            tell how long a record goes on.
-        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
-        values: how a number enters its event: `film` (scale and shift), `add`, `none`.
-        pooling: `last`, `mean`, `max`, `attention`.
+        n_heads: number of attention heads; must divide `model_dim`.
+        n_layers: number of transformer blocks.
+        dropout: dropout probability on the residual branches of each block and on the pooled vector.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
+        positions: `sinusoidal` or `rope` (order), `rope_time` (hours between events), `none`. Days before the
+            prediction are not offered, because they would reveal how long a record continues.
+        times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
+        values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
+        pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
 
@@ -84,20 +86,23 @@ class Decoder(nn.Module):
         )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
-        """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
+        """Return logits (B, num_classes), or the output of `EventHead` for a model built with `vocab_size`.
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times` need `gap_days` and
-        the like (B, T), a model that carries values takes `values` (B, T), NaN = none. Several sequences may share a
-        row: `segments` (B, T), equal within a sequence, and `event_index` (B, T). `places` and `sequence_starts`, see
-        `Packing`, spare the padding and change nothing else. A model built with `vocab_size` returns what `EventHead` does.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same logits;
+                `padding_mask` (B, T), True = event, padding last; `gap_days`, `elapsed_days` and `age_days` (B, T), if
+                `times` has them; `values` (B, T), NaN = no value, if `has_values` is set. A row may hold several
+                sequences: then `segments` (B, T), equal within a sequence, and `event_index` (B, T). `places` and
+                    `sequence_starts` (see `Packing`)
+                let the model skip the padding and change nothing else.
         """
         return self.head(self.hidden(inputs), inputs)
 
     def hidden(self, inputs: dict[str, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        """The vector of each event before the head, (B, T, D).
+        """Return the vector of each event before the head, (B, T, D).
 
-        With a cache the T events follow those in it, `padding_mask` says which of them are events, and the cache grows by
-        them; `event_index` is then the cache's.
+        With a cache, the T new events follow the cached ones and are added to the cache, and `event_index` comes from
+        it. `padding_mask` marks the new events.
         """
         if cache is not None:
             T = inputs["padding_mask"].shape[1]
@@ -113,7 +118,7 @@ class Decoder(nn.Module):
         return x_BTD
 
     def new_cache(self, batch_size: int, n_events: int) -> KeyValueCache:
-        """An empty cache for `batch_size` sequences of up to `n_events` events, on the model's device."""
+        """Return an empty cache for `batch_size` sequences of up to `n_events` events, on the model's device."""
         weight = self.body.norm.weight
         return KeyValueCache(
             n_layers=len(self.body.blocks),
@@ -127,7 +132,7 @@ class Decoder(nn.Module):
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Causal and block-diagonal: which events each may see, (B, 1, T, T).
+    """Return the causal mask of rows that hold several sequences, (B, 1, T, T), True = attend.
 
     >>> segment_mask(torch.tensor([[1, 1, 2]]))[0, 0].int().tolist()
     [[1, 0, 0], [1, 1, 0], [0, 0, 1]]

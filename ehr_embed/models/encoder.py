@@ -15,23 +15,25 @@ POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
 
 class Encoder(nn.Module):
-    """Every event sees every other; pooled into one prediction, or scoring events that were masked.
+    """Bidirectional transformer: every event attends to every other event.
+
+    It pools all events into one prediction, or scores the events that were masked.
 
     Args:
-        embedding_dim: width E of the event vectors; the embedder says it.
-        num_classes: outputs of a pooled prediction; the task says it.
-        vocab_size: tokens, for a task that predicts events instead; the task says it.
-        has_values: whether batches carry a number beside each event; the data say it.
+        embedding_dim: width E of the event vectors, set by the embedder.
+        num_classes: number of outputs of a pooled prediction, set by the task.
+        vocab_size: number V of tokens, set instead by a task that predicts events.
+        has_values: whether batches carry a numeric value with each event, set by the data.
         model_dim: width D of the model.
-        n_heads: attention heads; must divide `model_dim`.
-        n_layers: blocks.
-        dropout: probability, on what each block adds and on the pooled vector.
-        max_length: longest sequence, in events; longer records keep their last events.
+        n_heads: number of attention heads; must divide `model_dim`.
+        n_layers: number of transformer blocks.
+        dropout: dropout probability on the residual branches of each block and on the pooled vector.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         positions: `sinusoidal` or `rope` (order), `rope_time` (hours between events), `time` (days before the prediction),
             `none`.
-        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
-        values: how a number enters its event: `film` (scale and shift), `add`, `none`.
-        pooling: `mean`, `cls`, `max`, `last`, `attention`.
+        times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
+        values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
+        pooling: how event vectors become one vector: `mean`, `cls`, `max`, `last`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
 
@@ -83,12 +85,14 @@ class Encoder(nn.Module):
         self.cls = nn.Parameter(torch.randn(model_dim) * 0.02) if pooling == "cls" and num_classes else None
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
-        """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event.
+        """Return logits (B, num_classes), or the output of `EventHead` for a model built with `vocab_size`.
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `positions=time` needs `days`
-        (B, T), days before the prediction, and `times` need `gap_days` and the like; a model that carries values takes
-        `values` (B, T), NaN = none. `places` and `sequence_starts`, see `Packing`, spare the padding and change nothing else. A
-        model built with `vocab_size` returns what `EventHead` does.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same logits;
+                `padding_mask` (B, T), True = event; `days` (B, T), days before the prediction, with `positions=time`;
+                `gap_days`, `elapsed_days` and `age_days` (B, T), if `times` has them; `values` (B, T), NaN = no value,
+                if `has_values` is set. `places` and `sequence_starts` (see `Packing`) let the model skip the padding
+                and change nothing else.
         """
         mask_BT, rope_BT, x_BTD = inputs["padding_mask"], self.body.rotary(inputs), self.body.embed(inputs)
         packing = self.body.packing(inputs, is_causal=False)
@@ -96,7 +100,7 @@ class Encoder(nn.Module):
             B, T, D = x_BTD.shape
             x_BTD = torch.cat([self.cls.to(x_BTD.dtype).expand(B, 1, D), x_BTD], dim=1)
             mask_BT = torch.cat([mask_BT.new_ones(B, 1), mask_BT], dim=1)
-            rope_BT = None if rope_BT is None else F.pad(rope_BT + 1, (1, 0))  # it stands a step before the first event
+            rope_BT = None if rope_BT is None else F.pad(rope_BT + 1, (1, 0))  # cls is one step before the first event
             packing = None if packing is None else packing.with_first(B, T)
         mask = mask_BT[:, None, None, :] if packing is None else packing
         return self.head(self.body.attend(x_BTD, mask, rope_BT), {**inputs, "padding_mask": mask_BT})

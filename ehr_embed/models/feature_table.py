@@ -1,4 +1,4 @@
-"""A table of features of which most cells are empty: what estimators of tables are fitted to, at a tenth of its dense size."""
+"""A sparse table of features for models that are fitted to a table, in about a tenth of the dense table's memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from scipy import sparse
 Floats32 = npt.NDArray[np.float32]
 BLOCK_BYTES = 64 << 20
 CELL_BYTES = 8
-"""A number and its column."""
+"""Bytes of one stored cell: its number and its column, of four bytes each."""
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """(n, F) numbers, of each column all but the usual one, which is 0 (of a count) or NaN (missing, of all else).
+    """Holds an (n, F) table sparsely: each column has a usual value, 0 or NaN (missing); only other cells are stored.
 
-    Zero and missing are thus told apart, as they are not in a sparse matrix alone: there an absent cell is 0.
+    A count is usually 0, and other features are usually missing. Zero and missing can thus be told apart, unlike in a
+    sparse matrix alone, where an absent cell is 0.
 
     Attributes:
-        cells: (n, F) CSR of float32, the cells that are not the usual one of their column; a stored 0 or NaN is one.
-        usual: (F,) float32, 0 or NaN.
+        cells: (n, F) CSR matrix of float32 with the cells that differ from the usual value of their column; a stored
+            cell may itself be 0 or NaN.
+        usual: (F,) float32, the usual value of each column, 0 or NaN.
 
     >>> nan = float("nan")
     >>> dense = np.array([[0, nan, 1], [2, nan, nan], [0, 0, nan]], np.float32)
@@ -37,7 +39,10 @@ class FeatureTable:
 
     @classmethod
     def from_blocks(cls, blocks: Iterable[tuple[npt.NDArray[np.int64], Floats32]], n: int) -> FeatureTable:
-        """Collect blocks of rows (B,) and features (B, F), in any order, each row once; the first block shows what is usual."""
+        """Build a table of n rows from blocks of row numbers (B,) and features (B, F).
+
+        The blocks may come in any order and hold each row once; the first block decides the usual value of each column.
+        """
         usual: Floats32 | None = None
         parts: list[tuple[npt.NDArray[np.int64], sparse.csr_matrix]] = []
         counts = np.zeros(n, np.int64)
@@ -51,13 +56,13 @@ class FeatureTable:
             return cls(sparse.csr_matrix((n, 0), dtype=np.float32), np.empty(0, np.float32))
         indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         columns, data = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-        while parts:  # each is freed as it is copied
+        while parts:  # pop frees the memory of each block after it is copied
             rows, found = parts.pop()
             lengths = np.diff(found.indptr).astype(np.int64)
             place = np.arange(found.nnz) + np.repeat(indptr[rows] - found.indptr[:-1], lengths)
             columns[place], data[place] = found.indices, found.data
         cells = sparse.csr_matrix((n, len(usual)), dtype=np.float32)
-        # Assigned, since the constructor would copy the columns to the 64 bits of `indptr`.
+        # The arrays are assigned, because the constructor would convert the columns to the 64-bit type of `indptr`.
         cells.data, cells.indices = data, columns
         cells.indptr = indptr.astype(np.int32) if indptr[-1] < np.iinfo(np.int32).max else indptr
         return cls(cells, usual)
@@ -77,24 +82,29 @@ class FeatureTable:
         return found
 
     @property
+    def n_unusual(self) -> npt.NDArray[np.int64]:
+        """Count the cells of each column that are not the usual one, (F,)."""
+        return np.bincount(self.cells.indices, minlength=len(self.usual))
+
+    @property
     def block_rows(self) -> int:
-        """Rows of which the dense features in float64 take at most `BLOCK_BYTES`."""
+        """Return the number of rows whose dense features in float64 take at most `BLOCK_BYTES`."""
         return max(1, BLOCK_BYTES // (8 * max(1, len(self.usual))))
 
     def blocks(self) -> Iterator[slice]:
-        """Yield consecutive rows, few enough to be taken densely."""
+        """Yield consecutive ranges of at most `block_rows` rows."""
         for start in range(0, len(self), self.block_rows):
             yield slice(start, min(start + self.block_rows, len(self)))
 
     def filled(self, fill: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return the stored cells (m,) and the usual ones (F,), with the number of `fill` (F,) in place of NaN."""
+        """Return the stored cells (m,) and the usual values (F,), with the numbers of `fill` (F,) in place of NaN."""
         data = self.cells.data.astype(np.float64)
         missing = np.flatnonzero(np.isnan(data))
         data[missing] = fill[self.cells.indices[missing]]
         return data, np.where(np.isnan(self.usual), fill, 0.0)
 
     def medians(self) -> npt.NDArray[np.float64]:
-        """Return the median of each column over its rows without NaN, (F,); NaN where there is none."""
+        """Return the median of each column over its cells that are not NaN, (F,); NaN for a column of NaN alone."""
         columns = self.cells.tocsc()
         result = np.empty(len(self.usual))
         for column, (low, high) in enumerate(zip(columns.indptr[:-1], columns.indptr[1:], strict=True)):
@@ -111,7 +121,7 @@ class FeatureTable:
 
 
 def sparse_block(dense: Floats32, usual: Floats32) -> sparse.csr_matrix:
-    """Return the cells of (B, F) features that differ from the usual ones, a stored 0 or NaN included."""
+    """Return the cells of (B, F) features that differ from the usual value of their column, as a CSR matrix."""
     is_usual = np.where(np.isnan(usual), np.isnan(dense), dense == 0)
     rows, columns = np.nonzero(~is_usual)
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(rows, minlength=len(dense)))])

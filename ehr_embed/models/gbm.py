@@ -1,4 +1,4 @@
-"""Gradient-boosted trees on summaries of a record per code: the baseline that a transformer has to beat."""
+"""Gradient-boosted trees on features per code: the baseline that a transformer has to beat."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from ehr_embed.models.protocol import FeatureSet
 
 STOPS = ("loss", "metric")
 BIN_SAMPLES, BIN_SAMPLE_BYTES = 200_000, 1 << 30
-"""Samples from which LightGBM takes the bins of a feature, at most, and what they may take in memory, where they lie densely."""
+"""Most samples, and most bytes of their dense features, from which LightGBM chooses the bins of the features."""
 
 
 class GBM(ReadsCodeFeatures):
-    """LightGBM (Ke et al. 2017) on `CodeFeatures`; reads codes, values and times, not the event vectors.
+    """LightGBM (Ke et al. 2017) on `CodeFeatures`; it reads codes, values and times, not the event vectors.
 
-    The trees are part of the `state_dict`, as LightGBM's own text.
+    The trees are part of the `state_dict`, in LightGBM's text format.
 
     Args:
         embedding_dim: width of the event vectors, which are not read.
-        num_classes: classes C; the task says it.
-        vocab_size: refused: trees do not predict events.
-        has_values: whether batches carry a number beside each event; the data say it.
-        max_length: longest sequence, in events; longer records keep their last events.
+        num_classes: number C of classes, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event, set by the data.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         max_codes, times: as in `CodeFeatures`.
-        n_trees: at most, for each class; the best number on tuning is kept.
-        stop_on: what chooses the number on tuning: `loss` (cross-entropy) or `metric` (the task's monitored one).
-        patience: trees without improvement on tuning before fitting stops.
-        learning_rate: share of each tree that is added.
-        n_leaves: of a tree, at most.
-        min_leaf_samples: samples in a leaf, at least.
-        feature_share: of the features each tree may use, in (0, 1].
-        sample_share: of the samples each tree is fitted to, in (0, 1].
-        l2: penalty on the leaves' values.
+        n_trees: largest number of trees per class; the number that is best on tuning is kept.
+        stop_on: measure on tuning that chooses the number of trees: `loss` (cross-entropy) or `metric`
+            (`task.monitor`).
+        patience: number of trees without improvement on tuning after which fitting stops.
+        learning_rate: factor by which each tree's values are multiplied when it is added.
+        n_leaves: largest number of leaves per tree.
+        min_leaf_samples: least number of samples per leaf.
+        feature_share: share of the features that each tree may use, in (0, 1].
+        sample_share: share of the samples that each tree is fitted to, in (0, 1].
+        l2: penalty on the squared values of the leaves.
 
     Raises:
-        UserError: a task that predicts events, or a number out of range.
+        UserError: the task predicts events, or a number is out of range.
     """
 
     def __init__(
@@ -91,15 +92,15 @@ class GBM(ReadsCodeFeatures):
         self.booster: Any = None
 
     def get_extra_state(self) -> str:
-        """The trees, empty before they are fitted."""
+        """Return the trees as text; empty before they are fitted."""
         return "" if self.booster is None else self.booster.model_to_string()
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the trees of another run."""
+        """Set the trees to those of another run."""
         self.booster = _lightgbm().Booster(model_str=state) if state else None
 
     def n_fitted(self) -> int:
-        """Leaves of all trees."""
+        """Return the number of leaves of all trees."""
         trees = self.booster.dump_model()["tree_info"]
         return sum(int(tree["num_leaves"]) for tree in trees)
 
@@ -112,7 +113,7 @@ class GBM(ReadsCodeFeatures):
         is_higher_better: bool,
         seed: int,
     ) -> None:
-        """Fit trees to train until tuning's score or loss has not improved for `patience` of them, and keep the best number."""
+        """Fit trees to train until tuning has not improved for `patience` trees, and keep the best number of trees."""
         lightgbm, is_binary, by_loss = _lightgbm(), self.num_classes == 2, self.stop_on == "loss"
         parameters = self.parameters_of_trees | {
             "objective": "binary" if is_binary else "multiclass",
@@ -130,33 +131,37 @@ class GBM(ReadsCodeFeatures):
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
-        data = lightgbm.Dataset(_rows(train.features), train.labels, weight=train.weights)
+        too_rare = train.features.n_unusual < self.parameters_of_trees["min_data_in_leaf"]
+        data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
-            valid_sets=[data.create_valid(_rows(tuning.features), tuning.labels, weight=tuning.weights)],
+            valid_sets=[data.create_valid(_rows(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
-        # What a checkpoint gives back, so that both predict alike.
+        # The trees are read back from their text, so that this model predicts exactly as one loaded from a checkpoint.
         self.booster = lightgbm.Booster(
             model_str=self.booster.model_to_string(num_iteration=self.booster.best_iteration)
         )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) float64 from what `CodeFeatures` reads; their softmax is LightGBM's probability."""
+        """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, from `CodeFeatures` inputs."""
         features = self.features(inputs)
         raw = self.booster.predict(features.cpu().numpy(), raw_score=True, num_threads=torch.get_num_threads())
         logits = torch.from_numpy(raw).to(features.device)
         return torch.stack([torch.zeros_like(logits), logits], dim=1) if self.num_classes == 2 else logits
 
 
-def _rows(table: FeatureTable) -> Any:
-    """Return the table as LightGBM reads it, some dense rows at a time, of which it keeps the bins.
+def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
+    """Return the table as a LightGBM sequence, which gives a few dense rows at a time; LightGBM keeps only their bins.
 
-    A sparse matrix would not do: there an absent cell is 0, or with `zero_as_missing` every 0 is missing, and in these features a
-    count of 0, a value of 0 and no value are three things.
+    Features that no leaf can be split by (`too_rare`, (F,)) are made constant, so that LightGBM leaves them out when it draws
+    features for a tree. From a dense matrix it does so by itself (`feature_pre_filter`), from a sequence of rows it does not.
+
+    A sparse matrix would not do. In these features a count of 0, a value of 0 and a missing value differ, and in a
+    sparse matrix an absent cell is always 0, or with `zero_as_missing` every 0 is missing.
     """
 
     class Rows(_lightgbm().Sequence):  # type: ignore[misc]
@@ -167,17 +172,19 @@ def _rows(table: FeatureTable) -> Any:
 
         def __getitem__(self, rows: int | slice | list[int]) -> npt.NDArray[np.float64]:
             if isinstance(rows, int | np.integer):
-                return table.dense([int(rows)])[0].astype(np.float64)
-            return table.dense(rows).astype(np.float64)
+                return self[[int(rows)]][0]
+            found = table.dense(rows).astype(np.float64)
+            found[:, too_rare] = 0.0
+            return found
 
     return Rows()
 
 
 def _lightgbm() -> ModuleType:
-    """LightGBM, imported when it is used: it brings an OpenMP library of its own.
+    """Import LightGBM when it is first used, because it loads an OpenMP library of its own.
 
     Raises:
-        UserError: that library is missing.
+        UserError: the OpenMP library is missing.
     """
     try:
         import lightgbm

@@ -1,4 +1,4 @@
-"""Reductions over groups of events: the N events of a batch, each in one of G groups."""
+"""Reductions of the N events of a batch over G groups."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Groups:
-    """Reduces (N,) or (N, D) numbers to one a group.
+    """Reduces numbers (N,) or (N, D) of events to one per group.
 
     Args:
-        group_N: (N,) int64, the group of each event, events of a group in order of time.
-        n_groups: G; a group may be empty.
+        group_N: (N,) int64, the group of each event; the events of a group are in order of time.
+        n_groups: the number G of groups; a group may be empty.
 
     >>> groups = Groups(torch.tensor([0, 2, 0]), 3)
     >>> groups.first(torch.tensor([7.0, 8.0, 9.0])).tolist(), groups.mean(torch.tensor([7.0, 8.0, 9.0])).tolist()
@@ -22,34 +22,34 @@ class Groups:
         self.group_N, self.n_groups = group_N, n_groups
 
     def count(self) -> Tensor:
-        """Events, (G,) float64."""
+        """Return the number of events per group, (G,) float64."""
         return self.total(torch.ones(len(self.group_N), dtype=torch.float64, device=self.group_N.device))
 
     def total(self, x_N: Tensor) -> Tensor:
-        """Sums, (G, ...); 0 for an empty group."""
+        """Return the sum per group, (G, ...); 0 for an empty group."""
         return x_N.new_zeros(self.n_groups, *x_N.shape[1:]).index_add(0, self.group_N, x_N)
 
     def mean(self, x_N: Tensor) -> Tensor:
-        """Means, (G, ...); NaN for an empty group."""
+        """Return the mean per group, (G, ...); NaN for an empty group."""
         n_G = self.count().view(-1, *(1,) * (x_N.ndim - 1))
         return self.total(x_N) / n_G.to(x_N.dtype)  # 0 / 0 = NaN
 
     def extreme(self, x_N: Tensor, how: str) -> Tensor:
-        """`amin` or `amax`, (G,); NaN for an empty group."""
+        """Return the minimum (`how="amin"`) or maximum (`"amax"`) per group, (G,); NaN for an empty group."""
         return x_N.new_full((self.n_groups,), float("nan")).scatter_reduce(
             0, self.group_N, x_N, how, include_self=False
         )
 
     def first(self, x_N: Tensor) -> Tensor:
-        """The first of each group, (G,); NaN for an empty group."""
+        """Return the first number of each group, (G,); NaN for an empty group."""
         return self._at(x_N, "amin")
 
     def last(self, x_N: Tensor) -> Tensor:
-        """The last of each group, (G,); NaN for an empty group."""
+        """Return the last number of each group, (G,); NaN for an empty group."""
         return self._at(x_N, "amax")
 
     def spread(self, x_G: Tensor) -> Tensor:
-        """(G, ...) -> (N, ...), each event its group's."""
+        """Give each event the number of its group, (G, ...) -> (N, ...)."""
         return x_G[self.group_N]
 
     def _at(self, x_N: Tensor, how: str) -> Tensor:

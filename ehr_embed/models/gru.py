@@ -15,7 +15,7 @@ POOLINGS = ("last", "mean", "max", "attention")
 
 
 class GRUBody(nn.Module):
-    """Event input, elapsed time, gated recurrent units (Cho et al. 2014, arXiv:1406.1078)."""
+    """Event input, time features and gated recurrent units (Cho et al. 2014, arXiv:1406.1078)."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class GRUBody(nn.Module):
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
-        # torch drops between layers, of which there must be two for it.
+        # torch applies dropout between layers only, and warns if there is just one layer.
         between = dropout if n_layers > 1 else 0.0
         self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The state after each event, (B, T, D); zero at padding, which is last."""
+        """Return the state after each event, (B, T, D); zero at padding, which must be last."""
         x_BTD, mask_BT = self.input(inputs), inputs["padding_mask"]
         if self.times is not None:
             x_BTD = x_BTD + self.times(inputs)
@@ -45,22 +45,22 @@ class GRUBody(nn.Module):
 
 
 class GRU(nn.Module):
-    """Each event updates a state; the last one, or all of them pooled, is the prediction's input.
+    """Recurrent network: each event updates a state, and the states are pooled into one prediction.
 
     Args:
-        embedding_dim: width E of the event vectors; the embedder says it.
-        num_classes: outputs; the task says it.
-        vocab_size: refused: classes only.
-        has_values: whether batches carry a number beside each event; the data say it.
+        embedding_dim: width E of the event vectors, set by the embedder.
+        num_classes: number of outputs, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event, set by the data.
         model_dim: width D of the state.
-        n_layers: recurrent layers.
-        dropout: probability, between layers and on the pooled state.
-        max_length: longest sequence, in events; longer records keep their last events.
-        times: which are added to each event: `gap` (days since the previous one), `elapsed` (since the first), `age`.
-        pooling: `last`, `mean`, `max`, `attention`.
+        n_layers: number of recurrent layers.
+        dropout: dropout probability between layers and on the pooled state.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
+        times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
+        pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
 
     Raises:
-        UserError: a task that predicts events, an unknown pooling or a number out of range.
+        UserError: the task predicts events, the pooling is unknown, or a number is out of range.
     """
 
     is_causal = True
@@ -94,9 +94,11 @@ class GRU(nn.Module):
         )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event, padding last.
+        """Return logits (B, num_classes).
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits. `times` need `gap_days` and
-        `elapsed_days` (B, T); a model that carries values takes `values` (B, T), NaN = none.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same logits;
+                `padding_mask` (B, T), True = event, padding last; `gap_days`, `elapsed_days` and `age_days` (B, T), if
+                `times` has them; `values` (B, T), NaN = no value, if `has_values` is set.
         """
         return self.head(self.body(inputs), inputs)

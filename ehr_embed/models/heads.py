@@ -1,4 +1,4 @@
-"""What stands on a body: one prediction a sample, or the distribution of an event."""
+"""Heads of the models: they turn event vectors into one prediction per sample, or into the distribution of an event."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ehr_embed.models.blocks import Dropout
 POOLINGS = ("mean", "cls", "max", "last", "attention")
 VOCABULARY_HEADS = ("text_tied", "linear")
 N_SPECIAL = 2
-"""Token ids 0, padding, and 1, unknown: no events, so never predicted."""
+"""Number of special tokens, 0 (padding) and 1 (unknown); they are no events, so no model predicts them."""
 LOGITS_AT_ONCE = 2**24
-"""Entries of the largest (events, vocabulary) tensor: 64 MiB in float32."""
+"""Most entries of an (events, vocabulary) tensor that is held at a time: 64 MiB in float32."""
 N_TIME_BINS = 64
 SHORTEST_GAP_DAYS, LONGEST_GAP_DAYS = 30 / 86_400, 36_525.0
-"""A gap below half a minute is none; the other bins are spaced evenly in log up to a century."""
+"""Range of the time bins, in days: a gap below half a minute counts as none, and the other bins are spaced evenly on a
+log scale up to a century."""
 
 
 def without_autocast(x: Tensor) -> Any:
-    """Return a context in which products on the device of `x` come out in the type of their factors.
+    """Return a context without autocast on the device of `x`: products keep the number format of their factors.
 
-    Scores are compared and turned into probabilities, and bfloat16 has eight bits: of 450 subjects, 370 had a probability of
-    their own.
+    Scores are compared and turned into probabilities. bfloat16 has eight significant bits, too few to give different
+    samples different probabilities: among 450 subjects only 370 probabilities were distinct.
     """
     return torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else nullcontext()
 
@@ -37,7 +38,7 @@ def without_autocast(x: Tensor) -> Any:
 class LogitLinear(nn.Linear):
     """A linear map to logits, computed in the precision of its weights, float32, whatever precision the layers before it have.
 
-    Its weights have the names that those of `nn.Linear` have.
+    Its parameters have the same names as those of `nn.Linear`, so checkpoints fit both.
 
     >>> with torch.autocast("cpu", dtype=torch.bfloat16):
     ...     LogitLinear(4, 2)(torch.ones(1, 4, dtype=torch.bfloat16)).dtype
@@ -51,7 +52,7 @@ class LogitLinear(nn.Linear):
 
 
 class Pooling(nn.Module):
-    """One vector a sample from the events' vectors: `mean`, `max`, `last` event, `cls` (first), or learned `attention`."""
+    """Pools event vectors to one per sample: `mean`, `max`, `last` event, `cls` (first) or learned `attention`."""
 
     def __init__(self, kind: str, *, model_dim: int) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Pooling(nn.Module):
         self.score = nn.Linear(model_dim, 1) if kind == "attention" else None
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """(B, T, D), True = event -> (B, D). A sample without any event is undefined."""
+        """Return the pooled vectors (B, D) under a mask (B, T), True = event; undefined for a sample without events."""
         keep_BT1 = mask_BT.unsqueeze(-1)
         if self.kind == "cls":
             return x_BTD[:, 0]
@@ -75,7 +76,7 @@ class Pooling(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """Pooling, dropout, and a linear map to the classes in float32."""
+    """Pooling, dropout and a linear map to the classes, which is computed in float32."""
 
     def __init__(self, *, pooling: str, model_dim: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -84,18 +85,19 @@ class PooledHead(nn.Module):
         self.classes = LogitLinear(model_dim, num_classes)
 
     def forward(self, x_BTD: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) and `padding_mask` (B, T) -> logits (B, num_classes)."""
+        """Return logits (B, num_classes) from event vectors (B, T, D) and `padding_mask` (B, T), True = event."""
         return self.classes(self.dropout(self.pooling(x_BTD, inputs["padding_mask"])))
 
 
 class EventScores(NamedTuple):
-    """How well N target events were predicted; nats.
+    """Negative log likelihoods, in nats, and ranks of N target events.
 
     Attributes:
-        nll: (N,) of the token.
-        rank: (N,) int64, tokens scored at least as high as the target, itself left out; None while training.
-        time_nll: (N,) of the gap's bin given the token.
-        value_nll: (N,) of whether there is a value and of its density given the token; None without values.
+        nll: (N,) negative log likelihood of the token.
+        rank: (N,) int64, number of other tokens scored at least as high as the target; None in training.
+        time_nll: (N,) negative log likelihood of the gap's bin given the token.
+        value_nll: (N,) negative log likelihood, given the token, of the presence of a value plus, if there is one, of
+            its density; None without values.
     """
 
     nll: Tensor
@@ -105,11 +107,11 @@ class EventScores(NamedTuple):
 
 
 class ValueDistribution(NamedTuple):
-    """Whether an event has a value, and a normal distribution of it; (N,) float32 each.
+    """Distribution of an event's value: whether there is one, and a normal distribution of it; (N,) float32 each.
 
     Attributes:
-        mean, log_sd: of the normalised value.
-        present: logit of there being one.
+        mean, log_sd: mean and log standard deviation of the normalised value.
+        present: logit of the probability that there is a value.
     """
 
     mean: Tensor
@@ -117,9 +119,9 @@ class ValueDistribution(NamedTuple):
     present: Tensor
 
     def nll(self, values_N: Tensor) -> Tensor:
-        """Negative log likelihood of values, NaN = none, (N,)."""
+        """Return the negative log likelihood (N,) of values (N,), NaN = none."""
         is_present = ~values_N.isnan()
-        # NaN would reach the gradient of the others if it entered the arithmetic.
+        # NaN is replaced before any arithmetic, because it would make the gradients of the other values NaN too.
         error_N = (values_N.nan_to_num() - self.mean) / self.log_sd.exp()
         density_N = 0.5 * error_N.square() + self.log_sd + 0.5 * math.log(2 * math.pi)
         presence_N = F.binary_cross_entropy_with_logits(self.present, is_present.float(), reduction="none")
@@ -127,16 +129,15 @@ class ValueDistribution(NamedTuple):
 
 
 class EventHead(nn.Module):
-    """The distribution of an event given a hidden state: its token, then the gap before it and its value given the token.
+    """Predicts an event from a hidden state: its token, then the gap before it and its value, both given the token.
 
     Args:
-        kind: `text_tied`: a token's score is the hidden state times a projection of its text's vector, so that a code
-            never seen in training can be predicted and no parameter belongs to a single token. `linear`: a learned
-            vector a token.
+        kind: `text_tied`: a token's score is the dot product of the hidden state and a projection of the vector of its
+            text, so that the head can predict a code never seen in training. `linear`: each token has a learned vector.
         model_dim: width D of the hidden states.
         embedding_dim: width E of the text vectors.
-        vocab_size: tokens V.
-        has_values: whether events carry a number to predict.
+        vocab_size: number V of tokens.
+        has_values: whether events carry a numeric value to predict.
     """
 
     def __init__(self, *, kind: str, model_dim: int, embedding_dim: int, vocab_size: int, has_values: bool) -> None:
@@ -155,7 +156,11 @@ class EventHead(nn.Module):
         self.value = nn.Sequential(nn.GELU(), nn.Linear(model_dim, 3)) if has_values else None
 
     def token_weights(self, table_VE: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (V, D) and biases (V,) of the tokens of a table, the special ones' bias minus infinity."""
+        """Return the weights (V, D) and biases (V,) of a table's tokens; special tokens have a bias of minus infinity.
+
+        Raises:
+            UserError: a linear head gets a table of another size than its vocabulary.
+        """
         if self.kind == "linear":
             weight_VD, bias_V = self.tokens.weight, self.tokens.bias
             if len(table_VE) != len(weight_VD):
@@ -173,22 +178,27 @@ class EventHead(nn.Module):
         return token_logits(x_BTD, *self.token_weights(table_VE))
 
     def forward(self, x_BTD: Tensor, inputs: dict[str, Tensor]) -> Tensor | EventScores:
-        """Logits (B, T, V) with `table` (V, E); with targets too, their scores without ever holding such a tensor.
+        """Return logits (B, T, V), or for inputs with `targets` the scores of the N targets, in row-major order.
 
-        Targets: `targets` (B, T) token ids, 0 = none; `target_gap_days` (B, T); `target_values` (B, T), NaN = none.
-        N is the number of targets, in row-major order.
+        The scores are computed without holding all logits at once.
+
+        Args:
+            x_BTD: hidden states.
+            inputs: `table` (V, E), the vectors of all tokens; for scores also `targets` (B, T) token ids, 0 = none,
+                `target_gap_days` (B, T), and `target_values` (B, T), NaN = none, if events carry values.
         """
         table_VE = inputs["table"]
         if "targets" not in inputs:
             return self.logits(x_BTD, table_VE)
-        place_N = inputs["targets"].flatten().nonzero().squeeze(1)  # once, as a GPU is waited for to count them
+        place_N = inputs["targets"].flatten().nonzero().squeeze(1)  # once, because counting the targets waits for a GPU
 
         def chosen(name: str) -> Tensor:
             return inputs[name].flatten()[place_N]
 
         x_ND, target_N = x_BTD.flatten(0, 1)[place_N], chosen("targets").long()
         weight_VD, bias_V = self.token_weights(table_VE)
-        # Half precision would round the scores to ties, and ranks with them; in training it is twice as fast.
+        # Half precision would round scores to ties and spoil the ranks; training needs no ranks, and is twice as fast
+        # with it.
         with nullcontext() if self.training else without_autocast(x_ND):
             if not self.training:
                 x_ND, weight_VD, bias_V = x_ND.float(), weight_VD.float(), bias_V.float()
@@ -201,10 +211,13 @@ class EventHead(nn.Module):
         return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
 
     def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, ValueDistribution | None]:
-        """Return, given hidden states and the vectors of the tokens that follow, scores of the gap's bin (N, N_TIME_BINS) float32,
-        and the distribution of the normalised value, None without values.
+        """Return the scores of the gap's bins, (N, N_TIME_BINS) float32, and the distribution of the normalised value.
 
-        Outside training both are computed in float32.
+        Both are computed in float32 outside training. The distribution is None without values.
+
+        Args:
+            x_ND: hidden states.
+            vectors_NE: text vectors of the tokens that follow.
         """
         with nullcontext() if self.training else without_autocast(x_ND):
             if not self.training:
@@ -226,16 +239,16 @@ def token_logits(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
 def token_scores(
     x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor, *, with_ranks: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of the targets, and their ranks, holding at most `LOGITS_AT_ONCE` logits at a time.
+    """Return the cross-entropy and the rank of each target, holding at most `LOGITS_AT_ONCE` logits at a time.
 
-    The chunks' logits are computed again in the backward pass instead of being kept.
+    The backward pass computes the logits of each chunk again instead of keeping them.
 
     Returns:
-        nll (N,) float32; rank (N,) int64 or None. A tie counts against the target.
+        Cross-entropy (N,) float32, and rank (N,) int64 or None. A tie counts against the target.
     """
     n_rows = max(1, LOGITS_AT_ONCE // len(weight_VD))
     parts = [
-        # Dropout is not in here, so the second pass needs no random state.
+        # There is no dropout here, so the second forward pass needs no random state.
         checkpoint(
             _token_scores, x, weight_VD, bias_V, target, with_ranks, use_reentrant=False, preserve_rng_state=False
         )
@@ -257,12 +270,12 @@ def _token_scores(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, with_
 
 
 def time_edges(device: torch.device | None = None) -> Tensor:
-    """Lower bounds of the second and later time bins in days, (N_TIME_BINS - 1,)."""
+    """Return the lower bounds, in days, of the second and later time bins, (N_TIME_BINS - 1,)."""
     return torch.logspace(math.log10(SHORTEST_GAP_DAYS), math.log10(LONGEST_GAP_DAYS), N_TIME_BINS - 1, device=device)
 
 
 def time_bin(gap_days: Tensor) -> Tensor:
-    """The bin of each gap, (...) days -> (...) int64; bin 0 is no gap at all.
+    """Return the time bin of each gap, (...) days -> (...) int64; bin 0 means no gap.
 
     >>> time_bin(torch.tensor([0.0, 1 / 1440, 365.25, 1e6])).tolist()
     [0, 3, 47, 63]
@@ -271,10 +284,10 @@ def time_bin(gap_days: Tensor) -> Tensor:
 
 
 def check_classifies(name: str, num_classes: int | None, vocab_size: int | None) -> int:
-    """`num_classes`, for a model that predicts classes only.
+    """Return `num_classes` for a model that predicts classes only.
 
     Raises:
-        UserError: the task predicts events, or says neither size.
+        UserError: the task predicts events, or gives neither size.
     """
     if num_classes is None or vocab_size is not None:
         raise UserError(
@@ -296,10 +309,10 @@ def build_head(
     vocabulary_head: str,
     dropout: float,
 ) -> PooledHead | EventHead:
-    """The head for what the task predicts: classes (`num_classes`) or events (`vocab_size`).
+    """Build the head for a task that predicts classes (`num_classes`) or events (`vocab_size`).
 
     Raises:
-        UserError: an unknown pooling or vocabulary head; both or neither size.
+        UserError: the pooling or the vocabulary head is unknown, or not exactly one of the two sizes is given.
     """
     if pooling not in valid_poolings:
         raise unknown_name("model.pooling", pooling, valid_poolings)

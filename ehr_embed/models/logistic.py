@@ -1,4 +1,4 @@
-"""Logistic regression on summaries of a record per code: the simplest baseline."""
+"""Logistic regression on features per code: the simplest baseline."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
 LIMIT = 10.0
-"""Standardised features are clipped here: of a rare code one event may be a hundred standard deviations."""
+"""Limit, in standard deviations, to which standardised features are clipped: one event of a rare code may lie a hundred
+standard deviations from the mean."""
 
 
 class Logistic(ReadsCodeFeatures):
-    """Logistic regression on `CodeFeatures`; reads codes, values and times, not the event vectors.
+    """Logistic regression on `CodeFeatures`; it reads codes, values and times, not the event vectors.
 
-    A missing feature counts as its train median; each is standardised by train's mean and standard deviation. Penalties are
-    compared by the monitored metric on tuning.
+    A missing feature is replaced by its median in train, and each feature is standardised by its mean and standard
+    deviation in train. The monitored metric on tuning chooses the penalty.
 
     Args:
         embedding_dim: width of the event vectors, which are not read.
-        num_classes: classes C; the task says it.
-        vocab_size: refused: classes only.
-        has_values: whether batches carry a number beside each event; the data say it.
-        max_length: longest sequence, in events; longer records keep their last events.
+        num_classes: number C of classes, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event, set by the data.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         max_codes, times: as in `CodeFeatures`.
-        penalties: of the squared coefficients, relative to the mean loss of a sample; the best on tuning is kept.
-        max_iterations: of the solver, for each penalty.
+        penalties: penalties on the squared coefficients, relative to the mean loss per sample; the best on tuning is
+            kept.
+        max_iterations: largest number of iterations of the solver per penalty.
 
     Raises:
-        UserError: a task that predicts events, or a number out of range.
+        UserError: the task predicts events, or a number is out of range.
     """
 
     def __init__(
@@ -65,15 +67,15 @@ class Logistic(ReadsCodeFeatures):
         self.fitted: dict[str, Tensor] = {}
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """median, mean and scale (F,), weight (C, F), bias (C,), float64; their sizes are known once they are fitted."""
+        """Return the fitted median, mean and scale (F,), weight (C, F) and bias (C,), float64; empty before fitting."""
         return self.fitted
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the coefficients of another run."""
+        """Set the coefficients to those of another run."""
         self.fitted = dict(state)
 
     def n_fitted(self) -> int:
-        """Coefficients and intercepts, of every class or of the second of two."""
+        """Return the number of coefficients and intercepts, of every class or, with two classes, of the second."""
         return (self.fitted["weight"].numel() + self.num_classes) // (2 if self.num_classes == 2 else 1)
 
     def fit(
@@ -85,7 +87,7 @@ class Logistic(ReadsCodeFeatures):
         is_higher_better: bool,
         seed: int,
     ) -> None:
-        """Fit to train once for each penalty, the strongest first, and keep the best by tuning's score."""
+        """Fit to train once per penalty, the strongest first, and keep the fit with the best score on tuning."""
         median = train.features.medians()  # a chosen feature has a value somewhere in train
         mean, scale = _moments(train.features, median)
         scale[scale == 0] = 1
@@ -107,7 +109,7 @@ class Logistic(ReadsCodeFeatures):
                 best, self.fitted = value, fitted
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) float64 from what `CodeFeatures` reads; their softmax is the estimator's probability."""
+        """Return logits (B, num_classes) float64 whose softmax is the probability; inputs as in `CodeFeatures`."""
         features = self.features(inputs)
         fitted = {name: x.to(features.device) for name, x in self.fitted.items()}
         return _standardise(features, fitted) @ fitted["weight"].T + fitted["bias"]
@@ -116,7 +118,7 @@ class Logistic(ReadsCodeFeatures):
 def _moments(
     table: FeatureTable, median: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return mean and standard deviation of each column (F,), a missing cell counting as the median."""
+    """Return the mean and standard deviation of each column (F,); a missing cell counts as the column's median."""
     n, n_columns = table.shape
     column = table.cells.indices
     data, usual = table.filled(median)
@@ -132,10 +134,11 @@ def standard_cells(
     mean: npt.NDArray[np.float64],
     scale: npt.NDArray[np.float64],
 ) -> tuple[sparse.csr_matrix, npt.NDArray[np.float64]]:
-    """Return the standardised features as a sparse matrix (n, F) and what is to be added to every row of it, (F,).
+    """Return the standardised features as a sparse matrix (n, F) and an offset (F,) to be added to each of its rows.
 
-    The usual cells of a column are all one number, which is taken off the column. A column with more other cells than usual ones
-    is stored whole and has nothing taken off: it would gain no memory, and the solver is slower on columns far from zero.
+    The usual cells of a column share one number, which is subtracted from the column so that they become 0. A column in
+    which most cells are stored is kept whole with an offset of 0: subtracting would save no memory, and the solver is
+    slower on columns far from zero.
     """
 
     def standard(x: npt.NDArray[np.float64], column: Any) -> npt.NDArray[np.float64]:
@@ -162,6 +165,6 @@ def standard_cells(
 
 
 def _standardise(features_BF: Tensor, fitted: dict[str, Tensor]) -> Tensor:
-    """(B, F) float64 without NaN, in train's standard deviations from its mean."""
+    """Return standardised features, (B, F) float64, with the train median in place of NaN."""
     filled = torch.where(features_BF.isnan(), fitted["median"], features_BF.double())
     return ((filled - fitted["mean"]) / fitted["scale"]).clamp(-LIMIT, LIMIT)

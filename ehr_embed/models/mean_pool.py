@@ -1,4 +1,4 @@
-"""Event vectors, pooled: what a record says without order, time or one event looking at another."""
+"""A model that pools event vectors and ignores their order, their times and the relations between events."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ POOLINGS = ("mean", "max", "attention")
 
 
 class MeanPool(nn.Module):
-    """Projected event vectors are pooled and go through a small MLP.
+    """Pools projected event vectors and passes the result through a small MLP.
 
     Args:
-        embedding_dim: width E of the event vectors; the embedder says it.
-        num_classes: outputs; the task says it.
-        vocab_size: refused: classes only.
-        has_values: whether batches carry a number beside each event; the data say it.
+        embedding_dim: width E of the event vectors, set by the embedder.
+        num_classes: number of outputs, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event, set by the data.
         model_dim: width D of the projection and of the MLP.
-        dropout: probability, on the pooled vector and within the MLP.
-        max_length: longest sequence, in events; longer records keep their last events.
-        pooling: `mean`, `max`, `attention`.
+        dropout: dropout probability on the pooled vector and within the MLP.
+        max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
+        pooling: how event vectors become one vector: `mean`, `max`, `attention`.
 
     Raises:
-        UserError: a task that predicts events, or an unknown pooling.
+        UserError: the task predicts events, or the pooling is unknown.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class MeanPool(nn.Module):
         )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) from `embeddings` (B, T, E) and `padding_mask` (B, T), True = event.
+        """Return logits (B, num_classes).
 
-        In place of `embeddings`, `rows` (U, E) and `row_ids` (B, T) give the same logits; a model that carries values takes
-        `values` (B, T), NaN = none.
+        Args:
+            inputs: `embeddings` (B, T, E), or `rows` (U, E) and `row_ids` (B, T), which give the same logits;
+                `padding_mask` (B, T), True = event; `values` (B, T), NaN = no value, if `has_values` is set.
         """
         return self.head(self.pooling(self.body["input"](inputs), inputs["padding_mask"]))

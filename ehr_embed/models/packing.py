@@ -1,6 +1,6 @@
-"""Batches without padding: the events of all sequences one after the other, so that no product is spent on a place without one.
+"""Packed batches: the events of all sequences one after the other, so that no computation is spent on padding.
 
-Shapes: B rows, T places a row, N events of all rows, S sequences, D model, H heads, K head width.
+Shapes: B rows, T places per row, N events of all rows, S sequences, D model width, H heads, K head width.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
 WIDEST_HEAD = 192
-"""The kernel's forward pass takes 256, but above 192 some GPUs (compute capability 8.6, 8.9, 12.0) have no backward pass."""
+"""Widest head that the kernel is used for. Its forward pass supports 256, but above 192 some GPUs (compute capability
+8.6, 8.9, 12.0) have no backward pass."""
 CAPABILITY = (8, 0)
-"""Of the GPU, at least: the kernel is FlashAttention, which begins with Ampere."""
+"""Least compute capability of the GPU, that of Ampere, from which on FlashAttention runs."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the events of a padded batch are, and which of them see each other. Nothing here waits for the device.
+    """Describes where the events of a padded batch are, and which events attend to each other.
+
+    Only `attend` with `at_once=False` makes the host wait for the device.
 
     Attributes:
-        places: (N,) int64, b * T + t of every event, ascending.
-        starts: (S + 1,) int32, how many of the N events stand before each sequence, and N.
-        longest: events that no sequence exceeds, such as T.
-        is_causal: whether an event sees itself and those before it, or all of its sequence.
-        at_once: whether torch's kernel is used; without it one sequence after the other attends, which waits for the device.
+        places: (N,) int64, b * T + t for the event at row b and place t, ascending.
+        starts: (S + 1,) int32, the number of events before each sequence, and N at the end.
+        longest: upper bound of the events per sequence, such as T.
+        is_causal: whether an event attends only to itself and earlier events, or to its whole sequence.
+        at_once: whether torch's kernel computes all sequences at once; otherwise they are computed one after the other.
     """
 
     places: Tensor
@@ -42,25 +45,25 @@ class Packing:
     at_once: bool = False
 
     def pack(self, x: Tensor) -> Tensor:
-        """The events of (B, T, ...), (N, ...)."""
+        """Return the events of a padded tensor, (B, T, ...) -> (N, ...)."""
         return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, x_ND: Tensor, n_rows: int, n_places: int) -> Tensor:
-        """(N, D) -> (B, T, D), zero where there is no event."""
+        """Return the padded tensor, (N, D) -> (B, T, D), with zeros at padding."""
         padded = x_ND.new_zeros(n_rows * n_places, x_ND.shape[-1])
         return padded.index_copy(0, self.places, x_ND).view(n_rows, n_places, -1)
 
     def with_first(self, n_rows: int, n_places: int) -> Packing:
-        """The packing once each of B rows of T places, a sequence each, has got an element in front: of (B, T + 1)."""
+        """Return the packing of (B, T + 1) rows that have one more element in front; each row is one sequence."""
         row_B = torch.arange(n_rows, device=self.places.device)
         moved_N = self.places + self.places // n_places + 1
-        # Sorted, because finding them in a mask would wait for the device to count them.
+        # Sorting gives the places without waiting for the device, which counting the True entries of a mask would do.
         places = torch.cat([row_B * (n_places + 1), moved_N]).sort().values
         starts = self.starts + torch.arange(n_rows + 1, device=self.starts.device, dtype=self.starts.dtype)
         return replace(self, places=places, starts=starts, longest=self.longest + 1)
 
     def attend(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
-        """Attention within each sequence, (N, H, K)."""
+        """Return the attended values within each sequence, (N, H, K)."""
         return (attend_at_once if self.at_once else attend_one_by_one)(q_NHK, k_NHK, v_NHK, self)
 
 
@@ -68,12 +71,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
 
 
 def packing_of(inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
-    """The packing of a model's inputs; None where they do not say it with `places` and `sequence_starts`.
+    """Return the packing of a model's inputs, or None for inputs without `places` and `sequence_starts`.
 
-    A row is one sequence; several where the model is causal and the inputs have `segments`.
+    A row is one sequence, or several if the model is causal and the inputs hold `segments`.
 
     Raises:
-        UserError: they are of another number of rows than the batch.
+        UserError: `sequence_starts` belongs to another number of rows than the batch has.
     """
     if "places" not in inputs:
         return None
@@ -89,15 +92,17 @@ def packing_of(inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
 
 
 def kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether `attend_at_once` is used there: a GPU whose kernel was seen to be right, 16 bits, heads whose width is a multiple of
-    8 up to 192."""
+    """Return whether `attend_at_once` supports a device, number format and head width.
+
+    It needs a GPU whose kernel passed `is_right`, a 16-bit format, and a head width that is a multiple of 8 up to 192.
+    """
     is_half, is_width = dtype in (torch.bfloat16, torch.float16), head_width % 8 == 0 and head_width <= WIDEST_HEAD
     return is_half and is_width and has_kernel(device) and is_right(device, dtype, head_width)
 
 
 @cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether torch's kernel for sequences of different lengths runs on a device; not tried on AMD's."""
+    """Return whether torch's kernel for sequences of different lengths runs on a device; AMD's GPUs are not tried."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     is_built = torch.backends.cuda.is_flash_attention_available()
     return is_nvidia and is_built and torch.cuda.get_device_capability(device) >= CAPABILITY
@@ -105,9 +110,10 @@ def has_kernel(device: torch.device) -> bool:
 
 @cache
 def is_right(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Whether the kernel agrees with `attend_one_by_one`, forward and backward, on a few small sequences; tried once.
+    """Return whether the kernel agrees with `attend_one_by_one`, forward and backward, on a few small sequences.
 
-    A kernel that a version of torch or a GPU does not have, or has wrong, costs speed then, and no run.
+    The result is cached. If a kernel is missing or wrong in a version of torch or on a GPU, a run is slower but does
+    not fail.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 1, 20]
@@ -132,7 +138,10 @@ def is_right(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
 
 
 def _with_gradients(function: Attend, values: Tensor, packing: Packing) -> list[Tensor]:
-    """Attention of the first three of `values` (4, N, H, K), and its gradients by the fourth."""
+    """Return the attention of the queries, keys and values in `values` (4, N, H, K), and their gradients.
+
+    The fourth entry of `values` is the gradient of the output.
+    """
     q, k, v = (x.clone().requires_grad_() for x in values[:3])
     attended = function(q, k, v, packing)
     attended.backward(values[3])
@@ -140,20 +149,20 @@ def _with_gradients(function: Attend, values: Tensor, packing: Packing) -> list[
 
 
 def attend_at_once(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Packing) -> Tensor:
-    """Attention within each sequence in one kernel, (N, H, K); see `kernel_takes`."""
-    # Imported here, since it loads torch's compiler and takes a second.
+    """Return the attended values within each sequence, (N, H, K), by one call of torch's kernel; see `kernel_takes`."""
+    # The import is here because it loads torch's compiler and takes a second.
     from torch.nn.attention.varlen import varlen_attn
 
     lengths = (packing.starts, packing.starts, packing.longest, packing.longest)
     attended = varlen_attn(q_NHK, k_NHK, v_NHK, *lengths, window_size=(-1, 0 if packing.is_causal else -1))
-    assert isinstance(attended, Tensor)  # it returns more only on request
+    assert isinstance(attended, Tensor)  # varlen_attn returns a tuple only on request
     return attended
 
 
 def attend_one_by_one(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Packing) -> Tensor:
-    """The same in plain words, on any device and in any type, (N, H, K)."""
+    """Return the attended values within each sequence, (N, H, K), one sequence at a time, on any device."""
     lengths = packing.starts.diff().tolist()
-    # (1, H, length, K), since torch has its fused kernels for four dimensions only.
+    # The shape is (1, H, length, K), because torch has its fused kernels for four dimensions only.
     q, k, v = ([x.transpose(0, 1)[None] for x in y_NHK.split(lengths)] for y_NHK in (q_NHK, k_NHK, v_NHK))
     attended = [
         F.scaled_dot_product_attention(*sequence, is_causal=packing.is_causal) for sequence in zip(q, k, v, strict=True)
@@ -162,8 +171,8 @@ def attend_one_by_one(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Pack
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """The type that products with a weight come out in: autocast's where it is on, else the weight's own."""
+    """Return the number format of products with a weight: that of autocast where it is on, else that of the weight."""
     device = weight.device.type
-    if device == "meta":  # which has no autocast
+    if device == "meta":  # the meta device has no autocast
         return weight.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

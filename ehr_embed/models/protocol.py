@@ -1,4 +1,4 @@
-"""What a model must offer, and what it may offer beside that."""
+"""The interface of models: the methods that every model must have, and those that it may have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ehr_embed.models.feature_table import FeatureTable
 
 
 class Model(Protocol):
-    """A module built with `embedding_dim`, `has_values` and `num_classes` or `vocab_size`, beside its own options."""
+    """A module built with `embedding_dim`, `has_values`, `num_classes` or `vocab_size`, and options of its own."""
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Logits (B, num_classes) of what `EventEmbedding.inputs` gives."""
@@ -29,8 +29,10 @@ class ReadsVocabulary(Protocol):
     """A model that needs the tokens' codes or texts, not only their vectors."""
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Take the vocabulary whose `token_ids` (B, T) the coming inputs hold; called before the weights are loaded, and
-        again where a dataset brings new codes."""
+        """Set the vocabulary of the `token_ids` (B, T) in coming inputs.
+
+        The method is called before the weights are loaded, and again when a dataset brings new codes.
+        """
         ...
 
 
@@ -39,18 +41,18 @@ class AdaptsToVectors(Protocol):
     """A model that fits part of itself to the event vectors before it is trained."""
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
-        """Take the vectors (V, E) of the tokens that occur in train; called before the weights are loaded."""
+        """Fit to the vectors (V, E) of the tokens that occur in train; called before the weights are loaded."""
         ...
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A split as a table.
+    """The samples of a split as a table of features with labels.
 
     Attributes:
         features: (n, F), NaN = missing; `features.dense(rows)` gives some rows as float32.
-        labels: (n,) int64, classes.
-        weights: (n,) float64, of each sample in the loss.
+        labels: (n,) int64, the class of each sample.
+        weights: (n,) float64, the weight of each sample in the loss.
     """
 
     features: FeatureTable
@@ -60,18 +62,18 @@ class FeatureSet:
 
 @runtime_checkable
 class FitsAtOnce(Protocol):
-    """A model that is fitted to a table of features in one go, instead of batch by batch along gradients."""
+    """A model that is fitted to a table of features at once, instead of by gradient steps on batches."""
 
     def n_fitted(self) -> int:
-        """Numbers that were fitted."""
+        """Return the number of fitted numbers, such as coefficients; known after `fit`."""
         ...
 
     def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """Decide from train's inputs, each seen once, what the features are."""
+        """Choose the features by the inputs of train; `train` yields each batch once."""
         ...
 
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, F) float32, the chosen features of a batch."""
+        """Return the chosen features of a batch, (B, F) float32."""
         ...
 
     def fit(
@@ -83,15 +85,15 @@ class FitsAtOnce(Protocol):
         is_higher_better: bool,
         seed: int,
     ) -> None:
-        """Fit to train; `score` of tuning's probabilities (n, C) may choose how much is fitted, and nothing else."""
+        """Fit to train; use tuning only to choose how much is fitted, by the `score` of its probabilities (n, C)."""
         ...
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """What pretraining hands on and `trainer.freeze=body` keeps as it is.
+    """Return the body of a model, which `init_from` takes from a pretrained run and `trainer.freeze=body` freezes.
 
     Raises:
-        UserError: the model has no such part.
+        UserError: the model has no body.
     """
     body = getattr(model, "body", None)
     if not isinstance(body, nn.Module):
@@ -102,16 +104,16 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
-    """Show a new model the vectors (V, E) of the tokens that train has, where it wants to see them."""
+    """Fit an `AdaptsToVectors` model to the vectors of train's tokens; `table` (V, E) holds those of all tokens."""
     if isinstance(model, AdaptsToVectors):
         model.adapt_to_vectors(table[torch.from_numpy(vocabulary.tokens["count"].to_numpy() > 0)])
 
 
 def check_vectors(model: nn.Module, trainable: str) -> None:
-    """Refuse token vectors that are to be learned beside a model that does not read them (`reads_vectors = False`).
+    """Refuse learned token vectors with a model that does not read them (`reads_vectors = False`).
 
     Raises:
-        UserError: `trainable` is not `frozen`.
+        UserError: `trainable` is not `frozen` and the model does not read token vectors.
     """
     if not getattr(model, "reads_vectors", True) and trainable != "frozen":
         raise UserError(

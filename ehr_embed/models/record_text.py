@@ -1,4 +1,4 @@
-"""Records written out as text: from token ids to word pieces, without a loop over events."""
+"""Converts the token ids of records to word pieces of their texts, without a loop over events."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GAPS = (
     *(f"{n} months later:" for n in range(2, 24)),
     *(f"{n} years later:" for n in range(2, 121)),
 )
-"""What stands before an event, by the time since the one before it; nothing below a day."""
+"""Text before an event that states the time since the previous event; empty for less than a day."""
 
 
 def gap_number(days: Tensor) -> Tensor:
-    """Number in `GAPS` of the time since the previous event, (...) days -> (...) int64.
+    """Return the index in `GAPS` of the time since the previous event, (...) days -> (...) int64.
 
     >>> [GAPS[i] for i in gap_number(torch.tensor([0.9, 1.0, 59.5, 60.0, 729.0, 731.0, 1e6]))]
     ['', '1 day later:', '59 days later:', '2 months later:', '23 months later:', '2 years later:', '120 years later:']
@@ -36,16 +36,17 @@ class RecordText(nn.Module):
     """Writes records as `[CLS] text; text; 3 days later: text; [SEP]` in the word pieces of a tokenizer.
 
     Args:
-        tokenizer: of Hugging Face's transformers.
-        max_pieces: longest record, with its special pieces. Of a longer one static events are kept first and then the most
-            recent ones, whole events only; a single text longer than that is cut.
-        times: write the time between events where it is a day or more.
+        tokenizer: a tokenizer of Hugging Face's transformers.
+        max_pieces: longest record in word pieces, special pieces included. A longer record keeps its static events and
+            then its most recent events, whole events only; a single text that is longer is cut.
+        times: whether to write the time between two events that are a day or more apart.
 
     Raises:
         UserError: `max_pieces` leaves no room for an event.
     """
 
-    # The pieces of all gaps and texts one after the other, and where each of these units starts and how long it is.
+    # `texts` holds the pieces of all gaps and texts one after the other; `starts` and `lengths` say where each of them
+    # is.
     texts: Tensor
     starts: Tensor
     lengths: Tensor
@@ -68,7 +69,7 @@ class RecordText(nn.Module):
             self.register_buffer(name, torch.empty(0, dtype=torch.long), persistent=False)
 
     def set_texts(self, texts: list[str]) -> None:
-        """Split the text of every token, (V,), once; the empty text of padding has no pieces."""
+        """Split the texts of all V tokens into word pieces once; the empty text of padding has no pieces."""
         long = self._split([f"{text};" if text else "" for text in texts])
         pieces = [*self._gaps, *(piece[: self._longest_text] for piece in long)]
         self.n_texts, device = len(texts), self.lengths.device
@@ -77,17 +78,17 @@ class RecordText(nn.Module):
         self.texts = torch.tensor([number for piece in pieces for number in piece], device=device)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Word pieces (B, L) int64 and which of them are no padding (B, L) bool.
+        """Return word pieces (B, L) int64 and their mask (B, L) bool, False = padding.
 
         Args:
-            inputs: `token_ids` (B, T), 0 = padding; `is_static` (B, T), none where it is missing; `gap_days` (B, T) where
-                times are written.
+            inputs: `token_ids` (B, T), 0 = padding; `is_static` (B, T), without which no event counts as static;
+                `gap_days` (B, T), if `times` is set.
 
         Raises:
             UserError: no vocabulary was set, or an input is missing.
         """
         token_BT = self._tokens(inputs)
-        # A unit is a gap or a text: two an event, or one where times are not written. U units in the tables, N pieces.
+        # A unit is a gap or a text: each event has K = 2 units, or one if times are not written. N counts all pieces.
         unit_BTK = (len(self._gaps) + token_BT).unsqueeze(-1)
         if self.times:
             unit_BTK = torch.cat([gap_number(inputs["gap_days"]).unsqueeze(-1), unit_BTK], dim=-1)
@@ -113,7 +114,7 @@ class RecordText(nn.Module):
 
     def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         if not self.n_texts:
-            raise UserError("the model reads texts and knows none: call set_vocabulary(vocabulary) first.")
+            raise UserError("the model reads texts and has no vocabulary yet. Call set_vocabulary(vocabulary) first.")
         needed = ["token_ids", *(["gap_days"] if self.times else [])]
         if missing := [name for name in needed if name not in inputs]:
             raise UserError(
@@ -123,7 +124,7 @@ class RecordText(nn.Module):
         return inputs["token_ids"].long()
 
     def _fitting(self, cost_BT: Tensor, token_BT: Tensor, is_static_BT: Tensor | None) -> Tensor:
-        """Which events fit the budget, (B, T): static ones from the first on, then timed ones from the last on."""
+        """Return which events fit the budget, (B, T): static ones from the first, then timed ones from the last."""
         is_event_BT = token_BT > 0
         is_static_BT = torch.zeros_like(is_event_BT) if is_static_BT is None else is_static_BT & is_event_BT
         static_BT = is_static_BT & ((cost_BT * is_static_BT).cumsum(1) <= self.budget)
@@ -133,7 +134,7 @@ class RecordText(nn.Module):
         return static_BT | (is_timed_BT & (from_here_BT <= room_B1))
 
     def _split(self, texts: list[str]) -> list[list[int]]:
-        # A blank in front, since tokenizers of some models give the first word of a text other pieces.
+        # A leading blank, because some tokenizers split a word at the start of a text differently.
         split = self.tokenizer([f" {text}" if text else "" for text in texts], add_special_tokens=False)
         pieces: list[list[int]] = split["input_ids"]
         return pieces

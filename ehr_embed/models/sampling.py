@@ -1,4 +1,4 @@
-"""Sampling futures from a decoder that was pretrained on next events."""
+"""Samples futures of a record from a decoder that was pretrained to predict the next event."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from ehr_embed.models.heads import (
 )
 
 SHORTEST_WAIT_DAYS = 1 / 86_400
-"""A second: the least that the first event comes after the prediction time."""
+"""One second: least time between the prediction time and the first event of a future."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How futures are drawn.
+    """Settings of how futures are drawn.
 
     Attributes:
-        n_samples: futures of each prompt.
-        horizon_days: a future ends before its first event later than this after the prediction time.
-        max_new_events: and after this many events.
-        temperature: of the token's distribution, for the first event that given the silence; 0 takes the most probable token,
-            the middle of the most probable gap bin and the mean value (greedy).
-        top_k: draw from this many most probable tokens only; None = all.
-        top_p: draw from the most probable tokens that together reach this probability only; None = all.
+        n_samples: number of futures per prompt.
+        horizon_days: a future ends before its first event that is later than this after the prediction time.
+        max_new_events: a future ends after this many events.
+        temperature: temperature of the token's distribution, which for the first event is the one given the silence; 0
+            is greedy: the most probable token, the middle of the most probable gap bin, and the mean value.
+        top_k: draw only from this many most probable tokens; None = all.
+        top_p: draw only from the most probable tokens that together reach this probability; None = all.
         stop_tokens: a future ends with the first of these tokens.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number is out of range.
     """
 
     n_samples: int = 1
@@ -69,15 +69,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """N generated events of all futures, those of a future in order of time.
+    """The N generated events of all futures; the events of each future are in order of time.
 
     Attributes:
-        is_cut: (B, n_samples) bool, futures that ended by `max_new_events`, before their horizon.
-        prompt: (N,) int64, row of the prompt in its batch.
-        sample: (N,) int64, 0 ... n_samples - 1.
+        is_cut: (B, n_samples) bool, whether a future ended at `max_new_events`, before its horizon.
+        prompt: (N,) int64, the row of the event's prompt in the batch.
+        sample: (N,) int64, the number of the event's future, 0 ... n_samples - 1.
         token_ids: (N,) int64.
-        days: (N,) float64, after the prediction time.
-        values: (N,) float32, in robust standard deviations from the train median; NaN where the model predicts none.
+        days: (N,) float64, days after the prediction time.
+        values: (N,) float32, in robust standard deviations from the train median; NaN = no value.
     """
 
     is_cut: Tensor
@@ -89,10 +89,10 @@ class Trajectories:
 
 
 def check_generates(model: nn.Module) -> Decoder:
-    """The model, if it can generate.
+    """Return the model as a decoder, or refuse a model that cannot generate.
 
     Raises:
-        UserError: it is not causal, or was built for classes.
+        UserError: the model is no `Decoder`, or was built to predict classes.
     """
     if not isinstance(model, Decoder):
         raise UserError(
@@ -107,7 +107,7 @@ def check_lengths(n_prompt: int, max_new_events: int, max_length: int) -> None:
     """Refuse prompts that leave no room for the future.
 
     Raises:
-        UserError: a prompt without events, or one that with its future exceeds the model's `max_length`.
+        UserError: a prompt has no events, or prompt and future together exceed the model's `max_length`.
     """
     if n_prompt < 1:
         raise UserError(
@@ -134,18 +134,21 @@ def generate(
 ) -> Trajectories:
     """Draw `n_samples` futures of every prompt.
 
-    Token, then gap, then value are drawn for one event after the other. The first event comes after the prediction time: its
-    token and its gap are drawn given that the gap reaches beyond the record's silence until then. All futures of a batch advance
-    together; finished ones leave it.
+    Each event is drawn in three steps: its token, its gap, its value. The first event must come after the prediction
+    time, so its token and gap are drawn given that the gap is longer than the silence between the last event and the
+    prediction time. All futures of a batch advance together, and finished ones are dropped.
 
     Args:
         model: a decoder after `task=next_event`, in evaluation mode.
+        embedding: the embedding that the model was trained with.
         prompts: B records up to their prediction times, on the model's device.
-        generator: on that device; the same seed and prompts give the same futures.
-        use_cache: keep keys and values; without, the whole sequence is run again for each event (the reference).
+        sampling: how futures are drawn.
+        generator: random generator on the model's device; the same seed and prompts give the same futures.
+        use_cache: whether to cache keys and values; without the cache the whole sequence is computed again for each
+            event, with the same results.
 
     Raises:
-        UserError: the model cannot generate, or prompt and future do not fit it.
+        UserError: the model cannot generate, or prompt and future exceed its `max_length`.
     """
     decoder = check_generates(model)
     head = decoder.head
@@ -183,7 +186,7 @@ def generate(
 
 
 class _Sequences:
-    """The R futures that still go on: their states, and the vector of each one's last event."""
+    """Holds the R unfinished futures: their times, their cache or inputs, and the vector of the last event of each."""
 
     def __init__(
         self, decoder: Decoder, embedding: EventEmbedding, prompts: Batch, sampling: Sampling, *, use_cache: bool
@@ -199,7 +202,7 @@ class _Sequences:
         self.lengths_R = lengths_B[prompt_R]
         self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R].double()
         self.age_R = inputs["age_days"][rows, last_B][prompt_R].double()
-        # Days the record has been silent at the prediction time.
+        # Days from the last event of the record to the prediction time.
         self.wait_R = prompts.days[rows, last_B][prompt_R].double()
         self.days_R = -self.wait_R
         self.cache = None
@@ -210,13 +213,13 @@ class _Sequences:
             self.cache.select(prompt_R)
         else:
             token_ids_BT = prompts.token_ids.long()
-            without = ("rows", "row_ids", "places", "sequence_starts")  # which are not of the grown records
+            without = ("rows", "row_ids", "places", "sequence_starts")  # wrong once the records have grown
             inputs = {name: x for name, x in inputs.items() if name not in without} | {"token_ids": token_ids_BT}
             room = (0, sampling.max_new_events)
             self.inputs = {name: F.pad(x[prompt_R], room) for name, x in inputs.items()}
 
     def hidden(self) -> Tensor:
-        """The vector of each future's last event, (R, D)."""
+        """Return the vector of each future's last event, (R, D)."""
         if self.cache is not None:
             return self.hidden_RD
         width = int(self.lengths_R.max())
@@ -225,9 +228,9 @@ class _Sequences:
         return self.decoder.hidden(inputs)[torch.arange(len(self.lengths_R)), self.lengths_R - 1]
 
     def log_chance_of_silence(self) -> Tensor:
-        """Return log P(gap > silence at the prediction time | token) of every token as the next event's, (R, V).
+        """Return log P(gap > silence until the prediction time | token) for every token as the next event, (R, V).
 
-        All futures of a prompt have the same, so it is computed once per prompt.
+        All futures of a prompt share these numbers, so they are computed once per prompt.
         """
         first = slice(None, None, self.n_samples)
         head = self.decoder.head
@@ -272,7 +275,7 @@ class _Sequences:
 
 
 def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Token ids (R,) from scores (R, V), under temperature, top k and top p (Holtzman et al. 2020, arXiv:1904.09751).
+    """Draw token ids (R,) from scores (R, V) by temperature, top k and top p (Holtzman et al. 2020, arXiv:1904.09751).
 
     >>> draw_token(torch.tensor([[0.0, 3.0, 1.0]]), Sampling(temperature=0), torch.Generator()).tolist()
     [1]
@@ -285,21 +288,22 @@ def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator
         scores = scores.masked_fill(scores < kept, float("-inf"))
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, order = scores.softmax(-1).sort(descending=True)
-        # A token is kept while those before it have not reached top_p; the first always is.
+        # A token is kept as long as the more probable tokens together have not reached top_p; the first is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def log_chance_beyond(head: EventHead, hidden_BD: Tensor, table_VE: Tensor, wait_B: Tensor) -> Tensor:
-    """Return log P(gap > wait | token) of every token, (B, V) float32, a block of tokens at a time.
+    """Return log P(gap > wait | token) of every token, (B, V) float32, computed for a block of tokens at a time.
 
-    Added to the tokens' scores it makes of p(token) the distribution given a silence of `wait_B` days, since
-    p(token | gap > wait) is proportional to p(token) P(gap > wait | token).
+    The sum of these numbers and the tokens' scores gives the distribution of the token after a silence of `wait_B`
+    days, because p(token | gap > wait) is proportional to p(token) P(gap > wait | token).
 
     Args:
-        hidden_BD: states after the last event before the silence.
+        hidden_BD: hidden states at the last event before the silence.
         table_VE: vectors of the tokens.
+        wait_B: length of the silence, in days.
     """
     share_B1Q = log_share_beyond(wait_B)[:, None]
     n_tokens = max(1, LOGITS_AT_ONCE // (len(hidden_BD) * max(hidden_BD.shape[1], N_TIME_BINS)))
@@ -313,8 +317,8 @@ def log_chance_beyond(head: EventHead, hidden_BD: Tensor, table_VE: Tensor, wait
 def log_share_beyond(wait_R: Tensor) -> Tensor:
     """Return the log of the share of each time bin that lies beyond a wait in days, (R,) -> (R, N_TIME_BINS) float32.
 
-    Within a bin a gap is uniform in log. The first bin, no gap at all, lies beyond no wait; the last has no end, so that all of it
-    lies beyond any.
+    The log of a gap is uniform within a bin. The first bin, no gap at all, never lies beyond a wait; the last bin has
+    no end, so it always counts as beyond.
 
     >>> share = log_share_beyond(torch.tensor([0.0, 400.0])).exp()
     >>> share[0, :3].tolist(), bool(0 < share[1, 47] < 1), share[1, -2:].tolist()
@@ -328,10 +332,11 @@ def log_share_beyond(wait_R: Tensor) -> Tensor:
 
 
 def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Return days since the previous event (R,) float64, from scores of the gap's bins (R, Q); with `wait_R` the gap exceeds it.
+    """Draw the days since the previous event, (R,) float64, from scores of the gap's bins (R, Q).
 
-    Within a bin a gap is uniform in log. Of the bin that holds the wait only the part beyond it remains; the last bin has
-    no end and gives its beginning, or the least beyond the wait.
+    The log of a gap is uniform within a bin. With `wait_R`, in days, the gap is longer than the wait, so only the part
+    of a bin beyond the wait counts. The last bin has no end; it gives its lower bound, or the least gap beyond the
+    wait.
 
     >>> scores = torch.zeros(1, 64).index_fill(1, torch.tensor([43]), 99)  # 94 to 127 days
     >>> gap = draw_gap(scores, torch.tensor([100.0]), Sampling(temperature=0), torch.Generator())
@@ -357,7 +362,7 @@ def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generat
 
 
 def draw_value(value: ValueDistribution, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Normalised values (R,), NaN = none."""
+    """Draw normalised values (R,), NaN = no value."""
     if sampling.temperature == 0:
         drawn_R, is_present = value.mean, value.present > 0
     else:

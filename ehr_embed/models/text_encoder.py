@@ -1,4 +1,4 @@
-"""A published text encoder, fine-tuned end to end on records written out as text."""
+"""A published text encoder that is fine-tuned end to end on records written as text."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ POOLINGS = ("mean", "cls")
 
 
 class TextEncoder(nn.Module):
-    """The texts of a record's events one after the other, `[CLS] text; text; 3 days later: text; [SEP]`, read as a whole.
+    """Text encoder over the texts of a record's events, written as `[CLS] text; text; 3 days later: text; [SEP]`.
 
-    It reads `token_ids`, by the texts of the vocabulary that `set_vocabulary` gives, and no event vectors: the embedder has no
-    part in it. Value bins stand in the tokens' texts; numbers beside the tokens (`data.values=continuous`) are not written.
+    The model looks up the texts of `token_ids` in the vocabulary that `set_vocabulary` sets. It reads no event vectors,
+    so the embedder does not matter. Value bins are part of the tokens' texts; numeric values of events
+    (`data.values=continuous`) are not written.
 
     Args:
-        embedding_dim: width E of the event vectors, which are not read.
-        num_classes: outputs; the task says it.
-        vocab_size: set by tasks that predict events, which this model cannot.
-        has_values: whether batches carry a number beside each event; not read.
+        embedding_dim: width E of the event vectors, which this model does not read.
+        num_classes: number of outputs, set by the task.
+        vocab_size: must be None, because this model predicts classes only.
+        has_values: whether batches carry a numeric value with each event; ignored.
         backbone: `bundled` (all-MiniLM-L6-v2), a folder, or a hub id of an encoder.
-        revision: commit, branch or tag on the hub; None takes the copy at hand, else the newest.
-        max_pieces: longest record in word pieces; a longer one keeps its static events and then the last ones.
-        max_length: longest sequence in events, before any is written.
-        times: write the time between two events where it is a day or more.
-        pooling: `mean` of the pieces, or `cls`, the first.
-        dropout: probability, on the pooled vector; the backbone keeps its own.
-        lora_rank: train only low-rank updates of the backbone's matrices (Hu et al. 2021, arXiv:2106.09685), scaled by 2;
-            None trains all of it.
+        revision: commit, branch or tag on the hub; None takes the local copy if there is one, else the newest.
+        max_pieces: longest record in word pieces; a longer record keeps its static events and then its last events.
+        max_length: longest sequence in events, to which a record is cut before it is written as text.
+        times: whether to write the time between two events that are a day or more apart.
+        pooling: `mean` of the pieces' vectors, or `cls`, the first vector.
+        dropout: dropout probability on the pooled vector; the backbone keeps its own dropout.
+        lora_rank: rank of low-rank updates (LoRA, Hu et al. 2021, arXiv:2106.09685; scaled by 2) that are trained in
+            place of the backbone's matrices; None trains the whole backbone.
 
     Raises:
-        UserError: a task that predicts events; unknown pooling; weights that cannot be had, or are no encoder; `max_pieces`
-            beyond what the backbone can read; `lora_rank` without peft.
+        UserError: the task predicts events, the pooling is unknown, the weights cannot be loaded or are no encoder,
+            `max_pieces` exceeds the backbone's positions, or peft is missing for `lora_rank`.
     """
 
     is_causal = False
@@ -73,7 +74,7 @@ class TextEncoder(nn.Module):
             _load, backbone, revision, key="model.backbone", offline="model.backbone=bundled"
         )
         _check_encoder(backbone, body.config, max_pieces)
-        body.pooler = None  # of next-sentence prediction; its weights would never get a gradient
+        body.pooler = None  # it serves next-sentence prediction; its weights would never get a gradient
         self.body = body if lora_rank is None else with_lora(body, lora_rank)
         self.text = RecordText(tokenizer, max_pieces=max_pieces, times=times)
         self.head = PooledHead(
@@ -89,18 +90,17 @@ class TextEncoder(nn.Module):
         self.text.set_texts(vocabulary.texts)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, num_classes) from `token_ids` (B, T), 0 = padding; `gap_days` (B, T) where times are written; `is_static`
-        (B, T), none where it is missing."""
+        """Return logits (B, num_classes); inputs as in `RecordText.forward`."""
         pieces_BL, is_piece_BL = self.text(inputs)
         x_BLD = self.body(input_ids=pieces_BL, attention_mask=is_piece_BL.long()).last_hidden_state
         return self.head(x_BLD, {"padding_mask": is_piece_BL})
 
 
 def with_lora(body: nn.Module, rank: int) -> nn.Module:
-    """`body` with trainable low-rank updates beside its linear maps, everything else frozen.
+    """Add trainable low-rank updates to the linear maps of `body`, and freeze everything else.
 
     Raises:
-        UserError: a rank below 1; peft is not installed.
+        UserError: the rank is below 1, or peft is not installed.
     """
     if rank < 1:
         raise UserError(f"model.lora_rank={rank}: expected 1 or more; null = train the whole backbone.")

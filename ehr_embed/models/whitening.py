@@ -1,4 +1,4 @@
-"""Whitening of event vectors."""
+"""Whitening of event vectors: a linear map after which their components are uncorrelated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from ehr_embed.core.errors import UserError
 
 
 class Whitening(nn.Module):
-    """Principal components of the vectors, each divided by the root of its variance.
+    """Maps vectors to their principal components, each divided by the square root of its variance.
 
-    Sentence vectors of one domain lie close together: what tells two laboratory tests apart is small beside what all of them
-    share, and a linear map takes long to find it (Su et al. 2021, arXiv:2103.15316). Shrinkage keeps components that hardly
-    vary, mostly noise, from counting as much as the first. The identity until it is fitted; what was fitted is part of the
-    `state_dict`, so that vectors of another vocabulary are mapped as those that the model was trained on.
+    Sentence vectors of one domain lie close together: the difference between two laboratory tests is small compared to
+    the part that all tests share, and a linear map learns it slowly (Su et al. 2021, arXiv:2103.15316). Shrinkage
+    prevents that components with little variance, mostly noise, count as much as the first. The module is the identity
+    before `fit`. The fitted mean and matrix are part of the `state_dict`, so that vectors of another vocabulary are
+    mapped in the same way.
 
     Args:
         dim: width E of the vectors.
@@ -34,7 +35,10 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, vectors: Tensor) -> None:
-        """Fit to vectors (V, E). Directions in which they do not vary are mapped to zero; one vector fits nothing."""
+        """Fit the map to vectors (V, E).
+
+        Directions without variance are mapped to zero. A single vector, or equal ones, leave the module as it is.
+        """
         x_VE = vectors.double()
         mean = x_VE.mean(0)
         variance, directions = torch.linalg.eigh((x_VE - mean).T @ (x_VE - mean) / len(x_VE))
@@ -43,12 +47,12 @@ class Whitening(nn.Module):
             return
         variance, directions = variance[varies].flip(0), directions.T[varies].flip(0)
         shrunk = variance + self.shrinkage * variance.mean()
-        # The mean square of what comes out is one.
+        # Scale the variances so that the mean square of the mapped vectors' elements is one.
         shrunk = shrunk * (variance / shrunk).sum() / len(mean)
         self.mean.copy_(mean)
         self.matrix.zero_()
         self.matrix[:, : len(directions)] = (directions / shrunk.sqrt().unsqueeze(1)).T
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """(..., E) -> (..., E)."""
+        """Return the whitened vectors, (..., E) -> (..., E)."""
         return (vectors - self.mean) @ self.matrix

@@ -1,4 +1,4 @@
-"""A few records with what was predicted for them: patient text, for those who ask a tracker to keep it."""
+"""Build a table of a few records with their predictions; it contains patient text, so trackers keep it on request only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_EVENTS = 20
 
 
 def examples_of(task: Task, store: EventStore, outputs: Outputs, *, split: str = "held_out") -> pd.DataFrame:
-    """The first samples of a split, at most `MAX_EXAMPLES`.
+    """Return the first samples of a split, at most `MAX_EXAMPLES`, with their texts, labels and predictions.
 
     Args:
-        task: after `setup`.
-        store: the events.
-        outputs: (n, n_outputs) of the split's samples.
-        split: its name.
+        task: the task, after its `setup`.
+        store: the event store.
+        outputs: (n, n_outputs) outputs of the model for the n samples of the split.
+        split: name of the split.
 
     Returns:
-        subject_id, prediction_time, label, events (texts of the last `MAX_EVENTS` visible ones, oldest first), and
-        probability_<class> for each class where the task has classes.
+        One row per sample: subject_id, prediction_time, label, events (texts of the last `MAX_EVENTS` visible events, oldest
+        first), and probability_<class> for each class if the task has classes.
     """
     samples, texts, events = task.samples[split], store.vocabulary.texts, store.split(split)
     rows = range(min(len(samples), MAX_EXAMPLES))
@@ -52,5 +52,5 @@ def examples_of(task: Task, store: EventStore, outputs: Outputs, *, split: str =
 
 
 def _label(label: Any, class_names: list[str]) -> str:
-    """The class's name of a class; several labels as they are."""
+    """Return the name of a class, or several labels as text."""
     return class_names[int(label)] if class_names and np.ndim(label) == 0 else str(label)

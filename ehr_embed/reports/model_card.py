@@ -1,7 +1,7 @@
-"""The model card of a run: what it was trained on, how well it does and on whom, and what that does not tell.
+"""Write the model card of a run: its training data, its metrics, overall and per subgroup, and their limits.
 
-After Mitchell et al. 2019 (arXiv:1810.03993). It holds counts and metrics of groups, no subject and no path, so that it can be
-handed on.
+The card follows Mitchell et al. 2019 (arXiv:1810.03993). It contains counts and metrics of groups but no single subject and no
+path, so that it can be shared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
-from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.sources.protocol import EVALUATED, SPLITS
 from ehr_embed.tasks.protocol import Curves
 
 WIDE_INTERVAL, WORRYING_ECE = 0.1, 0.05
-EVALUATED = ("held_out", "tuning")
 
 
 def write_model_card(
@@ -38,17 +37,21 @@ def write_model_card(
     audited: dict[str, Any] | None,
     n_bootstrap: int,
 ) -> Path:
-    """Write RUN_DIR/model_card.md; call it when everything else of the run is written.
+    """Write RUN_DIR/model_card.md, after all other files of the run.
 
     Args:
-        run_dir: the run's folder; the calibration plot is shown where it lies there.
+        run_dir: the run's folder; the card shows the calibration plot if the folder holds one.
         config: the resolved configuration.
-        metrics: what metrics.json holds.
-        store: the events.
-        samples: of each split, as they were evaluated.
-        curves: the task's; a binary task's have the key held_out, and its subgroups are told.
-        audited: what the audit found; None when it was off.
-        n_bootstrap: replicates of the subgroups' intervals.
+        metrics: content of metrics.json.
+        store: the event store.
+        samples: evaluated samples per split.
+        curves: labels and probabilities that the task evaluated; only binary tasks have the key held_out, and only their cards
+            report subgroups.
+        audited: report of the leakage audit; None if the audit was off.
+        n_bootstrap: bootstrap replicates for the intervals of the subgroups.
+
+    Returns:
+        The path of the card.
     """
     groups: list[Subgroup] = []
     n_left_out = 0
@@ -80,7 +83,7 @@ def write_model_card(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped.
+    """Return a Markdown table, with the vertical bars within its cells escaped.
 
     >>> print(table(["a", "b"], [["1", "x|y"]]))
     | a | b |
@@ -115,7 +118,7 @@ def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
 
 def _joined(labels: Any) -> str:
     names = [labels] if isinstance(labels, str) else labels
-    return ", ".join(Path(name).stem for name in names)  # of a path the name only
+    return ", ".join(Path(name).stem for name in names)  # without folders, whose names could reveal a site
 
 
 def _data(store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
@@ -139,10 +142,10 @@ def _texts(store: EventStore) -> str:
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    names = values_of(metrics["held_out"])
-    rows = [[name, *(with_interval(metrics[split][name]) for split in EVALUATED)] for name in names]
+    names, order = values_of(metrics["held_out"]), EVALUATED[::-1]
+    rows = [[name, *(with_interval(metrics[split][name]) for split in order)] for name in names]
     told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
-    return f"{told}\n\n" + table(["metric", *EVALUATED], rows)
+    return f"{told}\n\n" + table(["metric", *order], rows)
 
 
 def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:
@@ -156,7 +159,7 @@ def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:
             rows.append([group.name, f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
     tail = ""
     if n_left_out:
-        tail = f"\n\nOf the static codes the {MAX_CODES} with most subjects are told; {n_left_out:,} more are left out."
+        tail = f"\n\nOnly the {MAX_CODES} static codes with most subjects are listed; {n_left_out:,} more are left out."
     return table(["group", "samples", "prevalence", "AUROC", "AUPRC"], rows) + tail
 
 
@@ -168,16 +171,18 @@ def limits_of(
     groups: list[Subgroup],
     audited: dict[str, Any] | None,
 ) -> list[str]:
-    """What the numbers do not tell, a sentence each, from facts of this run."""
+    """Return the limits of the run's metrics, one sentence per limit, from facts of this run."""
     held_out, tuning, sizes = metrics["held_out"], metrics["tuning"], store.manifest["splits"]
     lines = [
-        f"All splits are of one dataset, `{store.manifest['name']}`: how it does elsewhere or later is not known.",
+        f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known.",
         f"Held_out has {sizes['held_out']['n_subjects']:,} subjects and {held_out['n']:,} samples; the checkpoint and any "
-        f"threshold were chosen on {tuning['n']:,} samples of tuning, so tuning's own values are too good.",
+        f"threshold were chosen on {tuning['n']:,} samples of tuning, so the metrics on tuning are too optimistic.",
     ]
     if "prevalence" in held_out:
         n_positive = round(held_out["prevalence"] * held_out["n"])
-        lines.append(f"{n_positive:,} samples of held_out are positive; every value rests on them.")
+        lines.append(
+            f"{n_positive:,} samples of held_out are positive; this number limits the precision of every metric."
+        )
     wide = [
         f"{name} ({entry['high'] - entry['low']:.2f})"
         for name, entry in held_out.items()
@@ -189,31 +194,34 @@ def limits_of(
         lines.append(f"Intervals wider than {WIDE_INTERVAL} on held_out: {', '.join(wide)}.")
     if "ece" in held_out and held_out["ece"]["value"] > WORRYING_ECE:
         lines.append(
-            f"Probabilities are off by {held_out['ece']['value']:.2f} on average (ECE of held_out): rank by them, or calibrate."
+            f"Probabilities are off by {held_out['ece']['value']:.2f} on average (ECE of held_out): use them for ranking only, or "
+            "calibrate them."
         )
     own = samples["held_out"]
     cut = float(np.mean(own.start > own.static_stop))
     lines.append(
         f"{100 * cut:.1f} % of held_out's samples have older events than the model reads (`model.max_length="
-        f"{config['model'].get('max_length')}`); those are not seen."
+        f"{config['model'].get('max_length')}`); the model does not see those events."
     )
     shares = [
         f"{100 * sizes[s]['n_unknown'] / max(1, sizes[s]['n_events']):.2f} % of {s}" for s in ("tuning", "held_out")
     ]
-    lines.append(f"Events whose code train does not have are one unknown event: {', '.join(shares)}.")
+    lines.append(f"Events whose code does not occur in train are all read as one unknown event: {', '.join(shares)}.")
     readable = store.vocabulary.report["text_coverage"]["events"]["readable"]
     if readable > 0:
-        lines.append(f"{100 * readable:.1f} % of train's events have no text but their code, put into words.")
+        lines.append(
+            f"{100 * readable:.1f} % of train's events have no description; their text is their code, made readable."
+        )
     if (fraction := config["task"].get("label_fraction", 1.0)) < 1:
         lines.append(f"Only {100 * fraction:g} % of train's labelled subjects were used.")
     if config["task"].get("shuffle_labels") is not None:
-        lines.append("The labels were shuffled: this run is a check for leaks, no model.")
+        lines.append("The labels were shuffled: this run checks for leakage and is not a usable model.")
     if small := sum(group.metrics is None for group in groups):
         lines.append(
-            f"{small} of {len(groups)} subgroups are too small to tell (fewer than {MIN_SUBJECTS} subjects, or one class only)."
+            f"{small} of {len(groups)} subgroups are too small to evaluate (below {MIN_SUBJECTS} subjects, or one class only)."
         )
     if not groups and "prevalence" in held_out:
-        lines.append("The data have no static code or birth that tells subgroups apart, so none were compared.")
+        lines.append("The data have no static code or birth time that defines subgroups, so none were compared.")
     lines.append(_audit_line(audited))
     return lines
 
@@ -224,6 +232,6 @@ def _audit_line(audited: dict[str, Any] | None) -> str:
     leaks = Counter(finding["check"] for finding in audited["findings"] if finding["level"] == "leak")
     if not leaks:
         unsure = f" ({len(audited['not_checked'])} checks lacked samples)" if audited["not_checked"] else ""
-        return f"The leakage audit found nothing{unsure}; what it cannot see is in docs/audit.md."
+        return f"The leakage audit found nothing{unsure}; docs/audit.md lists the leaks that it cannot find."
     told = ", ".join(f"{check} {count}" for check, count in leaks.items())
     return f"**The leakage audit found {leaks.total()} possible leaks ({told}): see audit.json before believing any number.**"

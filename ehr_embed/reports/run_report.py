@@ -1,4 +1,4 @@
-"""What a run says at its end: a summary for the tracker, plots, and the printed table."""
+"""Report the results of a run at its end: a summary for the tracker, plots, and a printed table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from rich.table import Table
 
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
-
-EVALUATED = ("tuning", "held_out")
+from ehr_embed.sources.protocol import EVALUATED
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
-    """Flat point values: `best/<split>/<metric>`, those of the best checkpoint, and `train/<fact>`.
+    """Return point values by name: `best/<split>/<metric>` of the best checkpoint, `transfer/...`, and `train/<fact>`.
 
     >>> summary_of({"tuning": {"auroc": {"value": 0.8, "low": 0.7, "high": 0.9}, "n": 10}, "train": {"epochs": 3}})
     {'best/tuning/auroc': 0.8, 'train/epochs': 3}
@@ -35,7 +34,16 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
-    """Loss where something was trained; ROC, precision-recall and calibration for binary labels."""
+    """Draw the loss if the run trained, and ROC, precision-recall and calibration curves for binary labels.
+
+    Args:
+        folder: folder for the PNG files.
+        history: metrics per epoch; empty if nothing was trained.
+        curves: split -> labels and probabilities; empty unless the labels are binary.
+
+    Returns:
+        The paths of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
         "loss": (plot_loss, history),
@@ -52,7 +60,7 @@ def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str,
 
 
 def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
-    """The table a run ends with."""
+    """Print the table of metrics with which a run ends, and the facts of its training."""
     table = Table(title=f"held-out and tuning metrics with 95 % intervals, {run_dir}", title_justify="left")
     table.add_column("metric")
     for split in reversed(EVALUATED):

@@ -1,4 +1,4 @@
-"""What a trained model keeps of its metrics on other data."""
+"""Compare the metrics of a trained model on other data with its metrics on the data of its training."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED
 
 MEASURES = ("auroc", "auprc")
-"""Ranking measures alone: thresholds are chosen anew on the other data's tuning split."""
+"""Ranking measures only: metrics with a threshold are not comparable, since each dataset's tuning split chooses its own."""
 
 
 def kept(init_from: str | Path, here: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each ranking measure: `before`, on held_out in the run the model comes from; `here`; and `kept`, their ratio.
+    """Return, per ranking measure, `before` (held_out of the run that trained the model), `here`, and their ratio `kept`.
 
     Args:
-        init_from: the run's folder, or a checkpoint in it.
-        here: metrics of held_out on these data.
+        init_from: folder of the run that trained the model, or a checkpoint in it.
+        here: metrics on held_out of the present data.
 
     Returns:
-        Empty where that run's metrics.json is not there or has none of the measures.
+        Measure -> the three numbers; empty if that run has no metrics.json, or none of the measures is in it.
     """
     folder = Path(init_from).expanduser()
     folder = folder if folder.is_dir() else folder.parent

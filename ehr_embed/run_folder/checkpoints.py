@@ -1,4 +1,4 @@
-"""Checkpoints: how they are written and read, and how a model starts from one."""
+"""Write and read checkpoints, and initialise a model from one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import atomic_path, file_sha256
+from ehr_embed.core.files import atomic_path
 from ehr_embed.core.manifest import checked
 from ehr_embed.core.moved import renamed
-from ehr_embed.data.vocabulary import PADDING, UNKNOWN, Vocabulary
+from ehr_embed.data.vocabulary import (
+    PADDING,
+    TOKENS_FILE,
+    UNKNOWN,
+    Vocabulary,
+    read_strings,
+    vocabulary_sha256,
+)
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
@@ -27,17 +33,18 @@ log = logging.getLogger(__name__)
 DOS_FOLDER = 0x10
 """Bit of a ZIP entry's external attributes (APPNOTE 6.3.10, section 4.4.15; MS-DOS directory)."""
 SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
-"""Keys of a model that change what its weights mean and no tensor's shape."""
+"""Keys of a model that change the meaning of its weights but not their shapes."""
 
 
 @dataclass
 class Continuation:
-    """A run to go on with.
+    """An unfinished run that is resumed.
 
     Attributes:
-        path: of its latest checkpoint.
-        checkpoint: what that holds.
-        is_changed: whether this start has other settings; then learning rates and schedule are the new ones, at its step.
+        path: path of its latest checkpoint.
+        checkpoint: content of that checkpoint.
+        is_changed: whether this start has other settings; then the new learning rates and schedule apply from the
+            checkpoint's step on.
     """
 
     path: Path
@@ -46,25 +53,25 @@ class Continuation:
 
     @property
     def seconds(self) -> float:
-        """Spent on training up to the checkpoint."""
+        """Return the seconds that the run had spent when it wrote the checkpoint."""
         progress = self.checkpoint["progress"]
         return float(progress["total_seconds"] + progress["seconds"])
 
 
 def checkpoint_path(where: str | Path) -> Path:
-    """The best checkpoint of a run's folder, or the file that `where` names."""
+    """Return the path of the best checkpoint if `where` is a run's folder, else `where` itself."""
     path = Path(where).expanduser()
     return path / BEST if path.is_dir() else path
 
 
 def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of a run (its best one) or of a file, and its path.
+    """Read the best checkpoint of a run's folder, or a checkpoint file, and return its path and content.
 
-    Torch compares nothing of what it reads with the CRC-32 beside it, and the manifest of a run is there at its end only: the
-    first is done always, the second where there is one.
+    The file is compared with the run's manifest if there is one, which only finished runs have. Its CRC-32 checksums are
+    always verified here, since torch does not verify them.
 
     Raises:
-        UserError: there is none, the file is damaged or another one, or not a checkpoint of this package.
+        UserError: there is no checkpoint, the file is damaged or differs from the manifest, or another program wrote it.
     """
     path = checkpoint_path(where)
     if not path.is_file():
@@ -76,8 +83,8 @@ def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} in it is wrong: the file is damaged")
-            # No checksum covers the archive's list of records. One that is said to be a folder torch does not read: its tensor
-            # would be whatever is in memory.
+            # No checksum covers the archive's directory. Torch does not read a record that the directory marks as a folder, and
+            # would return a tensor of uninitialised memory.
             if folders := [entry.filename for entry in archive.infolist() if entry.external_attr & DOS_FOLDER]:
                 raise zipfile.BadZipFile(f"{folders[0]} in it is said to be a folder: the file is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -100,10 +107,11 @@ def write_latest(
     """Write `latest_checkpoint.pt`.
 
     Args:
-        weights: of the model.
-        progress: where training stands; its `epoch` is also the checkpoint's.
-        rest: what else the checkpoint holds.
-        rng: state of the random generators.
+        run_dir: the run's folder.
+        weights: state dict of the model.
+        progress: progress of training, such as epoch, batch and step; its `epoch` becomes that of the checkpoint.
+        rest: further entries of the checkpoint.
+        rng: states of the random generators.
     """
     checkpoint = {
         "model_state_dict": weights,
@@ -126,23 +134,25 @@ def initialise(
     vocabulary: Vocabulary,
     class_names: list[str] | None = None,
 ) -> None:
-    """Start `model` from a checkpoint: its body, or with `class_names` all of it. Says what is new and what was left out.
+    """Initialise `model` from a checkpoint: its body, or with `class_names` all its weights. Log what was not loaded.
 
-    A checkpoint whose token vectors were learned gives them to `embedding`: to another vocabulary by the tokens' names,
-    where a name that it never saw has the unknown event's vector (`full`) or its text's (`residual`). After a frozen
-    table, whatever this run does with its own starts at the texts' vectors.
+    If the checkpoint holds learned token vectors, `embedding` receives them. If the vocabularies differ, vectors are matched by
+    the tokens' names, and a token without a match gets the vector of the unknown event (trainable=full) or of its own text
+    (trainable=residual). If the checkpoint's table was frozen, `embedding` keeps the vectors of the texts.
 
     Args:
+        model: model to initialise.
+        embedding: token vectors to initialise.
         where: a run's folder or a checkpoint file.
-        config: this run's configuration, to say what differs.
+        config: this run's configuration, from which error messages name the keys that differ.
         identity: digests of this run's embedder and vocabulary.
-        vocabulary: this run's, with counts of train's events.
-        class_names: what this run predicts, where it does not train the head and takes that of the checkpoint.
+        vocabulary: this run's vocabulary, with the counts of events in train.
+        class_names: classes of this run, if it does not train the head but takes the head of the checkpoint.
 
     Raises:
-        UserError: a model without a body to start, another embedder, other names or shapes, learned token vectors that this run
-            would treat otherwise or whose names are not beside the checkpoint, or with `class_names` other ones, or a head that
-            belongs to another vocabulary.
+        UserError: the model has no body; the embedder, the names or the shapes of the weights differ; this run trains token
+            vectors in another way; the vocabulary of learned vectors is not beside the checkpoint; or, with `class_names`, the
+            classes differ or the head belongs to another vocabulary.
     """
     whole = class_names is not None
     if not whole:
@@ -152,7 +162,7 @@ def initialise(
     if theirs != ours:
         raise UserError(
             f"{path} was trained on vectors of {_embedder(checkpoint['config'])} (digest {theirs}), this run embeds with "
-            f"{_embedder(config)} (digest {ours}): its weights would read another language. Use the same embedder options."
+            f"{_embedder(config)} (digest {ours}): these weights cannot read those vectors. Use the same embedder options."
         )
     if class_names is not None and (there := checkpoint["class_names"]) and there != class_names:
         raise UserError(
@@ -184,16 +194,16 @@ def initialise(
 
 
 def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknown_as_known: bool) -> Tensor:
-    """What was learned for tokens of one vocabulary, for those of another that have the same name; logs how many these are.
+    """Return the learned vectors for the tokens of another vocabulary, matched by the tokens' names, and log how many match.
 
     Args:
-        learned: (V, E) of the tokens `names`.
-        names: (V,) strings of the tokens it was learned for.
-        vocabulary: the other one.
-        unknown_as_known: a token without a namesake has the row of the unknown event, else zeros.
+        learned: (V, E) learned vectors or offsets.
+        names: (V,) names of the tokens for which they were learned.
+        vocabulary: the other vocabulary, with V' tokens.
+        unknown_as_known: give a token without a match the row of the unknown event instead of zeros.
 
     Returns:
-        (V', E) for the tokens of `vocabulary`.
+        (V', E) rows for the tokens of `vocabulary`.
     """
     row_of = {name: row for row, name in enumerate(names)}
     rows = torch.tensor([row_of.get(name, UNKNOWN) for name in vocabulary.strings])
@@ -219,17 +229,16 @@ def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknow
 
 
 def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
-    """Names of the tokens of a checkpoint, from the vocabulary in its run's folder."""
-    file = path.parent / VOCABULARY / "vocab.csv"
-    expected = checkpoint["identity"]["vocab_sha256"]
-    if not file.is_file() or file_sha256(file) != expected:
-        found = f"one with sha256 {file_sha256(file)[:12]}" if file.is_file() else "none"
+    """Return the token names of a checkpoint from the vocabulary in its run's folder."""
+    folder, expected = path.parent / VOCABULARY, checkpoint["identity"]["vocab_sha256"]
+    if (there := vocabulary_sha256(folder)) != expected:
+        found = "none" if there is None else f"one with sha256 {there[:12]}"
         raise UserError(
             f"{path} learned a vector for each token of another vocabulary. To carry them over by name, the one it was trained "
-            f"with (sha256 {expected[:12]}) must be beside it as vocabulary/vocab.csv; found {found}. Type: init_from=RUN_DIR "
-            "with the run's whole folder"
+            f"with (sha256 {expected[:12]}) must be beside it as {VOCABULARY}/{TOKENS_FILE}; found {found}. "
+            "Type: init_from=RUN_DIR with the run's whole folder"
         )
-    return pl.read_csv(file, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
+    return read_strings(folder)
 
 
 def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
@@ -248,7 +257,7 @@ def _refuse_mismatch(
         f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
         for name in sorted(set(saved) & set(own))
         if isinstance(saved[name], Tensor)
-        and saved[name].shape != own[name].shape  # else the extra state of an estimator
+        and saved[name].shape != own[name].shape  # entries that are no tensors are the extra state of an estimator
     ]
     problems += [f"{name} is only there" for name in sorted(set(saved) - set(own))]
     problems += [f"{name} is only here" for name in sorted(set(own) - set(saved))]

@@ -1,4 +1,4 @@
-"""Which files of a folder a run wrote: only those are removed, and only a folder of a run, or an empty one, is written into."""
+"""Contents of a run's folder: a run removes only files that a run wrote, and writes only into its own or an empty folder."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ BESIDE_A_RUN = ("pretrain", "explained", "generated", "wandb", "log.txt", "slurm
 
 
 def refuse_other_contents(run_dir: Path) -> None:
-    """Refuse a folder that holds something, but no run.
+    """Refuse a folder that is neither empty nor a run's.
 
     Raises:
-        UserError: the folder is a MEDS dataset, or its files are none that a run leaves.
+        UserError: the folder is a MEDS dataset, or holds files that no run writes.
     """
     if not run_dir.is_dir():
         return

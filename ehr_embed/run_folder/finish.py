@@ -36,16 +36,16 @@ LISTED = (
     f"{VOCABULARY}/*",
     f"{PREDICTIONS}/*.parquet",
 )
-"""What the manifest lists, beside the metrics: all that is read again, by this package or by a reader."""
+"""Files that the manifest lists in addition to metrics.json: all files that this package or a person reads later."""
 
 
 def finish(run_dir: Path, metrics: dict[str, Any], made_from: dict[str, Any]) -> None:
-    """Write the manifest and the metrics.
+    """Write the manifest, and then metrics.json, which marks the run as finished.
 
     Args:
         run_dir: the run's folder.
-        metrics: what metrics.json holds.
-        made_from: digests of what the run read.
+        metrics: content of metrics.json.
+        made_from: digests of the inputs of the run.
     """
     files = describe(run_dir, [path for pattern in LISTED for path in run_dir.glob(pattern)])
     text = json_text(metrics).encode()
@@ -55,10 +55,10 @@ def finish(run_dir: Path, metrics: dict[str, Any], made_from: dict[str, Any]) ->
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """Return the resolved configuration of a run from its config.yaml; None where it left none.
+    """Return the resolved configuration of a run from its config.yaml; None if the folder holds no such file.
 
     Raises:
-        UserError: the file is damaged, or not the one that the run's manifest lists.
+        UserError: the file is damaged, or differs from the run's manifest.
     """
     path = run_dir / CONFIG
     if not path.exists():
@@ -73,10 +73,10 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """`metrics.json` of a finished run.
+    """Return the content of metrics.json of a finished run.
 
     Raises:
-        UserError: it is damaged, or not the one that the run's manifest lists.
+        UserError: the file is damaged, or differs from the run's manifest.
     """
     metrics: dict[str, Any] = read_json(checked(run_dir / FINISHED))
     return metrics

@@ -1,4 +1,4 @@
-"""The files of a run's folder, by name: whoever writes or reads one takes its name from here."""
+"""Names of the files in a run's folder, for every module that reads or writes one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 AUDIT = "audit.json"
 FINISHED = "metrics.json"
-"""Written last: a run that has it is finished."""
+"""The file that a run writes last: a run with this file is finished."""
 HISTORY = "metrics.jsonl"
 SUMMARY = "summary.json"
 OUTCOME = "outcome.json"
-"""How a job of a multirun ended."""
+"""The outcome of a job of a multirun."""
 MODEL_CARD = "model_card.md"
 BEST, LATEST = "best_checkpoint.pt", "latest_checkpoint.pt"
 CHECKPOINTS = "*checkpoint*.pt"
 VOCABULARY, TABLE, LOOKUPS = "vocabulary", "table.safetensors", "lookups.csv"
-"""A folder, and in it, beside the vocabulary's own files, the vectors of its tokens and the terms of its codes."""
+"""Folder of the vocabulary, and two files in it: the vectors of its tokens, and the texts that lookups gave its codes."""
 PREDICTIONS, PLOTS = "predictions", "plots"
 PROFILE = "profile.json"
 WANDB_ID = "wandb_id.txt"
@@ -25,7 +25,7 @@ LOCK = ".lock"
 
 
 def epoch_checkpoint(epoch: int) -> str:
-    """Return the name of the checkpoint that is kept of an epoch.
+    """Return the file name of the checkpoint that trainer.save_every keeps after an epoch.
 
     >>> epoch_checkpoint(3)
     'checkpoint_epoch_3.pt'
@@ -34,7 +34,7 @@ def epoch_checkpoint(epoch: int) -> str:
 
 
 def predictions_file(run_dir: Path, split: str) -> Path:
-    """Return where a run leaves its predictions of a split.
+    """Return the path of a run's predictions on a split.
 
     >>> predictions_file(Path("run"), "held_out").as_posix()
     'run/predictions/held_out.parquet'

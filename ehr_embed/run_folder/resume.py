@@ -1,4 +1,4 @@
-"""What becomes of a run's folder in which a run was begun before: it goes on, is finished already, or is refused."""
+"""Resume a run in its folder: find an earlier start, compare its settings, and continue it, skip it or refuse it."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ HARMLESS = (
     "embedder.batch_size",
     "embedder.device",
 )
-"""Keys, or whole groups, that change nothing in what a run computes; `trainer.threads` changes the order in which numbers are
-added, and so the last digits, as another machine would."""
+"""Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
+order in which numbers are added; another machine would do the same."""
 NEW = {"trainer.devices": 1, "trainer.nodes": 1, "trainer.strategy": "auto", "trainer.compile": False}
-"""Keys that the configurations of earlier versions do not have, with what these did."""
+"""Keys that configurations of earlier versions lack, with the values that correspond to the behaviour of these versions."""
 CLAIM_TIMEOUT_S = 5.0
-"""A job whose search was killed sees it within a second, and ends."""
+"""Seconds to wait for the folder's lock: a job whose search was killed ends, and frees its folder, within about a second."""
 
 
 @dataclass(frozen=True)
 class FoundRun:
-    """What there is in a run's folder.
+    """The run that was found in a run's folder.
 
     Attributes:
-        is_finished: it ended with these settings.
-        checkpoint: to go on from; None = start.
-        is_changed: to go on with other settings (resume=force).
-        threads: CPU threads that each of its processes had, which to take again for the same digits; None where the run is of an
-            earlier version or goes on with other settings.
+        is_finished: whether the run ended with the present settings.
+        checkpoint: checkpoint from which to continue; None = start from the beginning.
+        is_changed: whether the run continues with other settings (resume=force).
+        threads: CPU threads that each process of the run had; the same number reproduces the same digits. None if an earlier
+            version wrote the checkpoint or the settings changed.
     """
 
     is_finished: bool = False
@@ -71,14 +71,14 @@ class FoundRun:
     threads: int | None = None
 
     def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
-        """Read the checkpoint to go on from; None where there is none.
+        """Read the checkpoint from which to continue; return None if there is none.
 
         Args:
-            identity: digests of this start's embedder and vocabulary.
-            samples: of each split, with their labels.
+            identity: digests of the present embedder and vocabulary.
+            samples: samples of each split with their labels.
 
         Raises:
-            UserError: the data or the embedder are others than before, which no `resume` allows.
+            UserError: the data or the embedder differ from those of the checkpoint, with which no `resume` mode continues.
         """
         if self.checkpoint is None:
             return None
@@ -100,14 +100,16 @@ class FoundRun:
 
 
 def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
-    """What an earlier start left in `run_dir`, and whether one with `config` may go on from it.
+    """Return the state of an earlier run in `run_dir` that a run with `config` may continue.
 
     Args:
-        how: `auto` (go on with the same settings), `force` (with changed ones too), `overwrite` (start again).
+        run_dir: the run's folder.
+        config: resolved configuration of the present start.
+        how: `auto` (continue with the same settings only), `force` (also with changed settings), `overwrite` (start again).
 
     Raises:
-        UserError: the folder holds something else than a run; the run there has other settings and `how` is `auto`; an unknown
-            `how`.
+        UserError: the folder holds files that no run writes, the run there has other settings and `how` is `auto`, or `how` is
+            unknown.
     """
     if how not in MODES:
         raise unknown_name("resume", how, MODES)
@@ -116,7 +118,7 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     latest = run_dir / LATEST if (run_dir / LATEST).exists() else None
     if how == "overwrite" or not (is_finished or latest):
         return FoundRun()
-    # A checkpoint has the settings that it was trained with; a forced start may have changed the file beside it.
+    # The checkpoint stores the settings of its training; config.yaml beside it may be that of a later start with resume=force.
     checkpoint = {} if is_finished or latest is None else read_checkpoint(latest)[1]
     there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
     changes = differences(there, config)
@@ -145,9 +147,9 @@ def _config_beside(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The keys in which two resolved configurations differ, with both values; `HARMLESS` ones are left out.
+    """Return one text per key in which two resolved configurations differ, without the keys in `HARMLESS`.
 
-    A path below `cache_dir` is compared by what follows.
+    A path below `cache_dir` is compared without `cache_dir`.
 
     >>> differences({"seed": 0, "trainer": {"epochs": 5}}, {"seed": 0, "trainer": {"epochs": 9}, "run_dir": "x"})
     ['trainer.epochs was 5, now 9']
@@ -168,7 +170,7 @@ def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
 
 
 def _overrides(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Return the numbers and words of `there` that differ in `here` as they are typed; empty where other things differ too.
+    """Return overrides that restore the values of `there`; empty if a value is no plain number or word, or a key is new.
 
     >>> _overrides({"trainer": {"batch_size": 32}, "seed": 1}, {"trainer": {"batch_size": None}, "seed": 1})
     'trainer.batch_size=32'
@@ -207,13 +209,14 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
 
 @contextmanager
 def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
-    """Make the folder this process's own while inside: the mark of the end and what a kill left half-written are gone.
+    """Lock the folder for this process, and remove metrics.json, the manifest and the half-written files of a killed run.
 
     Args:
+        run_dir: the run's folder, which is created if it is missing.
         is_new: also remove the results and checkpoints of an earlier run.
 
     Raises:
-        UserError: another process has it, or it cannot be written to.
+        UserError: another process has locked the folder, or it cannot be written to.
     """
     lock = FileLock(run_dir / LOCK)
     try:
@@ -227,7 +230,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(run_dir, error) from error
     try:
-        for name in (FINISHED, MANIFEST):  # what is written from now on is in no manifest
+        for name in (FINISHED, MANIFEST):  # the run is unfinished from now on, and the old manifest no longer holds
             (run_dir / name).unlink(missing_ok=True)
         for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)

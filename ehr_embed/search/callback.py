@@ -1,4 +1,4 @@
-"""What Hydra calls around the jobs of a multirun: each leaves its outcome, and the end leaves a summary."""
+"""Hydra callback of a multirun: write the outcome of every job into its folder, and a summary of all jobs at the end."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STUDY_SWEEPER = "ehr_embed.search.sweeper.StudySweeper"
 
 
 class SearchCallback(Callback):
-    """Leaves `outcome.json` in every job's folder and, after the jobs of any sweeper, the summary of all."""
+    """Hydra callback that writes `outcome.json` into the folder of every job and, after the last job, a summary of all jobs."""
 
     def __init__(self) -> None:
         self._began = 0.0
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Forget what an earlier job left in this folder."""
+        """Remove the outcome that an earlier job left in this folder, and start the clock."""
         self._began = time.perf_counter()
         if config.hydra.mode == RunMode.MULTIRUN:
             from ehr_embed.run_folder.layout import OUTCOME
@@ -31,10 +31,10 @@ class SearchCallback(Callback):
             (Path(config.hydra.runtime.output_dir) / OUTCOME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Leave how the job ended, in the process that ran it, whichever launcher started it."""
+        """Write how the job ended; this runs in the process of the job, whichever launcher started it."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        # Not needed by single runs.
+        # Imported here because single runs do not need Optuna.
         from optuna import TrialPruned
 
         from ehr_embed.comparison.outcome import outcome_of, write_outcome
@@ -42,14 +42,14 @@ class SearchCallback(Callback):
         returned = job_return._return_value
         is_trial = config.hydra.sweeper.get("_target_") == STUDY_SWEEPER
         if is_trial and job_return.status == JobStatus.FAILED and not isinstance(returned, TrialPruned):
-            # Other sweepers raise it again; a study goes on, and this is the last that sees where it came from.
+            # Other sweepers raise the exception again. A study goes on, so the traceback must be logged here or is lost.
             log.error("the job failed", exc_info=returned)
         folder = Path(config.hydra.runtime.output_dir)
         seconds = time.perf_counter() - self._began
         write_outcome(folder, outcome_of(returned, seconds=seconds, overrides=job_return.overrides or []))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Summarise the jobs; a study's sweeper has done so itself, as it does when it is interrupted."""
+        """Write the summary of the jobs; the study sweeper writes its own, also when the search is interrupted."""
         if config.hydra.sweeper.get("_target_") == STUDY_SWEEPER:
             return
         from ehr_embed.comparison.report import report_folder

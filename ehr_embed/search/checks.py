@@ -1,4 +1,4 @@
-"""What is checked before the first trial: that every job composes, and which way is better."""
+"""Checks before the first trial: compose a job for every choice, and find the direction of each objective."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def check_jobs(space: Space, fixed: Sequence[str], loader: ConfigLoader, config:
     """Compose a job for every choice of every parameter, so that an unknown key or option ends the search at once.
 
     Returns:
-        The configurations, one or more.
+        One composed configuration per combination of overrides that was tried, at least one.
 
     Raises:
-        HydraException: as for a single run.
+        HydraException: an override that a single run would refuse too.
     """
     return [loader.load_sweep_config(config, [*fixed, *overrides]) for overrides in example_overrides(space)]
 
 
 def example_overrides(space: Space) -> Iterator[list[str]]:
-    """Overrides such that every choice, and each other parameter's first value, occurs at least once."""
+    """Yield lists of overrides in which every choice occurs at least once, and every range or interval with its first value."""
     seen: set[str] = set()
     for parameter in space.parameters:
         values = parameter.values() or [getattr(parameter.distribution, "low", None)]
@@ -46,10 +46,10 @@ def example_overrides(space: Space) -> Iterator[list[str]]:
 
 
 def data_identity(example: DictConfig) -> str | None:
-    """What tells a study's dataset from another one, wherever each host keeps it: a digest of its files, after the one that earlier
-    versions kept.
+    """Return two digests of the dataset's files, joined by a colon; they do not depend on the folder that holds the dataset.
 
-    None for data that are made or imported: there the overrides say what they are.
+    The first digest is the one that studies of earlier versions store, the second is the present one. Return None for data
+    that are generated or imported: their overrides, which the study stores too, identify them.
     """
     root = OmegaConf.select(example, "data.root")
     if root is None or OmegaConf.select(example, "data.source._target_") != MEDS_SOURCE:
@@ -60,16 +60,16 @@ def data_identity(example: DictConfig) -> str | None:
 
 
 def chosen_directions(direction: Any, objectives: Sequence[str], examples: Sequence[DictConfig]) -> list[str]:
-    """Return `maximize` or `minimize` for each objective; by default what the tasks of `examples` declare.
+    """Return `maximize` or `minimize` for each objective; by default the direction that the tasks of `examples` declare.
 
     Args:
         direction: `hydra.sweeper.direction`.
         objectives: `hydra.sweeper.objectives`; empty = the monitored metric.
-        examples: composed jobs, among them every choice of the search.
+        examples: composed jobs in which every choice of the search occurs.
 
     Raises:
-        UserError: an objective on held_out, an unknown direction, another number of directions than of objectives, one that
-            contradicts the metric, or tasks that disagree.
+        UserError: an objective is measured on held_out, a direction is unknown or contradicts its metric, the numbers of
+            directions and objectives differ, or the tasks disagree about a direction.
     """
     for name in objectives:
         _refuse_held_out(name)
@@ -109,13 +109,13 @@ def _refuse_held_out(objective: str) -> None:
     split, _, rest = objective.partition(".")
     if split == "held_out":
         raise UserError(
-            f"hydra.sweeper.objectives={objective}: a search that selects by held_out has seen it, and its best trial can no "
-            f"longer be judged there. Type: hydra.sweeper.objectives=[tuning.{rest}]; held_out of every trial is in summary.csv"
+            f"hydra.sweeper.objectives={objective}: a search that selects its best trial by held_out can no longer judge that "
+            f"trial on held_out. Type: hydra.sweeper.objectives=[tuning.{rest}]; summary.csv lists held_out of every trial"
         )
 
 
 def _tasks(examples: Sequence[DictConfig]) -> list[Any]:
-    """Build each different task of the examples, which needs no data."""
+    """Build each distinct task of the examples; building a task needs no data."""
     built: dict[str, Any] = {}
     for example in examples:
         if OmegaConf.select(example, "task._target_") is None:
@@ -127,10 +127,10 @@ def _tasks(examples: Sequence[DictConfig]) -> list[Any]:
 
 
 def _declared(tasks: Sequence[Any], objective: str | None) -> str | None:
-    """Which way an objective is better, the monitored metric for None; None where no task declares it.
+    """Return the direction that the tasks declare for an objective (None = the monitored metric), or None if none does.
 
     Raises:
-        UserError: the tasks disagree, as AUROC and perplexity do.
+        UserError: the tasks declare opposite directions, for example one monitors AUROC and another perplexity.
     """
     ways = {}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: started, watched, given a device each, and ended with everything they started."""
+"""Run each job of a search in a process of its own: start it, assign a GPU, watch it, and end it with all its children."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from ehr_embed.core.threads import usable_cores
 
 LOG_NAME = "log.txt"
 GRACE_S = 10.0
-"""From SIGTERM to SIGKILL: time to close a tracker's files."""
+"""Seconds between SIGTERM and SIGKILL, in which a job closes the files of its tracker."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a trial.
+    """One training run of a trial.
 
     Args:
-        number: the trial's.
-        overrides: of the task and of Hydra.
-        folder: where the job leaves its files.
+        number: number of the trial.
+        overrides: Hydra overrides of the run, including those of Hydra's own keys.
+        folder: folder into which the job writes its files.
     """
 
     number: int
@@ -43,10 +43,13 @@ class Job:
 
 
 class JobRunner:
-    """Starts jobs as processes that know the application, its configuration and nothing else.
+    """Start jobs as separate Python processes that receive the application and its configuration on standard input.
 
     Args:
-        n_slots: jobs that run at the same time; each slot has its share of the cores and its own GPU.
+        hydra_context: Hydra's context of the search.
+        task_function: function that every job calls with its configuration.
+        config: configuration of the search, onto which a job's overrides are composed.
+        n_slots: number of jobs that run at the same time; each slot gets an equal share of the cores and its own GPU.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class JobRunner:
         self._gpus = visible_gpus() if n_slots > 1 else []
 
     def start(self, job: Job, slot: int) -> JobProcess:
-        """Start a job; its output goes to `log.txt` in its folder."""
+        """Start a job in a slot and redirect its output to `log.txt` in the job's folder."""
         job.folder.mkdir(parents=True, exist_ok=True)
         payload = cloudpickle.dumps(self._application | {"overrides": job.overrides, "number": job.number})
         with open(job.folder / LOG_NAME, "wb") as output:
@@ -72,19 +75,20 @@ class JobRunner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment(slot),
-                # A group of its own: Ctrl-C at the terminal reaches the search alone, which then ends its jobs.
+                # A new process group, so that Ctrl-C at the terminal reaches the search only, which then ends its jobs.
                 start_new_session=True,
             )
         assert process.stdin is not None
         try:
             process.stdin.write(payload)
             process.stdin.close()
-        except BrokenPipeError:  # it died at once; what it said is in its log
+        except BrokenPipeError:  # the job died at once; its log holds the reason
             pass
         return JobProcess(job, process)
 
     def _environment(self, slot: int) -> dict[str, str]:
-        environment = alone(os.environ)  # a trial is a run of its own, however many searches were started together
+        # A launcher such as torchrun or Slurm may have started this search: a trial must not join its distributed run.
+        environment = alone(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
         if self._n_slots > 1:
             cores = usable_cores() or os.cpu_count() or 1
@@ -96,16 +100,17 @@ class JobRunner:
 
 @dataclass
 class JobProcess:
-    """A job that was started."""
+    """A job that was started, together with its process."""
 
     job: Job
     process: subprocess.Popen[bytes]
 
     def is_running(self) -> bool:
+        """Return whether the process has not ended yet."""
         return self.process.poll() is None
 
     def outcome(self) -> Outcome:
-        """How the ended job ended; if it left nothing, as failed with its last words."""
+        """Return the outcome that the ended job wrote; without one, a failure with the exit code and the end of the log."""
         outcome = read_outcome(self.job.folder)
         if outcome is not None:
             return outcome
@@ -118,12 +123,13 @@ class JobProcess:
         return Outcome("failed", error=f"{reason}; {last_words(self.job.folder / LOG_NAME)}"[:MAX_MESSAGE_LENGTH])
 
     def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to the process and all its children; do nothing if they are gone."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
 def end_all(processes: Sequence[JobProcess]) -> None:
-    """SIGTERM to every job, then SIGKILL to whatever is left of it and of its own children."""
+    """Send SIGTERM to every running job, wait up to `GRACE_S` seconds, then send SIGKILL to the jobs and their children."""
     for job in processes:
         if job.is_running():
             job.process.send_signal(signal.SIGTERM)
@@ -136,18 +142,18 @@ def end_all(processes: Sequence[JobProcess]) -> None:
 
 
 def last_words(log: Path, n_lines: int = 3) -> str:
-    """The last lines of a log, and where the rest is."""
+    """Return the last lines of a log file, followed by the path of the file."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-n_lines:]
     except OSError:
         lines = []
-    return f"{' | '.join(lines) or 'it said nothing'} ({log})"
+    return f"{' | '.join(lines) or 'its log is empty'} ({log})"
 
 
 def visible_gpus() -> list[str]:
-    """CUDA devices as CUDA_VISIBLE_DEVICES names them; empty without any.
+    """Return the names of the CUDA devices, as in CUDA_VISIBLE_DEVICES; empty without a GPU.
 
-    Asks the driver's own program: to load torch for this would take seconds, and open a device in this process.
+    Call `nvidia-smi` rather than torch: loading torch would take seconds, and would open a device in this process.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:

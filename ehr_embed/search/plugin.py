@@ -1,4 +1,4 @@
-"""What Hydra must know before an entry point composes: the sweeper, and where sweeps/ lies from any working directory."""
+"""Register the study sweeper and the folder sweeps/ with Hydra, before an entry point composes its configuration."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ GROUP = "sweeps"
 
 
 def register() -> None:
-    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; once more does no harm."""
+    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; a repeated call changes nothing."""
     plugins = Plugins.instance()
     plugins.register(StudySweeper)
     plugins.register(SweepsSource)
     plugins.register(SweepsSearchPath)
-    # Hydra accepts sweepers from packages of its own namespace alone. This project is an application, not a package
-    # that plants modules into another's namespace, so it widens the check of this process by its one sweeper.
+    # Hydra accepts sweepers only from its own namespace package `hydra_plugins`. This project does not install modules into
+    # that namespace, so it extends Hydra's check in this process by its one sweeper.
     plugins.is_in_toplevel_plugins_module = is_plugin_module  # type: ignore[method-assign,assignment]
 
 
 def is_plugin_module(name: str) -> bool:
-    """Whether Hydra may load the plugin `name`: its own, installed ones, and the study's sweeper.
+    """Return whether Hydra may load the plugin `name`: a plugin of Hydra, an installed plugin, or the study sweeper.
 
     >>> is_plugin_module("ehr_embed.search.sweeper.StudySweeper"), is_plugin_module("os.system")
     (True, False)
@@ -39,17 +39,18 @@ def is_plugin_module(name: str) -> bool:
 
 
 class SweepsSearchPath(SearchPathPlugin):
-    """Adds the repository's sweeps/ to every application's search path."""
+    """Hydra plugin that adds the repository's folder sweeps/ to the search path of every application."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the folder to the search path."""
         search_path.append("ehr_embed", f"{SweepsSource.scheme()}://{SWEEPS}")
 
 
 class SweepsSource(FileConfigSource):
-    """The folder sweeps/ as the config group `sweeps`, and nothing beside it.
+    """Hydra config source that offers the folder sweeps/ as the config group `sweeps`.
 
-    A search path of Hydra's names the folder above its groups; that would be the repository, and make a group of each of
-    its folders.
+    An ordinary search path names the parent folder of its groups. Here that would be the repository, and Hydra would treat
+    each of its folders as a config group.
     """
 
     @staticmethod
@@ -78,6 +79,6 @@ class SweepsSource(FileConfigSource):
 
 
 def _within(config_path: str) -> str | None:
-    """The part after `sweeps/`; None for any other path."""
+    """Return the part of a path after `sweeps/`; None for any other path."""
     head, _, name = config_path.partition("/")
     return name if head == GROUP and name else None

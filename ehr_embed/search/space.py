@@ -1,4 +1,4 @@
-"""What is searched: Hydra's override grammar as Optuna distributions, with conditions, and back to overrides."""
+"""Search space: turn Hydra's override grammar into Optuna distributions with conditions, and points back into overrides."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from optuna.distributions import (
 from ehr_embed.core.errors import UserError, unknown_name
 
 Point = dict[str, Any]
-"""Parameter name -> value, as Optuna stores it: a number, or a choice's text in Hydra's grammar."""
+"""Parameter name -> value as Optuna stores the value: a number, or the text of a choice in Hydra's grammar."""
 MAX_ENUMERATED = 10_000
-"""Points of a finite space that are listed to find those not tried yet; a larger space is drawn from instead."""
+"""Largest number of points that are listed to find untried ones; from a larger space, points are drawn at random."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched key.
+    """One searched configuration key.
 
     Args:
-        key: as in an override, `model.n_layers`, `+model.n_layers` or a group such as `embedder`.
-        distribution: its values. Choices are texts in Hydra's grammar, so that null, 'null' and [1,2] stay apart.
-        conditions: (name, value) pairs that must all hold for the key to be searched.
+        key: the key as an override names it: `model.n_layers`, `+model.n_layers` or a group such as `embedder`.
+        distribution: values of the key. Choices are texts in Hydra's grammar, which keeps null, 'null' and [1,2] distinct.
+        conditions: (name, value) pairs; the key is searched only at points where all of them hold.
     """
 
     key: str
@@ -53,10 +53,11 @@ class Parameter:
 
     @property
     def name(self) -> str:
+        """Return the key without the leading + of an added key."""
         return self.key.lstrip("+")
 
     def text(self, value: Any) -> str:
-        """A value of this parameter as the right side of an override.
+        """Return a value of this parameter as the right side of an override.
 
         >>> Parameter("lr", FloatDistribution(0.0, 1.0, step=0.1)).text(0.30000000000000004)
         '0.3'
@@ -65,7 +66,7 @@ class Parameter:
         return f"{value:.12g}" if has_step else str(value)
 
     def values(self) -> list[Any] | None:
-        """All values; None if they form an interval."""
+        """Return all values of the parameter; None if they form a continuous interval."""
         distribution = self.distribution
         if isinstance(distribution, CategoricalDistribution):
             return list(distribution.choices)
@@ -79,34 +80,35 @@ class Parameter:
 
 
 class Space:
-    """Searched parameters, those that conditions name before those that depend on them.
+    """The searched parameters, ordered such that each parameter follows those that its conditions name.
 
     Args:
-        parameters: in any order.
+        parameters: the searched parameters in any order.
 
     Raises:
-        UserError: a condition names a key that is not searched, a value it cannot take, or itself.
+        UserError: a condition names a key that is not searched or a value that the key cannot take, or conditions form a
+            circle.
     """
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = _ordered(parameters)
 
     def suggest(self, trial: optuna.Trial) -> Point:
-        """Draw a point; a key whose conditions do not hold has no value."""
+        """Draw a point from the trial's sampler; a key whose conditions do not hold gets no value."""
         point: Point = {}
         for parameter in self._active(point):
             point[parameter.name] = _suggest(trial, parameter)
         return point
 
     def overrides(self, point: Point) -> list[str]:
-        """The overrides that make a job run at `point`."""
+        """Return the overrides that set the parameters to `point`."""
         return [f"{p.key}={p.text(point[p.name])}" for p in self.parameters if p.name in point]
 
     def point_with(self, parameter: Parameter, value: Any) -> Point:
-        """A point at which `parameter` is searched and has `value`; the others have their first."""
+        """Return a point at which `parameter` has `value`, its conditions hold, and all others have their first value."""
         by_name = {p.name: p for p in self.parameters}
         wanted: Point = {parameter.name: value}
-        for needed in reversed(self.parameters):  # conditions stand after what they depend on
+        for needed in reversed(self.parameters):  # a parameter follows those that its conditions name
             if needed.name in wanted:
                 wanted |= {
                     name: next(v for v in by_name[name].values() or [] if str(v) == text)
@@ -119,14 +121,14 @@ class Space:
         return point
 
     def points(self) -> list[Point] | None:
-        """Every point in order; None if there are infinitely or too many."""
+        """Return every point in order; None if there are infinitely many or more than `MAX_ENUMERATED`."""
         if any(parameter.values() is None for parameter in self.parameters):
             return None
         found = list(itertools.islice(self._points({}, 0), MAX_ENUMERATED + 1))
         return found if len(found) <= MAX_ENUMERATED else None
 
     def fresh_point(self, tried: set[str]) -> Point | None:
-        """A random point whose `point_key` is not in `tried`; None if all points are."""
+        """Return a random point whose `point_key` is not in `tried`; None if every point was tried."""
         points = self.points()
         if points is not None:
             left = [point for point in points if point_key(point) not in tried]
@@ -138,7 +140,7 @@ class Space:
                 return point
 
     def describe(self) -> dict[str, Any]:
-        """What a stored study is compared by."""
+        """Return the space as plain values, by which a command is compared with a stored study."""
         return {
             p.name: {
                 "distribution": json.loads(distribution_to_json(p.distribution)),
@@ -148,7 +150,7 @@ class Space:
         }
 
     def _active(self, point: Point) -> Iterator[Parameter]:
-        """Parameters whose conditions hold, while `point` grows."""
+        """Yield the parameters whose conditions hold; the caller adds each value to `point` before it asks for the next."""
         for parameter in self.parameters:
             if self._holds(parameter, point):
                 yield parameter
@@ -181,7 +183,7 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Any:
 
 
 def point_key(point: Mapping[str, Any]) -> str:
-    """The same text for the same point, whatever the order of its keys.
+    """Return a text that identifies a point whatever the order of its keys.
 
     >>> point_key({"b": 1, "a": "x"}) == point_key({"a": "x", "b": 1})
     True
@@ -192,18 +194,18 @@ def point_key(point: Mapping[str, Any]) -> str:
 def parse_space(
     arguments: Sequence[str], params: Mapping[str, Any], config_loader: ConfigLoader | None = None
 ) -> tuple[Space, list[str]]:
-    """Split overrides into what is searched and what is fixed.
+    """Split overrides into searched parameters and fixed overrides.
 
     Args:
-        arguments: task overrides of the command line; they win over `params`.
-        params: key -> value in Hydra's grammar, a list of choices, or {choices: list, when: KEY=VALUE}.
-        config_loader: lists the options of a group for `glob()`.
+        arguments: overrides of the command line; they take precedence over `params`.
+        params: key -> text in Hydra's grammar, list of choices, or {choices: list, when: KEY=VALUE}.
+        config_loader: Hydra's loader, which lists the options of a group for `glob()`.
 
     Returns:
         The space, and the fixed overrides in order.
 
     Raises:
-        UserError: an empty range, repeated choices, an unknown tag or condition, nothing to search.
+        UserError: a range is empty, choices are repeated, a tag or condition is unknown, or there is nothing to search.
 
     >>> space, fixed = parse_space(["lr=tag(log,interval(1e-5,1e-3))", "n=int(interval(1,4))", "seed=3"], {"m": "a,b"})
     >>> [(p.name, type(p.distribution).__name__) for p in space.parameters], fixed
@@ -230,7 +232,7 @@ def parse_space(
 
 
 def _parsed(override: Override) -> Parameter | str:
-    """A parameter, or the override as it is."""
+    """Return the parameter that an override searches, or the override's text if it has a single value."""
     line = str(override.input_line)
     if not override.is_sweep_override():
         return line
@@ -248,7 +250,7 @@ def _parsed(override: Override) -> Parameter | str:
 
 
 def _from_yaml(key: str, value: Any) -> Parameter:
-    """A list of choices as YAML types them, or {choices, when}."""
+    """Return the parameter that a YAML file declares as a list of choices, or as {choices, when}."""
     choices: Any = value
     conditions: tuple[tuple[str, str], ...] = ()
     if isinstance(value, Mapping):
@@ -259,12 +261,12 @@ def _from_yaml(key: str, value: Any) -> Parameter:
             )
         choices = value["choices"]
         conditions = _conditions(key, [value["when"]] if "when" in value else [])
-    # A text typed in YAML is that text, whatever Hydra's grammar would make of it.
+    # A YAML string is a literal text, even where Hydra's grammar would parse it as another type.
     return Parameter(key, _choices(key, [choice_text(choice) for choice in choices]), conditions)
 
 
 def choice_text(value: Any) -> str:
-    """A choice as text that Hydra's grammar reads back as the same value.
+    """Return a choice as a text that Hydra's grammar parses back into the same value.
 
     >>> [choice_text(v) for v in (None, "null", QuotedString("a,b", Quote.single), True, 0.001, [1, 2], "x", "1")]
     ['null', "'null'", "'a,b'", 'true', '0.001', '[1,2]', 'x', "'1'"]
@@ -285,7 +287,7 @@ def _choices(line: str, texts: list[str]) -> CategoricalDistribution:
     if not texts:
         raise UserError(f"{line}: no choices, so no trial could be made. Name at least one value.")
     if repeated := sorted({text for text in texts if texts.count(text) > 1}):
-        raise UserError(f"{line}: {', '.join(repeated)} stands there twice; each choice is one point.")
+        raise UserError(f"{line}: {', '.join(repeated)} stands there twice. Name each choice once.")
     return CategoricalDistribution(texts)
 
 
@@ -303,14 +305,14 @@ def _interval(line: str, sweep: IntervalSweep, is_log: bool) -> BaseDistribution
 
 
 def _range(line: str, sweep: RangeSweep, is_log: bool) -> BaseDistribution:
-    """Hydra's range leaves its stop out, Optuna's does not."""
+    """Return Hydra's range, which excludes its stop, as an Optuna distribution, which includes its upper end."""
     values = sorted(sweep.range())
     if not values:
         raise UserError(f"{line}: the range from {sweep.start} to {sweep.stop} (left out) is empty.")
     low, high, step = values[0], values[-1], abs(sweep.step)
     if is_log and (not isinstance(low, int) or step != 1 or low <= 0):
         raise UserError(
-            f"{line}: a logarithmic range has whole numbers above 0 and step 1. Or type: tag(log,interval())"
+            f"{line}: a logarithmic range needs whole numbers above 0 and step 1. For others type: tag(log,interval(LOW,HIGH))"
         )
     if all(isinstance(value, int) for value in values):
         return IntDistribution(low, high, log=is_log, step=int(step))
@@ -318,7 +320,7 @@ def _range(line: str, sweep: RangeSweep, is_log: bool) -> BaseDistribution:
 
 
 def _tags(line: str, tags: set[str]) -> tuple[bool, tuple[tuple[str, str], ...]]:
-    """Whether `log` is among the tags, and the conditions, KEY=VALUE."""
+    """Return whether `log` is among the tags, and the conditions that the KEY=VALUE tags state."""
     for tag in sorted(tags):
         if tag != "log" and "=" not in tag:
             raise unknown_name(f"tag in {line}:", tag, ["log", "KEY=VALUE (a condition)"])

@@ -1,4 +1,4 @@
-"""Where a study is kept: a journal file, SQLite or PostgreSQL; opening it, and one lock for all who share it."""
+"""Open the storage of a study (a journal file, SQLite or PostgreSQL), and lock it among the processes that share it."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ _RACE = re.compile(r"already exists|duplicate key|UniqueViolation|database is lo
 
 @dataclass(frozen=True)
 class StudyStorage:
-    """An open storage, and what to lock so that one process at a time takes a trial.
+    """An open storage with its lock, which lets one process at a time take a trial.
 
     Args:
-        storage: Optuna's.
-        url: as resolved by `storage_url`.
+        storage: Optuna's storage object.
+        url: path or URL, as `storage_url` returns it.
     """
 
     storage: BaseStorage
     url: str
 
     def lock(self, study_name: str) -> AbstractContextManager[object]:
-        """Exclude all other processes that take trials from `study_name`, on this host and others.
+        """Return the lock that excludes all other processes, on any host, that take trials from `study_name`.
 
-        It falls with its holder: a killed process leaves nothing to clear away.
+        The operating system or the database releases the lock of a killed process, so nothing must be cleaned up.
         """
         if isinstance(self.storage, RDBStorage) and self.storage.engine.dialect.name == "postgresql":
             return _advisory_lock(self.storage.engine, study_name)
-        # `flock` on a file beside the journal or the database; network file systems that know no flock are refused.
+        # `flock` on a file beside the journal or the database; filelock refuses network file systems without flock.
         path = self.storage.engine.url.database if isinstance(self.storage, RDBStorage) else self.url
         return filelock.FileLock(f"{path}.ask.lock")
 
 
 def storage_url(storage: str | None, sweep_dir: Path) -> str:
-    """The storage to use: `storage`, else `OPTUNA_STORAGE`, else a journal file in `sweep_dir`.
+    """Return the storage to use: `storage`, else `OPTUNA_STORAGE`, else a journal file in `sweep_dir`.
 
     Returns:
-        The path of a journal file, or a URL of SQLAlchemy's with the PostgreSQL driver that is installed.
+        The path of a journal file, or an SQLAlchemy URL that names the installed PostgreSQL driver.
 
     Raises:
         UserError: a kind of database on which trials cannot be taken one at a time.
@@ -78,10 +78,10 @@ def storage_url(storage: str | None, sweep_dir: Path) -> str:
 
 
 def open_storage(url: str) -> StudyStorage:
-    """Open a storage, making the file or the tables if they are missing.
+    """Open a storage, and create the file or the tables if they are missing.
 
     Raises:
-        UserError: it cannot be reached or written.
+        UserError: the storage cannot be reached or written.
     """
     if "://" not in url:
         try:
@@ -97,7 +97,7 @@ def open_storage(url: str) -> StudyStorage:
         try:
             return StudyStorage(RDBStorage(url, {"connect_args": arguments, "pool_pre_ping": True}), url)
         except (SQLAlchemyError, StorageInternalError, ImportError, OSError) as error:
-            # Two processes that make the tables at once trip over each other; the second look finds them made.
+            # Two processes that create the tables at the same time disturb each other; a later attempt finds the tables.
             if attempt + 1 == FIRST_OPEN_ATTEMPTS or not _RACE.search(f"{error} {error.__cause__}"):
                 raise _unreachable(url, error) from error
             time.sleep(0.1 * (attempt + 1))
@@ -115,7 +115,7 @@ def _unreachable(url: str, error: Exception) -> UserError:
 
 @contextmanager
 def _advisory_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
-    """PostgreSQL's own lock on a number; it ends with the transaction, or with the connection of a killed process."""
+    """Hold PostgreSQL's advisory lock on a hash of `name`; it ends with the transaction or a killed process's connection."""
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})

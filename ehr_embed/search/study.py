@@ -1,4 +1,4 @@
-"""A study that many processes share: opened or refused, its trials taken one at a time, those of the dead given back."""
+"""A study that many processes share: open it or refuse it, take its trials one at a time, give back those of dead processes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from ehr_embed.search.storage import StudyStorage
 
 log = logging.getLogger(__name__)
 DISCARDED = "discarded"
-"""User attribute of a trial that stands for no result: interrupted, or a repetition of another one's point."""
+"""User attribute of a trial that counts as no result: `interrupted`, or `repetition` of another trial's point."""
 CONTINUES = "continues"
-"""User attribute of a trial whose point was given back: the folder of the interrupted one, from which its job goes on."""
+"""User attribute of a trial that repeats an interrupted one: the folder of that trial, from which its job resumes."""
 HOST_KEYS = ("cache_dir", "run_dir", "data.root", "tracker", "trainer.accelerator")
 """Fixed overrides that may differ between the hosts of one study."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that runs a trial; its start time tells it from a later process with the same id."""
+    """The process that runs a trial.
+
+    Attributes:
+        host: host name.
+        pid: process id on that host.
+        started: start time of the process, which distinguishes it from a later process with the same id.
+    """
 
     host: str
     pid: int
@@ -43,24 +49,26 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> Owner:
+        """Return the present process as an owner."""
         return cls(socket.gethostname(), os.getpid(), _start_time(os.getpid()))
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Owner | None:
+        """Return the owner that a trial stores; None if it stores none."""
         stored = trial.user_attrs.get("owner")
         return cls(**stored) if stored else None
 
     def is_dead(self, dead_hosts: Sequence[str]) -> bool:
-        """Whether it runs no more; of another host, only what `dead_hosts` says is known."""
+        """Return whether the process has ended; a process on another host counts as dead only if `dead_hosts` names it."""
         if self.host in dead_hosts:
             return True
         return self.host == socket.gethostname() and _start_time(self.pid) != self.started
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks from boot to the process's start; empty if there is no such process."""
+    """Return the clock ticks from boot to the start of a process; empty if there is no such process."""
     try:
-        # The second field, the command, may hold spaces and brackets.
+        # The second field, the command in parentheses, may itself contain spaces and parentheses.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         pass
@@ -77,14 +85,14 @@ def _start_time(pid: int) -> str:
 
 @dataclass
 class SharedStudy:
-    """An Optuna study with the space, the total and the lock that its processes share.
+    """An Optuna study together with the space, the number of trials and the lock that its processes share.
 
     Args:
-        study: Optuna's, with sampler and pruner.
-        storage: where it is kept.
-        space: what is searched.
-        n_trials: total over all processes and all times the command was run.
-        objectives: dotted names in `metrics.json`; empty = what the job returns.
+        study: the Optuna study, with its sampler and pruner.
+        storage: storage of the study.
+        space: search space.
+        n_trials: total number of trials, over all processes and all runs of the command.
+        objectives: dotted names in `metrics.json`; empty = the values that the job returns.
     """
 
     study: optuna.Study
@@ -94,7 +102,7 @@ class SharedStudy:
     objectives: Sequence[str] = ()
 
     def ask(self) -> optuna.Trial | None:
-        """Take the next trial, at a point nobody has taken; None if the total is reached or no point is left."""
+        """Take the next trial, at an untried point; return None if the total is reached or no point is left."""
         with self.storage.lock(self.study.study_name):
             trials = self.study.get_trials(deepcopy=False)
             if sum(is_counted(trial) for trial in trials) >= self.n_trials:
@@ -118,18 +126,18 @@ class SharedStudy:
             return trial
 
     def finish(self, number: int, outcome: Outcome) -> None:
-        """Tell how a trial ended."""
+        """Store how a trial ended."""
         states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
         self._note(number, seconds=outcome.seconds, results=outcome.results, error=outcome.error)
         values = outcome.values if outcome.state == "finished" else None
         self.study.tell(number, values, state=states[outcome.state])
 
     def end_running(self, is_gone: Callable[[Owner | None], bool]) -> None:
-        """End the running trials whose owner is gone: as their job's outcome says if it left one, else given back.
+        """End the running trials whose owner is gone: with the outcome that their job wrote, or by giving their point back.
 
         Args:
-            is_gone: by a trial's owner. Owners are set under the lock, so that a trial without one belongs to a process
-                that died holding it.
+            is_gone: returns whether the owner of a trial is gone. Owners are set under the lock, so a trial without an
+                owner belongs to a process that died while it held the lock.
         """
         with self.storage.lock(self.study.study_name):
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -144,7 +152,7 @@ class SharedStudy:
                     self._give_back(trial)
 
     def is_over(self) -> bool:
-        """Whether no trial runs or waits anywhere."""
+        """Return whether no trial is running or waiting in any process."""
         states = (TrialState.RUNNING, TrialState.WAITING)
         return not self.study.get_trials(deepcopy=False, states=states)
 
@@ -156,7 +164,7 @@ class SharedStudy:
         return outcome and with_results(outcome, folder, self.objectives, len(self.study.directions))
 
     def _give_back(self, trial: FrozenTrial) -> None:
-        """Mark a trial that was stopped from outside, and put its point in the queue."""
+        """Mark a trial as interrupted, and put its point back into the queue."""
         self._discard(trial.number, "interrupted", "its process was stopped; its point waits to be run again")
         # A trial whose process died before it had drawn its point leaves nothing to run again.
         if trial.params.keys() >= {p.name for p in self.space.parameters if not p.conditions}:
@@ -180,7 +188,7 @@ class SharedStudy:
         self.study.tell(number, state=TrialState.FAIL)
 
     def _note(self, number: int, **attributes: Any) -> None:
-        """Set user attributes of a running trial of whichever process; empty ones are left out."""
+        """Set the non-empty user attributes of a running trial, which may belong to another process."""
         storage = self.storage.storage
         study_id = storage.get_study_id_from_name(self.study.study_name)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
@@ -190,7 +198,7 @@ class SharedStudy:
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial counts towards the total: all but those waiting, interrupted or repeated."""
+    """Return whether a trial counts towards the total, as all but waiting, interrupted and repeated trials do."""
     return trial.state != TrialState.WAITING and DISCARDED not in trial.user_attrs
 
 
@@ -206,13 +214,18 @@ def open_study(
     sampler: optuna.samplers.BaseSampler,
     pruner: optuna.pruners.BasePruner,
 ) -> SharedStudy:
-    """Make the study, or join the one of this name if it is the same search.
+    """Create the study, or join the stored study of this name if it has the same settings.
 
     Args:
-        directions: `maximize` or `minimize`, one an objective.
+        storage: storage of the study.
+        name: name of the study.
+        space: search space.
         fixed: overrides common to all trials.
+        directions: `maximize` or `minimize`, one per objective.
         facts: further settings that must not change, such as seeds and objectives.
         n_trials: total number of trials; None = all points of a finite space.
+        sampler: Optuna sampler, which draws the points.
+        pruner: Optuna pruner, which stops trials early.
 
     Raises:
         UserError: the stored study has other directions, another space or other settings.
@@ -243,7 +256,7 @@ def open_study(
         if name in names:
             study = optuna.load_study(study_name=name, storage=storage.storage, sampler=sampler, pruner=pruner)
             _refuse_another_search(study, storage.url, list(directions), settings)
-            # A seeded sampler would draw the same points again, in a second process as on a later day.
+            # A seeded sampler would repeat the points that the first process of the study drew.
             study.sampler.reseed_rng()
         else:
             study = optuna.create_study(
@@ -272,7 +285,7 @@ def _refuse_another_search(study: optuna.Study, url: str, directions: list[str],
     stored = study.user_attrs.get("settings")
     if stored is None:
         raise UserError(f"study {study.study_name!r} was not made by this sweeper, so its space is not known. {remedy}")
-    # What is stored went through JSON, which knows no tuples.
+    # The stored settings went through JSON, which turns tuples into lists; the new ones must do the same to be compared.
     wanted = json.loads(json.dumps(settings))
     for key in sorted(stored["space"].keys() | wanted["space"].keys()):
         old, new = stored["space"].get(key), wanted["space"].get(key)
@@ -285,7 +298,7 @@ def _refuse_another_search(study: optuna.Study, url: str, directions: list[str],
 
 
 def _shown(described: dict[str, Any] | None) -> str:
-    """A described parameter in few words.
+    """Return a parameter of `Space.describe` as a short text.
 
     >>> _shown({"distribution": {"attributes": {"choices": ["a", "b"]}}, "conditions": []}), _shown(None)
     ('a, b', 'not at all')

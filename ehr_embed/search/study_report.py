@@ -1,4 +1,4 @@
-"""What a search leaves at its end: its trials as the rows of summary.csv, and its facts in study.json."""
+"""Report of a search: write its trials as the rows of summary.csv, and its settings and best trials into study.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 
 
 def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: bool = True) -> pd.DataFrame:
-    """Report the trials of a study, those of other processes and hosts included.
+    """Report all trials of a study, including those that other processes and hosts ran.
+
+    Args:
+        shared: the study.
+        folder: folder into which summary.csv, study.json and plots/ are written.
+        command: command line of the search, recorded in study.json.
+        has_plots: also draw Optuna's plots.
 
     Returns:
         The table of `summary.csv`.
@@ -40,9 +46,12 @@ def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: 
 
 
 def trial_row(trial: optuna.trial.FrozenTrial, n_objectives: int) -> Row:
-    """A trial as a row; the values of one that did not complete are empty, and its last report is its own column."""
+    """Return a trial as a row of summary.csv; a trial that did not complete has empty objectives.
+
+    The column last_report holds the last value that the trial reported to the pruner, and n_reports their number.
+    """
     row: Row = {"run": str(trial.number), "state": STATES[trial.state.name]}
-    # Optuna gives a pruned trial its last report as a value, which other trials had after other epochs.
+    # Optuna sets the value of a pruned trial to its last report; after fewer epochs, that is not comparable with others.
     is_complete = trial.state == optuna.trial.TrialState.COMPLETE
     row |= objective_columns(trial.values if is_complete else [None] * n_objectives)
     if trial.intermediate_values:
@@ -50,6 +59,6 @@ def trial_row(trial: optuna.trial.FrozenTrial, n_objectives: int) -> Row:
         row["n_reports"] = len(trial.intermediate_values)
     row |= split_overrides(trial.user_attrs.get("overrides", []))
     row |= trial.user_attrs.get("results", {})
-    # Of the whole trial, with all its seeds and the start of its processes.
+    # Seconds of the whole trial: all its seeds, and the start of their processes.
     row["seconds"] = trial.user_attrs.get("seconds")
     return row | {"host": trial.user_attrs.get("owner", {}).get("host"), "error": trial.user_attrs.get("error")}

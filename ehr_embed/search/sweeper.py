@@ -1,4 +1,4 @@
-"""`hydra/sweeper=study`: Hydra's jobs as trials of an Optuna study."""
+"""`hydra/sweeper=study`: run Hydra's jobs as trials of an Optuna study."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 class StudySweeper(Sweeper):
-    """Takes trials from a shared study and runs them until the study's total is reached.
+    """Hydra sweeper that takes trials from a shared study and runs them until the study's total is reached.
 
-    With Hydra's basic launcher `n_jobs` trials run at a time, each in a process of its own, a new one as each ends;
-    any other launcher gets them in batches of `n_jobs`. What the arguments mean stands in conf/hydra/sweeper/study.yaml.
+    With Hydra's basic launcher, `n_jobs` trials run at the same time, each in a process of its own, and a new trial starts
+    when one ends. Any other launcher gets the trials in batches of `n_jobs`. conf/hydra/sweeper/study.yaml explains the
+    arguments.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class StudySweeper(Sweeper):
         self.params: dict[str, Any] = dict(OmegaConf.to_container(params) or {}) if params is not None else {}  # type: ignore[arg-type]
         self.fixed: list[str] = []
 
-    # Hydra's base class has them empty until `setup`.
+    # Hydra's base class declares these two as optional, since only `setup` sets them.
     hydra_context: HydraContext
     config: DictConfig
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take over the context, the job function and the configuration from Hydra, and build a launcher if one is chosen."""
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
         self.launcher: Launcher | None = None
         if config.hydra.launcher._target_ != BASIC_LAUNCHER:
@@ -89,13 +91,13 @@ class StudySweeper(Sweeper):
             )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Search until the study has its trials; then report, as after an interruption.
+        """Search until the study has all its trials, then write the report; an interrupted search writes the report too.
 
         Raises:
-            UserError: before the first trial for settings that cannot work; later when too many jobs failed.
+            UserError: the settings cannot work (raised before the first trial), or too many jobs failed.
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        # Each trial is announced here in this project's own words.
+        # This sweeper logs each trial itself, so Optuna's own messages would be a second line per trial.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder = Path(self.config.hydra.runtime.cwd, self.config.hydra.sweep.dir)
         self._prepare(arguments)
@@ -108,7 +110,7 @@ class StudySweeper(Sweeper):
                 else:
                     self._run_batches(self.launcher)
         finally:
-            # Here, because pandas and the plots take a second to load that `python train.py` has no use for.
+            # Imported here, because pandas and the plots take a second to load, and a single run does not need them.
             from ehr_embed.search.study_report import report_study
 
             table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
@@ -120,7 +122,7 @@ class StudySweeper(Sweeper):
                 self._tabulate()
 
     def _tabulate(self) -> None:
-        """A row a trial, with means over its seeds."""
+        """Write and print the table with one row per trial, and means over the trial's seeds."""
         from ehr_embed.comparison.tabulate import print_table, tabulate, write_table
 
         names = [parameter.name for parameter in self.shared.space.parameters]
@@ -129,7 +131,7 @@ class StudySweeper(Sweeper):
         print_table(tabulated)
 
     def _prepare(self, arguments: list[str]) -> None:
-        """Everything that can be refused, before anything is started or written."""
+        """Check all settings and open the study, before any job starts."""
         loader = self.hydra_context.config_loader
         space, self.fixed = parse_space(arguments, self.params, loader)
         examples = check_jobs(space, self.fixed, loader, self.config)
@@ -138,7 +140,7 @@ class StudySweeper(Sweeper):
         if self.seeds and "seed" in names:
             raise UserError("hydra.sweeper.seeds and an override of seed exclude each other: give one of them.")
         directions = chosen_directions(self.direction, self.objectives, examples)
-        # Of a trial with several jobs or other objectives than the monitored metric, epochs tell the pruner nothing.
+        # The pruner may judge a trial after each epoch only if the trial is one job and its objective is the monitored metric.
         self.jobs_report = len(directions) == 1 and not self.seeds and not self.objectives
         trusted = list(self.example.get("trusted_packages") or [])
         self.shared = open_study(
@@ -154,7 +156,7 @@ class StudySweeper(Sweeper):
         )
 
     def _run_processes(self) -> None:
-        """Keep `n_jobs` trials running, each slot with the jobs of one trial, one after another."""
+        """Keep `n_jobs` trials running; each slot runs the jobs of one trial, one after another."""
         runner = JobRunner(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
@@ -180,12 +182,12 @@ class StudySweeper(Sweeper):
                     self._finish(runs[slot])
                     del runs[slot]
         finally:
-            # With jobs left only when the search is stopped: Ctrl-C, SIGTERM, too many failures.
+            # Jobs are left here only if the search was stopped: by Ctrl-C, by SIGTERM, or after too many failures.
             end_all([processes[slot] for slot in runs if slot in processes])
             self._end_own()
 
     def _run_batches(self, launcher: Launcher) -> None:
-        """Hand `n_jobs` trials at a time to a launcher, with all their seeds."""
+        """Hand `n_jobs` trials at a time to a launcher, together with all their seeds."""
         runs: list[TrialRun] = []
         try:
             while True:
@@ -204,11 +206,11 @@ class StudySweeper(Sweeper):
         message = "the launcher left no outcome for this job"
         try:
             launcher.launch([job.overrides for _, job in jobs], initial_job_idx=jobs[0][1].number)
-        except Exception as error:  # of the launcher: a job of it that was killed, a queue that refused
+        except Exception as error:  # a launcher may raise anything: a job was killed, a queue refused it
             message = f"the launcher failed: {message_of(error)}"
             log.warning(message)
         for run, job in jobs:
-            # A trial whose first seed failed has no place for the others.
+            # A trial ends with its first failed seed; the outcomes of the later seeds are not used.
             if not run.is_over():
                 run.add(read_outcome(job.folder) or Outcome("failed", error=message))
 
@@ -218,7 +220,7 @@ class StudySweeper(Sweeper):
             return None
         overrides = [*self.fixed, *self.shared.space.overrides(trial.params)]
         trial.set_user_attr("overrides", overrides)
-        # Where a later search finds what this trial left, should this one be killed.
+        # If this search is killed, a later one finds the files of the trial in this folder.
         folder = self.folder / str(trial.number)
         trial.set_user_attr("folder", str(folder))
         interrupted = Path(trial.user_attrs.get(CONTINUES, folder))
@@ -248,18 +250,21 @@ class StudySweeper(Sweeper):
             raise UserError(
                 f"{self.n_failed} of {self.shared.n_trials} trials failed, more than "
                 f"hydra.sweeper.max_failure_rate={self.max_failure_rate} allows. Trial {run.number}: {outcome.error} "
-                "Mend the cause and type the same command again for the trials that are left, or raise max_failure_rate."
+                "Remove the cause and type the same command again for the remaining trials, or raise max_failure_rate."
             )
 
     def _end_own(self) -> None:
-        """Give back what this process has not finished, also a trial that was taken as the interruption came."""
+        """Give back all trials that this process has not finished, including one that it was just taking when interrupted."""
         me = Owner.this_process()
         self.shared.end_running(lambda owner: owner == me)
 
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM, as schedulers send it, ends the search as Ctrl-C does; outside the main thread nothing can be set."""
+    """Turn SIGTERM, which schedulers send, into SystemExit, so that the search ends its jobs and reports as after Ctrl-C.
+
+    Python allows signal handlers in the main thread only; in other threads this context manager does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

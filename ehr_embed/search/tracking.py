@@ -1,4 +1,4 @@
-"""A search in Weights & Biases: one run a trial, in the study's group, and a last one with the table of all."""
+"""A search in Weights & Biases: one run per job in the study's group, and a last run with the table of all trials."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def tracker_overrides(example: DictConfig, study_name: str, number: int, seed: int | None) -> list[str]:
-    """Overrides that make a job's tracker a run of the study; none for a tracker without run ids.
+    """Return the overrides that place a job's tracker run into the study's group; none for a tracker without run ids.
 
-    What the user has set stays, but for the id, which must be unique.
+    A name, group or job type that the user has set stays. The run id is always set, since it must be unique.
     """
     tracker = example.get("tracker")
     if tracker is None or "run_id" not in tracker:
@@ -38,11 +38,11 @@ def tracker_overrides(example: DictConfig, study_name: str, number: int, seed: i
 
 
 PRIVATE = ("command", "fixed", "storage")
-"""Facts of a study that quote what was typed: paths and secrets stand anywhere in them."""
+"""Facts of a study that quote the command line and may therefore contain paths and secrets; they are not sent."""
 
 
 def run_id(name: str) -> str:
-    r"""A name as a W&B run id, which may not hold / \ # ? % : or spaces.
+    r"""Return a name as a W&B run id, in which / \ # ? % : and spaces are not allowed.
 
     >>> run_id("my study/2-7")
     'my-study-2-7'
@@ -51,7 +51,7 @@ def run_id(name: str) -> str:
 
 
 def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd.DataFrame) -> None:
-    """Record the search itself as a run: its facts as the config, the trials as a table, the best as the summary."""
+    """Record the search as a run of its own: its facts as config, its trials as a table, its best trial as summary."""
     tracker_config: Any = example.get("tracker")
     if tracker_config is None or "run_id" not in tracker_config:
         return
@@ -65,7 +65,7 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
     told = {key: value for key, value in facts.items() if key not in PRIVATE}
     tracker = instantiate(config, run_dir=folder, config=told, tags=["search"], table_digest=None, table_path=None)
     with tracker:
-        # What went wrong in a trial may quote a path or a record; the host is nobody's business but the study's.
+        # An error message may quote a path or a record, and a host name is private, so neither column is sent.
         tracker.add_table("trials", table.drop(columns=["error", "host"], errors="ignore"))
         tracker.summarise({f"n_{state}": count for state, count in facts["n_by_state"].items()})
         if facts["best"]:

@@ -1,4 +1,4 @@
-"""The trial a job belongs to: told the monitored metric every evaluation, it stops the job when the pruner says so."""
+"""The trial of the running job: report the monitored metric after every evaluation, and stop the job if the pruner asks."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ehr_embed.config.instantiate import instantiate
 from ehr_embed.search.storage import open_storage, storage_url
 
 TRIAL_VARIABLE = "EHR_EMBED_TRIAL"
-"""Environment variable with the trial's number, set by the sweeper for jobs whose reports count."""
+"""Environment variable with the trial's number; the sweeper sets it for jobs whose reports the pruner uses."""
 
 
 class TrialHandle(Protocol):
-    """What the training loop sees of a search."""
+    """Interface through which the training loop reports to a search."""
 
     def report(self, value: float, *, step: int) -> None:
-        """Tell the monitored metric after evaluation `step`.
+        """Report the monitored metric after evaluation number `step`.
 
         Raises:
-            optuna.TrialPruned: the trial is to stop; on every rank of a distributed run.
+            optuna.TrialPruned: the pruner stops the trial; raised on every rank of a distributed run.
         """
 
 
 class NoTrial:
-    """Outside a search nothing is reported."""
+    """Handle for a run outside a search: reports nothing."""
 
     def report(self, value: float, *, step: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class StudyTrial:
-    """A trial of a stored study.
+    """Handle for a trial of a stored study.
 
     Args:
-        load: opens the trial, with the study's pruner; called on rank 0 only, at the first report.
+        load: opens the trial with the study's pruner; called on rank 0 only, at the first report.
     """
 
     def __init__(self, load: Callable[[], optuna.Trial]) -> None:
@@ -52,7 +52,8 @@ class StudyTrial:
         return self._load()
 
     def report(self, value: float, *, step: int) -> None:
-        # Not imported: where nobody has loaded it, there is no process group.
+        """Report the metric from rank 0, and raise `optuna.TrialPruned` on every rank if the pruner stops the trial."""
+        # Looked up, not imported: if torch.distributed is not loaded, there is no process group, and torch stays unloaded.
         distributed: Any = sys.modules.get("torch.distributed")
         is_distributed = distributed is not None and distributed.is_available() and distributed.is_initialized()
         is_over = [False]
@@ -60,17 +61,17 @@ class StudyTrial:
             self._trial.report(value, step)
             is_over = [self._trial.should_prune()]
         if is_distributed:
-            # All ranks leave the loop together: one that went on would wait for the others for ever.
+            # All ranks must leave the training loop together: a rank that went on would wait for the others forever.
             distributed.broadcast_object_list(is_over, src=0)
         if is_over[0]:
             raise optuna.TrialPruned(f"pruned at step {step}")
 
 
 def current_trial(trusted: Sequence[str] = ()) -> TrialHandle:
-    """The handle of the job that runs in this process.
+    """Return the trial handle of the job that runs in this process; a `NoTrial` outside a search.
 
     Args:
-        trusted: further packages a pruner's `_target_` may come from.
+        trusted: further packages from which a pruner's `_target_` may come.
     """
     number = os.environ.get(TRIAL_VARIABLE)
     if number is None or not HydraConfig.initialized():
@@ -81,7 +82,7 @@ def current_trial(trusted: Sequence[str] = ()) -> TrialHandle:
 
     def load() -> optuna.Trial:
         storage = open_storage(url).storage
-        # The pruner is no part of what is stored: without it the study would fall back to Optuna's default.
+        # A storage does not hold the pruner; without this argument Optuna would use its default pruner.
         study = optuna.load_study(study_name=name, storage=storage, pruner=instantiate(pruner_config, trusted=trusted))
         study_id = storage.get_study_id_from_name(name)
         return optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, int(number)))

@@ -1,4 +1,4 @@
-"""A trial as one job, or one job a seed, and how their outcomes become the trial's."""
+"""Run a trial as one job, or as one job per seed, and combine the outcomes of its jobs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ehr_embed.search.jobs import Job
 
 
 class TrialRun:
-    """A trial while it runs.
+    """State of a running trial: its jobs, and the outcomes of those that ended.
 
     Args:
-        trial: Optuna's.
-        jobs: its jobs, in order; several = one a seed.
-        objectives: dotted names in `metrics.json`; empty = what the job returns.
-        n_objectives: values a job must yield.
+        trial: the Optuna trial.
+        jobs: jobs of the trial in order: a single one, or one per seed.
+        objectives: dotted names in `metrics.json`; empty = the values that the job returns.
+        n_objectives: number of values that each job must yield.
     """
 
     def __init__(
@@ -32,10 +32,11 @@ class TrialRun:
         self._is_pruned = False
 
     def next_job(self) -> Job:
+        """Return the first job that has no outcome yet."""
         return self.jobs[len(self._outcomes)]
 
     def add(self, outcome: Outcome) -> None:
-        """Take the outcome of the next job. With several, each value is a step that the pruner judges."""
+        """Add the outcome of the next job. With several jobs, report its value to the pruner as one step of the trial."""
         outcome = with_results(outcome, self.next_job().folder, self._objectives, self._n_objectives)
         self._outcomes.append(outcome)
         if len(self.jobs) > 1 and self._n_objectives == 1 and outcome.state == "finished":
@@ -44,18 +45,20 @@ class TrialRun:
             self._is_pruned = len(self._outcomes) < len(self.jobs) and self.trial.should_prune()
 
     def is_over(self) -> bool:
-        """Whether no further job of this trial is to run: all have, one failed, or the pruner has seen enough."""
+        """Return whether no further job of this trial is to run: all have run, one failed, or the pruner stops the trial."""
         if not self._outcomes:
             return False
         return len(self._outcomes) == len(self.jobs) or self._is_pruned or self._outcomes[-1].state != "finished"
 
     def outcome(self) -> Outcome:
-        """That of the only job, or over the seeds."""
+        """Return the outcome of the only job, or the combined outcome over the seeds."""
         return combine(self._outcomes, n_jobs=len(self.jobs))
 
 
 def combine(outcomes: Sequence[Outcome], *, n_jobs: int) -> Outcome:
-    """One outcome of all: the first that failed, pruned if any was cut short, else means over the seeds.
+    """Combine the outcomes of all seeds: the first failed or pruned one if there is one, else the means over the seeds.
+
+    The result is pruned, with means over the seeds that ran, if fewer than `n_jobs` seeds ran.
 
     >>> both = combine([Outcome("finished", [0.5], seconds=1.0), Outcome("finished", [0.7], seconds=2.0)], n_jobs=2)
     >>> both.values, both.seconds, round(both.results["objective_sd"], 3)
@@ -74,7 +77,7 @@ def combine(outcomes: Sequence[Outcome], *, n_jobs: int) -> Outcome:
         results["objective_sd"] = stdev(column[0] for column in values)
     for name in outcomes[0].results:
         column: list[Any] = [outcome.results.get(name) for outcome in outcomes]
-        # The interval of a mean over seeds is not the mean of their intervals.
+        # The mean of confidence limits over seeds is not a confidence limit of the mean, so these columns are left out.
         if all(isinstance(item, int | float) for item in column) and not name.endswith(("/low", "/high")):
             results[name] = fmean(column)
     state = "finished" if len(outcomes) == n_jobs else "pruned"

@@ -1,4 +1,4 @@
-"""`python -m ehr_embed.search.worker PID`: one job of the search PID, read from standard input, run as Hydra runs it."""
+"""`python -m ehr_embed.search.worker PID`: read one job of the search with process id PID from standard input, and run it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PARENT_CHECK_S = 0.5
 
 
 def main() -> None:
-    """Run the job; its outcome is left by `SearchCallback`, its exit code says nothing."""
+    """Run the job as Hydra would; `SearchCallback` writes its outcome, and the exit code carries no meaning."""
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
-    application = pickle.load(sys.stdin.buffer)  # written by the search that started this process
+    application = pickle.load(sys.stdin.buffer)  # safe: the search that started this process wrote it
     setup_globals()
     Singleton.set_state(application["singletons"])
     context = application["hydra_context"]
@@ -41,12 +41,12 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM as Ctrl-C, so that trackers and files are closed on the way out."""
+    """Treat SIGTERM like Ctrl-C, so that the run closes its tracker and files before the process ends."""
     raise KeyboardInterrupt
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process and all it started when the search is gone, even by SIGKILL: nobody would read the result."""
+    """End this process and its children when the search is gone, even by SIGKILL: nothing would read the result."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
     os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The original pipeline's labels.csv: who is a case, of which site, and from when on events are cut off."""
+"""Read the original pipeline's labels.csv: the cases, the sites of their cancers, and the dates of the cut-off."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 
 log = logging.getLogger(__name__)
 CONTROL = "Control"
-"""Class of a subject that is no case, as the original names it."""
+"""Class of a subject that is no case, as the original pipeline names it."""
 TRUTH = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 EPOCH = datetime(1970, 1, 1)
 
 
 @dataclass(frozen=True)
 class CaseLabels:
-    """Rows of labels.csv.
+    """The rows of a labels.csv.
 
     Attributes:
         frame: subject_id Int64, is_case Boolean, site String or null, cancerdate Datetime[us] or null.
@@ -32,7 +32,9 @@ class CaseLabels:
     has_site: bool
 
     def cutoffs(self, months: int | None) -> pl.DataFrame:
-        """subject_id and cutoff of the subjects with a `cancerdate`: the moment `months` before it; empty for None.
+        """Return subject_id and cutoff, the time `months` before `cancerdate`, of the subjects that have this date.
+
+        The frame is empty if `months` is None.
 
         >>> frame = pl.DataFrame({"subject_id": [1, 2], "cancerdate": [datetime(2020, 3, 31), None]})
         >>> CaseLabels(frame, False).cutoffs(1).rows()
@@ -43,14 +45,15 @@ class CaseLabels:
         return dated.select("subject_id", cutoff=cutoff)
 
     def label_sets(self, last_times: pl.DataFrame, months: int | None) -> dict[str, pl.DataFrame]:
-        """`is_case` (boolean) and, where the file has it, `site` (one class a site, and `Control`).
+        """Return the label set `is_case` (boolean) and, if there are sites, `site` (one class per site, and `Control`).
 
-        The prediction time is that of a subject's last event, for cases and controls alike: any other rule would let the
-        time since the last event tell them apart. A subject with static events only is predicted at its cut-off.
+        The prediction time is that of a subject's last event, for cases and controls alike: with any other rule the
+        time since the last event would distinguish cases from controls. A subject with static events only is predicted
+        for at its cut-off.
 
         Args:
             last_times: subject_id, last_time of every subject of the corpus.
-            months: the cut-off the events were cut with.
+            months: months before `cancerdate` from which on events were left out; None = all were kept.
         """
         joined = last_times.join(self.frame, on="subject_id", how="inner").join(
             self.cutoffs(months), on="subject_id", how="left"
@@ -59,7 +62,7 @@ class CaseLabels:
         rows = joined.select("subject_id", "is_case", "site", prediction_time=time)
         remedy = "Point data.labels_filepath at the labels.csv of this corpus, or add them there."
         n_labels, n_subjects = len(self.frame), len(last_times)
-        # A corpus may be a part of what labels.csv describes, and most of a corpus may be there for pretraining alone.
+        # A corpus may be a part of the subjects of labels.csv, and most of a corpus may serve for pretraining alone.
         say_or_refuse(
             n_labels - len(rows),
             n_labels,
@@ -88,7 +91,7 @@ def read_case_labels(path: str | None) -> CaseLabels:
     """Read labels.csv.
 
     Raises:
-        UserError: no such file, a missing column, a subject twice, or a value that is no truth value or ISO date.
+        UserError: the file or a column is missing, a subject has two rows, or a value is no truth value or ISO date.
     """
     if path is None or not Path(path).is_file():
         raise UserError(
@@ -111,7 +114,7 @@ def read_case_labels(path: str | None) -> CaseLabels:
         cancerdate=pl.col("cancerdate").str.slice(0, 10).str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")),
     )
     _refuse(path, raw, parsed["subject_id"].is_null(), "subject_id", "an integer")
-    _refuse(path, raw, parsed["subject_id"].is_duplicated(), "subject_id", "one row a subject; it stands twice")
+    _refuse(path, raw, parsed["subject_id"].is_duplicated(), "subject_id", "one row per subject; this one has several")
     _refuse(path, raw, parsed["is_case"].is_null(), "is_case", "0 or 1")
     unread = parsed["cancerdate"].is_null() & raw["cancerdate"].is_not_null()
     _refuse(path, raw, unread, "cancerdate", "a date as 2015-03-31 (other orders of day and month are ambiguous)")

@@ -1,4 +1,4 @@
-"""The text of each code: lookup file, description, parent's description, or a readable form of the code itself."""
+"""Find the text of each code: from a lookup file, its description, its parent's description, or the code itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
 STEPS = ("lookup", "description", "parent", "readable")
-"""Where a text can come from, the best first."""
+"""Origins of a text, the best first."""
 
 
 def readable_code(code: str) -> str:
-    """A code written so that a sentence transformer can read it.
+    """Return a code as words that a sentence transformer can read.
 
     >>> readable_code("LAB//Heart_Rate//bpm")
     'Lab, Heart Rate, bpm'
@@ -37,7 +37,7 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
     """Merge lookup CSVs with columns `code,term`; a later file overrides an earlier one.
 
     Raises:
-        UserError: a file is missing or lacks the columns.
+        UserError: a file is missing, is not readable, or lacks the columns.
     """
     frames = [pl.DataFrame(schema={"code": pl.String, "term": pl.String})]
     for path in paths:
@@ -67,7 +67,13 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
 
 
 def _tell_ambiguous(texts: pl.DataFrame, where: str, taken: str) -> None:
-    """Say how many codes have several texts, and which of these is taken; `texts` are rows of code, text."""
+    """Warn if codes have several texts.
+
+    Args:
+        texts: rows of code, text.
+        where: the file of the texts.
+        taken: clause for the message that says which text is taken.
+    """
     several = texts.unique(["code", "text"], maintain_order=True).filter(pl.col("code").is_duplicated())
     if len(several):
         code = several["code"][0]
@@ -79,12 +85,12 @@ def _tell_ambiguous(texts: pl.DataFrame, where: str, taken: str) -> None:
 
 
 def resolve_texts(codes: pl.Series, metadata: pl.DataFrame, lookups: pl.DataFrame) -> pl.DataFrame:
-    """The text of every code and the step it came from.
+    """Return the text of every code and its origin.
 
     Args:
         codes: distinct codes, String.
-        metadata: code, description, parent_codes; rows may repeat a code, their descriptions are joined by "; ".
-        lookups: code, term; they win over descriptions.
+        metadata: code, description, parent_codes; several rows of a code have their descriptions joined by "; ".
+        lookups: code, term; terms take precedence over descriptions.
 
     Returns:
         code, text, step (one of `STEPS`), in the order of `codes`.
@@ -128,7 +134,7 @@ def resolve_texts(codes: pl.Series, metadata: pl.DataFrame, lookups: pl.DataFram
 
 
 def coverage(texts: pl.DataFrame, counts: pl.DataFrame) -> dict[str, dict[str, float]]:
-    """Share of codes and of events whose text came from each step.
+    """Return the shares of codes and of events whose text has each origin of `STEPS`.
 
     Args:
         texts: as returned by `resolve_texts`.

@@ -1,7 +1,7 @@
-"""A synthetic cohort in MEDS layout whose outcome follows a known risk, so that the best possible AUROC is known.
+"""Write a synthetic cohort in MEDS layout whose outcome follows a known risk, so that the best possible AUROC is known.
 
-Nothing in it is taken from patients: prevalences, values and weights are invented, only the names of conditions,
-drugs and laboratory tests are real.
+No data of patients are used: prevalences, values and weights are invented; only the names of conditions, drugs and
+laboratory tests are real.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ehr_embed.sources.protocol import SPLITS
 LABELS = "hospitalisation_1y"
 SPLIT_SHARES = (0.7, 0.15, 0.15)
 MAX_SUBJECTS = 8_000_000
-"""Their ids are drawn from 9 million numbers."""
+"""Largest cohort: the subjects' ids are drawn from 9 million numbers."""
 PREVALENCE = 0.25
 START = np.datetime64("2015-01-01", "us")
 DAY = np.timedelta64(86_400_000_000, "us")
@@ -33,9 +33,17 @@ MINUTE = np.timedelta64(60_000_000, "us")
 
 @dataclass(frozen=True)
 class Condition:
-    """A chronic condition: how often it occurs, its weight in the log-odds of the outcome, its codes and its drugs.
+    """Chronic condition of the cohort.
 
-    The texts of one condition's codes are synonyms; a model that reads texts can pool them, one that sees ids cannot.
+    The texts of one condition's codes are synonyms. A model that reads texts can pool them; a model that sees only ids
+    cannot.
+
+    Attributes:
+        name: name of the condition.
+        prevalence: share of the subjects aged 60 to 69 that have it; it grows with age.
+        weight: weight in the log-odds of the outcome.
+        diagnoses: code and text of its diagnoses.
+        drugs: code and text of its drugs.
     """
 
     name: str
@@ -47,8 +55,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class Lab:
-    """A laboratory test: its usual mean and standard deviation between subjects, its weight a standard deviation, and
-    the shift in standard deviations under a condition."""
+    """Laboratory test of the cohort.
+
+    Attributes:
+        code, text: code and text of the test.
+        mean, sd: mean and standard deviation of its values between subjects, in the unit that `text` names.
+        weight: change in the log-odds of the outcome per standard deviation.
+        shifts: name of a condition, and the shift of the mean under it in standard deviations.
+    """
 
     code: str
     text: str
@@ -160,7 +174,7 @@ LABS = (
 )
 AGE_BANDS = ("40-49", "50-59", "60-69", "70-79", "80-89")
 AGE_WEIGHT = 0.45
-"""Log-odds a decade."""
+"""Change in the log-odds of the outcome per decade of age."""
 DEMOGRAPHICS = (
     ("SEX//F", "Female"),
     ("SEX//M", "Male"),
@@ -184,19 +198,24 @@ OUTCOMES = (
     ("ADMISSION//icu", "Admission to the intensive care unit"),
     ("DISCHARGE//died", "Died in hospital"),
 )
-"""Events that follow the outcome, after the prediction time: a model that sees them beats the best possible AUROC."""
+"""Events that record the outcome after the prediction time; a model that sees them exceeds the best possible AUROC."""
 
 
 def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     """Write the cohort to `root`, a folder that is made if it is missing.
 
-    A subject's log-odds are a sum of three parts, all as recorded up to the prediction time: over conditions, weight
-    times the number of diagnoses (up to 4, in thirds); over laboratory tests, weight times the mean in standard
-    deviations; and age. `extra/bayes_risk.parquet` holds the resulting risks, `extra/bayes.json` their AUROC in each
-    split: no model can expect more.
+    A subject's log-odds of the outcome are the sum of three terms of the record up to the prediction time: for each
+    condition, its weight times a third of the number of diagnoses (at most 4); for each laboratory test, its weight
+    times the mean of its values in standard deviations; and a term for age. `extra/bayes_risk.parquet` holds the
+    resulting risks, and `extra/bayes.json` their AUROC in each split, which no model can exceed in expectation.
+
+    Args:
+        root: the folder of the dataset.
+        n_subjects: subjects of all splits together.
+        seed: seed of the cohort.
 
     Raises:
-        UserError: too few subjects for three splits with both outcomes, or a folder that holds something.
+        UserError: there are too few subjects for three splits with both outcomes, or the folder is not empty.
     """
     if root.is_dir() and any(root.iterdir()):
         raise UserError(
@@ -262,7 +281,7 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
 def _draw(
     rng: np.random.Generator, n_subjects: int
 ) -> tuple[pl.DataFrame, npt.NDArray[np.datetime64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Events, and per subject the prediction time, the log-odds and the subject_id."""
+    """Draw the events, and the prediction time, the log-odds and the subject_id of each subject."""
     subject_S = rng.choice(9_000_000, n_subjects, replace=False) + 1_000_000
     decade_S = rng.choice(len(AGE_BANDS), n_subjects, p=[0.15, 0.22, 0.28, 0.22, 0.13])
     static = [
@@ -344,14 +363,14 @@ def _some(
     time: npt.NDArray[np.datetime64],
     codes: list[str],
 ) -> pl.DataFrame:
-    """One of the codes at each chosen visit."""
+    """Return an event at each chosen visit, with one of the codes at random."""
     return _events(subject[chosen], time[chosen], rng.choice(codes, int(chosen.sum())))
 
 
 def _outcome_events(
     rng: np.random.Generator, label_S: npt.NDArray[np.bool_], prediction_S: npt.NDArray[np.datetime64]
 ) -> pl.DataFrame:
-    """What the outcome leaves in the record, 1 to 360 days after the prediction."""
+    """Draw the events that record the outcome, 1 to 360 days after the prediction time."""
     positive = np.flatnonzero(label_S)
     time = prediction_S[positive] + (rng.uniform(1, 360, len(positive)) * 1440).astype(int) * MINUTE
     codes = rng.choice([code for code, _ in OUTCOMES], len(positive), p=[0.8, 0.15, 0.05])
@@ -359,7 +378,7 @@ def _outcome_events(
 
 
 def _with_prevalence(log_odds_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Risks whose mean is `PREVALENCE`: the intercept, by bisection."""
+    """Return risks whose mean is `PREVALENCE`, by adding an intercept to the log-odds; bisection finds it."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -372,7 +391,7 @@ def _sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _code_metadata() -> pl.DataFrame:
-    """Code, description and parents; the rare injuries have a parent they can fold into."""
+    """Return code, description and parents of every code; each rare injury has the common parent code for injuries."""
     named = [*DEMOGRAPHICS, *VISITS, *OUTCOMES, INJURY, *((lab.code, lab.text) for lab in LABS)]
     for condition in CONDITIONS:
         named += [*condition.diagnoses, *condition.drugs]

@@ -1,4 +1,4 @@
-"""The demo cohort: synthetic, written once as a MEDS dataset and read like any other."""
+"""Open the synthetic demo cohort, which is written once as a MEDS dataset and then read like any other."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ def demo_source(
     split_column: str = "split",
     overwrite: bool = False,
 ) -> MedsSource:
-    """Write the cohort to `root` unless it is there, and open it as MEDS.
+    """Write the cohort to `root` unless it is there, and open it as a MEDS dataset.
+
+    Args:
+        root: the folder of the dataset.
+        n_subjects: subjects of all splits together.
+        seed: seed of the cohort.
+        splits, split_column: as for `MedsSource`.
+        overwrite: whether to write the cohort again.
 
     Raises:
-        UserError: as `import_once` and `MedsSource`.
+        UserError: as for `import_once`, `write_demo_cohort` and `MedsSource`.
     """
     import_once(
         Path(root).expanduser(),
@@ -34,6 +41,6 @@ def demo_source(
 
 
 def bayes_auroc(root: Path, split: str) -> float | None:
-    """AUROC of the demo's true risk on a split, None for a dataset whose risk is not known."""
+    """Return the AUROC of the demo's true risk on a split; None for a dataset whose true risk is unknown."""
     path = root / "extra" / "bayes.json"
     return float(read_json(path)["auroc"][split]) if path.exists() else None

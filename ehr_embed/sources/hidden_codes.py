@@ -1,4 +1,4 @@
-"""A dataset some of whose codes train never sees: what is left of a model where it meets codes it was not trained on."""
+"""Hide a share of the codes from train, to measure how well a model does on codes that it was not trained on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ehr_embed.sources.protocol import Source
 
 
 class HiddenCodes:
-    """Another source without train's events of a share of the codes; tuning and held_out keep theirs.
+    """Source that leaves train's events of some codes out of another source; tuning and held_out keep all events.
 
-    Whether a code is hidden depends on its name and the seed alone, so that nothing but the name is looked at.
+    Whether a code is hidden depends on its name and the seed alone, not on its events.
 
     Args:
-        inner: the source.
-        share: of the codes, in (0, 1); every code is drawn by itself.
-        seed: draws others.
+        inner: the other source.
+        share: share of the codes to hide, in (0, 1); every code is drawn independently.
+        seed: seed of the draw.
 
     Raises:
-        UserError: the share is no share.
+        UserError: the share is not in (0, 1).
     """
 
     def __init__(self, inner: Source, *, share: float, seed: int = 0) -> None:
@@ -47,7 +47,7 @@ class HiddenCodes:
 
 
 def is_hidden(code: str, share: float, seed: int) -> bool:
-    """Whether a code is among the share that the seed draws.
+    """Return whether a code is among the share of codes that the seed draws.
 
     >>> codes = [f"LAB//{i}" for i in range(1000)]
     >>> 150 < sum(is_hidden(code, 0.2, 0) for code in codes) < 250

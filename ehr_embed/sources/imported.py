@@ -1,7 +1,8 @@
-"""Corpora in other formats are imported once: written as a MEDS dataset and read like any other from then on.
+"""Import corpora in other formats once: write them as MEDS datasets, which are then read like any other.
 
-A corpus of pickles or of one file a patient is slow to read and says little of itself. Its import costs one pass and a
-few bytes an event; its manifest remembers the files it was made from and those it is made of, so that changed files are noticed.
+A corpus of pickles, or of one file per patient, is slow to read and describes itself poorly. Its import takes one pass
+and a few bytes per event. The manifest of the import lists the original files and those of the import, so that changes
+in either are noticed.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ MANIFEST = "import.json"
 
 
 def find_shards(data_dir: str | None, suffix: str, command: str) -> dict[str, list[Path]]:
-    """The files with a suffix in each of the three split folders, by number and then by name.
+    """Return the files with a suffix in each split's folder, sorted by the last number in the name, then by name.
+
+    Args:
+        data_dir: the folder with the split folders.
+        suffix: the suffix, with its dot.
+        command: the command to type, for messages.
 
     Raises:
-        UserError: no folder given, or it lacks a split or files.
+        UserError: no folder was given, or the folder lacks a split or files.
     """
     layout = f"{{{','.join(SPLITS)}}}/*{suffix}"
     if data_dir is None:
@@ -47,7 +53,7 @@ def _number(path: Path) -> tuple[int, str]:
 
 
 def import_folder(*, root: str | None, cache_dir: str, data_dir: str | None, settings: Any = None) -> Path:
-    """Where the import of a corpus lies: `root`, or a folder of the cache named by the corpus and the settings."""
+    """Return the folder for a corpus' import: `root`, or a folder of the cache named by corpus and settings."""
     if root is not None:
         return Path(root).expanduser().resolve()
     corpus = Path(str(data_dir)).expanduser().resolve()
@@ -55,16 +61,16 @@ def import_folder(*, root: str | None, cache_dir: str, data_dir: str | None, set
 
 
 def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Let `write` fill `folder` unless an import of the same files is there; one process at a time.
+    """Let `write` fill `folder`, unless it holds an import of the same files; one process at a time.
 
     Args:
-        folder: where the MEDS dataset belongs; it appears whole or not at all.
-        made_from: JSON-able, flat; a fingerprint of every file and setting that determines the import.
-        write: called with the folder to fill.
-        overwrite: import again even if one is there.
+        folder: the folder of the MEDS dataset; it appears whole or not at all.
+        made_from: flat and JSON-able; the fingerprint of every file and every setting that determine the import.
+        write: function that fills the folder that it is given.
+        overwrite: whether to import again even if the folder holds an import.
 
     Raises:
-        UserError: the import there is damaged or was made from other files, or the folder holds something else.
+        UserError: the import in the folder is damaged or was made from other files, or the folder holds other files.
     """
     with locked(folder.parent / f".{folder.name}.lock", f"importing to {folder}"):
         if not (folder / MANIFEST).exists():

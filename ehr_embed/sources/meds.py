@@ -1,4 +1,4 @@
-"""Events from a MEDS 0.4 dataset (https://github.com/Medical-Event-Data-Standard/meds), shard by shard."""
+"""Read events of a MEDS 0.4 dataset (https://github.com/Medical-Event-Data-Standard/meds), shard by shard."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String,
 
 
 class MedsSource:
-    """A folder in MEDS 0.4 layout: `data/**/*.parquet` and `metadata/`.
+    """Source of the events of a folder in MEDS 0.4 layout: `data/**/*.parquet` and `metadata/`.
 
-    Splits come from `metadata/subject_splits.parquet`, or from the folder under `data/` when that file is absent, or else
-    from a file of one's own.
+    The split of a subject comes from the file `splits` if that is given, else from `metadata/subject_splits.parquet`,
+    and if that file is absent from the name of the folder under `data/`.
 
     Args:
         root: the dataset's folder.
-        name: short name for file names and tags; the folder's name by default.
-        splits: a parquet file with subject_id and a column of split names to use in place of the dataset's own splits;
-            subjects it does not name are left out.
-        split_column: that column.
-        needs_splits: False for a dataset that is only predicted for: its splits are not looked at, and `split` is null.
+        name: short name for file names and tags; None = the folder's name.
+        splits: a parquet file with subject_id and a column of split names, which replace the dataset's own splits;
+            subjects that the file does not list are left out.
+        split_column: name of the column of split names in `splits`.
+        needs_splits: False for a dataset that serves for prediction only: its splits are not read, and `split` is null.
+
+    Raises:
+        UserError: `root` is no MEDS dataset, or the file `splits` does not exist.
     """
 
     writes = False
@@ -59,8 +62,8 @@ class MedsSource:
         self.name, self.needs_splits = name or self.root.name, needs_splits
         self.splits = None if splits is None else Path(splits).expanduser().resolve()
         self.split_column = split_column
-        # Of all subjects read so far, sorted by id, the number of their shard: not a frame a shard, since what polars' unique
-        # returns holds on to memory for every row of the shard.
+        # The ids of all subjects read so far, sorted, and the number of the shard of each. They are arrays, and no
+        # frame per shard, since a frame that polars' unique returns keeps memory for every row of the shard.
         self._numbers: dict[Path, int] = {}
         self._n_read: dict[Path, npt.NDArray[np.int64]] = {}
         self._seen_ids, self._seen_in = np.empty(0, np.int64), np.empty(0, np.int32)
@@ -90,7 +93,7 @@ class MedsSource:
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint of every file read, of all its bytes: any change of the data shows there."""
+        """Return the fingerprints of the dataset's files; they cover all bytes, so any change of the data shows."""
         metadata = [self.root / "metadata" / name for name in ("codes.parquet", "subject_splits.parquet")]
         files = [*self.shards, *(path for path in metadata if path.exists())]
         found = {str(path.relative_to(self.root)): fingerprint(path) for path in files}
@@ -100,7 +103,7 @@ class MedsSource:
 
     @cached_property
     def subject_splits(self) -> pl.DataFrame | None:
-        """subject_id, split (Categorical), a row a subject, sorted; None when the dataset leaves the splits to its folders."""
+        """Return subject_id, split (Categorical), one row per subject, sorted; None if folders define the splits."""
         path = self.splits or self.root / "metadata" / "subject_splits.parquet"
         if not path.exists():
             return None
@@ -160,13 +163,13 @@ class MedsSource:
         return events
 
     def _tell_unassigned(self, shard: Path, events: pl.DataFrame, kept: pl.DataFrame) -> None:
-        """Count what a splits file of one's own leaves out, and say it once, when the last shard has been read."""
+        """Count the subjects and events that the file `splits` leaves out, and warn after the last shard."""
         is_last_new = shard not in self._n_read and len(self._n_read) + 1 == len(self.shards)
         self._n_read[shard] = np.array([len(_runs(events)[0]), len(_runs(kept)[0]), len(events), len(kept)])
         if not is_last_new:
             return
         n_subjects, n_kept, n_events, n_events_kept = np.sum(list(self._n_read.values()), axis=0).tolist()
-        # A file that names a part of the subjects is a choice, as long as it names some of them.
+        # A file that lists only a part of the subjects may be intended; a file that lists none of them is a mistake.
         n_lost = n_events - n_events_kept
         say_or_refuse(
             n_subjects - n_kept,
@@ -227,7 +230,7 @@ class MedsSource:
 
 
 def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Ids of the subjects, whose events are contiguous, in order of appearance, and how many events each has."""
+    """Return the subjects' ids in order of appearance, and each one's number of (contiguous) events."""
     ids = events["subject_id"].to_numpy()
     starts = np.flatnonzero(np.concatenate([np.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]]))
     return ids[starts], np.diff(starts, append=len(ids))
@@ -236,7 +239,7 @@ def _runs(events: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
 def _places(
     ids: npt.NDArray[np.int64], among: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Where each id stands or would stand among sorted ones, and whether it does."""
+    """Return where each id is, or would be inserted, among sorted ids, and whether it is there."""
     place = np.searchsorted(among, ids)
     if not len(among):
         return place, np.zeros(len(ids), bool)
@@ -244,7 +247,7 @@ def _places(
 
 
 def _of_subjects(events: pl.DataFrame, splits: pl.DataFrame) -> pl.Series:
-    """The split of every event, null where its subject has none."""
+    """Return the split of every event; null for an event whose subject has none."""
     subjects, n_events = _runs(events)
     place, is_known = _places(subjects, splits["subject_id"].to_numpy())
     rows = pl.Series(np.repeat(place, n_events)).set(pl.Series(np.repeat(~is_known, n_events)), None)
@@ -261,10 +264,13 @@ def _holds_text(found: pl.DataType, *, is_list: bool) -> bool:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Refuse a parquet file that cannot be read, whichever page of it is damaged.
+    """Turn the errors that polars raises for an unreadable parquet file into a `UserError`.
+
+    Damage of the data shows only when they are read, not when the file is opened, so the context must include the
+    reading.
 
     Raises:
-        UserError: names the file.
+        UserError: the file cannot be read; the message names it.
     """
     try:
         yield
@@ -276,16 +282,22 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path, schema: dict[str, Any]) -> pl.DataFrame:
-    """Exactly the columns of `schema`; an absent numeric_value is all null."""
+    """Read exactly the columns of `schema`; if numeric_value is absent, it is null in every row."""
     with readable(path):
         return _scan(path, schema).collect()
 
 
 def microseconds(name: str, dtype: pl.DataType, *, up: bool) -> pl.Expr:
-    """A time of any unit in whole microseconds; finer ones are rounded up or down.
+    """Convert a time of any unit to whole microseconds; nanoseconds are rounded up or down.
 
-    With events rounded up and prediction times down, no event becomes visible before it happened. Times too far away for
-    microseconds come out beyond `FIRST_TIME` or `LAST_TIME`, which are refused, and do not wrap around.
+    With event times rounded up and prediction times rounded down, no event becomes visible before it happened. A time
+    that is too large for microseconds does not wrap around but becomes one outside `FIRST_TIME` to `LAST_TIME`, which
+    is refused.
+
+    Args:
+        name: the column.
+        dtype: dtype of the column.
+        up: whether to round up.
     """
     number = pl.col(name).cast(pl.Int64)
     if dtype == pl.Datetime("ns"):
@@ -296,7 +308,7 @@ def microseconds(name: str, dtype: pl.DataType, *, up: bool) -> pl.Expr:
 
 
 def out_of_range(time: pl.Expr) -> pl.Expr:
-    """Whether a time lies outside the years 1 to 9999."""
+    """Return an expression for whether a time lies outside the years 1 to 9999."""
     number = time.cast(pl.Int64)
     return (number < FIRST_TIME) | (number > LAST_TIME)
 
@@ -365,7 +377,7 @@ def _validate(events: pl.DataFrame, shard: Path) -> None:
         starts.filter(~pl.col("subject_id").is_first_distinct()),
         "a subject's events are not contiguous, as MEDS requires; sort by subject_id, time",
     )
-    # Static events (null time) come first in MEDS, so they order below every real time.
+    # Static events (null time) come first in MEDS, so here they get a time below every real one.
     time = pl.col("time").fill_null(pl.lit(-(2**62)).cast(pl.Datetime("us")))
     refuse(
         rows.filter(~new_subject & (time < time.shift())),

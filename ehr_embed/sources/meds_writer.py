@@ -1,4 +1,4 @@
-"""Writing a MEDS 0.4 dataset with the exact schemas of the `meds` package."""
+"""Write MEDS 0.4 datasets with the exact schemas of the `meds` package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ehr_embed.core.files import write_json
 
 
 class MedsWriter:
-    """Writes a dataset shard by shard into a folder; `finish` writes what needs all of it.
+    """Write a dataset shard by shard into a folder; `finish` writes the files that depend on all shards.
 
     Args:
         folder: an empty or absent folder.
@@ -53,7 +53,7 @@ class MedsWriter:
 
 
 def dataset_facts(name: str) -> dict[str, str]:
-    """What MEDS' dataset.json says of a dataset written here."""
+    """Return the content of MEDS' dataset.json for a dataset that this module writes."""
     return {
         "dataset_name": name,
         "dataset_version": "1",
@@ -64,7 +64,10 @@ def dataset_facts(name: str) -> dict[str, str]:
 
 
 def write_parquet(path: Path, frame: pl.DataFrame, schema: Any = None) -> None:
-    """Parquet with the exact Arrow types of a MEDS schema (its strings are not Polars' large ones), where one is given."""
+    """Write a parquet file, with the exact Arrow types of a MEDS schema if one is given.
+
+    MEDS' strings are Arrow's `string`, while polars writes `large_string`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     table = frame.to_arrow()
     pq.write_table(table if schema is None else schema.align(table), path)

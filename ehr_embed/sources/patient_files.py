@@ -1,12 +1,14 @@
-"""The original pipeline's embedded corpus, one dense file a patient, imported once as MEDS plus a table of vectors.
+"""Import the original pipeline's embedded corpus, one dense file per patient, once as MEDS plus a table of vectors.
 
 Layout: `<data_dir>/{train,tuning,held_out}/patient_*.pt`, each {'embeddings': (N, E), 'token_ids': (N,), 'label': ()}.
-All occurrences of a token have the same vector, so a file says nothing that its ids and one table do not. The import
-verifies that, writes every token as a code, and keeps the vectors in `extra/vectors.parquet`, where `embedder=from_files`
-reads them: from there on it is the ordinary path, with the same numbers reaching the model.
+All occurrences of a token have the same vector, so token ids and one table of vectors hold all of a file's content. The
+import verifies this, writes every token as a code, and keeps the vectors in `extra/vectors.parquet`, where
+`embedder=from_files` reads them. The result is an ordinary MEDS dataset, and the model receives the same numbers as
+with the original files.
 
-The files have neither subjects nor times: a file is a subject of its own, numbered through the splits in the order of the
-file names, and its events lie one day apart. Only their order means anything, so models with `positions=time` are of no use.
+The files have neither subjects nor times. Each file counts as one subject; subjects are numbered through the splits in
+the order of the file names. Events lie one day apart. Only their order is meaningful, so `model.positions=time` is of
+no use here.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ log = logging.getLogger(__name__)
 KEYS = ("embeddings", "token_ids", "label")
 VECTORS = Path("extra") / "vectors.parquet"
 LABELS = "label"
-"""Name of the label set made of the files' labels."""
+"""Name of the label set that holds the files' labels."""
 FIRST_TIME = datetime(2000, 1, 1)
 TOLERANCE = 1e-4
-"""Largest difference between two vectors of one token, as a share of the largest component: rounding, not content."""
+"""Largest difference between two vectors of a token that counts as rounding, as a share of the largest component."""
 SHARD_EVENTS = 1_000_000
 SAMPLED_FILES = 16
-"""Files per split that earlier versions looked into for the fingerprint; it begins with what they knew."""
+"""Files per split whose content earlier versions compared; a fingerprint begins with that of these versions."""
 
 
 def patient_files_source(
@@ -57,19 +59,19 @@ def patient_files_source(
     splits: str | None = None,
     split_column: str = "split",
 ) -> MedsSource:
-    """Import the corpus unless it is there, and open it as MEDS.
+    """Import the corpus unless that is done, and open the import as a MEDS dataset.
 
     Args:
         data_dir: folder with train/, tuning/ and held_out/.
-        vocab_filepath: CSV with columns token,str that names the tokens; None = `<data_dir>/vocab.csv` where it exists,
+        vocab_filepath: CSV with columns token,str that names the tokens; None = `<data_dir>/vocab.csv` if it exists,
             else tokens are named by their ids.
-        root: where the MEDS dataset is kept; None = in the cache.
+        root: folder for the MEDS dataset; None = a folder of the cache.
         cache_dir: folder of the cache.
-        overwrite: import again.
+        overwrite: whether to import again.
         splits, split_column: as for `MedsSource`.
 
     Raises:
-        UserError: a file is missing, damaged or not what the layout says, or a token has two vectors.
+        UserError: a file is missing, damaged or not in this layout, or a token has two vectors.
     """
     files = find_shards(data_dir, ".pt", "python train.py data=patient_files data.data_dir=DIR")
     base = Path(str(data_dir))
@@ -91,7 +93,7 @@ def patient_files_source(
 
 
 def read_patient_file(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], int]:
-    """token_ids (N,), embeddings (N, E) and the label of one file.
+    """Return token_ids (N,), embeddings (N, E) and the label of one file.
 
     Raises:
         UserError: the file is damaged, holds more than plain tensors, or has other keys, shapes or types.
@@ -120,7 +122,7 @@ def read_patient_file(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np
 
 
 class _Import:
-    """Collects tokens, vectors and labels over all files."""
+    """Collect the tokens, vectors and labels of all files while the events are written."""
 
     def __init__(self, writer: MedsWriter, strings: dict[int, str] | None) -> None:
         self.writer, self.strings = writer, strings
@@ -154,17 +156,23 @@ class _Import:
         self._finish()
 
     def add(self, path: Path, ids: npt.NDArray[np.int64], vectors: npt.NDArray[np.float32]) -> None:
-        """Keep the vectors of tokens not met before, and compare those of the others.
+        """Keep the vectors of new tokens, and compare the vectors of known tokens with the kept ones.
+
+        Args:
+            path: the file, for messages.
+            ids: (N,) token ids.
+            vectors: (N, E) their vectors.
 
         Raises:
-            UserError: another width than before, a token that vocab.csv does not have, or two vectors for one token.
+            UserError: the width differs from that of earlier files, vocab.csv lacks a token, or a token has two
+                vectors.
         """
         if not self.tokens:
             self.vectors = np.empty((0, vectors.shape[1]), np.float32)
         if vectors.shape[1] != self.vectors.shape[1]:
             raise UserError(
-                f"{path}: embeddings of width {vectors.shape[1]}, those before have {self.vectors.shape[1]}. One corpus has one "
-                "embedder; move the files of the other elsewhere."
+                f"{path}: embeddings of width {vectors.shape[1]}, those before have {self.vectors.shape[1]}. Expected the vectors "
+                "of one embedder; move the files of the other embedder out of this folder."
             )
         if (highest := int(ids.max())) >= len(self.row_of):
             self.row_of = np.concatenate([self.row_of, np.full(2 * highest - len(self.row_of) + 1, -1, np.int64)])
@@ -185,9 +193,9 @@ class _Import:
         if differs.any():
             position = int(np.flatnonzero(differs)[0])
             raise UserError(
-                f"{path}: token {ids[position]} at event {position} has another vector than at its first occurrence. One vector "
-                "a token is what makes ids and a table equal to the files; this corpus was embedded in another way "
-                "(per event, or by two embedders) and cannot be read. Embed it anew: data=tokenized."
+                f"{path}: token {ids[position]} at event {position} has another vector than at its first occurrence. The import "
+                "needs one vector per token; this corpus was embedded in another way (per event, or by two embedders) and "
+                "cannot be imported. Embed its tokens again: data=tokenized."
             )
 
     def _write(self, split: str, pending: list[tuple[int, npt.NDArray[np.int64]]]) -> None:

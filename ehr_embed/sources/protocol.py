@@ -1,4 +1,4 @@
-"""What a source of events must offer."""
+"""Define the protocol of a source of events, and the names of the splits."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ import polars as pl
 
 SPLITS = ("train", "tuning", "held_out")
 """The split names of MEDS 0.4."""
+EVALUATED = SPLITS[1:]
+"""The splits that a run is evaluated on."""
 
 
 class Source(Protocol):
-    """Where events come from: one frame per shard, so that memory is bounded by one shard."""
+    """Source of the events of a dataset; it yields one frame per shard, so that memory is bounded by one shard."""
 
     writes: bool
-    """Whether opening the source writes files, as an import does. A class that says False may be opened from the configuration in
-    a run's folder; a class or function that says nothing counts as one that writes."""
+    """Whether opening the source writes files, as an import does. A class that says False may be opened from the
+    configuration in a run's folder; a class or function that says nothing counts as one that writes."""
 
     @property
     def name(self) -> str:
-        """Short name, used in file names and tags."""
+        """Return a short name for file names and tags."""
         ...
 
     @property
     def labels_dir(self) -> Path:
-        """Folder with one sub-folder per label set."""
+        """Return the folder with one sub-folder per label set."""
         ...
 
     @property
     def shards(self) -> Sequence[Path]:
-        """The shard files, in reading order."""
+        """Return the shard files, in the order in which they are read."""
         ...
 
     def read(self, shard: Path) -> pl.DataFrame:
-        """Events of one shard, validated: subject_id Int64, time Datetime[us] (null = static), code String,
-        numeric_value Float32, split String. A subject is contiguous and its events are ordered by time."""
+        """Return the validated events of one shard.
+
+        The columns are subject_id Int64, time Datetime[us] (null = static), code String, numeric_value Float32, split
+        String. The events of a subject are contiguous and ordered by time, static ones first.
+        """
         ...
 
     def code_metadata(self) -> pl.DataFrame:
-        """code String, description String or null, parent_codes List[String] or null; rows may repeat a code."""
+        """Return code String, description String or null, parent_codes List[String] or null; rows may repeat a code."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able description that changes when the data change."""
+        """Return a JSON-able description that changes when the data change."""
         ...

@@ -1,4 +1,4 @@
-"""A dataset under other names: every code's id destroyed, every description said in other words."""
+"""Give every code of a dataset a meaningless id and a paraphrased description."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ MISSING = ("refuse", "keep")
 
 
 class RenamedSource:
-    """Another source as a second hospital might have coded it: the same events, values and labels under ids that occur
-    nowhere else, with descriptions from a table of paraphrases. The outcome is as it was, so that what a model trained on
-    the inner source loses here, it loses to the names.
+    """Source that presents another source as a second hospital might have coded it.
+
+    Events, values and labels are the same, but every code has an id that occurs nowhere else and a description from a
+    table of paraphrases. So if a model trained on the inner source does worse here, the names alone are the cause.
 
     Args:
-        inner: the source.
-        table: paraphrases, a CSV with columns code,term, or the name of a shipped one.
-        missing: `refuse` codes that have no paraphrase, or `keep` the descriptions of those that have one.
+        inner: the other source.
+        table: a CSV with columns code,term that holds the paraphrases, or the name of a table that comes with the
+            package.
+        missing: how to treat codes without a paraphrase: `refuse` them, or `keep` their descriptions.
 
     Raises:
-        UserError: no such table, one whose codes the source does not have, or a code without a paraphrase.
+        UserError: there is no such table, the source has none of its codes, or a code has no paraphrase.
     """
 
     def __init__(self, inner: Source, *, table: str, missing: str = "refuse") -> None:
@@ -45,7 +47,7 @@ class RenamedSource:
         return events.with_columns(_renamed(pl.col("code")))
 
     def code_metadata(self) -> pl.DataFrame:
-        """The inner source's, renamed and reworded; codes of the table that it does not describe are added."""
+        """Return the inner metadata with new ids and texts, and a row for each code that only the table describes."""
         metadata = self.inner.code_metadata()
         known = metadata["code"].implode()
         reworded = metadata.join(self._paraphrases, on="code", how="left", maintain_order="left")
@@ -61,12 +63,12 @@ class RenamedSource:
 
     @cached_property
     def _paraphrases(self) -> pl.DataFrame:
-        """code, term; of codes of the inner source, or of any that it leaves undescribed."""
+        """Return the rows code, term of the table of paraphrases."""
         return read_lookups([str(self.path)])
 
     @cached_property
     def _with_text(self) -> pl.Series:
-        """Codes that will have a text under their new id."""
+        """Return the codes that have a text under their new id."""
         codes = self._paraphrases["code"]
         if self.missing == "keep":
             metadata = self.inner.code_metadata()
@@ -93,10 +95,10 @@ class RenamedSource:
 
 
 def find_table(table: str) -> Path:
-    """The file of a table: a path, or the name of a shipped one.
+    """Return the file of a table, given its path or the name of a table that comes with the package.
 
     Raises:
-        UserError: neither.
+        UserError: `table` is neither.
     """
     if (SHIPPED / f"{table}.csv").is_file():
         return SHIPPED / f"{table}.csv"
@@ -106,12 +108,12 @@ def find_table(table: str) -> Path:
 
 
 def shipped() -> list[str]:
-    """Names of the tables that come with the package."""
+    """Return the names of the tables that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.csv"))
 
 
 def renamed(code: str) -> str:
-    """An id that says nothing of the code.
+    """Return the new id of a code, a hash that reveals nothing of its meaning.
 
     >>> renamed("LAB//Creatinine")
     'X//8760aa84721a'

@@ -1,4 +1,4 @@
-"""Names of splits: those of MEDS are read, near-misses are refused, any other is said to be left out."""
+"""Check the names of splits: near-misses of MEDS' names are refused, other splits are left out with a warning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SYNONYMS = {
     "tuning": ("tuning", "tune", "val", "valid", "validation", "validate", "dev", "development"),
     "held_out": ("heldout", "holdout", "test", "testing", "tst"),
 }
-"""What else a split is called, in lower case and without spaces, hyphens, dots and underscores."""
+"""Other names in use for each split, in lower case and without spaces, hyphens, dots and underscores."""
 
 
 def meant_split(name: str) -> str | None:
-    """The split of MEDS that a name seems to stand for; None for a name like no other.
+    """Return the split of MEDS that a name seems to stand for; None for a name that resembles none of them.
 
     >>> [meant_split(name) for name in ("Train", "held-out", "Held Out", "val", "test", "tunning", "external", "fold_3")]
     ['train', 'held_out', 'held_out', 'tuning', 'held_out', 'tuning', None, None]
@@ -32,15 +32,15 @@ def meant_split(name: str) -> str | None:
 
 
 def refuse_near_misses(names: Iterable[str], *, where: str, column: str = "split") -> None:
-    """Refuse names that seem to stand for a split of MEDS and are not its name: their subjects would be left out.
+    """Refuse near-misses of the names of MEDS' splits, since their subjects would be left out.
 
     Args:
         names: names of splits as the data have them.
-        where: the file, or the source, that has them.
+        where: the file or source of the names, for the message.
         column: the column of the names.
 
     Raises:
-        UserError: names them, and the names that they should be.
+        UserError: a name is a near-miss; the message gives the names and the probable right ones.
     """
     meant = {name: split for name in sorted(names) if name not in SPLITS and (split := meant_split(name))}
     if meant:
@@ -54,16 +54,16 @@ def refuse_near_misses(names: Iterable[str], *, where: str, column: str = "split
 
 
 def check_split_names(counts: Mapping[str, int], *, where: str, of: str = "subjects", column: str = "split") -> None:
-    """Refuse near-misses among the names of splits, and say how much lies in splits of any other name.
+    """Refuse near-misses of the names of MEDS' splits, and warn of subjects or events in splits with other names.
 
     Args:
-        counts: how many subjects, or events, each split has.
-        where: the file, or the source, that has them.
-        of: what is counted.
+        counts: number of subjects, or of events, of each split.
+        where: the file or source of the names, for the message.
+        of: what `counts` counts, "subjects" or "events".
         column: the column of the names.
 
     Raises:
-        UserError: a near-miss, or (nearly) all is in splits of other names.
+        UserError: a name is a near-miss, or nearly all subjects or events are in splits with other names.
     """
     refuse_near_misses(counts, where=where, column=column)
     others = {name: n for name, n in sorted(counts.items()) if name not in SPLITS}

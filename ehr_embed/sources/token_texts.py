@@ -1,12 +1,12 @@
-"""Texts of the original pipeline's token strings, by a table of prefixes.
+"""Turn the token strings of the original pipeline into texts, by a table of prefixes.
 
 A rule of the table, in YAML:
 
-    "LAB//":                # tokens that begin with this; the longest prefix wins
+    "LAB//":                # the prefix; if several prefixes match a token, the longest one applies
       text: "{}"            # the text; {} stands for the term, or for the code in words
-      lookup: lab           # where the code's term is looked up; left out = nowhere
-      rest: "(.*)"          # what must follow the prefix, as a regular expression; its group is the code
-      code_is_text: false   # whether the code itself reads well enough to count as a text where no term is known
+      lookup: lab           # name of the lookup file with the code's term; left out = no lookup
+      rest: "(.*)"          # regular expression that the rest of the token must match; its group is the code
+      code_is_text: false   # whether the code itself is a sufficient text if no term is known
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ehr_embed.sources.code_texts import readable_code
 
 LOOKUPS = ("medical", "lab", "region", "time")
 TERM_COLUMNS = (("code", "term"), ("regionid", "Description"))
-"""Columns of a lookup file: the usual ones, and those of the original's table of regions."""
+"""Columns of a lookup file: the usual ones, and those of the original pipeline's table of regions."""
 
 
 @dataclass(frozen=True)
 class PrefixRule:
-    """How tokens with one prefix become text; the keys are those of the YAML above."""
+    """Rule that turns the tokens with one prefix into texts; its attributes are the keys of the YAML above."""
 
     text: str
     lookup: str | None = None
@@ -41,10 +41,14 @@ class PrefixRule:
 
 
 def read_rules(prefixes: Mapping[str, Any], prefix_file: str | None) -> dict[str, PrefixRule]:
-    """The rules of a configuration, those of a user's YAML file over them; the longest prefix first.
+    """Return the rules by prefix, the longest prefix first.
+
+    Args:
+        prefixes: the rules of the configuration; null in place of a rule removes the prefix.
+        prefix_file: a YAML file with the user's rules, which replace rules of the same prefix; None = no file.
 
     Raises:
-        UserError: the file is missing or no table, or a rule has an unknown key or lookup or a bad expression.
+        UserError: the file is missing or no table, or a rule has an unknown key or lookup or an invalid expression.
     """
     table = dict(prefixes)
     if prefix_file is not None:
@@ -66,7 +70,9 @@ def _rule(prefix: str, rule: Any) -> PrefixRule:
         found = TypeAdapter(PrefixRule).validate_python(rule)
         unknown = set(rule) - set(PrefixRule.__dataclass_fields__)
         if re.compile(found.rest).groups > 1:
-            raise UserError(f"prefix {prefix!r}: rest={found.rest} has several groups; the code is one, use (?:...).")
+            raise UserError(
+                f"prefix {prefix!r}: rest={found.rest} has several groups, expected one, the code; write others as (?:...)."
+            )
     except (ValidationError, re.error) as error:
         raise UserError(
             f"prefix {prefix!r}: {rule} is no rule ({error}). Expected text, lookup, rest, code_is_text."
@@ -79,7 +85,7 @@ def _rule(prefix: str, rule: Any) -> PrefixRule:
 
 
 def token_text(token: str, rules: Mapping[str, PrefixRule], lookups: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The text of a token, or None where no rule fits or only a bare code is left.
+    """Return the text of a token; None if no rule applies, or if its code has no term and is no sufficient text.
 
     Args:
         token: the token's string.
@@ -99,7 +105,7 @@ def token_text(token: str, rules: Mapping[str, PrefixRule], lookups: Mapping[str
         code = found.group(1) if found.groups() and found.group(1) is not None else found.group(0)
         if rule.lookup is None:
             return rule.text.replace("{}", readable_code(code) if code else "").strip()
-        # A code may carry more behind it, such as a unit: the table knows the code alone.
+        # A unit or another part may follow the code; the lookup file lists the code alone.
         first, *others = code.split("//")
         term = lookups.get(rule.lookup, {}).get(first.upper())
         if term is None and not rule.code_is_text:
@@ -110,10 +116,10 @@ def token_text(token: str, rules: Mapping[str, PrefixRule], lookups: Mapping[str
 
 
 def read_lookup(name: str, path: str | None) -> dict[str, str]:
-    """Upper-case code -> term from a CSV with columns code,term (or regionid,Description); empty without a path.
+    """Return upper-case code -> term from a CSV with columns code,term (or regionid,Description); empty without a path.
 
     Raises:
-        UserError: no such file, or other columns.
+        UserError: the file is missing or has other columns.
     """
     if path is None:
         return {}
@@ -134,10 +140,10 @@ def read_lookup(name: str, path: str | None) -> dict[str, str]:
 
 
 def read_token_strings(path: str | None) -> dict[int, str]:
-    """Token id -> string from a vocab.csv with columns token,str.
+    """Return token id -> string from a vocab.csv with columns token,str.
 
     Raises:
-        UserError: no such file, other columns, an id that is no number or stands twice.
+        UserError: the file is missing or has other columns, or an id is no number or occurs twice.
     """
     if path is None or not Path(path).is_file():
         raise UserError(

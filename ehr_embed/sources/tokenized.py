@@ -1,6 +1,7 @@
-"""The original pipeline's corpus: pickled lists of token ids, imported once as MEDS.
+"""Import the original pipeline's tokenised corpus, pickled lists of token ids, once as MEDS.
 
-Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps': [seconds
+Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps':
+    [seconds
 since 1970, 0 = static]}; vocab.csv (token, str); labels.csv (subject_id, is_case and, where known, site, cancerdate).
 Every token becomes an event whose code is its string. The formats are those written by
 https://github.com/Ashvin-Gupta/CancEHR-Tokenisation and read by https://github.com/Ashvin-Gupta/CancEHR-Training.
@@ -50,23 +51,23 @@ def tokenized_source(
     splits: str | None = None,
     split_column: str = "split",
 ) -> MedsSource:
-    """Import the corpus unless it is there, and open it as MEDS.
+    """Import the corpus unless that is done, and open the import as a MEDS dataset.
 
     Args:
         data_dir: folder with train/, tuning/ and held_out/.
         vocab_filepath: CSV with columns token,str.
-        labels_filepath: CSV with columns subject_id,is_case and, for cut-off and classes, cancerdate,site.
+        labels_filepath: CSV with columns subject_id,is_case and, where known, site,cancerdate.
         lookup_files: for each of medical, lab, region, time a CSV with columns code,term, or None.
-        prefixes: rules from token strings to texts, see `token_texts`.
-        prefix_file: YAML with further rules; they win.
-        cutoff_months: leave out events from this many months before `cancerdate` on; None = keep all.
-        root: where the MEDS dataset is kept; None = in the cache.
+        prefixes: rules that turn token strings into texts, see `token_texts`.
+        prefix_file: YAML with further rules, which take precedence.
+        cutoff_months: months before `cancerdate` from which on events are left out; None = all events are kept.
+        root: folder for the MEDS dataset; None = a folder of the cache.
         cache_dir: folder of the cache.
-        overwrite: import again.
+        overwrite: whether to import again.
         splits, split_column: as for `MedsSource`.
 
     Raises:
-        UserError: a file is missing, damaged or not what the layout says, or the import was made from other files.
+        UserError: a file is missing, damaged or not in this layout, or the import was made from other files.
     """
     shards = find_shards(data_dir, ".pkl", "python train.py data=tokenized data.data_dir=DIR data.vocab_filepath=FILE")
     if cutoff_months is not None and cutoff_months < 1:
@@ -109,7 +110,7 @@ def tokenized_source(
 
 
 class Corpus:
-    """Reads shards as events and remembers each subject's last time."""
+    """Read shards as events, and collect each subject's last time."""
 
     def __init__(self, strings: dict[int, str], cases: CaseLabels, cutoff_months: int | None) -> None:
         self.strings = pl.DataFrame({"token": list(strings), "code": list(strings.values())})
@@ -119,14 +120,14 @@ class Corpus:
         self.n_events = self.n_cut = self.n_empty = 0
 
     def last_times(self) -> pl.DataFrame:
-        """subject_id and last_time, the time of the last event that was kept; null where only static ones are."""
+        """Return subject_id and last_time, the time of the last kept event; null if only static events were kept."""
         return pl.concat(self.last)
 
     def tell_left_out(self, cutoff_months: int | None) -> None:
-        """Say how many events the cut-off left out, and how many records hold no event.
+        """Warn if the cut-off left out events, or if records have no events.
 
         Raises:
-            UserError: (nearly) all of them.
+            UserError: nearly all events, or nearly all records, are left out.
         """
         say_or_refuse(
             self.n_cut,
@@ -142,10 +143,12 @@ class Corpus:
         )
 
     def events(self, path: Path) -> pl.DataFrame:
-        """subject_id, time, code, numeric_value of a shard: in order of time, static events first, without cut events.
+        """Return subject_id, time, code, numeric_value of a shard's events that the cut-off keeps.
+
+        The events of a subject are in order of time, static ones first.
 
         Raises:
-            UserError: a record that is not as the layout says, a token without string, a subject met before.
+            UserError: a record is not in this layout, a token has no string, or a subject has a record already.
         """
         records = load_pickle(path)
         if not isinstance(records, list):
@@ -194,7 +197,7 @@ class Corpus:
         if len(tokens) != len(times) or not np.isfinite(times).all():
             raise UserError(
                 f"{path}, subject {subject}: {len(tokens)} tokens and {len(times)} timestamps, "
-                f"{int((~np.isfinite(times)).sum())} of them NaN or infinite; expected one finite time a token."
+                f"{int((~np.isfinite(times)).sum())} of them NaN or infinite; expected one finite time per token."
             )
         if subject in self.seen:
             raise UserError(
@@ -210,8 +213,8 @@ class Corpus:
         kept = frame.filter(time.is_null() | pl.col("cutoff").is_null() | (time < pl.col("cutoff")) | is_end)
         last = kept.group_by("subject_id", maintain_order=True).agg(last_time=time.filter(~is_end).max())
         self.last.append(last)
-        # The end mark stays, as in the original, or only uncut records would have one; at its old time it would tell
-        # how much was cut.
+        # The end mark is kept as in the original pipeline, since otherwise only uncut records would have one. It moves
+        # to the last kept event, since its old time would reveal how much was cut.
         kept = kept.join(last, on="subject_id", how="left", maintain_order="left")
         kept = kept.with_columns(time=pl.when(is_end).then("last_time").otherwise("time")).with_row_index("row")
         first = pl.col("row").min().over("subject_id")

@@ -1,4 +1,4 @@
-"""One label a prediction time: binary or one of several classes."""
+"""Classification with one label per prediction time, which is binary or one of several classes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, che
 
 
 class Classification:
-    """Classes of a MEDS label set; two classes are evaluated as a binary task.
+    """Predicts the classes of a MEDS label set; two classes are evaluated as a binary task.
 
     Args:
-        labels: name of a label set of the dataset, or a path; None = the only one there is.
-        class_weights: None, "balanced" (inverse train frequency), or one weight per class; they are scaled to a mean of 1 over
-            train's samples.
-        label_smoothing: share of probability spread over all classes, in [0, 1).
-        monitor: metric on tuning that chooses the best checkpoint; of more than two classes, the mean over classes.
-        shuffle_labels: seed to permute the labels within each split with, a check that nothing leaks; None = off.
-        label_fraction: share of train's labelled subjects that are used, in (0, 1]; tuning and held_out stay whole.
-        fraction_seed: draws those subjects.
+        labels: name or path of a label set; None = the only label set of the dataset.
+        class_weights: None, "balanced" (inverse frequency in train), or one weight per class. Weights are scaled to a
+            mean of 1 over the samples of train.
+        label_smoothing: share of the target probability that is spread over all classes, in [0, 1).
+        monitor: metric on tuning that chooses the best checkpoint; with more than two classes, its mean over classes.
+        shuffle_labels: seed with which the labels are permuted within each split, to check for leaks; None = off.
+        label_fraction: share of the labelled subjects of train that are used, in (0, 1]; tuning and held_out stay
+            whole.
+        fraction_seed: seed that draws those subjects.
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class Classification:
         if isinstance(self.class_weights, str):
             if self.class_weights != "balanced":
                 raise UserError(
-                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number a class."
+                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number per class."
                 )
             return _of_mean_one(1 / np.bincount(labels, minlength=self.num_classes), labels)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers, but there are {self.num_classes} classes: "
-                f"{', '.join(self.class_names)}. Give one weight a class, in this order."
+                f"{', '.join(self.class_names)}. Give one weight per class, in this order."
             )
         return _of_mean_one(np.array(self.class_weights, np.float64), labels)
 
@@ -142,8 +143,9 @@ class Classification:
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of each sample times the weight of its class, (B,), from logits (B, C) and classes (B,).
 
-        The weight is the sample's, so that it multiplies the smoothed part too. torch's `weight` would give that part the
-        weights of all classes, of which a rare one's may be a hundred times the others'.
+        The weight of the sample's class multiplies the whole loss, its label-smoothing part included. torch's `weight`
+        argument would use the weights of all classes in the smoothing part, where the weight of a rare class may
+        dominate.
         """
         loss_B = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
         return loss_B if self._weights is None else loss_B * self._weights.to(labels.device)[labels]
@@ -210,7 +212,7 @@ def _of_mean_one(weights: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]
 
 
 def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:
-    """The label rows of each split's subjects.
+    """Return the events of each split with the label rows of its subjects.
 
     Raises:
         UserError: no labelled subject has events, or a split has no labels.
@@ -230,7 +232,7 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
             f"subjects of the label set {labels.name} (such as {absent[0]}) have no events in any split; their labels are "
             "left out",
             remedy="Point task.labels and data.root at the same dataset, or look at its splits.",
-            refused_from=ONLY_SAID,  # a splits file of one's own may name a small part of the labelled subjects
+            refused_from=ONLY_SAID,  # a user's splits file may name a small part of the labelled subjects
         )
     for split, arrays in events.items():
         frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))
@@ -243,7 +245,7 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
 
 
 def draw_subjects(labels: pl.DataFrame, fraction: float, seed: int) -> pl.DataFrame:
-    """The label rows of a share of the subjects, drawn at random; at least one subject.
+    """Return the label rows of a random share of the subjects, of at least one subject.
 
     >>> labels = pl.DataFrame({"subject_id": [1, 1, 2, 3, 4]})
     >>> len(draw_subjects(labels, 0.5, 0)["subject_id"].unique()), len(draw_subjects(labels, 1.0, 0))
@@ -256,7 +258,10 @@ def draw_subjects(labels: pl.DataFrame, fraction: float, seed: int) -> pl.DataFr
 
 
 def class_names(labels: LabelSet, train: pl.DataFrame) -> list[str]:
-    """Class names in the order of their indices: false, true for booleans, numbers in order, else alphabetical."""
+    """Return the class names in the order of their indices.
+
+    Booleans are in the order false, true, integers in numeric order, and other classes in alphabetical order.
+    """
     if labels.is_boolean:
         return ["false", "true"]
     found = train["value"].unique().to_list()
@@ -264,10 +269,10 @@ def class_names(labels: LabelSet, train: pl.DataFrame) -> list[str]:
 
 
 def encode_classes(values: pl.Series, names: list[str], where: str) -> npt.NDArray[np.int64]:
-    """(n,) class indices.
+    """Return the class index of each value, (n,).
 
     Raises:
-        UserError: a class that train does not have.
+        UserError: a class does not occur in train.
     """
     index = {name: i for i, name in enumerate(names)}
     if strangers := sorted(set(values.unique()) - set(index)):
@@ -278,10 +283,10 @@ def encode_classes(values: pl.Series, names: list[str], where: str) -> npt.NDArr
 
 
 def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label_set: str, split: str) -> None:
-    """Refuse a split in which a class, or the second class, is missing: its metrics would be undefined.
+    """Refuse a split without samples of some class, or with one class in all, because its metrics would be undefined.
 
     Raises:
-        UserError: names the split and the class.
+        UserError: a class is missing; the message names the split and the count of each class.
     """
     counts = np.bincount(codes, minlength=max(2, len(names)))
     missing = [name for name, n in zip(names, counts, strict=False) if n == 0]

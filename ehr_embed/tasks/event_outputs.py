@@ -1,4 +1,4 @@
-"""What the tasks that predict events keep of each sample, and the metrics that follow from it."""
+"""The outputs per sample of the tasks that predict events, and the metrics that are computed from these outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER = "other"
 
 
 def code_family(code: str) -> str:
-    """The vocabulary a code is from: what stands before its first slash, or the code itself.
+    """Return the vocabulary of a code: the part before the first slash, or the code itself if it has none.
 
     >>> code_family("ICD10CM//E11.9"), code_family("SNOMED/65363002"), code_family("MEDS_DEATH")
     ('ICD10CM', 'SNOMED', 'MEDS_DEATH')
@@ -44,11 +44,11 @@ def code_family(code: str) -> str:
 
 @dataclass(frozen=True)
 class Families:
-    """The most frequent code families of a vocabulary; the rest are `other`.
+    """The most frequent code families of a vocabulary; all other codes belong to the family `other`.
 
     Attributes:
-        names: F families.
-        of_token: (V,) int64, family of each token.
+        names: names of the families.
+        of_token: (V,) int64, the index of the family of each token.
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Families:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Families:
-        """The families with most train events."""
+        """Return the `N_FAMILIES` families with the most events in train, and `other`."""
         strings, counts = vocabulary.tokens["str"].to_list(), vocabulary.tokens["count"].to_list()
         n_events: Counter[str] = Counter()
         for string, count in list(zip(strings, counts, strict=True))[FIRST_TOKEN:]:
@@ -72,9 +72,15 @@ class Families:
 
 
 def sum_by_sample(scores: EventScores, targets_BT: Tensor, families: Families) -> Tensor:
-    """Sums over each sample's N target events, (B, n_outputs) float64: for each family its `PER_FAMILY`, then `EXTRA`.
+    """Return sums over the target events of each sample, (B, n_outputs) float64.
 
-    `targets_BT` are their token ids, 0 = none. Without ranks (in training) nobody looks at the sums, and they are zeros.
+    The columns are the `PER_FAMILY` sums of each family, then the `EXTRA` sums over all families. Without ranks, as in
+    training, the sums are not used and are zeros.
+
+    Args:
+        scores: scores of the N target events.
+        targets_BT: token ids of the targets, 0 = no target.
+        families: code families of the vocabulary.
     """
     n_samples, device = len(targets_BT), targets_BT.device
     result = torch.zeros(n_samples, families.n_outputs, dtype=torch.float64, device=device)
@@ -94,7 +100,7 @@ def sum_by_sample(scores: EventScores, targets_BT: Tensor, families: Families) -
 
 
 def totals(outputs: Outputs) -> dict[str, npt.NDArray[np.float64]]:
-    """Sums of each sample over all families, name -> (n,)."""
+    """Return the sums of each sample over all families, name -> (n,)."""
     n_family_columns = outputs.shape[1] - len(EXTRA)
     by_family = outputs[:, :n_family_columns].reshape(len(outputs), -1, len(PER_FAMILY)).sum(axis=1)
     sums = dict(zip(PER_FAMILY, by_family.T, strict=True))
@@ -104,15 +110,19 @@ def totals(outputs: Outputs) -> dict[str, npt.NDArray[np.float64]]:
 def event_metrics(
     outputs: Outputs, families: Families, *, subject_ids: npt.ArrayLike, n_bootstrap: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics over all events of a split, each with a subject-level bootstrap interval.
+    """Return metrics over all target events of a split, each with a subject-level bootstrap interval.
 
-    Loss is the mean negative log likelihood of an event's token in nats, perplexity its exponential. An event counts for
-    top k if fewer than k other tokens are scored as high or higher. `time_loss` is that of the gap before the event given
-    its token, `value_loss` that of whether it has a value and which (normalised); the latter only where events carry values.
+    `loss` is the mean negative log likelihood of an event's token in nats, and `perplexity` its exponential. An event
+    counts as correct in the top k if fewer than k other tokens have the same or a higher score. `time_loss` is the mean
+    negative log likelihood of the gap before the event given its token. `value_loss` is that of the event's normalised
+    value, its presence included; it exists only if events carry values.
 
     Args:
-        outputs: (n, n_outputs), as `sum_by_sample` gives them.
-        subject_ids: (n,).
+        outputs: (n, n_outputs), as `sum_by_sample` returns them.
+        families: code families of the vocabulary.
+        subject_ids: (n,) subject of each sample.
+        n_bootstrap: number of bootstrap replicates; 0 = no intervals.
+        seed: seed of the bootstrap.
 
     Returns:
         Each of `EVENT_METRICS` -> {"value", "low", "high"}; "n" (samples), "n_events", "n_subjects", and "by_family"

@@ -1,4 +1,4 @@
-"""Pretraining of an encoder: events are blanked out and predicted from all the others."""
+"""Pretraining of an encoder by masked events: some events are masked and predicted from all the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from ehr_embed.tasks.next_event import NextEvent
 
 
 class MaskedEvent(NextEvent):
-    """As `NextEvent`, but a share of the timed events is blanked out and predicted from what stands on both sides
-    (Devlin et al. 2019, arXiv:1810.04805). A blank event keeps its place and time; its text and value are gone.
-    It has the vector of padding, which no model looks at elsewhere: zero, or learned where vectors are.
+    """Predicts masked events from the events on both sides (Devlin et al. 2019, arXiv:1810.04805).
+
+    A share of the timed events is masked. A masked event keeps its place and time but loses its text and value. It has
+    the vector of the padding token, which no model reads elsewhere: zero, or learned if the embedder's vectors are
+    learned. The loss and the metrics are those of `NextEvent`.
 
     Args:
-        mask_share: share of the timed events that is blanked out, in (0, 1).
-        options: those of `NextEvent`; `windows=packed` is for causal models only.
+        mask_share: share of the timed events that is masked, in (0, 1).
+        options: options of `NextEvent`; `windows=packed` is refused, because only causal models support it.
     """
 
     needs_causal = False
@@ -43,7 +45,7 @@ class MaskedEvent(NextEvent):
         return candidate_BT & (repeatable_draws(batch.sample, shape[1]) < self.mask_share)
 
     def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
-        """What the model takes: the batch with its targets blanked out, and what they were."""
+        """Return the model's inputs: the batch with masked targets, and the targets' tokens, gaps and values."""
         token_ids = batch.token_ids.masked_fill(is_target_BT, PADDING)
         values = None if batch.values is None else batch.values.masked_fill(is_target_BT, float("nan"))
         inputs = embedding.inputs(replace(batch, token_ids=token_ids, values=values))
@@ -54,14 +56,16 @@ class MaskedEvent(NextEvent):
 
 
 def repeatable_draws(sample_B: Tensor, n_events: int) -> Tensor:
-    """Numbers in [0, 1), (B, T), that depend on sample and place alone: evaluation blanks the same events in any batch.
+    """Return numbers in [0, 1), (B, T), that depend only on sample and place.
+
+    Evaluation therefore masks the same events of a sample in any batch.
 
     >>> draws = repeatable_draws(torch.arange(100), 100)
     >>> round(draws.mean().item(), 1), torch.equal(draws[7:8], repeatable_draws(torch.tensor([7]), 100))
     (0.5, True)
     """
     place_BT = sample_B[:, None] * 1_000_003 + torch.arange(n_events, device=sample_B.device)
-    # A multiplicative hash (Knuth, TAOCP 3, section 6.4), twice, so that neighbours get unrelated numbers.
+    # A multiplicative hash (Knuth, TAOCP 3, section 6.4) is applied twice, so that neighbours get unrelated numbers.
     for _ in range(2):
         place_BT = ((place_BT ^ (place_BT >> 15)) * 2_654_435_761) & 0xFFFF_FFFF
     return place_BT / 2**32

@@ -1,4 +1,4 @@
-"""Several yes-or-no labels at each prediction time."""
+"""Prediction of several yes-or-no labels at each prediction time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, che
 
 
 class Multilabel:
-    """Boolean label sets predicted together, where they share subjects and prediction times.
+    """Predicts several boolean label sets together, at the prediction times that all of them share.
 
     Args:
-        labels: names or paths of label sets; None = all of the dataset.
-        class_weights: None, "balanced" (negatives per positive in train), or for each label the weight of a positive, where
-            a negative has 1; both are scaled to a mean of 1 over train's samples, so that no label outweighs another.
-        monitor: metric on tuning, a mean over labels, that chooses the best checkpoint.
+        labels: names or paths of label sets; None = all label sets of the dataset.
+        class_weights: None, "balanced" (negatives per positive in train), or one number per label, the weight of a
+            positive relative to a negative. Both weights of a label are scaled to a mean of 1 over the samples of
+            train, so that no label outweighs another.
+        monitor: metric on tuning, averaged over labels, that chooses the best checkpoint.
     """
 
     def __init__(
@@ -95,20 +96,20 @@ class Multilabel:
         self.thresholds = np.full(self.num_classes, 0.5)
 
     def _fit_weights(self) -> Tensor | None:
-        """Return the weights of a negative and of a positive of each label, (2, L)."""
+        """Return the weights of a negative and of a positive sample of each label, (2, L)."""
         if self.class_weights is None:
             return None
         rate = np.asarray(np.nanmean(self.samples["train"].labels, axis=0, dtype=np.float64))
         if isinstance(self.class_weights, str):
             if self.class_weights != "balanced":
                 raise UserError(
-                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number a label."
+                    f"task.class_weights={self.class_weights}: expected null, balanced, or one number per label."
                 )
             return _of_mean_one(np.asarray((1 - rate) / rate), rate)
         if len(self.class_weights) != self.num_classes:
             raise UserError(
                 f"task.class_weights has {len(self.class_weights)} numbers for {self.num_classes} labels: "
-                f"{', '.join(self.label_names)}. Give one a label, in this order."
+                f"{', '.join(self.label_names)}. Give one weight per label, in this order."
             )
         return _of_mean_one(np.array(self.class_weights, np.float64), rate)
 
@@ -132,8 +133,10 @@ class Multilabel:
         return logits.detach().double().sigmoid()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighted binary cross-entropy of each label, (B, L), from logits and labels (B, L); 0 where a label is NaN,
-        unknown."""
+        """Return the weighted binary cross-entropy of each label, (B, L), from logits and labels (B, L).
+
+        A label of NaN is unknown and has a loss of 0.
+        """
         is_known_BL, known_BL = ~labels.isnan(), labels.nan_to_num()
         loss_BL = F.binary_cross_entropy_with_logits(logits.float(), known_BL, reduction="none") * is_known_BL
         if self._weights is None:
@@ -178,7 +181,11 @@ class Multilabel:
 
 
 def _of_mean_one(of_positive: npt.NDArray[np.float64], rate: npt.NDArray[np.float64]) -> Tensor:
-    """Return weights of negatives and positives, (2, L), of mean 1 over samples of which a share `rate` (L,) is positive.
+    """Return the weights of negatives and positives, (2, L), with a mean of 1 over the samples of each label.
+
+    Args:
+        of_positive: (L,) weight of a positive relative to a negative.
+        rate: (L,) share of the samples that are positive.
 
     >>> _of_mean_one(np.array([99.0]), np.array([0.01])).flatten().tolist()
     [0.5050504803657532, 50.0]
@@ -188,17 +195,19 @@ def _of_mean_one(of_positive: npt.NDArray[np.float64], rate: npt.NDArray[np.floa
 
 
 def join_labels(label_sets: list[LabelSet]) -> LabelSet:
-    """Join the rows that every label set has, one value column per set; say how many of each set have no partner.
+    """Join label sets on subject and prediction time, with one value column per set.
+
+    The number of rows of each set without a partner in every other set is logged.
 
     Raises:
-        UserError: (nearly) none of the rows of the smallest set are in all others.
+        UserError: (nearly) none of the rows of the smallest set are in all other sets.
     """
     keys = ["subject_id", "prediction_time"]
     frame = label_sets[0].frame.rename({"value": label_sets[0].name})
     for other in label_sets[1:]:
         frame = frame.join(other.frame.rename({"value": other.name}), on=keys, how="inner")
     sizes = ", ".join(f"{label_set.name}: {len(label_set.frame):,}" for label_set in label_sets)
-    # Sets may differ in size; what the smallest one loses, it loses to times or subjects that do not fit.
+    # A larger set loses rows anyway; only rows that the smallest set loses show that subjects or times do not match.
     for label_set in sorted(label_sets, key=lambda label_set: len(label_set.frame), reverse=True):
         is_smallest = len(label_set.frame) == min(len(other.frame) for other in label_sets)
         say_or_refuse(

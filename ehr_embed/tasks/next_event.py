@@ -1,4 +1,4 @@
-"""Pretraining: every event of a record is predicted from those before it."""
+"""Pretraining by next-event prediction: every event of a record is predicted from the events before it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from ehr_embed.tasks.protocol import Curves, Outputs, StepResult
 WINDOWS = ("random", "packed")
 EVALUATED_WINDOWS = ("last", "all")
 BASELINE_ROWS = 1024
-"""Rows gathered at once, of similar length."""
+"""Number of samples, of similar length, that are gathered at a time for the n-gram baselines."""
 
 
 class NextEvent:
     """Predicts the token of each event, the gap before it and its value from the events before it.
 
-    Static events are context, never targets. An event whose code train does not have is no target either: the vocabulary
-    has no token for it.
+    Static events are context and never targets. An event whose code does not occur in train is no target either,
+    because the vocabulary has no token for it.
 
-    The loss is a mean over the predicted events: of each the token's negative log likelihood, plus `time_weight` times the gap's,
-    plus `value_weight` times the value's (whether there is one, and its density where there is). All three are divided by the
-    number of predicted events, those without a value included.
+    The loss is a mean over the predicted events. Each event contributes the negative log likelihood of its token, plus
+    `time_weight` times that of its gap, plus `value_weight` times that of its value: of the presence of a value and, if
+    there is one, of its density. All three terms are divided by the number of predicted events, events without a value
+    included.
 
     Args:
-        windows: training windows, `random` (each record cut into windows from a random place) or `packed` (whole records,
-            several to a row).
-        evaluated_windows: `last` (one window a subject) or `all` of the record.
-        time_weight: weight of the loss of the gap before an event; 0 leaves it untrained.
-        value_weight: weight of the loss of an event's value, where the data carry values; 0 leaves it untrained.
+        windows: training windows, `random` (each record is cut into windows from a random place on) or `packed` (a row
+            holds several whole records).
+        evaluated_windows: windows that are evaluated, `last` (one window per subject) or `all` windows of the record.
+        time_weight: weight of the loss of the gap before an event; 0 = the gap is not trained.
+        value_weight: weight of the loss of an event's value, if the data carry values; 0 = the value is not trained.
         monitor: metric on tuning that chooses the best checkpoint.
     """
 
@@ -115,7 +116,7 @@ class NextEvent:
         return BatchDataset(events, window_samples(events, max_length=self._max_length, which="all", rng=rng))
 
     def fit_thresholds(self, outputs: Outputs) -> None:
-        """Nothing to choose."""
+        """Do nothing: this task has no decision thresholds."""
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         return event_metrics(
@@ -123,7 +124,7 @@ class NextEvent:
         )
 
     def baselines(self, split: str) -> dict[str, dict[str, float]]:
-        """Return loss, perplexity and top-k accuracy of unigram and bigram counts on the split's targets."""
+        """Return the loss, perplexity and top-k accuracy of unigram and bigram counts on the split's targets."""
         return self._ngrams.score(*count_distinct(self._target_pairs(split)))
 
     @cached_property
@@ -131,7 +132,10 @@ class NextEvent:
         return NgramCounts.of(self._store)
 
     def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
-        """One row a window: subject_id, prediction_time (of its last event), n_events, nll (sum), top1 ... (counts)."""
+        """Write one row per window: subject_id, prediction_time, n_events, nll (sum), and top1, ... (counts).
+
+        The prediction time of a window is the time of its last event.
+        """
         samples, sums = self.samples[split], totals(outputs)
         columns: dict[str, Any] = {
             "subject_id": samples.subject_ids,
@@ -147,7 +151,7 @@ class NextEvent:
         return {}
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
-        """Return the sum of the losses of the batch's predicted events, their number, and what `sum_by_sample` gives."""
+        """Return the sum of the losses of the predicted events, their number, and the outputs of `sum_by_sample`."""
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
         scores = model(inputs)
         if not isinstance(scores, EventScores):
@@ -158,11 +162,11 @@ class NextEvent:
         return StepResult(loss_sum, len(scores.nll), sum_by_sample(scores, inputs["targets"], self._families))
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
-        """Which events of a batch are predicted, (B, T) bool."""
+        """Return which events of a batch are predicted, (B, T) bool."""
         return batch.is_next & (batch.token_ids >= FIRST_TOKEN)
 
     def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
-        """What the model takes, with the targets of each place: what the event after it is."""
+        """Return the model's inputs, and as the targets of each place the token, gap and value of the next event."""
         inputs = embedding.inputs(batch)
         targets_BT = (batch.token_ids * is_target_BT).roll(-1, dims=1)
         following = {"targets": targets_BT, "target_gap_days": inputs["gap_days"].roll(-1, dims=1)}
@@ -171,7 +175,7 @@ class NextEvent:
         return inputs | following | {"table": embedding.table}
 
     def _target_pairs(self, split: str) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the targets of a split, each with the token before it, as `NgramCounts.pairs` has them."""
+        """Yield the targets of a split with the token before each, as numbers like those of `NgramCounts.pairs`."""
         dataset, n_tokens = self.dataset(split), len(self._families.of_token)
         for rows in np.array_split(np.argsort(dataset.lengths), -(-len(dataset) // BASELINE_ROWS)):
             batch = dataset[rows]

@@ -1,4 +1,4 @@
-"""Unigram and bigram counts as baselines for tasks that predict events: what a model must beat to have learned anything."""
+"""Unigram and bigram counts as baselines for tasks that predict events; a useful model must beat them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class NgramCounts:
     """Counts of tokens and of pairs of successive tokens in train.
 
     Attributes:
-        unigrams: (V,) int64, timed events of each token.
-        pairs: (P,) int64, ascending, the distinct pairs as `previous * V + following`.
-        counts: (P,) int64, how often each pair occurs.
+        unigrams: (V,) int64, number of timed events of each token.
+        pairs: (P,) int64, ascending, the distinct pairs as numbers `previous * V + following`.
+        counts: (P,) int64, number of times that each pair occurs.
     """
 
     unigrams: Integers
@@ -35,7 +35,10 @@ class NgramCounts:
 
     @classmethod
     def of(cls, store: EventStore) -> NgramCounts:
-        """Return the counts of a store's train split; they are kept in its folder, and only counted where they are missing."""
+        """Return the counts of a store's train split.
+
+        The counts are cached in the store's folder and computed only if they are missing.
+        """
 
         def count() -> dict[str, npt.NDArray[np.int64]]:
             found = cls.fit(store.split("train"), len(store.vocabulary))
@@ -45,9 +48,9 @@ class NgramCounts:
 
     @classmethod
     def fit(cls, events: SplitEvents, vocab_size: int, *, chunk_events: int = CHUNK_EVENTS) -> NgramCounts:
-        """Count the timed events of train, and each with the event before it in the same record.
+        """Count the tokens of the timed events, and their pairs with the previous event of the same record.
 
-        Memory is bounded by `chunk_events` and by the distinct pairs.
+        `chunk_events` and the number of distinct pairs bound the memory.
         """
         unigrams = np.zeros(vocab_size, np.int64)
         record_starts = events.offsets[:-1][np.diff(events.offsets) > 0]
@@ -62,21 +65,25 @@ class NgramCounts:
                 low, high = np.searchsorted(record_starts, [begin, end])
                 is_predicted[record_starts[low:high] - begin] = False
                 following = np.flatnonzero(is_predicted)
-                # The first chunk's first event begins a record, so there each event's predecessor stands one place earlier.
+                # In the first chunk, `previous` has no entry for the first event, so it is shifted by one place. That
+                # event begins a record and has no predecessor.
                 yield previous[following - (begin == 0)] * vocab_size + tokens[following]
 
         return cls(unigrams, *count_distinct(pairs()))
 
     @property
     def unigram_probabilities(self) -> Floats:
-        """(V,) with one added to each count (Laplace); padding and unknown have none."""
+        """Return token probabilities (V,) with Laplace smoothing, one added per count; special tokens have none."""
         smoothed = self.unigrams + 1.0
         smoothed[:FIRST_TOKEN] = 0
         return smoothed / smoothed.sum()
 
     def bigram_probabilities(self, previous: int) -> Floats:
-        """Return the probabilities (V,) of what follows a token: its counts, backed off to the unigrams by Witten and Bell's
-        estimate, in which a token with n successors of t kinds gives them t / (n + t) (IEEE Trans. Inf. Theory 1991;37:1085-1094).
+        """Return the probabilities (V,) of the token after `previous`.
+
+        They are bigram counts with Witten-Bell back-off to the unigrams.
+        A token with n successors of t kinds gives the unigrams a share of t / (n + t) of the probability (Witten and
+        Bell, IEEE Trans. Inf. Theory 1991;37:1085-1094).
         """
         n_tokens = len(self.unigrams)
         low, high = np.searchsorted(self.pairs, [previous * n_tokens, (previous + 1) * n_tokens])
@@ -88,13 +95,14 @@ class NgramCounts:
         return probabilities
 
     def score(self, pairs: Integers, counts: Integers) -> dict[str, dict[str, float]]:
-        """Return loss, perplexity and top-k accuracy of both baselines.
+        """Return the loss, perplexity and top-k accuracy of both baselines.
 
-        A tie counts against the target, as it does for a model.
+        A tie counts against the target, as in the evaluation of a model.
 
         Args:
-            pairs: (D,) ascending, the distinct pairs of a predicted event and the event before it, as in `pairs`.
-            counts: (D,) how often each is predicted.
+            pairs: (D,) ascending, the distinct pairs of a predicted event and the event before it, as in the attribute
+                `pairs`.
+            counts: (D,) number of times that each pair is predicted.
         """
         n_tokens, unigram = len(self.unigrams), self.unigram_probabilities
         ascending = np.sort(unigram)
@@ -116,7 +124,8 @@ class NgramCounts:
 def count_distinct(parts: Iterable[Integers]) -> tuple[Integers, Integers]:
     """Return the distinct numbers of all parts, ascending, and how often each occurs.
 
-    Parts of similar size are merged with each other, as in a merge sort, so that no number is moved more than log(parts) times.
+    Parts of similar size are merged with each other, as in a merge sort, so that each number moves at most log(parts)
+    times.
 
     >>> [found.tolist() for found in count_distinct([np.array([3, 1]), np.array([3]), np.array([2, 3])])]
     [[1, 2, 3], [1, 1, 3]]
@@ -133,7 +142,7 @@ def count_distinct(parts: Iterable[Integers]) -> tuple[Integers, Integers]:
 
 def _merged(one: tuple[Integers, Integers], other: tuple[Integers, Integers]) -> tuple[Integers, Integers]:
     numbers = np.concatenate([one[0], other[0]])
-    order = np.argsort(numbers, kind="stable")  # which merges the two ascending runs
+    order = np.argsort(numbers, kind="stable")  # a stable sort merges the two ascending runs in linear time
     numbers, counts = numbers[order], np.concatenate([one[1], other[1]])[order]
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
     return numbers[starts], np.add.reduceat(counts, starts) if len(starts) else counts
@@ -142,21 +151,22 @@ def _merged(one: tuple[Integers, Integers], other: tuple[Integers, Integers]) ->
 def _score_bigrams(
     asked: Integers, known: Integers, counts: Integers, unigram: Floats, ascending: Floats
 ) -> tuple[Floats, Integers]:
-    """Return negative log likelihood and rank of each pair `asked`, (D,), without a (V,) distribution per previous token.
+    """Return the negative log likelihood and rank of each pair in `asked`, (D,), without a (V,) distribution per token.
 
-    Of one previous token, all probabilities are the unigrams times one factor, but for its successors, which have more. So the
-    tokens that are as probable as the target are counted among the unigrams as they are sorted once, and then the
-    successors are moved from where their unigram puts them to where they are.
+    After a given token, every probability is the unigram probability times one factor, except that the token's
+    successors in train have more. The rank therefore comes from the unigram probabilities, which are sorted once: count
+    the tokens that are at least as probable as the target there, and correct the count for the successors.
 
     Args:
-        asked: ascending.
-        known, counts: the train pairs of these previous tokens, and possibly of tokens between them.
-        unigram, ascending: (V,) the unigrams' probabilities, as they are and sorted.
+        asked: (D,) ascending, pairs of a target and the token before it.
+        known, counts: pairs in train of these previous tokens, and possibly of tokens between them.
+        unigram, ascending: (V,) unigram probabilities in token order, and sorted.
     """
     n_tokens = len(unigram)
     low, high = (np.searchsorted(known, (asked // n_tokens + step) * n_tokens) for step in (0, 1))
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    # Without successors the unigrams are taken as they are: their factor is 1 / 1.
+    # For a token without successors `kinds` is 1, so that the factor kinds / total is 1 and the unigrams stay as they
+    # are.
     kinds = np.maximum(high - low, 1)
     total = ends[high] - ends[low] + kinds
     place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
@@ -184,7 +194,10 @@ def _score_bigrams(
 def _first_at_least(
     is_reached: Callable[[Integers, Integers], npt.NDArray[np.bool_]], low: Integers, high: Integers
 ) -> Integers:
-    """Return for each row the first place in [low, high) where `is_reached(place, row)`, which stays true from there on."""
+    """Return per row the first place in [low, high) where `is_reached(place, row)` is true, by binary search.
+
+    `is_reached` must stay true after that place; a row without such a place gets `high`.
+    """
     low, high = low.copy(), high.copy()
     while (rows := np.flatnonzero(low < high)).size:
         middle = (low[rows] + high[rows]) // 2
@@ -195,7 +208,7 @@ def _first_at_least(
 
 
 def _summary(nll: Floats, rank: Integers, counts: Integers) -> dict[str, float]:
-    """Return the means over events, `counts` of each (D,)."""
+    """Return the metrics of one baseline, means over pairs (D,) weighted by `counts`."""
     n = counts.sum()
     loss = float(nll @ counts / n)
     accuracy = {f"top{k}_accuracy": float(counts[rank < k].sum() / n) for k in TOP}

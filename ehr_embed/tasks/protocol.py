@@ -1,4 +1,4 @@
-"""What a task must offer: samples, loss, metrics, and what to monitor."""
+"""The interface of tasks: samples, loss, metrics and the monitored metric."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from ehr_embed.evaluation.metrics import values_of
 
 log = logging.getLogger(__name__)
 Outputs = npt.NDArray[np.float64]
-"""What a task keeps of each sample for evaluation: probabilities, or sums over its events."""
+"""Outputs per sample that a task evaluates, (n, n_outputs): probabilities, or sums over the sample's events."""
 Curves = dict[str, tuple[npt.NDArray[Any], Outputs]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a task makes of a batch; the trainer divides sums by counts, so that each event or sample weighs the same.
+    """The loss and outputs of a batch; the trainer divides sums by counts, so that all events or samples weigh equally.
 
     Attributes:
-        loss_sum: scalar, the sum of the losses of the batch's events (a task that predicts events) or samples; in training it
-            carries the gradient.
-        count: how many losses are summed in it. A number, or a scalar tensor on the batch's device where only the device
-            knows it: to read it back would make the host wait.
-        outputs: (B, n_outputs), what is kept of each sample for evaluation; carries no gradient.
+        loss_sum: scalar, the sum of the losses of the batch's events (for a task that predicts events) or samples; in
+            training it carries the gradient.
+        count: the number of losses in the sum. It may be a scalar tensor on the batch's device, so that the host does
+            not wait for the device.
+        outputs: (B, n_outputs), the outputs of each sample for evaluation; they carry no gradient.
     """
 
     loss_sum: Tensor
@@ -46,80 +46,83 @@ class StepResult:
 
 
 class Task(Protocol):
-    """Owns samples, targets, loss and metrics; knows no model."""
+    """A prediction problem: it owns samples, targets, loss and metrics, and knows no model."""
 
     metrics: Sequence[Metric]
-    """The metrics that `evaluate` gives, each with its direction; a class attribute, so that a search can ask without data."""
+    """Metrics that `evaluate` returns, with their directions; a class attribute that a search reads without data."""
 
     monitor: str
-    """Metric on tuning that chooses the best checkpoint, one of `metrics`."""
+    """Name of the metric on tuning that chooses the best checkpoint, one of `metrics`."""
 
     needs_causal: bool | None
-    """Whether the model must not see what comes after an event (True), must (False), or may be either (None)."""
+    """True = only causal models can do the task, False = only bidirectional models can, None = both can."""
 
     is_trained: bool
-    """Whether there is anything to fit; else a trained model is only evaluated."""
+    """Whether the task trains the model; otherwise a trained model is only evaluated."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a model must be built with to do the task, `num_classes` or `vocab_size`; known after `setup`."""
+        """Return the size with which a model must be built, `num_classes` or `vocab_size`; known after `setup`."""
         ...
 
     @property
     def class_names(self) -> list[str]:
-        """Classes or labels in the order of a model's outputs, empty where it predicts events; known after `setup`."""
+        """Return the classes or labels in the order of a model's outputs; known after `setup`.
+
+        The list is empty for a task that predicts events.
+        """
         ...
 
     @property
     def n_outputs(self) -> int:
-        """Numbers kept of each sample; known after `setup`."""
+        """Return the number of outputs per sample; known after `setup`."""
         ...
 
     @property
     def samples(self) -> dict[str, Samples]:
-        """Samples of each split as they are evaluated; known after `setup`."""
+        """Return the samples of each split as they are evaluated; known after `setup`."""
         ...
 
     @property
     def is_higher_better(self) -> bool:
-        """Direction of the monitored metric, as `metrics` declares it."""
+        """Return the direction of the monitored metric, as declared in `metrics`."""
         ...
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        """Read the labels, if any, and build the samples of all splits; called by `set_up` alone, which checks them."""
+        """Read the labels, if any, and build the samples of all splits; only `set_up` calls this method."""
         ...
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> EventDataset:
-        """Samples of a split; `rng` draws what is random about them in training, None for evaluation."""
+        """Return the dataset of a split; `rng` draws its random parts in training and is None in evaluation."""
         ...
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
-        """Return the sum of a batch's losses, what it is the sum of, and the batch's outputs."""
+        """Return the sum of a batch's losses, their number, and the outputs of its samples."""
         ...
 
     def fit_thresholds(self, outputs: Outputs) -> None:
-        """Choose decision thresholds from the outputs of tuning (n, n_outputs), in sample order."""
+        """Choose decision thresholds by the outputs of tuning, (n, n_outputs) in sample order."""
         ...
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
-        """All metrics of a split over all its samples at once, with intervals from `n_bootstrap` replicates."""
+        """Return all metrics of a split over all its samples, with intervals from `n_bootstrap` replicates."""
         ...
 
     def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
-        """Write one row a sample to a parquet file."""
+        """Write one row per sample to a parquet file."""
         ...
 
     def curves(self, outputs: dict[str, Outputs]) -> Curves:
-        """Binary labels and probabilities of each split for ROC, precision-recall and calibration plots; may be empty."""
+        """Return binary labels and probabilities per split for ROC, precision-recall and calibration plots, if any."""
         ...
 
 
 @runtime_checkable
 class WeighsSamples(Protocol):
-    """A task whose loss is the mean over samples of one class each, every sample's loss times its weight."""
+    """A task whose samples have one class each, and whose loss is the mean of the samples' weighted losses."""
 
     label_smoothing: float
-    """Share of probability spread over all classes."""
+    """Share of the target probability that is spread over all classes."""
 
     def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
         """Return the weight of each sample of a split in the loss, (n,); their mean over train is 1."""
@@ -128,7 +131,7 @@ class WeighsSamples(Protocol):
 
 @runtime_checkable
 class HasBaselines(Protocol):
-    """A task whose metrics stand beside those of something that needs no model."""
+    """A task that has baselines without a model, whose metrics are reported beside the model's."""
 
     def baselines(self, split: str) -> dict[str, dict[str, float]]:
         """Return the metrics of each baseline on a split; called once per run, by the process that writes the results."""
@@ -136,10 +139,10 @@ class HasBaselines(Protocol):
 
 
 def check_causality(task: Task, model: nn.Module) -> None:
-    """Refuse a model that would see what it is to predict, or that cannot see what the task shows it.
+    """Refuse a model that would see its targets, or that would not see the events on both sides of them.
 
     Raises:
-        UserError: the model's `is_causal` is not what the task needs.
+        UserError: the model's `is_causal` differs from the task's `needs_causal`.
     """
     is_causal = getattr(model, "is_causal", None)
     if task.needs_causal is None or is_causal == task.needs_causal:
@@ -157,16 +160,16 @@ def check_causality(task: Task, model: nn.Module) -> None:
 
 
 def tuning_values(task: Task, outputs: Outputs) -> dict[str, float]:
-    """Each metric of tuning from its outputs (n, n_outputs), by which decision thresholds are chosen first."""
+    """Choose decision thresholds by the outputs of tuning (n, n_outputs), and return the metrics of tuning."""
     task.fit_thresholds(outputs)
     return values_of(task.evaluate("tuning", outputs, n_bootstrap=0))
 
 
 def check_class_weights(weights: str | Sequence[float] | None) -> None:
-    """Refuse weights from which no mean can be taken.
+    """Refuse class weights that are not positive.
 
     Raises:
-        UserError: one is 0 or less.
+        UserError: a weight is 0 or less.
 
     >>> check_class_weights([1, 4]), check_class_weights("balanced")
     (None, None)
@@ -197,7 +200,7 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
 
 @cache
 def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
-    """Say once that a model's logits came in half precision."""
+    """Warn once per model class and number format that the logits are in half precision."""
     log.warning(
         "%s gives its logits in %s, of three digits or fewer: different samples get equal probabilities, and ranks are lost. "
         "Let the model's last layer be an ehr_embed.api.LogitLinear in place of a torch.nn.Linear, or type: "
@@ -208,7 +211,7 @@ def warn_of_rounded(model: str, dtype: torch.dtype) -> None:
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return a model's logits, with a warning where they were rounded to half precision."""
+    """Return a model's logits, and warn if they are rounded to half precision."""
     logits: Tensor = model(inputs)
     if logits.dtype in (torch.bfloat16, torch.float16):
         warn_of_rounded(type(getattr(model, "module", model)).__name__, logits.dtype)
@@ -216,5 +219,5 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def as_tensor(values: npt.ArrayLike) -> Tensor:
-    """Float32 tensor of class weights and the like."""
+    """Return numbers, such as class weights, as a float32 tensor."""
     return torch.as_tensor(np.asarray(values, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""The one way in which a task gets its samples: they are built, and then checked, whatever the task is."""
+"""Builds and checks the samples of a task; every task gets its samples through this module."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from ehr_embed.tasks.protocol import Task
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
-    """Let a task build the samples of all splits, and check them.
+    """Let a task build the samples of all splits, and check the samples.
 
-    Samples that reach past their prediction time are refused, and so are splits that see (nearly) nothing but static events.
-    Samples that a task draws anew for each epoch are checked as they enter a `BatchDataset` or `PackedDataset`.
+    A sample that holds events after its prediction time is refused, and so is a split whose samples hold (nearly) no
+    timed events. Samples that a task draws anew for each epoch are checked when they enter a `BatchDataset` or
+    `PackedDataset`.
 
     Args:
-        task: before `setup`.
-        store: events and vocabulary.
-        labels_dir: the source's label sets.
-        max_length: events a sample may have.
+        task: a task whose `setup` has not been called.
+        store: store of the events and the vocabulary.
+        labels_dir: folder of the source's label sets.
+        max_length: largest number of events per sample.
 
     Raises:
-        UserError: what the task, `check_boundary` or `say_unseen` refuses.
+        UserError: the task, `check_boundary` or `say_unseen` refuses the samples.
     """
     task.setup(store, labels_dir, max_length)
     for split, samples in task.samples.items():

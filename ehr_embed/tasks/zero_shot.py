@@ -1,4 +1,4 @@
-"""Risk without training: the share of a decoder's sampled futures in which an event of a set occurs."""
+"""Zero-shot risk: the share of a pretrained decoder's sampled futures in which an event of a set occurs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ WORRYING_CUT_SHARE = 0.1
 
 
 class ZeroShot(Classification):
-    """A boolean label set whose positives are subjects with an event of a set within a horizon, judged from futures.
+    """Estimates the risk of a boolean label from sampled futures, without training.
+
+    The label must mean that an event of a set occurs within a horizon after the prediction time. The risk is the share
+    of futures that hold such an event.
 
     Args:
-        codes, code_pattern, text_pattern: the event set, see `EventSet`.
-        definition: a YAML file with these keys instead.
-        n_samples: futures of each prediction time; a risk is a multiple of 1 / n_samples.
-        horizon_days: how far a future goes: the label's own horizon.
-        max_new_events: most events of a future.
-        temperature: of the token's distribution.
-        top_k, top_p: draw from the most probable tokens only.
+        codes, code_pattern, text_pattern: the event set; see `EventSet`.
+        definition: YAML file that holds these three keys instead.
+        n_samples: number of futures per prediction time; a risk is a multiple of 1 / n_samples.
+        horizon_days: length of a future, in days: the horizon of the label.
+        max_new_events: largest number of events per future.
+        temperature: temperature of the token's distribution.
+        top_k, top_p: restrict the draw to the most probable tokens; see `Sampling`.
         stop_codes: a future ends with the first of these codes.
-        sampling_seed: makes the futures repeatable.
-        options: labels and monitor of `Classification`.
+        sampling_seed: seed of the futures.
+        options: options of `Classification`, such as `labels` and `monitor`.
     """
 
     is_trained = False
@@ -102,9 +105,14 @@ class ZeroShot(Classification):
         self._sampling = replace(self._sampling, stop_tokens=self._stop.tokens(store.vocabulary))
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
-        """Return the probabilities' cross-entropy, with half a future added to either side; the outputs are the probabilities of
-        the classes and the share of futures cut short by `max_new_events`."""
-        # Seeded by its first sample, so that a batch gives the same futures whatever came before it.
+        """Return the cross-entropy of the risks, and as outputs the class probabilities and the share of cut futures.
+
+        A future is cut if it ends at `max_new_events`, before its horizon.
+
+        For the cross-entropy, half a future with the event and half a future without are added, so that no risk is 0 or
+        1.
+        """
+        # The seed depends on the batch's first sample, so that a batch gives the same futures whatever came before.
         generator = torch.Generator(batch.token_ids.device).manual_seed(self._seed * 1_000_003 + int(batch.sample[0]))
         futures = generate(model, embedding, batch, self._sampling, generator)
         occurs = torch.isin(futures.token_ids, self._tokens.to(futures.token_ids.device))
@@ -118,7 +126,10 @@ class ZeroShot(Classification):
         return StepResult(loss_B.sum(), len(loss_B), outputs)
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
-        """As `Classification`, with `cut_share`: futures that ended by their number of events, in which nothing more can occur."""
+        """Return the metrics of `Classification` and `cut_share`, the share of futures cut at `max_new_events`.
+
+        A future that is cut before its horizon may miss the event, so the risk is too low.
+        """
         cut_share = float(outputs[:, 2].mean())
         if cut_share > WORRYING_CUT_SHARE:
             log.warning(

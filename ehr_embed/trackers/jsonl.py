@@ -1,4 +1,4 @@
-"""The tracker that needs nothing: two files in the run directory."""
+"""The default tracker: record a run in two files of its folder, without an account or a network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
 
 
 class JsonlTracker:
-    """Writes `metrics.jsonl`, a line an epoch, and on leaving `summary.json`: state, tags, table digest, values.
+    """Tracker that writes `metrics.jsonl`, one line per epoch, and at the end `summary.json`: state, tags, digest, values.
 
     Args:
         run_dir: the run's folder.
-        config: not written: the experiment leaves it in `config.yaml`.
-        tags: the chosen config groups, `group=option`.
-        table_digest: of the embedding table the run read.
-        table_path: not written: the digest identifies the table.
+        config: ignored, since the experiment writes it to `config.yaml`.
+        tags: the chosen config groups, as `group=option`.
+        table_digest: digest of the embedding table that the run read.
+        table_path: ignored, since the digest identifies the table.
     """
 
     def __init__(
@@ -54,26 +54,28 @@ class JsonlTracker:
         try:
             write_json(self._run_dir / SUMMARY, facts | {"values": self._summary})
         except UserError:
-            if exc is None:  # else a full disk is said by what met it first
+            if exc is None:  # the run's own error, such as a full disk, must not be hidden by a second one
                 raise
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Append one line to `metrics.jsonl`; the first call removes the lines of later epochs that an earlier start wrote."""
         if not self._has_logged:
             self._forget_from(step)
             self._has_logged = True
         append_line(self._history, json.dumps({"epoch": step} | json_ready(metrics), allow_nan=False))
 
     def summarise(self, values: Mapping[str, Scalar]) -> None:
+        """Add values to those that `summary.json` will hold."""
         self._summary |= json_ready(values)
 
     def add_plots(self, paths: Sequence[Path]) -> None:
-        """Nothing to do: they are in the run directory already."""
+        """Do nothing: the plots are in the run's folder already."""
 
     def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
-        """Nothing to do: the store and predictions/ have them."""
+        """Do nothing: the event store and predictions/ hold the same records and predictions."""
 
     def _forget_from(self, epoch: int) -> None:
-        """Drop the rows an earlier run in this folder left from `epoch` on: a resumed run writes them again."""
+        """Remove the lines from `epoch` on that an earlier start of the run wrote: the resumed run writes them again."""
         if not self._history.exists():
             return
         with atomic_path(self._history) as temporary:
@@ -82,7 +84,7 @@ class JsonlTracker:
 
 
 def _epoch(line: str) -> float:
-    """A row's epoch; infinite for a line that a killed run left half-written."""
+    """Return the epoch of a line; infinity for a line that a killed run left half-written."""
     try:
         return float(json.loads(line)["epoch"])
     except (json.JSONDecodeError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What a run tells the outside world, and how a run ended."""
+"""Interface of trackers, which record the metrics of a run, and the names of the states in which a run can end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Scalar = float | int | str | None
 
 
 class Tracker(Protocol):
-    """Records one run, from entering the context to leaving it. Every member writes `<run_dir>/metrics.jsonl`.
+    """Context manager that records one run while it is open. Every tracker writes `<run_dir>/metrics.jsonl`.
 
-    The experiment builds each with the same five arguments: `run_dir`, `config`, `tags`, `table_digest` and
+    The experiment builds each tracker with the same five arguments: `run_dir`, `config`, `tags`, `table_digest` and
     `table_path` (the embedding table's file).
     """
 
@@ -28,20 +28,25 @@ class Tracker(Protocol):
     ) -> None: ...
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """One row of history; `step` is the epoch and rises from row to row."""
+        """Record the metrics of one epoch; `step` is the epoch and rises from call to call."""
 
     def summarise(self, values: Mapping[str, Scalar]) -> None:
-        """The values a run is compared by, such as `best/held_out/auroc`."""
+        """Record the values by which runs are compared, such as `best/held_out/auroc`."""
 
     def add_plots(self, paths: Sequence[Path]) -> None:
-        """PNG files, named by their stems."""
+        """Record PNG files under the stems of their names."""
 
     def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
-        """Records in text with their predictions; `make` is called only by a tracker that was asked to keep patient text."""
+        """Record the table of example records, with their texts and predictions, that `make` returns.
+
+        Call `make` only if the user asked this tracker to keep patient text.
+        """
 
 
 def state_of(exc_type: type[BaseException] | None) -> str:
-    """How a run ended: `finished`, `pruned` (its search gave it up), `stopped` (by a signal; it may go on) or `failed`.
+    """Return the state of a run that ended with this exception.
+
+    `pruned` = the search stopped the run, `stopped` = a signal did, and the run may be resumed.
 
     >>> state_of(None), state_of(optuna.TrialPruned), state_of(KeyboardInterrupt), state_of(ValueError)
     ('finished', 'pruned', 'stopped', 'failed')
@@ -54,7 +59,7 @@ def state_of(exc_type: type[BaseException] | None) -> str:
 
 
 def json_ready(values: Mapping[str, Any]) -> dict[str, Any]:
-    """NumPy and torch scalars as Python numbers; NaN and infinity, which JSON does not have, as None.
+    """Return values that JSON can hold: NumPy and torch scalars become Python numbers, NaN and infinity become None.
 
     >>> json_ready({"loss": float("nan"), "epoch": 3, "precision": "bf16-mixed"})
     {'loss': None, 'epoch': 3, 'precision': 'bf16-mixed'}

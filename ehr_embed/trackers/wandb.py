@@ -1,4 +1,4 @@
-"""Weights & Biases beside the JSONL files. A run never waits for a prompt and never dies for want of a network."""
+"""Weights & Biases in addition to the JSONL files. A run never waits for a prompt and never fails for lack of a network."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
 MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 30.0
-"""In the run's folder: which W&B run a later start in it goes on with."""
+"""Seconds to wait for the W&B server when a run starts, before the run goes on offline."""
 MAX_TAG_LENGTH = 64  # W&B refuses longer ones
 
 
 class WandbTracker:
-    """Sends config, history, summary and plots to W&B, and writes the files of `JsonlTracker`.
+    """Tracker that sends config, history, summary and plots to W&B, and writes the files of `JsonlTracker`.
 
-    Paths in the config leave as their last part and secrets not at all; neither code, git state, console output nor the
-    machine's description is sent, and no record, code or text of one unless `log_examples` asks for it. Without a network the run
-    is kept in `<run_dir>/wandb` for `wandb sync`.
+    Paths in the config are cut to their last part, and secrets are masked. Source code, git state, console output and the
+    description of the machine are not sent. Patient records, their codes and their texts are sent only if `log_examples` is
+    set. Without a network the run is kept in `<run_dir>/wandb` for `wandb sync`.
 
     Args:
         run_dir: the run's folder.
-        config: plain values; shown as the run's config, with `table_digest` added.
-        tags: the chosen config groups, `group=option`.
-        name: the run's name; None lets W&B choose.
-        run_id: the run's id, unique in the project; None lets W&B choose. In a folder with a run that was stopped, its id.
-        project: the W&B project.
+        config: the resolved configuration as plain values; W&B shows it with `table_digest` added.
+        tags: the chosen config groups, as `group=option`.
+        name: name of the run; None lets W&B choose.
+        run_id: id of the run, unique in the project; None lets W&B choose. A run that is resumed keeps the id in its folder.
+        project: W&B project.
         entity: user or team; None = the account's default.
-        group: runs shown together, such as a search's name.
-        job_type: what the run is, such as train.
-        mode: online, offline, disabled, or auto: `WANDB_MODE` if set, else online with a key and offline without.
-        table_digest: of the embedding table the run read.
+        group: name under which W&B shows several runs together, such as the name of a search.
+        job_type: kind of run, such as train.
+        mode: online, offline, disabled, or auto: `WANDB_MODE` if set, else online with an API key and offline without.
+        table_digest: digest of the embedding table that the run read.
         log_table: also store the embedding table as an artifact.
-        table_path: the table's file.
-        log_examples: also send a table of held-out records, in text, with their predictions.
+        table_path: file of the embedding table.
+        log_examples: also send a table of held-out records with their texts and predictions.
 
     Raises:
-        UserError: an unknown mode; `log_table` without `table_path`; on entering, mode=online without a key.
+        UserError: the mode is unknown, `log_table` is set without `table_path`, or, on entering, mode=online without an API key.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class WandbTracker:
     def __enter__(self) -> Self:
         self._jsonl.__enter__()
         self._run = self._start()
-        # Epochs, not W&B's own counter, are the x axis of every chart.
+        # Every chart has the epoch on its x axis instead of W&B's own step counter.
         self._run.define_metric("*", step_metric="epoch")
         if self._table_path is not None:
             table = wandb.Artifact("embedding_table", type="embeddings", metadata={"digest": self._table_digest})
-            # A table may be many gigabytes: neither staged nor cached a second time.
+            # A table may be many gigabytes, so W&B must not copy it into its staging area or its cache.
             table.add_file(str(self._table_path), policy="immutable", skip_cache=True)
             self._run.log_artifact(table)
         return self
@@ -113,37 +113,41 @@ class WandbTracker:
         self._jsonl.__exit__(exc_type, exc, traceback)
         state = state_of(exc_type)
         self._run.summary["state"] = state
-        if state in ("pruned", "failed"):  # a tag would stay on a run that goes on
+        if state in ("pruned", "failed"):  # a stopped run gets no tag, which would stay when the run is resumed
             self._run.tags = (*(self._run.tags or ()), state)
         self._run.finish(exit_code=int(state == "failed"))
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Record the metrics of one epoch in W&B and in `metrics.jsonl`."""
         self._jsonl.log(metrics, step=step)
-        # With a step W&B would hold the row back until the next one.
+        # Without commit=True, W&B would hold a row with a step back until the next row.
         self._run.log({"epoch": step, **json_ready(metrics)}, step=step, commit=True)
 
     def summarise(self, values: Mapping[str, Scalar]) -> None:
+        """Set values of the run's summary in W&B and in `summary.json`."""
         self._jsonl.summarise(values)
         self._run.summary.update(json_ready(values))
 
     def add_plots(self, paths: Sequence[Path]) -> None:
+        """Send PNG files as images under `plots/`."""
         self._jsonl.add_plots(paths)
         if paths:
             self._run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
 
     def add_examples(self, make: Callable[[], pd.DataFrame]) -> None:
+        """Send the table of example records if `log_examples` is set; the table contains patient text."""
         if self._log_examples:
             self.add_table("examples", make())
 
     def add_table(self, name: str, table: pd.DataFrame) -> None:
-        """A table of this run, such as the trials of a search; paths in it are cut as in the config."""
+        """Send a table, such as the trials of a search; paths and secrets are treated as in the config."""
         table = table.astype(object).where(table.notna(), None)
-        # A column's name is the key by which a secret is known.
+        # Secrets are recognised by their key, here the name of the column.
         table = table.apply(lambda column: [without_private({column.name: value})[column.name] for value in column])
         self._run.log({name: wandb.Table(dataframe=table)})
 
     def _start(self) -> wandb.Run:
-        """Online, else offline, else disabled; each step down is one warning."""
+        """Start the W&B run online, else offline, else disabled; each step down logs one warning."""
         mode: Mode = self._wanted_mode()
         if mode == "online":
             try:
@@ -186,7 +190,7 @@ class WandbTracker:
         arguments = dict(self._init_arguments)
         if path.exists():
             arguments["id"] = path.read_text(encoding="utf-8").strip()
-            # Offline there is nothing to ask: `wandb sync --append` joins the parts.
+            # Offline runs cannot be resumed; `wandb sync --append` joins their parts.
             arguments["resume"] = "allow" if mode == "online" else None
         run = wandb.init(**arguments, mode=mode, dir=str(self._run_dir), reinit="finish_previous", settings=_settings())
         if mode != "disabled":
@@ -198,10 +202,11 @@ class WandbTracker:
 
 
 def without_private(value: Any) -> Any:
-    """A copy in which paths are cut to their last part (folder names can tell user, site or patient) and secrets are masked.
+    """Return a copy in which paths are cut to their last part and secrets are masked.
 
-    Paths are what is absolute, begins with a dot, or is there; a model's name with a slash stays. Secrets are the values of keys
-    such as `token` and `api_key`, and what stands before the @ of a URL.
+    Folder names can reveal a user, site or patient. A text counts as a path if it is absolute, begins with `./`, `../` or `~`,
+    or contains a slash and exists; the name of a model with a slash stays. Secrets are the values of keys such as `token` and
+    `api_key`, and the user name and password of a URL.
 
     >>> without_private({"root": "/home/ann/mimic", "files": ["~/a.csv", "../ward_7/b.csv"], "model": "org/name"})
     {'root': 'mimic', 'files': ['a.csv', 'b.csv'], 'model': 'org/name'}
@@ -233,18 +238,18 @@ def without_private(value: Any) -> Any:
 def _is_there(value: str) -> bool:
     try:
         return "/" in value and Path(value).exists()
-    except (OSError, ValueError):  # too long, or with a null byte: no path
+    except (OSError, ValueError):  # a text that is too long or contains a null byte is no path
         return False
 
 
 def _has_key() -> bool:
-    """Whether W&B finds a key in the environment, its settings or netrc; never asks, sends nothing."""
+    """Return whether W&B finds an API key in the environment, its settings or netrc, without a prompt or a request."""
     try:
         return wandb.login(prompt=False, verify=False)
     except (wandb.Error, ValueError) as error:
         raise UserError(
             f"the W&B API key is not usable: {_first_line(error)}. "
-            "Type: wandb login --relogin, or tracker.mode=offline to do without"
+            "Type: wandb login --relogin, or tracker.mode=offline to run without a key"
         ) from error
 
 
@@ -257,7 +262,7 @@ def _settings() -> wandb.Settings:
         disable_code=True,
         save_code=False,
         disable_job_creation=True,
-        # No host or user name, hardware, command line, package list or load curves.
+        # Do not send the host or user name, hardware, command line, package list or load curves.
         host="",
         x_disable_meta=True,
         x_disable_machine_info=True,

@@ -1,4 +1,4 @@
-"""Fitting a model that takes its features as a table: what `Trainer.fit` does for it instead of epochs."""
+"""Fits a model that is fitted to a table of features; `Trainer.fit` calls this module in place of the gradient loop."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
 
 PROBED = 512
-"""Samples from which the size of the tables is estimated."""
+"""Number of samples from which the size of the tables is estimated."""
 FIT_CELL_BYTES = 3 * CELL_BYTES
-"""Of a table that is held and of what is made of it while a model is fitted."""
+"""Bytes per stored cell while a model is fitted: those of the table and of the copies that fitting makes of it."""
 GIB = 2**30
 
 
 def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
-    """Fit `model`, which is a `FitsAtOnce`, to the task's train samples; leaves the checkpoints and tells the log one epoch.
+    """Fit a `FitsAtOnce` model to the task's train samples, write its checkpoints, and log one epoch.
 
-    Train is read once for what the features are and once for the features, tuning once.
+    Train is read once to choose the features and once to compute them, and tuning once to compute them.
 
     Returns:
-        Facts of the run as `Trainer.fit` gives them; n_parameters is `n_fitted`, events_per_s train's events over all of
-        `seconds`.
+        The facts of the run that `Trainer.fit` returns; n_parameters is the model's `n_fitted`, and events_per_s is the
+        number of train's events divided by `seconds`.
 
     Raises:
-        UserError: something that only a model trained along gradients can do: a frozen body, learned token vectors, several
-            labels a sample, smoothed labels, several processes.
+        UserError: the settings ask for something that needs gradient steps: a frozen body, learned token vectors,
+            several labels per sample, smoothed labels, or several processes.
     """
     assert isinstance(model, FitsAtOnce)
     task = trainer.task
@@ -69,7 +69,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     row |= {"tuning/loss": losses["tuning"]}
     row |= {f"tuning/{name}": metric for name, metric in tuning_metrics.items()}
     progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
-    # There is no optimizer and no schedule, whose state readers of a checkpoint look for.
+    # Readers of a checkpoint expect the states of an optimizer and a schedule, and there are none here.
     write_latest(
         trainer.run_dir,
         model.state_dict(),
@@ -97,20 +97,23 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
         body_of(model)
     if any(parameter.requires_grad for parameter in embedding.parameters()):
         raise UserError(
-            f"embedder.trainable={embedding.trainable}: {name} reads the codes of events and not their vectors, which would "
-            "stay as they were. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs nothing"
+            f"embedder.trainable={embedding.trainable}: {name} reads the codes of events and not their vectors, so the "
+            "vectors would not be learned. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs "
+            "nothing"
         )
     if not isinstance(task, WeighsSamples):
         raise UserError(
-            f"{name} is fitted to one class a sample, and {type(task).__name__} has something else. Type: task=classification, "
-            "once for each label set"
+            f"{name} is fitted to one class a sample, and the samples of {type(task).__name__} have no single class. "
+            "Type: task=classification, once for each label set"
         )
     if task.label_smoothing:
         raise UserError(
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
         )
     if trainer.processes.size > 1:
-        raise UserError(f"{name} is fitted in one process, here are {trainer.processes.size}. Type: trainer.devices=1")
+        raise UserError(
+            f"{name} is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
+        )
 
 
 def _inputs(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
@@ -120,7 +123,7 @@ def _inputs(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator
 
 @torch.inference_mode()
 def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
-    """Features, labels and weights of a split in sample order."""
+    """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
     assert isinstance(task, WeighsSamples)
     labels: npt.NDArray[Any] = task.samples[split].labels
@@ -133,10 +136,10 @@ def _feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding,
 
 @torch.inference_mode()
 def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) -> None:
-    """Refuse tables that would not fit in memory, from what some samples of train fill.
+    """Refuse tables that would not fit in memory, by an estimate from some samples of train.
 
     Raises:
-        UserError: names the size and what makes it smaller.
+        UserError: the tables are too large; the message gives their size and the settings that make them smaller.
     """
     dataset = trainer.task.dataset("train")
     drawn = np.random.default_rng(trainer.seed).permutation(len(dataset))[:PROBED]
@@ -158,7 +161,7 @@ def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) 
 
 
 def _events(trainer: Trainer) -> tuple[int, int]:
-    """Events of train, without and with padding."""
+    """Return the number of events of train, without and with padding."""
     sampler = trainer._loader("train").sampler
     lengths = trainer.task.dataset("train").lengths
     return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())

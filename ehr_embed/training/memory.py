@@ -1,4 +1,4 @@
-"""The most memory that was in use, and what is free."""
+"""Measures the peak memory of this process and the memory that is free."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ KIB_A_MIB, BYTES_A_MIB = 2**10, 2**20
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory in use so far, MiB: of tensors on a GPU, else of this process, its libraries included.
+    """Return the peak memory so far, in MiB: that of tensors on a GPU, or that of this process with its libraries.
 
     >>> peak_memory_mib(torch.device("cpu")) > 100
     True
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / BYTES_A_MIB
-    # Where there is /proc, since getrusage there also counts what the process was before it started this program.
+    # /proc is preferred, because getrusage on Linux also counts the memory of the process before it started this
+    # program.
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / KIB_A_MIB
@@ -29,8 +30,9 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def available_memory() -> float | None:
-    """Return the bytes that this process could still take without swapping, of the machine and of its control group; None where
-    the system does not say.
+    """Return the bytes that this process can still take without swapping; None on a system that does not report them.
+
+    They are bounded by the free memory of the machine and by the limit of the process's control group.
 
     >>> (available_memory() or 1) > 0
     True

@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast and when, and which of them decay."""
+"""Groups the parameters by learning rate and weight decay, and builds the schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -24,19 +24,27 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float,
 ) -> list[dict[str, Any]]:
-    """Parameters with their learning rate and weight decay, the head's first.
+    """Return groups of parameters with their learning rate and weight decay, the head's first.
 
-    Matrices decay; biases, norms and single vectors keep their size. With `layer_decay` d the block that is n from the top
-    learns at d^n times the head's rate, and the input at that of a block below the first (Clark et al. 2020,
-    arXiv:2003.10555, appendix A).
+    Weight decay applies to matrices, and not to biases, norms and single vectors. With `layer_decay` d, the n-th block
+    from the top learns at d^n times the head's learning rate, and the input learns like one more block below the first
+    (Clark et al. 2020, arXiv:2003.10555, appendix A).
 
-    The embedding is part of the input and learns at its rate: an element of a vector of norm one is about 1/sqrt(E) large,
-    as is a weight of the projection that reads it, so a step changes both by the same share. An offset decays like a
-    matrix, towards the text's vector, which is where a token with few events should stay; a whole vector does not, since
-    towards zero it would forget its text.
+    The embedding is part of the input and has its learning rate. An element of a vector of norm one is about 1/sqrt(E),
+    as is a weight of the projection that reads the vector, so a step changes both by about the same share. With
+    `embedder.trainable=residual` the learned offset decays like a matrix, towards the vector of the text, where a token
+    with few events should stay. A token vector that is learned as a whole does not decay, because towards zero it would
+    lose the information of its text.
+
+    Args:
+        model: its parameters that require a gradient are grouped.
+        embedding: token vectors, which may be learned.
+        learning_rate: peak learning rate of the head.
+        weight_decay: weight decay of the parameters that decay.
+        layer_decay: factor per block, in (0, 1].
 
     Raises:
-        UserError: `layer_decay` below 1 for a model without blocks, or whose blocks are frozen.
+        UserError: `layer_decay` is below 1 and the model has no blocks that learn.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
@@ -49,9 +57,8 @@ def parameter_groups(
     for name, parameter in named:
         depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
         groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
-    for (
-        parameter
-    ) in embedding.parameters():  # a group of its own, which stays whole where the model is spread over processes
+    # The embedding is a group of its own, because it stays whole when the model is sharded over processes.
+    for parameter in embedding.parameters():
         if parameter.requires_grad:
             groups.setdefault((n_layers + 1, embedding.trainable == "residual", True), []).append(parameter)
     return [
@@ -74,11 +81,16 @@ def schedules(
     patience: int,
     is_higher_better: bool,
 ) -> tuple[Any, ReduceLROnPlateau | None]:
-    """A scheduler to step every step (warm-up, then cosine or constant), and one to step every epoch or None.
+    """Return a scheduler per step (warm-up, then cosine or constant), and a scheduler per epoch for plateau, else None.
 
     Args:
+        optimizer: optimizer whose learning rates are scheduled.
         name: one of `SCHEDULES`.
-        patience: epochs without improvement before plateau halves the rate.
+        warmup_steps: steps of linear warm-up.
+        total_steps: steps of the whole training, at whose end cosine reaches its minimum.
+        min_learning_rate: least learning rate of plateau and cosine.
+        patience: epochs without improvement after which plateau halves the learning rate.
+        is_higher_better: direction of the monitored metric, for plateau.
     """
     warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
     if name == "plateau":
@@ -91,7 +103,7 @@ def schedules(
 
 
 def _block(name: str) -> int:
-    """Number of the block a parameter belongs to, in this project's models and those of Hugging Face; -1 for none.
+    """Return the index of a parameter's block, in the models of this project and of Hugging Face; -1 for no block.
 
     >>> _block("body.blocks.3.mlp.0.weight"), _block("body.input.project.weight")
     (3, -1)

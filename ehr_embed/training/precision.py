@@ -1,4 +1,4 @@
-"""Numeric precision: where bfloat16 is worth it, and what must not be rounded to it."""
+"""Chooses the numeric precision of training, and keeps a model's inputs from being rounded to bfloat16."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
-    """`auto` becomes bf16-mixed where the hardware multiplies bfloat16 natively (CPUs with AVX512-BF16 or AMX too).
+    """Return the precision to use; `auto` is bf16-mixed on hardware that multiplies bfloat16 natively, else 32-true.
+
+    Such hardware includes CPUs with AVX512-BF16 or AMX.
 
     Raises:
-        UserError: not one of `PRECISIONS`.
+        UserError: `wanted` is not one of `PRECISIONS`.
     """
     if wanted not in PRECISIONS:
         raise unknown_name("trainer.precision", wanted, PRECISIONS)
@@ -29,13 +31,13 @@ def choose_precision(wanted: str, accelerator: str) -> str:
 
 
 def autocast_of_run(wanted: str, used: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which a model predicts on `device` as its run did when it was evaluated.
+    """Return the context in which a model predicts on `device` in the precision of its run's evaluation.
 
-    Where the run chose half precision by itself and this device is not fast at it, the model predicts in float32.
+    A run with `trainer.precision=auto` that used another precision than this device would choose predicts in float32.
 
     Args:
         wanted: the run's `trainer.precision`.
-        used: what that became; None = not known.
+        used: the precision that the run used; None = unknown.
 
     >>> type(autocast_of_run("auto", "32-true", torch.device("cpu"))).__name__
     'nullcontext'
@@ -51,10 +53,11 @@ def autocast_of_run(wanted: str, used: str | None, device: torch.device) -> Abst
 
 
 class Autocast(MixedPrecision):
-    """Mixed precision that leaves a model's inputs as they are.
+    """Mixed precision that leaves a model's inputs unchanged.
 
-    Fabric's own rounds every floating input of a bf16-mixed model to bfloat16, whose eight bits cannot tell 365 days from
-    366: times and values would be blurred in training, and sharp wherever the model is called without Fabric.
+    Fabric's plugin rounds every floating-point input of a bf16-mixed model to bfloat16, whose eight bits cannot
+    distinguish 365 days from 366. Times and values would be rounded in training, but not when the model is called
+    without Fabric.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -62,13 +65,13 @@ class Autocast(MixedPrecision):
 
 
 def precision_plugin(accelerator: str, precision: str) -> Autocast | None:
-    """What makes a Fabric compute in `precision` and rounds no input; None for 32-true. Neither argument is `auto`."""
+    """Return the plugin with which Fabric computes in `precision`, or None for 32-true; no argument may be `auto`."""
     if precision == "32-true":
         return None
     return Autocast(precision=precision, device="cpu" if accelerator == "cpu" else "cuda")  # type: ignore[arg-type]
 
 
 def _cpu_multiplies_bf16() -> bool:
-    # Private in torch, and absent from some versions; without it float32 is the safe answer.
+    # These functions are private in torch and absent from some versions; without them float32 is the safe choice.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check() for check in checks if check is not None)

@@ -1,6 +1,7 @@
-"""The processes of one run: started here or by torchrun or Slurm, and what they tell each other.
+"""Starts and connects the processes of one run, which are started here, by torchrun or by Slurm.
 
-Each builds the same model and reads the same store; of every group of batches each has its own. Rank 0 writes the files.
+Every process builds the same model and reads the same store, and trains on its own part of the batches. Rank 0 writes
+the files.
 """
 
 from __future__ import annotations
@@ -35,32 +36,32 @@ ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
 MAX_DEVICES, MAX_NODES = 1024, 65_536
 POLL_S = 0.5
 GRACE_S = 60.0
-"""From the first process that failed to the end of the others: time to close a tracker, or to wait in vain for the first."""
+"""Seconds between the failure of the first process and the end of the others, in which a tracker can be closed."""
 END_S = 5.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 TIMEOUT = timedelta(days=7)
-"""Longest wait on the host: rank 0 builds the store, embeds, evaluates and draws while the others wait."""
+"""Longest wait of a process for the others, which wait while rank 0 builds the store, embeds, evaluates and plots."""
 
 
 class Processes:
-    """What the processes of a run tell each other, over the network between hosts; with one process, itself.
+    """Exchanges values between the processes of a run, over the network between hosts; a single process keeps its own.
 
     Args:
-        fabric: launched.
+        fabric: a Fabric that was launched.
     """
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.rank, self.size = fabric, fabric.global_rank, fabric.world_size
-        # A group of its own, since a word through the GPUs' would wait for the work queued on them.
+        # A group of its own on the hosts, because a message through the GPUs' group would wait for their queued work.
         self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files."""
+        """Return whether this process is rank 0, which writes the files."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in their order."""
+        """Return the value of every rank, in the order of the ranks."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -68,14 +69,14 @@ class Processes:
         return values
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """Return the largest of the ranks' numbers."""
         if self._group is None:
             return number
         distributed.all_reduce(found := torch.tensor(number), op=distributed.ReduceOp.MAX, group=self._group)
         return int(found)
 
     def means(self, numbers: Sequence[float]) -> list[float]:
-        """The mean over the ranks of each number."""
+        """Return the mean of each number over the ranks."""
         if self._group is None:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
@@ -83,29 +84,29 @@ class Processes:
         return (found / self.size).tolist()
 
     def total(self, x: Tensor) -> Tensor:
-        """Return the sum over the ranks of a tensor on their devices, which may be overwritten; the host does not wait for it."""
+        """Return the sum of a tensor over the ranks, without making the host wait; `x` may be overwritten."""
         if self.size > 1:
             distributed.all_reduce(x)
         return x
 
     def share(self, model: nn.Module) -> None:
-        """Give every rank the weights and buffers of rank 0: what was fitted to vectors may differ between kinds of machines."""
+        """Give every rank the weights and buffers of rank 0, because a fit to vectors may differ between machines."""
         if self._group is not None:
             for x in (*model.parameters(), *model.buffers()):
                 distributed.broadcast(whole := x.detach().contiguous(), src=0, group=self._group)
                 x.detach().copy_(whole)
 
     def first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on this rank, called on rank 0 before the others, which find what it has made."""
+        """Call `function` on rank 0 and then on the others, which find the files that it made; return its result."""
         made: list[T] = []
         self.on_first(lambda: made.append(function()))
         return made[0] if made else function()
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on every rank.
+        """Call `function` on rank 0 and return its result on every rank.
 
         Raises:
-            Exception: on every rank, what `function` raised.
+            Exception: the error that `function` raised on rank 0, on every rank.
         """
         if self._group is None:
             return function()
@@ -113,7 +114,7 @@ class Processes:
         if self.is_first:
             try:
                 result = function()
-            except Exception as error:  # none may wait for an answer that will not come
+            except Exception as error:  # the other ranks must get an answer, or they would wait without end
                 failure = error
         sent = [result, None if failure is None else _portable(failure)]
         distributed.broadcast_object_list(sent, src=0, group=self._group)
@@ -123,26 +124,29 @@ class Processes:
 
 
 def launch(*, accelerator: str, precision: str, devices: int, nodes: int, strategy: str) -> Processes:
-    """Join this run's processes (of one, alone) and choose its devices; `trainer.*` in conf/ says what the words mean.
+    """Join the processes of this run and choose their devices.
 
     Args:
-        precision: not `auto`.
+        accelerator, devices, nodes, strategy: the keys of that name in conf/trainer/default.yaml.
+        precision: one of `PRECISIONS` except `auto`.
 
     Raises:
-        UserError: processes and devices that do not fit together.
+        UserError: the number of processes or GPUs does not match `devices` and `nodes`.
     """
     n = devices * nodes
     if (launched := n_launched()) > 1 and launched != n:
         raise UserError(
-            f"this is one of {launched} processes, but trainer.devices={devices} x trainer.nodes={nodes} is {n}: each would train "
-            "a run of its own in the same folder. Type both as torchrun or srun has them, or start one process"
+            f"this is one of {launched} processes, but trainer.devices={devices} x trainer.nodes={nodes} is {n}: each "
+            "process would train a run of its own in the same folder. Set both keys to the numbers given to torchrun "
+            "or srun, or start one process"
         )
     if n > 1 and launched == 1:
         raise UserError(
-            f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and this is one alone. On each node type: "
-            f"torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ..."
+            f"trainer.devices={devices} and trainer.nodes={nodes} need {n} processes, and only this one runs. "
+            f"On each node type: torchrun --nnodes={nodes} --nproc-per-node={devices} --rdzv-backend=c10d "
+            "--rdzv-endpoint=HOST:PORT train.py ..."
         )
-    if accelerator == "auto":  # Fabric's would take Apple's GPU, which has no float64
+    if accelerator == "auto":  # Fabric's own "auto" would take Apple's GPU, which has no float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator in ("cuda", "gpu") and (found := torch.cuda.device_count()) < devices:
         remedy = "Type: trainer.devices=FEWER, or trainer.accelerator=cpu; in a search n_jobs=1 leaves a trial all GPUs"
@@ -154,7 +158,7 @@ def launch(*, accelerator: str, precision: str, devices: int, nodes: int, strate
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     plugin = precision_plugin(accelerator, precision)
     plugins: list[Any] = [] if plugin is None else [plugin]
-    if n > 1:  # said, since Fabric would take an interactive step of Slurm's for a process alone
+    if n > 1:  # set here, because Fabric would take an interactive step of Slurm for a single process
         plugins.append(TorchElasticEnvironment() if is_torchrun() else SLURMEnvironment(auto_requeue=False))
     try:
         fabric = Fabric(
@@ -178,26 +182,27 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
         return "auto"
     if name == "fsdp":
         return FullyShardedStrategy(n_processes)
-    # A user's model may leave parameters unused in a batch, on one rank and not on another. Buffers are never learned.
+    # A user's model may leave parameters unused in a batch on some ranks. Buffers never change, so they are not
+    # broadcast.
     return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def run_ranks(function: Callable[[], T], n: int) -> T:
-    """Call `function` in `n` processes of this machine, in an environment as torchrun gives it.
+    """Call `function` in `n` processes on this machine, with the environment variables that torchrun sets.
 
-    A signal to this process reaches all of them. When one fails, the others are ended.
+    A signal to this process reaches all of them. When one process fails, the others are ended.
 
     Returns:
-        What rank 0 returned.
+        The result of rank 0.
 
     Raises:
-        Exception: what the first that failed raised.
-        UserError: one was killed.
+        Exception: the error of the first process that failed.
+        UserError: a process was killed.
     """
     context, port = get_context("spawn"), find_free_network_port()
     payload = cloudpickle.dumps(function)
     processes, results = [], {}
-    # DDP's advice on `find_unused_parameters`, in every process; read when torch is loaded there.
+    # This hides DDP's advice on `find_unused_parameters`; each process reads the variable when it loads torch.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with stop_requests(is_deferred=True) as stop:
         try:
@@ -214,7 +219,7 @@ def run_ranks(function: Callable[[], T], n: int) -> T:
 
 
 def _end(processes: list[Any]) -> None:
-    """SIGTERM to what still runs, so that trackers are closed, then SIGKILL."""
+    """End the processes that still run: with SIGTERM, so that trackers are closed, and then with SIGKILL."""
     for process in processes:
         if process.is_alive():
             process.terminate()
@@ -226,12 +231,12 @@ def _end(processes: list[Any]) -> None:
 
 
 def _wait(waiting: dict[Connection, int], processes: list[Any], stop: StopRequest) -> Any:
-    """Rank 0's result, once all have ended; raises what the first that failed raised."""
+    """Wait for all processes and return the result of rank 0, or raise the error of the first process that failed."""
     waiting, result, first_error, deadline, is_told = dict(waiting), None, None, float("inf"), False
     while waiting and time.monotonic() < deadline:
         if stop.name and not is_told:
             for process in processes:
-                process.terminate()  # a terminal's Ctrl-C has reached them already, and SIGTERM may come twice
+                process.terminate()  # harmless after a terminal's Ctrl-C, which has reached the processes already
             is_told = True
         for receive in connection.wait(list(waiting), timeout=POLL_S):
             rank = waiting.pop(cast("Connection", receive))
@@ -240,7 +245,7 @@ def _wait(waiting: dict[Connection, int], processes: list[Any], stop: StopReques
             except EOFError:
                 processes[rank].join()
                 value, error = None, _killed(rank, processes[rank].exitcode)
-                if stop.name:  # which came before Python listened there
+                if stop.name:  # the signal came before Python in the process could handle it
                     error = stopped_by(stop.name)
             if rank == 0:
                 result = value
@@ -264,7 +269,7 @@ def _killed(rank: int, code: int | None) -> UserError:
 
 
 def _rank(payload: bytes, rank: int, n: int, port: int, send: Connection) -> None:
-    """Body of a process of `run_ranks`."""
+    """Run as one process of `run_ranks`, and send the result or the error to its parent."""
     end_with_parent()
     os.environ.update(
         RANK=str(rank),
@@ -289,13 +294,13 @@ def _rank(payload: bytes, rank: int, n: int, port: int, send: Connection) -> Non
 
 
 def _portable(error: BaseException) -> BaseException:
-    """An error as another process can read it: with its traceback, unless it has a message for the user."""
+    """Return an error that another process can unpickle, with its traceback unless it is a message for the user."""
     if isinstance(error, UserError | Stopped):
         return error
     where = "".join(traceback.format_exception(error))
     try:
         cloudpickle.loads(cloudpickle.dumps(error))
-    except Exception:  # whatever a library's exception needs to be built again
+    except Exception:  # the exceptions of some libraries cannot be unpickled
         return RuntimeError(where)
     error.add_note(where)
     return error

@@ -1,4 +1,4 @@
-"""A profile of a few training steps: where the time goes."""
+"""Profiles a few training batches: shows which operations take the time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from ehr_embed.run_folder.layout import PROFILE
 
 log = logging.getLogger(__name__)
 SKIPPED, WARM_UP, PROFILED = 2, 1, 8
-"""Batches: the first ones allocate and compile."""
+"""Numbers of batches that are skipped, warm up the profiler, and are profiled; the first allocate and compile."""
 SHOWN = 10
 
 
 @contextmanager
 def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
-    """What is to be called after every batch. When on, `PROFILED` batches from the fourth on are profiled: a Chrome trace in
-    `run_dir/profile.json` (open it in https://ui.perfetto.dev) and a table of the operations that took longest.
+    """Yield a function that must be called after every batch.
+
+    If `is_on`, `PROFILED` batches from the fourth on are profiled. Profiling writes a Chrome trace to
+    `run_dir/profile.json`, which https://ui.perfetto.dev opens, and prints a table of the operations that took longest.
     """
     if not is_on:
         yield lambda: None
@@ -56,10 +58,14 @@ def profiler(run_dir: Path, *, is_on: bool) -> Iterator[Callable[[], None]]:
 
 
 def summary(found: Any, n_batches: int) -> str:
-    """The operations with the most time of their own, on the GPU if there is one: share, milliseconds a batch, calls a batch."""
+    """Format a table of the operations that took longest, on the GPU if there is one.
+
+    The columns are the share of the total time, milliseconds per batch and calls per batch, without the time of nested
+    operations.
+    """
     on_gpu = torch.cuda.is_available()
     times = [(x.self_device_time_total if on_gpu else x.self_cpu_time_total, x) for x in found.key_averages()]
-    # Spans such as the optimizer's have no time of their own on a CPU, and a device's would count their kernels twice.
+    # Spans such as the optimizer's contain other operations: on a GPU they would count the kernels twice.
     times = [(us, x) for us, x in times if not x.key.startswith(("ProfilerStep", "Optimizer."))]
     total = sum(us for us, _ in times) or 1.0
     top = sorted(times, key=lambda pair: -pair[0])[:SHOWN]

@@ -1,4 +1,4 @@
-"""The settings of the training loop, checked when they are built."""
+"""The settings of the training loop, which are checked when they are built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to train; conf/trainer/default.yaml says what each key means."""
+    """Settings of the training loop; conf/trainer/default.yaml explains each key.
+
+    Raises:
+        UserError: a setting is unknown or out of range.
+    """
 
     epochs: int = 50
     batch_size: int | None = 32
@@ -78,8 +82,8 @@ class TrainerSettings:
             raise unknown_name("trainer.strategy", self.strategy, STRATEGIES)
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise UserError(
-                "trainer.strategy=fsdp with trainer.precision=16-mixed: gradients that are spread cannot be scaled. "
-                "Type: trainer.precision=bf16-mixed"
+                "trainer.strategy=fsdp with trainer.precision=16-mixed: the gradient scaling of float16 does not work "
+                "with sharded gradients. Type: trainer.precision=bf16-mixed"
             )
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
@@ -91,7 +95,7 @@ class TrainerSettings:
 
     @property
     def batch_key(self) -> str:
-        """Return the key that bounds a batch."""
+        """Return the name of the setting that bounds the size of a batch."""
         return "trainer.batch_tokens" if self.batch_size is None else "trainer.batch_size"
 
     def launch(self) -> Processes:

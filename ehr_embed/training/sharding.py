@@ -1,7 +1,8 @@
-"""A model whose weights, gradients and optimizer state are spread over the processes (fully sharded data parallel).
+"""Fully sharded data parallel training: weights, gradients and optimizer state are sharded over the processes.
 
-`torch.distributed.fsdp.fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277): each process keeps a part of every tensor, a
-DTensor, and has the whole of a block while it computes with it. Checkpoints hold whole tensors, as those of one process do.
+The module uses `torch.distributed.fsdp.fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277). Each process keeps a
+part of every tensor, as a DTensor, and gathers a whole block only while it computes with the block. Checkpoints hold
+whole tensors, as those of a single process do.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch.utils._pytree import tree_map
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Shards every block of a model, and the rest of it as one.
+    """Shards each block of a model by itself, and the rest of the model as one unit.
 
     Args:
-        n_processes: over which to spread.
+        n_processes: number of processes over which the model is sharded.
     """
 
     def __init__(self, n_processes: int) -> None:
@@ -36,7 +37,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         norm_type: float | int = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """Clip by the norm over all gradients, spread or not: torch's own does not take both together."""
+        """Clip by the norm over all gradients, sharded or not; torch's function does not accept both kinds together."""
         self.precision.unscale_gradients(optimizer)
         parameters: list[Tensor] = [p for p in self.precision.main_params(optimizer) if p.grad is not None]
         spread, others = _divided(parameters)
@@ -52,7 +53,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def _divided(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that are spread, and the others."""
+    """Return the sharded tensors, and the others."""
     spread: list[Tensor] = []
     others: list[Tensor] = []
     for x in tensors:
@@ -61,7 +62,7 @@ def _divided(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Spread a model over `data_parallel`: each member of its module lists, innermost first, then what is left."""
+    """Shard a model over the mesh's `data_parallel`: each block by itself, innermost first, then the other parts."""
     data_parallel = mesh["data_parallel"]
     for block in blocks_of(model):
         fully_shard(block, mesh=data_parallel)
@@ -70,23 +71,26 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Members of a model's module lists, innermost first: what is repeated."""
+    """Return the blocks of a model, which are the members of its module lists, innermost first."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [block for blocks in reversed(lists) for block in blocks]
 
 
 def whole_tensor(x: Tensor) -> Tensor:
-    """The whole of a spread tensor, on every process (all must ask); another as it is."""
+    """Return the whole of a sharded tensor, or another tensor unchanged; all processes must call the function."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def own_part(x: Tensor) -> Tensor:
-    """Return this process's part of a spread tensor, which shares its memory; another tensor as it is."""
+    """Return this process's part of a sharded tensor, which shares its memory, or another tensor unchanged."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(tree: Any, *, is_kept: bool) -> Any:
-    """Nested state with every spread tensor whole, one after the other, on the CPU where `is_kept`; None elsewhere."""
+    """Return nested state with every sharded tensor gathered; all processes must call the function.
+
+    The tensors are gathered one after the other and moved to the CPU if `is_kept`; otherwise None takes their place.
+    """
 
     def gather(x: Any) -> Any:
         if not isinstance(x, DTensor):
@@ -98,17 +102,20 @@ def whole(tree: Any, *, is_kept: bool) -> Any:
 
 
 def spread_as(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, spread as `like` is; as it is where `like` is whole or of another shape."""
+    """Shard a tensor that every process has whole in the way `like` is sharded.
+
+    The tensor is returned unchanged if `like` is not sharded or has another shape.
+    """
     if not isinstance(like, DTensor) or like.shape != value.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors into a model that may be spread.
+    """Load a state dict of whole tensors into a model that may be sharded.
 
     Raises:
-        RuntimeError: names or shapes that are not the model's.
+        RuntimeError: names or shapes differ from the model's.
     """
     own = model.state_dict()
     model.load_state_dict(
@@ -118,10 +125,10 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors into an optimizer whose parameters may be spread.
+    """Load a state dict of whole tensors into an optimizer whose parameters may be sharded.
 
     Raises:
-        ValueError: groups of other sizes.
+        ValueError: the sizes of the parameter groups differ.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -1,4 +1,4 @@
-"""What training changes: written to checkpoints, and put back where a run continues."""
+"""The state that training changes: it is saved in checkpoints and restored when a run continues."""
 
 from __future__ import annotations
 
@@ -26,17 +26,23 @@ from ehr_embed.training.sharding import load_optimizer, load_weights, whole
 
 @dataclass
 class Progress:
-    """Where a training run stands; part of every checkpoint.
+    """Progress of a training run; part of every checkpoint.
+
+    The counts are those of one of `n_processes` processes, on average.
 
     Attributes:
-        epoch: the last one begun.
-        batch: its batches that were trained on; 0 = it is over.
-        step: optimizer steps of all epochs.
-        loss_sum, loss_count: of the epoch as far as it is: the sum of the losses, and how many events or samples they are of.
-        n_events, n_padded, n_pairs, seconds: likewise.
-        total_events, total_padded, total_pairs, total_seconds: of the epochs that are over.
-        n_processes: that these figures and `batch` are of one of, on average.
-        history: a row of metrics for each of those.
+        epoch: the epoch that was begun last.
+        batch: number of batches of this epoch that were trained on; 0 = the epoch is over.
+        step: number of optimizer steps in all epochs.
+        loss_sum, loss_count: sum of the losses in this epoch so far, and the number of events or samples in the sum.
+        n_events, n_padded, n_pairs, seconds: events, events with padding, pairs of events and seconds in this epoch so
+            far.
+        total_events, total_padded, total_pairs, total_seconds: the same numbers for all finished epochs.
+        best_value: best value of the monitored metric; None before the first evaluation.
+        best_epoch: epoch of the best value.
+        epochs_without_improvement: number of epochs since the best value.
+        history: one row of metrics per finished epoch.
+        n_processes: number of processes that train together.
     """
 
     epoch: int = 0
@@ -62,8 +68,8 @@ class Progress:
     def of(cls, saved: dict[str, Any]) -> Progress:
         """Return the progress that a checkpoint holds.
 
-        A checkpoint of an earlier version has the sum of its batches' mean losses and no count: then each batch of the epoch it
-        stopped in counts as one event or sample.
+        A checkpoint without a count holds the sum of its batches' mean losses; each batch then counts as one event or
+        sample.
 
         >>> Progress.of({"epoch": 3, "batch": 2, "loss_sum": 1.5}).loss
         0.75
@@ -72,22 +78,30 @@ class Progress:
 
     @property
     def loss(self) -> float:
-        """Return the mean loss of the epoch as far as it is; 0 where nothing was counted."""
+        """Return the mean loss of the epoch so far; 0 if nothing was counted."""
         return self.loss_sum / self.loss_count if self.loss_count else 0.0
 
     def count(self, batch: Batch) -> None:
-        """Add a batch to what the epoch has seen."""
+        """Add a batch to the counts of the epoch."""
         self.n_events += batch.n_events
         self.n_padded += batch.is_event.numel()
         self.n_pairs += batch.n_pairs
 
     def average(self, losses: Sequence[float], processes: Processes) -> None:
-        """Take the mean over the processes of what each has counted in this epoch; `losses` are its `loss_sum` and `loss_count`."""
+        """Replace the counts of this epoch by their means over the processes.
+
+        Args:
+            losses: `loss_sum` and `loss_count` of this process.
+            processes: processes that train together.
+        """
         counted = (*losses, self.n_events, self.n_padded, self.n_pairs)
         self.loss_sum, self.loss_count, self.n_events, self.n_padded, self.n_pairs = processes.means(counted)
 
     def spread(self, n: int) -> None:
-        """Count as one of `n` processes: a run goes on with another number of them near the batch where it was."""
+        """Convert the counts to those of one of `n` processes.
+
+        A run that continues with another number of processes thus starts near the batch at which it stopped.
+        """
         self.batch = math.ceil(self.batch * self.n_processes / n)
         counts = ("loss_sum", "loss_count", "n_events", "n_padded", "n_pairs")
         for name in (*counts, "total_events", "total_padded", "total_pairs"):
@@ -95,7 +109,7 @@ class Progress:
         self.n_processes = n
 
     def end_epoch(self, row: dict[str, Any], value: float, *, is_higher_better: bool) -> None:
-        """Add the epoch to the totals, and judge it by its monitored metric."""
+        """Add the epoch to the totals, and update the best epoch by `value`, the monitored metric."""
         self.total_events += self.n_events
         self.total_padded += self.n_padded
         self.total_pairs += self.n_pairs
@@ -112,12 +126,18 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that a step or an epoch changes.
+    """Everything that a step or an epoch changes, with methods to save and restore it.
 
     Attributes:
-        precision: Fabric's plugin, which has a state where it scales gradients.
-        about: what else a checkpoint says: configuration, identity, sizes, classes, digest of the samples.
-        processes: that train together; all must ask to save or restore, and rank 0 writes.
+        model: the model in training.
+        embedding: token vectors, which may be learned.
+        optimizer: the optimizer.
+        scheduler: learning-rate schedule that is stepped after every step.
+        plateau: learning-rate schedule that is stepped after every epoch, if there is one.
+        precision: Fabric's precision plugin, which has a state if it scales gradients.
+        about: other contents of a checkpoint: configuration, identity, sizes, classes and digest of the samples.
+        processes: processes that train together; all must call `save` and `restore`, and rank 0 writes.
+        progress: progress of the run.
     """
 
     model: nn.Module
@@ -134,7 +154,12 @@ class TrainingState:
         self.progress.n_processes = self.processes.size
 
     def save(self, run_dir: Path, rng: dict[str, Any] | None = None) -> None:
-        """Write `latest_checkpoint.pt`; `rng` where the generators have moved on since the state to be saved."""
+        """Write `latest_checkpoint.pt`.
+
+        Args:
+            run_dir: folder of the run.
+            rng: state of the random generators to save; None = their state now.
+        """
         is_first = self.processes.is_first
         weights, moments = (whole(x.state_dict(), is_kept=is_first) for x in (self.model, self.optimizer))
         rng, *others = self.processes.gather(rng or rng_state())
@@ -156,9 +181,10 @@ class TrainingState:
         write_latest(run_dir, weights, dict(vars(self.progress)), self.about | rest, rng)
 
     def keep(self, run_dir: Path, *, save_every: int) -> None:
-        """Keep the latest checkpoint, of an epoch that is over, as the best one or that epoch's, if it is.
+        """Link the latest checkpoint, that of a finished epoch, as the best one and as that of its epoch, if due.
 
-        After the latest is written, and again where a run continues: a kill may have come between the two.
+        The method is called after the latest checkpoint is written, and again when a run continues, because the process
+        may have been killed between the two.
         """
         epoch, names = self.progress.epoch, []
         if self.progress.best_epoch == epoch:
@@ -169,13 +195,13 @@ class TrainingState:
             link_file(run_dir / LATEST, run_dir / name)
 
     def restore(self, run: Continuation) -> dict[str, Any] | None:
-        """Take over everything of a checkpoint but the random generators.
+        """Restore everything in a checkpoint except the random generators.
 
         Returns:
-            State of this process's generators, for `set_rng_state`; None where another number of processes saved them.
+            The state of this process's generators, for `set_rng_state`; None if another number of processes saved them.
 
         Raises:
-            UserError: its weights or its optimizer are not of this model's shape.
+            UserError: the weights or the optimizer state do not fit this model.
         """
         saved = run.checkpoint
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
@@ -197,7 +223,7 @@ class TrainingState:
         schedules = saved["scheduler_state_dict"]
         if run.is_changed:
             monitors = [config.get("task", {}).get("monitor") for config in (saved["config"], self.about["config"])]
-            if monitors[0] != monitors[1]:  # values of two metrics cannot be compared
+            if monitors[0] != monitors[1]:  # values of different metrics cannot be compared
                 self.progress.best_value, self.progress.epochs_without_improvement = None, 0
                 schedules = {name: schedule for name, schedule in schedules.items() if name != "plateau"}
             self._schedule_anew(groups, saved["optimizer_state_dict"]["param_groups"], schedules)
@@ -208,7 +234,7 @@ class TrainingState:
         return own
 
     def _schedule_anew(self, groups: list[dict], saved_groups: list[dict], schedules: dict[str, Any]) -> None:
-        """Rates of the new settings, as if they had been the settings up to this step; halvings of a plateau stay."""
+        """Set the learning rates of the new settings at this step; reductions by the plateau schedule stay."""
         for group, own in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(own)
         with warnings.catch_warnings():
@@ -225,19 +251,22 @@ class TrainingState:
 
 
 def rng_state() -> dict[str, Any]:
-    """State of torch's generators; dropout and masks draw from no others, and the order of the batches from none."""
+    """Return the state of torch's random generators, from which dropout and masks draw.
+
+    The order of the batches depends on the seed and the epoch, and not on these generators.
+    """
     return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set torch's generators; on a machine with other GPUs, the CPU's alone."""
+    """Set the state of torch's random generators; with another number of GPUs, that of the CPU's generator alone."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def seed_of_rank(seed: int, rank: int) -> int:
-    """A seed for what a process draws by itself; of 32 bits, as torch's generator for CPUs leaves out the others.
+    """Return the seed of a process's own random numbers, of 32 bits because torch's generator for CPUs uses no more.
 
     >>> len({seed_of_rank(0, 1), seed_of_rank(0, 2), seed_of_rank(1, 1)})
     3

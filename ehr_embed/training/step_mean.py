@@ -1,4 +1,4 @@
-"""The gradient of a step as that of the mean loss over all events or samples the step saw, in whatever batches they came."""
+"""Scales the gradient of a step to that of the mean loss over all its events or samples, however they are batched."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ehr_embed.training.sharding import own_part
 class StepMean:
     """Turns sums of losses into the gradient of their mean over the batches of a step and over all processes.
 
-    How many events a batch predicts is known after its forward pass only, and the batches of a step may differ. So each sum is
-    divided by the count of the step's first batches (one per process), and `finish` multiplies the gradients by what that count
-    was of the whole. Dividing at once keeps the gradients of float16 in range; where a step has one batch per process the first
-    count is the whole, and the gradients stay as they are. Counts stay on the device, so no host waits for them.
+    The number of events that a batch predicts is known only after its forward pass, and differs between the batches of
+    a step. Each sum is therefore divided by the count of the step's first batches (one per process), and `finish`
+    multiplies the gradients by the ratio of that count to the whole count. The early division keeps float16 gradients
+    in range. If a step has one batch per process, the first count is the whole count and `finish` changes nothing.
+    Counts stay on the device, so the host does not wait for them.
 
     Args:
-        processes: that train together; each gets the mean of the others' gradients.
-        device: where the model is.
+        processes: processes that train together; their gradients are averaged.
+        device: device of the model.
     """
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
@@ -31,17 +32,18 @@ class StepMean:
         self._count = torch.zeros((), dtype=torch.float64, device=device)
 
     def loss(self, step: StepResult) -> Tensor:
-        """Return what to call `backward` on for a batch's sum."""
+        """Return the scaled loss of a batch, on which `backward` must be called."""
         if self._first is None:
             self._first = self._total(count_of(step, self.device))
         self._count = self._count + count_of(step, self.device)
         return step.loss_sum * (self.processes.size / self._first).to(step.loss_sum.dtype)
 
     def finish(self, parameters: Iterable[Tensor], *, n_batches: int) -> None:
-        """Make the gradients of `parameters`, averaged over the processes before, those of the step's mean.
+        """Scale the gradients of `parameters`, already averaged over the processes, to those of the step's mean loss.
 
         Args:
-            n_batches: of this process in the step.
+            parameters: parameters with gradients.
+            n_batches: number of batches of this process in the step.
         """
         assert self._first is not None
         if n_batches > 1:
@@ -52,7 +54,7 @@ class StepMean:
         self._first, self._count = None, torch.zeros_like(self._count)
 
     def _total(self, count: Tensor) -> Tensor:
-        """Return a count summed over the processes, 1 where nothing was counted."""
+        """Return a count summed over the processes, at least 1."""
         return self.processes.total(count.clone()).clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""The number of CPU threads of one training run: the same in all its processes and in all its starts."""
+"""Chooses the number of CPU threads of a training run, which is the same in all its processes and after each resume."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ehr_embed.training.settings import TrainerSettings
 log = logging.getLogger(__name__)
 RATE = "train/events_per_s"
 SLOW = 0.4
-"""Share of the first epoch's events per second below which an epoch is remarked on."""
+"""Share of the first epoch's events per second below which a slow epoch causes a warning."""
 
 
 def use_threads_of_run(settings: TrainerSettings, processes: Processes, kept: int | None) -> None:
-    """Choose the number of threads that every process of a run computes with, as `core.threads.choose` does.
+    """Set the number of threads of every process of a run, chosen by `core.threads.choose`.
 
-    On a GPU, `trainer.threads=auto` leaves torch's number as it is.
+    All processes must call this function; they agree on the least number that any of them chose. On a GPU,
+    `trainer.threads=auto` leaves torch's number unchanged.
 
     Args:
-        processes: all of them call this function; they agree on the least number that any of them chose.
-        kept: the number that the run's checkpoint has, None without a checkpoint.
+        settings: settings of the training loop.
+        processes: processes of the run.
+        kept: number of threads in the run's checkpoint; None without a checkpoint.
     """
     if processes.fabric.device.type != "cpu" and settings.threads == AUTO:
         return
@@ -42,8 +44,9 @@ class SlowEpochWarning:
     """Warns once when an epoch on a CPU runs far slower than the first one did.
 
     Args:
-        device: where the model is trained.
-        history: the rows of the epochs before, of earlier starts too.
+        device: device on which the model is trained.
+        history: rows of metrics of the earlier epochs, those before a resume included.
+        is_said: whether the warning was given.
     """
 
     device: torch.device
@@ -51,7 +54,7 @@ class SlowEpochWarning:
     is_said: bool = False
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Judge an epoch's row of metrics."""
+        """Check an epoch's row of metrics, and warn if the epoch was slow."""
         first = (self.history[0] if self.history else row).get(RATE)
         if self.is_said or self.device.type != "cpu" or not first or row[RATE] >= SLOW * first:
             return

@@ -1,4 +1,4 @@
-"""How fast training was, and what share of the hardware's arithmetic the model's own took."""
+"""Measures the speed of training, and the model FLOPs utilisation (mfu)."""
 
 from __future__ import annotations
 
@@ -38,26 +38,29 @@ PEAKS = {
     r"V100S-PCIE-32GB": (130e12, 16.4e12),
     r"MI300X": (1307.4e12, 163.4e12),
 }
-"""FLOP/s in 16 bits (matrix units, accumulated in float32, without sparsity) and in float32 (without TF32) by how the name
-that torch gives ends. Another end is another GPU: a `RTX 4090 Laptop GPU`, a part of an H100 (`MIG 1g.10gb`).
+"""Peak FLOP/s per GPU in 16 bits (matrix units, float32 accumulation, no sparsity) and in float32 (without TF32).
 
-The makers' documents, of which those from Ampere on count most matrix figures with sparsity, here halved: NVIDIA's data sheets
+A key is a regular expression for the end of the name that torch reports. A name with another end is another GPU, such
+as `RTX 4090 Laptop GPU`, or a part of an H100 (`MIG 1g.10gb`).
+
+The figures are from the makers' documents. From Ampere on these give most matrix figures with sparsity, which are
+halved here. The documents are NVIDIA's data sheets
 Blackwell (HGX B200, GB200 NVL72), H200 Tensor Core GPU, H100 Tensor Core GPU (editions with PCIe and with NVL), A100, A40,
 A10, RTX A6000, L40, L40S, L4, T4, V100; its whitepapers of the architectures GA102 (RTX 3090) and Ada (RTX 4090), appendix A;
-AMD's data sheet of the Instinct MI300X. Left out for want of such a figure: A10G, GH200, MI250.
+AMD's data sheet of the Instinct MI300X. A10G, GH200 and MI250 are missing because no such figure was found.
 """
 MATRIX, N_PRODUCTS = 1024, 5
 _WRONG_PEAKS: set[float] = set()
-"""Peaks that a warning has named."""
+"""Peaks about which a warning was given, so that each gets one warning."""
 
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Floating point operations of forward and backward pass.
+    """Floating-point operations of the forward and backward pass.
 
     Attributes:
-        per_event: of the matrices that every event passes.
-        per_pair: of attention, for two events of one sequence.
+        per_event: operations per event, in the matrix products that every event passes.
+        per_pair: operations of attention per pair of events of a sequence.
     """
 
     per_event: float
@@ -65,13 +68,16 @@ class TrainingFlops:
 
 
 def training_flops(model: nn.Module, n_tokens: int) -> TrainingFlops | None:
-    """6 N an event and 12 L D a pair (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); None for a model without a `Body`.
+    """Return the floating-point operations of training, or None for a model without a `Body`.
 
-    A lower bound: left out are the projection of event vectors, made once for many events, a pooled head, and the scores of
-    masked events. A causal model attends to half of the pairs. Where the body is frozen there is its forward pass alone.
+    With N weights, L blocks and width D there are 6 N operations per event and 12 L D per pair of events (Chowdhery et
+    al. 2022, arXiv:2204.02311, appendix B). A causal model attends to half of the pairs. A frozen body has its forward
+    pass alone. The result is a lower bound: it leaves out the projection of event vectors, which many events share, a
+    pooled head, and the scores of masked events.
 
     Args:
-        n_tokens: V, which a decoder that predicts events scores after every event.
+        model: the model that is trained.
+        n_tokens: size V of the vocabulary, whose tokens a decoder that predicts events scores after every event.
     """
     body, head = getattr(model, "body", None), getattr(model, "head", None)
     if not isinstance(body, Body):
@@ -88,10 +94,10 @@ def training_flops(model: nn.Module, n_tokens: int) -> TrainingFlops | None:
 def rates(
     n_events: float, n_padded: float, n_pairs: float, seconds: float, flops: TrainingFlops | None, peak: float | None
 ) -> dict[str, float]:
-    """Return events_per_s (without padding), tokens_per_s (with it), padding_share, and where both are known mfu: model FLOPs of
-    the events, without padding and recomputation, as a share of `peak` FLOP/s.
+    """Return events_per_s (without padding), tokens_per_s (with padding), padding_share, and mfu if it is known.
 
-    A share above 1 shows that the peak is wrong; then there is no mfu, and a warning says so once.
+    The mfu is the share of `peak` FLOP/s that the model's operations took, without padding and recomputation. A share
+    above 1 shows that the peak is wrong; then there is no mfu, and one warning per peak.
 
     >>> rates(80, 100, 0, 2.0, TrainingFlops(10.0, 1.0), 1000.0)
     {'events_per_s': 40.0, 'tokens_per_s': 50.0, 'padding_share': 0.19999999999999996, 'mfu': 0.4}
@@ -115,16 +121,20 @@ def _warn_of_peak(peak: float, mfu: float) -> None:
         return
     _WRONG_PEAKS.add(peak)
     log.warning(
-        "training took %.2f times the %.1e FLOP/s that count as this device's peak, so that peak is wrong and no mfu is given. "
-        "Of a CPU it is measured when training begins, and other work makes it come out low; of a GPU it is looked up by name",
+        "training reached %.2f times the %.1e FLOP/s that are assumed as this device's peak, so that peak is wrong and "
+        "no mfu is given. The peak of a CPU is measured when training begins, and other programs make it too low; the "
+        "peak of a GPU is looked up by its name",
         mfu,
         peak,
     )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that the device can reach in `precision`: of a GPU from `PEAKS` (None if it is not there), of a CPU as measured
-    once by products of square matrices with the threads that torch has."""
+    """Return the peak FLOP/s of the device in `precision`, or None if it is unknown.
+
+    The peak of a GPU is that of `PEAKS`. The peak of a CPU is measured once, by products of square matrices with
+    torch's number of threads.
+    """
     is_half = not precision.startswith("32")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -134,9 +144,44 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return _measured(torch.bfloat16 if is_half else torch.float32, torch.get_num_threads())
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Gives the `rates` of all processes together from the counts of one of them, on average.
+
+    Attributes:
+        flops: of the model, if they are known.
+        peak: FLOP/s that all devices together can reach, if they are known.
+        n_processes: that train together.
+    """
+
+    flops: TrainingFlops | None
+    peak: float | None
+    n_processes: int
+
+    @classmethod
+    def of(cls, model: nn.Module, *, n_tokens: int, device: torch.device, precision: str, n_processes: int) -> Speed:
+        """Return the speed of a model on devices of one kind; the peak of a CPU is measured here.
+
+        Args:
+            model: may be frozen in part, which needs fewer operations.
+            n_tokens: V, see `training_flops`.
+            device: of this process.
+            precision: not `auto`.
+            n_processes: each with a device of its own.
+        """
+        flops = training_flops(model, n_tokens)
+        peak = None if flops is None else peak_flops(device, precision)
+        return cls(flops, None if peak is None else n_processes * peak, n_processes)
+
+    def __call__(self, n_events: float, n_padded: float, n_pairs: float, seconds: float) -> dict[str, float]:
+        """Return the rates; see `rates`."""
+        n = self.n_processes
+        return rates(n * n_events, n * n_padded, n * n_pairs, seconds, self.flops, self.peak)
+
+
 @cache
 def _measured(dtype: torch.dtype, threads: int) -> float:
-    """The best of a few products: what else runs on the machine makes them slower, never faster."""
+    """Return the highest FLOP/s of a few matrix products, because other programs can only make a product slower."""
     x = torch.ones(MATRIX, MATRIX, dtype=dtype)
     best = float("inf")
     for _ in range(N_PRODUCTS):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
-from ehr_embed.data.batches import BucketSampler, batch_loader
+from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
 from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
@@ -23,18 +23,16 @@ from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
 from ehr_embed.training.memory import peak_memory_mib
-from ehr_embed.training.optimizer import parameter_groups, schedules
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.profiling import profiler
+from ehr_embed.training.set_up import Training, set_up_training
 from ehr_embed.training.settings import TrainerSettings
-from ehr_embed.training.sharding import blocks_of, load_weights
-from ehr_embed.training.state import Progress, TrainingState, rng_state, seed_of_rank, set_rng_state
+from ehr_embed.training.sharding import load_weights
+from ehr_embed.training.state import Progress, TrainingState, rng_state
 from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
-from ehr_embed.training.throughput import peak_flops, rates, training_flops
 
-__all__ = ["Trainer", "TrainerSettings"]
 PROGRESS_EVERY = 20
 """Steps between progress updates; each waits for the device."""
 
@@ -70,7 +68,7 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
         self.precision = choose_precision(settings.precision, settings.accelerator)
-        self.about = {
+        self.about: dict[str, Any] = {
             "config": config,
             "identity": identity,
             "sizes": sizes,
@@ -89,90 +87,53 @@ class Trainer:
             run: what to go on from; on a CPU the result is that of a run that was never stopped.
 
         Returns:
-            Facts of the run: epochs, steps (of the optimizer), best_epoch, seconds, those of `speed.rates`, history (a row an
-            epoch), and those of `facts`.
+            Facts of the run: epochs, steps (of the optimizer), best_epoch, seconds, those of `throughput.rates`, history (one row
+            of metrics per epoch), and those of `facts`.
 
         Raises:
             UserError: the loss became NaN or infinite, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
-        settings = self.settings
-        embedding.to(self.fabric.device)
-        if settings.freeze == "body":
-            body_of(model).requires_grad_(False)
-            embedding.requires_grad_(False)  # what the body reads is part of what it learned
-        if settings.compile:
-            if not (blocks := blocks_of(model)):
-                raise UserError(
-                    f"trainer.compile=true: {type(model).__name__} has no blocks to compile. Type: trainer.compile=false"
-                )
-            for block in blocks:  # alike, so that one compilation serves all
-                block.compile(dynamic=True)
-        self.processes.share(model)
-        # Before the optimizer: a model that is spread has new parameters.
-        wrapped = self.fabric.setup_module(model)
-        groups = parameter_groups(
+        training = set_up_training(
             model,
             embedding,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            layer_decay=settings.layer_decay,
+            run,
+            settings=self.settings,
+            processes=self.processes,
+            task=self.task,
+            seed=self.seed,
+            about=self.about,
+            n_batches=len(self._sampler(self._dataset("train", 1), 1, 0)),
         )
-        optimizer: Any = self.fabric.setup_optimizers(
-            torch.optim.AdamW(groups, fused=self.precision != "16-mixed")  # which clips outside
-        )
-        steps_per_epoch = -(-len(self._loader("train", 1).sampler) // settings.accumulate)
-        scheduler, plateau = schedules(
-            optimizer,
-            settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            total_steps=steps_per_epoch * settings.epochs,
-            min_learning_rate=settings.min_learning_rate,
-            patience=settings.scheduler_patience,
-            is_higher_better=self.task.is_higher_better,
-        )
-        scaling = self.fabric.strategy.precision
-        state = TrainingState(model, embedding, optimizer, scheduler, plateau, scaling, self.about, self.processes)
-        rng = None if run is None else state.restore(run)
-        if rng is None and self.processes.rank:  # else all ranks would drop and mask the same places
-            torch.manual_seed(seed_of_rank(self.seed, self.processes.rank))
-        progress = state.progress
-        speed = self._speed(model, embedding)
-        warn_if_slow = SlowEpochWarning(self.fabric.device, progress.history)
+        self._train_until_done(training)
+        self._reload_best(model, embedding)
+        progress = training.state.progress
+        return self.facts(model, embedding) | {
+            "n": len(self.task.dataset("train")),
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "best_epoch": progress.best_epoch,
+            "seconds": progress.total_seconds,
+            **training.speed(
+                progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds
+            ),
+            "history": progress.history,
+        }
 
-        profiled = profiler(self.run_dir, is_on=settings.profile and self.processes.is_first)
+    def _train_until_done(self, training: Training) -> None:
+        """Train and evaluate one epoch after another, until the last one or until patience is over."""
+        state = training.state
+        progress = state.progress
+        warn_if_slow = SlowEpochWarning(self.fabric.device, progress.history)
+        profiled = profiler(self.run_dir, is_on=self.settings.profile and self.processes.is_first)
         with stop_requests(is_deferred=True) as stop, profiled as after_batch:
             if progress.history and not progress.batch:
-                self._keep(state)  # a kill may have come before it
-            for row in progress.history:  # to whoever keeps them now, and may not have the last
+                self._keep(state)  # an earlier start may have been killed before it did so
+            for row in progress.history:  # a tracker that was killed may lack the last rows, and a new one lacks all
                 self.log(row, row["epoch"])
-            while progress.batch or (
-                progress.epoch < settings.epochs and progress.epochs_without_improvement < settings.patience
-            ):
-                loss = self._train_epoch(wrapped, state, stop, rng, after_batch)
-                rng = rng_state()
-                try:
-                    tuning_loss, outputs = self._predict(model, embedding, "tuning", stop)
-                except Stopped:
-                    state.save(self.run_dir, rng)
-                    self._leave_if_asked(stop, progress)
-                    raise
-                rng = None
-                tuning = tuning_values(self.task, outputs)
-                value = float(tuning[self.task.monitor])
-                if plateau is not None and progress.step >= settings.warmup_steps:
-                    plateau.step(value)
-                row = {
-                    "epoch": progress.epoch,
-                    "step": progress.step,
-                    "train/loss": loss,
-                    "train/learning_rate": optimizer.param_groups[0]["lr"],
-                    "tuning/loss": tuning_loss,
-                }
-                found = speed(progress.n_events, progress.n_padded, progress.n_pairs, progress.seconds)
-                found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
-                row |= {f"train/{name}": x for name, x in found.items()}
-                row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
+            while self._goes_on(progress):
+                loss = self._train_epoch(training, stop, after_batch)
+                row, value = self._evaluate_epoch(training, loss, stop)
                 progress.end_epoch(row, value, is_higher_better=self.task.is_higher_better)
                 state.save(self.run_dir)
                 self._keep(state)
@@ -180,36 +141,61 @@ class Trainer:
                 warn_if_slow(row)
                 self._leave_if_asked(stop, progress)
 
+    def _goes_on(self, progress: Progress) -> bool:
+        """Return whether an epoch is unfinished, or another one is to come."""
+        is_patient = progress.epochs_without_improvement < self.settings.patience
+        return bool(progress.batch) or (progress.epoch < self.settings.epochs and is_patient)
+
+    def _evaluate_epoch(self, training: Training, loss: float, stop: StopRequest) -> tuple[dict[str, Any], float]:
+        """Evaluate the epoch on tuning, and tell the plateau schedule.
+
+        Args:
+            training: after the epoch.
+            loss: its mean train loss per event or sample.
+            stop: a request to stop ends the evaluation at once; the next start does it again.
+
+        Returns:
+            The epoch's row of metrics, and its monitored metric.
+
+        Raises:
+            Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
+        """
+        state, progress = training.state, training.state.progress
+        rng = rng_state()
+        try:
+            tuning_loss, outputs = self._predict(state.model, state.embedding, "tuning", stop)
+        except Stopped:
+            state.save(self.run_dir, rng)
+            self._leave_if_asked(stop, progress)
+            raise
+        tuning = tuning_values(self.task, outputs)
+        value = float(tuning[self.task.monitor])
+        if state.plateau is not None and progress.step >= self.settings.warmup_steps:
+            state.plateau.step(value)
+        row = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "train/loss": loss,
+            "train/learning_rate": state.optimizer.param_groups[0]["lr"],
+            "tuning/loss": tuning_loss,
+        }
+        found = training.speed(progress.n_events, progress.n_padded, progress.n_pairs, progress.seconds)
+        found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
+        row |= {f"train/{name}": x for name, x in found.items()}
+        row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
+        return row, value
+
+    def _reload_best(self, model: nn.Module, embedding: EventEmbedding) -> None:
+        """Give model and embedding the weights of the best epoch."""
         self.fabric.barrier()
         # Mapped: the optimizer's state, twice the weights, is not read.
         best = torch.load(self.run_dir / BEST, map_location="cpu", weights_only=True, mmap=True)
         load_weights(model, best["model_state_dict"])
         embedding.load_state_dict(best.get("embedding_state_dict", {}))
-        return self.facts(model, embedding) | {
-            "n": len(self.task.dataset("train")),
-            "epochs": progress.epoch,
-            "steps": progress.step,
-            "best_epoch": progress.best_epoch,
-            "seconds": progress.total_seconds,
-            **speed(progress.total_events, progress.total_padded, progress.total_pairs, progress.total_seconds),
-            "history": progress.history,
-        }
-
-    def _speed(
-        self, model: nn.Module, embedding: EventEmbedding
-    ) -> Callable[[float, float, float, float], dict[str, float]]:
-        """`rates` of all processes together from what one has done on average."""
-        flops, n = training_flops(model, len(embedding.table)), self.processes.size
-        peak = None if flops is None else peak_flops(self.fabric.device, self.precision)
-
-        def speed(n_events: float, n_padded: float, n_pairs: float, seconds: float) -> dict[str, float]:
-            return rates(n * n_events, n * n_padded, n * n_pairs, seconds, flops, None if peak is None else n * peak)
-
-        return speed
 
     def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
-        """What can be said of a model that is not trained here: n_parameters, n_trained of them, peak_memory_mib so far (of the
-        GPU, else of this process), precision, and an empty history."""
+        """Return the facts of a model that is not trained here: n_parameters, how many of them are n_trained, peak_memory_mib so
+        far (of the GPU, else of this process), precision, and an empty history."""
         parameters = [*model.parameters(), *embedding.parameters()]
         return {
             "n_parameters": sum(p.numel() for p in parameters),
@@ -220,48 +206,44 @@ class Trainer:
         }
 
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
-        """The task's outputs of all samples of a split, in sample order."""
+        """Return the task's outputs (n, n_outputs) of all samples of a split, in sample order."""
         embedding.to(self.fabric.device)
         return self._predict(model.to(self.fabric.device), embedding, split)[1]
 
-    def _train_epoch(
-        self,
-        model: Any,
-        state: TrainingState,
-        stop: StopRequest,
-        rng: dict[str, Any] | None,
-        after_batch: Callable[[], None],
-    ) -> float:
-        """Train one more pass over train, or what is left of one that was begun; return its mean loss per event or sample.
+    def _train_epoch(self, training: Training, stop: StopRequest, after_batch: Callable[[], None]) -> float:
+        """Train one more pass over train, or the rest of a pass that an earlier start began.
 
         Args:
-            rng: state of the generators to go on with; None = as they are.
+            training: what is trained.
+            stop: a request to stop ends the epoch after the next step.
             after_batch: called after every batch.
+
+        Returns:
+            The mean loss per event or sample.
+
+        Raises:
+            UserError: a process would have no batch, or the loss became NaN or infinite.
+            Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
-        model.train()
-        settings, progress = self.settings, state.progress
+        settings, state, progress = self.settings, training.state, training.state.progress
+        training.wrapped.train()
         if settings.freeze == "body":
-            body_of(model.module).eval()
+            body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
         loader = self._loader("train", progress.epoch, progress.batch)
         first, n_batches = progress.batch, len(loader.sampler)
         if not n_batches:
             raise UserError(
                 f"an epoch has fewer batches than this run has processes ({self.processes.size}), so some would have none. "
-                f"Type: {self.settings.batch_key}=SMALLER, or trainer.devices=FEWER"
+                f"Type: {settings.batch_key}=SMALLER, or trainer.devices=FEWER"
             )
         device = self.fabric.device
-        # Of the losses and of their number; float64, as float32 stops counting at 2^24.
+        # The sum of the losses and their number; float64, as float32 stops counting at 2^24.
         losses = torch.tensor([progress.loss_sum, progress.loss_count], dtype=torch.float64, device=device)
-        step_mean, parameters = StepMean(self.processes, device), [*model.parameters(), *state.embedding.parameters()]
+        step_mean = StepMean(self.processes, device)
         began = time.perf_counter() - progress.seconds
-        if rng is not None and not first:
-            set_rng_state(rng)
-        batches = iter(loader)
-        if rng is not None and first:
-            set_rng_state(rng)  # the iterator has drawn a number, as it had before
         bar = tqdm(
-            batches,
+            training.begin(loader, is_new=not first),
             total=n_batches,
             initial=first,
             desc=f"epoch {progress.epoch}",
@@ -271,45 +253,64 @@ class Trainer:
         )
         for number, batch in enumerate(bar, first):
             progress.count(batch)
-            # The last group of an epoch may be smaller.
-            group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
-            steps = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
-            with self.fabric.no_backward_sync(model, enabled=not steps):
-                result = run_step(self.task, model, state.embedding, batch.to(device))
-                self.fabric.backward(step_mean.loss(result))
-            own = torch.stack([result.loss_sum.detach().double(), count_of(result, device)])
+            ends_step = (number + 1) % settings.accumulate == 0 or number + 1 == n_batches
+            own = self._backward(training, step_mean, batch, ends_step=ends_step)
             losses += own
             after_batch()
             if number % PROGRESS_EVERY == 0 and not bar.disable:
                 rate = progress.n_events / (time.perf_counter() - began)
                 mean_loss = float(own[0] / own[1].clamp(min=1))
                 bar.set_postfix(loss=f"{mean_loss:.4f}", events_per_s=f"{rate:,.0f}")
-            if not steps:
+            if not ends_step:
                 continue
-            self._synchronise(state.embedding)
-            step_mean.finish(parameters, n_batches=group)
-            if settings.clip_norm > 0:
-                self.fabric.clip_gradients(
-                    model, state.optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False
-                )
-            state.optimizer.step()
-            state.scheduler.step()
-            state.optimizer.zero_grad()
-            progress.step += 1
+            # The last group of an epoch may be smaller.
+            group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
+            self._step(training, step_mean, n_batches=group)
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
             asked = self._asked(stop)
             if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
                 progress.average(losses.tolist(), self.processes)
-                self._finite(progress)
+                self._refuse_infinite(progress)
                 losses[0], losses[1] = progress.loss_sum, progress.loss_count
             if asked or is_due:
                 state.save(self.run_dir)
                 self._leave_if_asked(stop, progress)
         return progress.loss
 
+    def _backward(self, training: Training, step_mean: StepMean, batch: Batch, *, ends_step: bool) -> Tensor:
+        """Add the gradients of one batch.
+
+        Args:
+            training: what is trained.
+            step_mean: divides the batch's sum.
+            batch: on any device.
+            ends_step: whether this is the step's last batch; the processes share their gradients then.
+
+        Returns:
+            (2,) float64, the batch's sum of losses and their number.
+        """
+        with self.fabric.no_backward_sync(training.wrapped, enabled=not ends_step):
+            result = run_step(self.task, training.wrapped, training.state.embedding, batch.to(self.fabric.device))
+            self.fabric.backward(step_mean.loss(result))
+        return torch.stack([result.loss_sum.detach().double(), count_of(result, self.fabric.device)])
+
+    def _step(self, training: Training, step_mean: StepMean, *, n_batches: int) -> None:
+        """Change the weights by the mean gradient of the last `n_batches` batches, and advance the schedule."""
+        state = training.state
+        self._synchronise(state.embedding)
+        step_mean.finish(training.parameters, n_batches=n_batches)
+        if self.settings.clip_norm > 0:
+            self.fabric.clip_gradients(
+                training.wrapped, state.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
+            )
+        state.optimizer.step()
+        state.scheduler.step()
+        state.optimizer.zero_grad()
+        state.progress.step += 1
+
     @staticmethod
-    def _finite(progress: Progress) -> None:
+    def _refuse_infinite(progress: Progress) -> None:
         """Refuse a loss from which nothing can be learned; no checkpoint holds such weights."""
         if not np.isfinite(progress.loss_sum):
             raise UserError(
@@ -318,11 +319,12 @@ class Trainer:
             )
 
     def _asked(self, stop: StopRequest) -> str | None:
-        """The signal by which any process was asked to stop: they do so together, since each waits for the others."""
+        """Return the signal that asked any process to stop: all stop together, since each waits for the others."""
         number = self.processes.largest(0 if stop.name is None else signal.Signals[stop.name])
         return signal.Signals(number).name if number else None
 
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
+        """Raise `Stopped` if a signal asked any process to stop; the caller has saved the state."""
         if name := self._asked(stop):
             raise Stopped(
                 f"stopped by {name} in epoch {progress.epoch}, step {progress.step}, and saved in {self.run_dir}; "
@@ -368,27 +370,35 @@ class Trainer:
         return reduced
 
     def _loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
-        """Batches of a split: in random order in an epoch of training, from its `first`, else in order of length."""
-        settings = self.settings
-        dataset = self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
+        """Return the batches of a split: of a training epoch in random order from batch `first` on, else in order of length."""
+        dataset = self._dataset(split, epoch)
+        return batch_loader(
+            dataset,
+            self._sampler(dataset, epoch, first),
+            num_workers=self.settings.num_workers,
+            device=self.fabric.device,
+            data_device=self.settings.data_device,
+        )
+
+    def _dataset(self, split: str, epoch: int | None) -> EventDataset:
+        """Return the samples of a split; of a training epoch with what the task draws for that epoch."""
+        return self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
+
+    def _sampler(self, dataset: EventDataset, epoch: int | None, first: int) -> BucketSampler:
+        """Return the rows of each batch of this process; `epoch` and `first` are those of `_loader`."""
         sampler = BucketSampler(
             dataset.lengths,
-            batch_size=settings.batch_size,
-            batch_tokens=settings.batch_tokens,
+            batch_size=self.settings.batch_size,
+            batch_tokens=self.settings.batch_tokens,
             shuffle=epoch is not None,
             seed=self.seed,
             rank=self.processes.rank,
             world_size=self.processes.size,
         )
         sampler.set_epoch(epoch or 0, first)
-        return batch_loader(
-            dataset,
-            sampler,
-            num_workers=settings.num_workers,
-            device=self.fabric.device,
-            data_device=settings.data_device,
-        )
+        return sampler
 
     def _keep(self, state: TrainingState) -> None:
+        """Keep the latest checkpoint as the best one or as that of its epoch, where it is due."""
         if self.processes.is_first:
             state.keep(self.run_dir, save_every=self.settings.save_every)

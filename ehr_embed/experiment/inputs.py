@@ -1,0 +1,95 @@
+"""Open what a configuration names: its source, its event store and its embedding table. `embed` and `convert` stop there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ehr_embed.config.check import checks_config
+from ehr_embed.config.instantiate import builder, instantiate_embedder
+from ehr_embed.core.stopping import stop_requests
+from ehr_embed.core.threads import AUTO, use_threads
+from ehr_embed.data.labels import available_labels
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.prepare import Prepared, prepare, report
+from ehr_embed.exports.protocol import Export
+from ehr_embed.inference.trained_run import device_named
+from ehr_embed.sources.hidden_codes import HiddenCodes
+from ehr_embed.sources.protocol import Source
+from ehr_embed.sources.renamed import RenamedSource
+
+
+def open_source(cfg: DictConfig) -> Source:
+    """Return the source of a configuration, with codes hidden from train and renamed where the configuration asks for it."""
+    source: Source = builder(cfg)(cfg.data.source)
+    if cfg.data.hidden_codes:
+        source = HiddenCodes(source, share=cfg.data.hidden_codes, seed=cfg.data.hidden_seed)
+    if cfg.data.renamed is not None:
+        source = RenamedSource(source, table=cfg.data.renamed, missing=cfg.data.renamed_missing)
+    return source
+
+
+def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
+    """Return the source of a configuration with its store and table, and build of these what is missing.
+
+    Args:
+        cfg: the whole configuration.
+        overwrite: whether to build the store and the table again where they are there.
+
+    Raises:
+        UserError: anything that the source, the embedder, the store or the table refuses.
+    """
+    source = open_source(cfg)
+    settings = VocabularySettings(
+        values=cfg.data["values"],
+        n_bins=cfg.data.n_bins,
+        min_count=cfg.data.min_count,
+        lookups=tuple(cfg.data.lookups),
+        describe_unseen=cfg.data.describe_unseen,
+    )
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
+    try:
+        prepared = prepare(
+            source,
+            settings,
+            embedder,
+            cache_dir=Path(cfg.cache_dir),
+            min_text_coverage=cfg.data.min_text_coverage,
+            overwrite=overwrite,
+            integrity=cfg.get("integrity", "auto"),  # configurations of earlier versions do not have this key
+        )
+    finally:
+        embedder.close()
+    return source, prepared
+
+
+@stop_requests(is_deferred=False)
+@checks_config
+def embed(cfg: DictConfig) -> None:
+    """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
+    build = builder(cfg)
+    export: Export | None = build(cfg.export) if cfg.get("export") else None
+    if export is not None:
+        export.check()  # before the embedding, which may take hours
+    threads = OmegaConf.select(
+        cfg, "trainer.threads", default=AUTO
+    )  # configurations of earlier versions do not have this key
+    use_threads(threads, key="trainer.threads", device=device_named("auto").type)
+    source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
+    report(prepared.store, cfg.data.min_text_coverage)
+    n_tokens, width = prepared.table.shape
+    print(
+        f"store {prepared.store.folder}\ntable {prepared.table_path} ({n_tokens} x {width}, digest {prepared.table_digest})"
+    )
+    if export is not None:
+        export.write(prepared, build(cfg.task), source.labels_dir)
+
+
+@stop_requests(is_deferred=False)
+@checks_config
+def convert(cfg: DictConfig) -> None:
+    """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
+    source: Source = builder(cfg)(cfg.data.source)
+    labels = ", ".join(available_labels(source.labels_dir))
+    print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")

@@ -1,0 +1,100 @@
+"""What a run folder says of where its numbers come from: configuration, environment, and digests of what the run read."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ehr_embed import __version__
+from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
+from ehr_embed.core.moved import renamed
+from ehr_embed.embedding.prepare import Prepared
+from ehr_embed.run_folder.checkpoints import checkpoint_path
+from ehr_embed.run_folder.layout import CONFIG, ENVIRONMENT, LOOKUPS, TABLE, VOCABULARY
+from ehr_embed.sources.code_texts import read_lookups
+
+PACKAGES = (
+    "torch",
+    "lightning-fabric",
+    "sentence-transformers",
+    "transformers",
+    "polars",
+    "numpy",
+    "hydra-core",
+    "wandb",
+)
+CONFIG_HEADER = """# The resolved configuration of one run. To run it again:
+#
+#   python train.py --config-path {run_dir} --config-name config run_dir=DIR
+"""
+
+
+def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Return the configuration as plain values, with the part of Hydra's own configuration that a repetition needs."""
+    config = renamed(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(config, dict)
+    defaults = ["_self_", {"override hydra/job_logging": "stdout"}]
+    hydra = {"run": {"dir": "."}, "output_subdir": None}
+    return {"defaults": defaults, **config, "run_dir": str(run_dir), "hydra": hydra}
+
+
+def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
+    """Write what a run starts from: its configuration, versions and hardware, the vocabulary and the embedding table.
+
+    Args:
+        run_dir: the run's folder.
+        config: what `resolved` returned; `run_folder.finish.read_config` reads the file.
+        prepared: the store and the table.
+    """
+    with atomic_path(run_dir / CONFIG) as path:
+        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
+    write_json(run_dir / ENVIRONMENT, environment())
+    vocabulary = prepared.store.vocabulary
+    vocabulary.save(run_dir / VOCABULARY)
+    link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if paths := vocabulary.settings.lookups:  # the new codes of a later dataset need them too
+        with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
+            read_lookups(paths).write_csv(path)
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions of the packages that numbers depend on, and the hardware."""
+    return {
+        "ehr_embed": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def made_from(prepared: Prepared, *, init_from: str | Path | None, samples_digest: str) -> dict[str, Any]:
+    """Return what a run's manifest says that the run was made from.
+
+    Args:
+        prepared: the store and the table.
+        init_from: the run or checkpoint that the weights came from; None where this start took none.
+        samples_digest: digest of the samples of all splits, with their labels.
+    """
+    store = prepared.store
+    found = {"source": store.manifest["source"], "table_digest": prepared.table_digest, **prepared.identity}
+    if init_from is not None:
+        found["init_from_sha256"] = file_sha256(checkpoint_path(init_from))
+    return found | {"samples_digest": samples_digest}
+
+
+def group_choices() -> list[str]:
+    """Return `group=option` for every config group, as tags for the tracker; no tags outside a Hydra application."""
+    if not HydraConfig.initialized():
+        return []
+    choices = HydraConfig.get().runtime.choices
+    return [
+        f"{group}={choice}" for group, choice in sorted(choices.items()) if choice and not group.startswith("hydra/")
+    ]

@@ -1,0 +1,401 @@
+"""One stage of a run: find what is finished, open the inputs, build, fit, conclude.
+
+`run_stage` is the story; each of its sentences is a function below, and plain dataclasses carry what one hands to the next:
+`Plan` -> `Inputs` -> `Built` -> `Fitted`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import seed_everything
+from omegaconf import DictConfig
+from torch import nn
+
+from ehr_embed.config.instantiate import build_model, builder, trainable_of
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import write_json
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.prepare import Prepared
+from ehr_embed.evaluation.leakage_audit import audit
+from ehr_embed.experiment.inputs import prepare_from
+from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
+from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
+from ehr_embed.reports.example_records import examples_of
+from ehr_embed.reports.model_card import write_model_card
+from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
+from ehr_embed.reports.transfer_metrics import kept
+from ehr_embed.run_folder.checkpoints import Continuation, initialise
+from ehr_embed.run_folder.finish import finish, read_metrics
+from ehr_embed.run_folder.layout import AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
+from ehr_embed.search.trial import TrialHandle
+from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.protocol import EVALUATED, Source
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.set_up import set_up
+from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.fit_table import fit_at_once
+from ehr_embed.training.processes import Processes
+from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.threads import use_threads_of_run
+from ehr_embed.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stage is asked to do.
+
+    Attributes:
+        cfg: the composed configuration.
+        config: the same as plain values, as config.yaml and every checkpoint keep it.
+        run_dir: the folder in which the stage leaves everything.
+        init_from: a run or checkpoint that the weights start from; None = the model's own start.
+        trial: the search's trial, which is told the monitored metric of each epoch.
+        settings: how to train.
+        processes: those that train together.
+        task: before `setup`.
+        began: `time.perf_counter()` at the start of the stage.
+    """
+
+    cfg: DictConfig
+    config: dict[str, Any]
+    run_dir: Path
+    init_from: str | Path | None
+    trial: TrialHandle
+    settings: TrainerSettings
+    processes: Processes
+    task: Task
+    began: float
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether this stage fits anything; otherwise it only evaluates the model of `init_from`."""
+        return self.task.is_trained and self.settings.epochs > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a stage reads.
+
+    Attributes:
+        source: where the events come from.
+        prepared: the event store and the embedding table.
+        audited: findings of the leakage audit; None where the audit is off.
+    """
+
+    source: Source
+    prepared: Prepared
+    audited: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a stage trains with.
+
+    Attributes:
+        model, embedding: with the weights that they start from.
+        trainer: the training loop.
+        tracker: not yet entered.
+        start: the checkpoint of an earlier start to go on from; None = from the beginning.
+        made_from: what the run's manifest says that the run was made from.
+    """
+
+    model: nn.Module
+    embedding: EventEmbedding
+    trainer: Trainer
+    tracker: Tracker
+    start: Continuation | None
+    made_from: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What the best checkpoint gives.
+
+    Attributes:
+        facts: of the training, for metrics.json.
+        history: one row of metrics per epoch.
+        outputs: the task's outputs (n, n_outputs) of each evaluated split.
+    """
+
+    facts: dict[str, Any]
+    history: list[dict[str, Any]]
+    outputs: dict[str, Outputs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLog:
+    """Tells the tracker, the user and the search how an epoch went."""
+
+    tracker: Tracker
+    trial: TrialHandle
+    monitor: str
+    is_first: bool
+
+    def __call__(self, row: dict[str, float], epoch: int) -> None:
+        """Tell one epoch's row of metrics.
+
+        Raises:
+            optuna.TrialPruned: the search ends this trial.
+        """
+        value = row[f"tuning/{self.monitor}"]
+        if self.is_first:
+            self.tracker.log(row, step=epoch)
+            log.info(
+                "epoch %d: train loss %.4f, tuning loss %.4f, tuning %s %.4f, %s events/s",
+                row["epoch"], row["train/loss"], row["tuning/loss"], self.monitor, value, f"{row['train/events_per_s']:,.0f}",
+            )  # fmt: skip
+        self.trial.report(value, step=epoch)
+
+
+def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> float:
+    """Train and evaluate one configuration in `run_dir`.
+
+    Args:
+        cfg: the composed configuration.
+        run_dir: the folder in which the stage leaves everything.
+        init_from: a run or checkpoint that the weights start from; None = the model's own start.
+        trial: is told the monitored metric of each epoch.
+
+    Returns:
+        The monitored metric on tuning with the best checkpoint.
+    """
+    plan = make_plan(cfg, run_dir, init_from=init_from, trial=trial)
+    found = plan.processes.on_first(lambda: find_run(run_dir, plan.config, how=cfg.resume))
+    if found.is_finished:
+        return tell_finished(plan)
+    inputs = open_inputs(plan, found)
+    built = build(plan, inputs, found)
+    with opened_folder(plan, inputs, built.tracker):
+        fitted = fit(plan, built)
+        return plan.processes.on_first(lambda: conclude(plan, inputs, built, fitted))
+
+
+def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> Plan:
+    """Seed the random generators, and build what needs no data: settings, processes and task.
+
+    Raises:
+        UserError: nothing would be trained, and there is no trained model to evaluate.
+    """
+    began = time.perf_counter()
+    construct = builder(cfg)
+    settings: TrainerSettings = construct(cfg.trainer)
+    processes = settings.launch()  # with the precision of this stage
+    seed_everything(cfg.seed, verbose=False)
+    plan = Plan(
+        cfg=cfg,
+        config=resolved(cfg, run_dir),
+        run_dir=run_dir,
+        init_from=init_from,
+        trial=trial,
+        settings=settings,
+        processes=processes,
+        task=construct(cfg.task),
+        began=began,
+    )
+    if init_from is None and not plan.is_trained:
+        raise UserError(
+            "this run evaluates a trained model (a task or trainer that trains nothing) and there is none. "
+            "Type: init_from=RUN_DIR or a checkpoint"
+        )
+    return plan
+
+
+def tell_finished(plan: Plan) -> float:
+    """Print the metrics of a run that an earlier start finished, and return the monitored one."""
+    metrics = read_metrics(plan.run_dir)
+    if plan.processes.is_first:
+        log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", plan.run_dir)
+        print_metrics(metrics, plan.run_dir)
+    return monitored(metrics, plan.task)
+
+
+def open_inputs(plan: Plan, found: FoundRun) -> Inputs:
+    """Open the source, the store and the table, build the task's samples, and audit them for leaks."""
+    # Threads come first, since the embedding takes a CPU too.
+    use_threads_of_run(plan.settings, plan.processes, found.threads)
+    source, prepared = plan.processes.first(lambda: prepare_from(plan.cfg))
+    task, store = plan.task, prepared.store
+    set_up(task, store, source.labels_dir, plan.cfg.model.max_length)
+    audited = plan.processes.on_first(lambda: audit(store, task.samples, task.class_names, mode=plan.cfg.audit))
+    return Inputs(source=source, prepared=prepared, audited=audited)
+
+
+def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
+    """Build the model with its first weights, the tracker and the trainer, and read the checkpoint to go on from.
+
+    Raises:
+        UserError: the model does not suit the task or the embedder, or a checkpoint does not suit this run.
+    """
+    cfg, task, prepared = plan.cfg, plan.task, inputs.prepared
+    vocabulary, trainable = prepared.store.vocabulary, trainable_of(cfg.embedder)
+    sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
+    model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
+    check_causality(task, model)
+    check_vectors(model, trainable)
+    embedding = EventEmbedding(prepared.table, trainable)
+    if found.checkpoint is None:
+        give_first_weights(plan, prepared, model, embedding)
+    start = found.load(prepared.identity, task.samples)
+    tracker: Tracker = builder(cfg)(
+        cfg.tracker,
+        run_dir=plan.run_dir,
+        config=plan.config,
+        tags=group_choices(),
+        table_digest=prepared.table_digest,
+        table_path=prepared.table_path,
+    )
+    trainer = Trainer(
+        plan.settings,
+        plan.processes,
+        task=task,
+        run_dir=plan.run_dir,
+        config=plan.config,
+        identity=prepared.identity,
+        sizes=sizes,
+        seed=cfg.seed,
+        log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
+    )
+    origins = made_from(
+        prepared,
+        init_from=plan.init_from if found.checkpoint is None else None,
+        samples_digest=trainer.about["samples_digest"],
+    )
+    return Built(model=model, embedding=embedding, trainer=trainer, tracker=tracker, start=start, made_from=origins)
+
+
+def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embedding: EventEmbedding) -> None:
+    """Fit the model to the vectors of the vocabulary, and load what `init_from` names: the body, or for a model that is only
+    evaluated all of it."""
+    vocabulary = prepared.store.vocabulary
+    adapt(model, embedding.table, vocabulary)
+    if plan.init_from is not None:
+        initialise(
+            model,
+            embedding,
+            plan.init_from,
+            config=plan.config,
+            identity=prepared.identity,
+            vocabulary=vocabulary,
+            class_names=None if plan.is_trained else plan.task.class_names,
+        )
+
+
+@contextmanager
+def opened_folder(plan: Plan, inputs: Inputs, tracker: Tracker) -> Iterator[None]:
+    """Claim the run's folder and keep the tracker open while inside; what the run starts from is written first.
+
+    Only the first process does so; the others wait for it, and raise what it raises.
+    """
+    with ExitStack() as stack:
+        plan.processes.on_first(lambda: _enter_folder(stack, plan, inputs, tracker))
+        yield
+
+
+def _enter_folder(stack: ExitStack, plan: Plan, inputs: Inputs, tracker: Tracker) -> None:
+    stack.enter_context(claimed(plan.run_dir, is_new=plan.cfg.resume == "overwrite"))
+    stack.enter_context(tracker)
+    write_inputs(plan.run_dir, plan.config, inputs.prepared)
+    if inputs.audited is not None:
+        write_json(plan.run_dir / AUDIT, inputs.audited)
+
+
+def fit(plan: Plan, built: Built) -> Fitted:
+    """Train the model where there is something to train, and predict the evaluated splits with the best weights."""
+    model, embedding, trainer = built.model, built.embedding, built.trainer
+    if not plan.is_trained:
+        facts = trainer.facts(model, embedding)
+    elif isinstance(model, FitsAtOnce):
+        facts = fit_at_once(trainer, model, embedding)
+    else:
+        facts = trainer.fit(model, embedding, built.start)
+    history = facts.pop("history")
+    outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
+    return Fitted(facts=facts, history=history, outputs=outputs)
+
+
+def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
+    """Measure, write the results and at last metrics.json, print the table, and return the monitored metric on tuning.
+
+    Only the first process concludes.
+    """
+    metrics = measure(plan, inputs, built, fitted)
+    write_results(plan, inputs, built.tracker, fitted, metrics)
+    finish(plan.run_dir, metrics, built.made_from)
+    print_metrics(metrics, plan.run_dir)
+    return monitored(metrics, plan.task)
+
+
+def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[str, Any]:
+    """Return what metrics.json holds: the metrics of each evaluated split, facts of the training, and what to compare with."""
+    task = plan.task
+    metrics = evaluate(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
+    metrics["monitor"] = {"name": task.monitor, "is_higher_better": task.is_higher_better}
+    earlier_seconds = built.start.seconds if built.start else 0
+    metrics["train"] = fitted.facts | {
+        "embedding_seconds": inputs.prepared.embedding_seconds,
+        "total_seconds": time.perf_counter() - plan.began + earlier_seconds,
+    }
+    if not plan.is_trained and plan.init_from is not None and (share := kept(plan.init_from, metrics["held_out"])):
+        metrics["transfer"] = share
+    if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
+        metrics["bayes_auroc"] = best
+    return metrics
+
+
+def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
+    """Return the metrics of the evaluated splits, with thresholds that are chosen on tuning.
+
+    Args:
+        task: after `setup`.
+        outputs: the task's outputs (n, n_outputs) of each evaluated split.
+        n_bootstrap: replicates of the intervals.
+    """
+    task.fit_thresholds(outputs["tuning"])
+    metrics = {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
+    if isinstance(task, HasBaselines):
+        for split, found in metrics.items():
+            found["baselines"] = task.baselines(split)
+    return metrics
+
+
+def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
+    """Write predictions, plots and the model card, and give the tracker its summary."""
+    task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
+    for split in EVALUATED:
+        task.write_predictions(predictions_file(run_dir, split), split, fitted.outputs[split])
+    curves = task.curves(fitted.outputs)
+    plots = write_plots(run_dir / PLOTS, fitted.history, curves)
+    write_model_card(
+        run_dir,
+        config=plan.config,
+        metrics=metrics,
+        store=store,
+        samples=task.samples,
+        curves=curves,
+        audited=inputs.audited,
+        n_bootstrap=plan.settings.n_bootstrap,
+    )
+    tracker.summarise(summary_of(metrics))
+    tracker.add_plots(plots)
+    tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))
+
+
+def monitored(metrics: dict[str, Any], task: Task) -> float:
+    """Return the monitored metric on tuning from what metrics.json holds."""
+    return float(metrics["tuning"][task.monitor]["value"])
+
+
+def best_possible_auroc(source: Source) -> dict[str, float] | None:
+    """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
+    known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
+    return {split: value for split, value in known.items() if value is not None} or None

@@ -1,0 +1,142 @@
+"""What a training run needs before its first epoch: the model on its devices, the optimizer, the schedules, and their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import Batch
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.protocol import body_of
+from ehr_embed.run_folder.checkpoints import Continuation
+from ehr_embed.tasks.protocol import Task
+from ehr_embed.training.optimizer import parameter_groups, schedules
+from ehr_embed.training.processes import Processes
+from ehr_embed.training.settings import TrainerSettings
+from ehr_embed.training.sharding import blocks_of
+from ehr_embed.training.state import TrainingState, seed_of_rank, set_rng_state
+from ehr_embed.training.throughput import Speed
+
+
+@dataclass
+class Training:
+    """What `Trainer.fit` trains, and with what.
+
+    Attributes:
+        wrapped: the model as Fabric calls it.
+        state: all that a step or an epoch changes, which checkpoints hold.
+        parameters: of the model and of the embedding.
+        speed: turns counts of events and seconds into rates.
+        rng: state of the random generators that the next epoch takes over; None = they stay as they are.
+    """
+
+    wrapped: Any
+    state: TrainingState
+    parameters: Sequence[Tensor]
+    speed: Speed
+    rng: dict[str, Any] | None
+
+    def begin(self, loader: Any, *, is_new: bool) -> Iterator[Batch]:
+        """Begin to read an epoch's batches, with the random generators as the run that goes on left them.
+
+        Args:
+            loader: draws one number when its iterator is made.
+            is_new: whether the epoch starts at its first batch. In the middle of an epoch that number had been drawn before the
+                state was saved.
+        """
+        rng, self.rng = self.rng, None
+        if rng is not None and is_new:
+            set_rng_state(rng)
+        batches = iter(loader)
+        if rng is not None and not is_new:
+            set_rng_state(rng)
+        return batches
+
+
+def set_up_training(
+    model: nn.Module,
+    embedding: EventEmbedding,
+    run: Continuation | None,
+    *,
+    settings: TrainerSettings,
+    processes: Processes,
+    task: Task,
+    seed: int,
+    about: dict[str, Any],
+    n_batches: int,
+) -> Training:
+    """Place the model on the devices, build its optimizer and its schedules, and take over the state of `run`.
+
+    Args:
+        model: on any device, with the weights to start from.
+        embedding: likewise.
+        run: what to go on from; None = start.
+        settings: how to train.
+        processes: those that train together.
+        task: after `setup`.
+        seed: for what each process draws by itself.
+        about: what every checkpoint says beside the weights; `precision` among it.
+        n_batches: of one process in one epoch.
+
+    Raises:
+        UserError: the model has no body to freeze or no blocks to compile, or `run` does not fit the model.
+    """
+    fabric, precision = processes.fabric, about["precision"]
+    embedding.to(fabric.device)
+    if settings.freeze == "body":
+        body_of(model).requires_grad_(False)
+        embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
+    if settings.compile:
+        compile_blocks(model)
+    processes.share(model)
+    # Before the optimizer: a model that is spread has new parameters.
+    wrapped = fabric.setup_module(model)
+    groups = parameter_groups(
+        model,
+        embedding,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
+    )
+    # A fused optimizer would scale float16's gradients back within its step, after they were clipped.
+    optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(groups, fused=precision != "16-mixed"))
+    scheduler, plateau = schedules(
+        optimizer,
+        settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        total_steps=-(-n_batches // settings.accumulate) * settings.epochs,
+        min_learning_rate=settings.min_learning_rate,
+        patience=settings.scheduler_patience,
+        is_higher_better=task.is_higher_better,
+    )
+    state = TrainingState(model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes)
+    rng = None if run is None else state.restore(run)
+    if rng is None and processes.rank:  # else all ranks would drop and mask the same places
+        torch.manual_seed(seed_of_rank(seed, processes.rank))
+    speed = Speed.of(
+        model,
+        n_tokens=len(embedding.table),
+        device=fabric.device,
+        precision=precision,
+        n_processes=processes.size,
+    )
+    return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks of a model.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not (blocks := blocks_of(model)):
+        raise UserError(
+            f"trainer.compile=true: {type(model).__name__} has no blocks to compile. Type: trainer.compile=false"
+        )
+    for block in blocks:  # alike, so that one compilation serves all
+        block.compile(dynamic=True)

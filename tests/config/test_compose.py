@@ -1,0 +1,109 @@
+"""Every YAML opens with what it is, composes, and builds what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ehr_embed.config.instantiate import instantiate, instantiate_embedder
+from ehr_embed.core.errors import UserError
+from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
+from tests.helpers.code_batches import vocabulary
+from tests.helpers.configs import CONF, composed
+
+YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+# Options of conf/hydra/ are composed with the searches of docs/search.md.
+OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
+CLASSIFY_ONLY = ("code_encoder", "gbm", "logistic", "mean_pool", "gru")
+READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=str)
+def test_every_yaml_says_what_it_is_and_how_to_run_it(path: Path):
+    lines = (CONF / path).read_text().splitlines()
+    head = list(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert any(line.startswith("#   python ") for line in head), "the head comment names no command"
+    assert len(head[0]) > 10
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    cfg = composed(f"{group}={option}", name="embed")  # which takes everything that train takes
+    OmegaConf.resolve(cfg)
+
+
+@pytest.mark.parametrize(
+    "option", [option for group, option in OPTIONS if group == "model" and option not in READ_TEXTS]
+)
+def test_every_model_builds_and_runs(option):
+    import torch
+
+    cfg = composed(f"model={option}", "data=meds")
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
+    inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
+    inputs |= {"token_ids": torch.randint(2, 7, (2, 5))}
+    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    if isinstance(classifier, ReadsVocabulary):
+        classifier.set_vocabulary(vocabulary())
+    if isinstance(classifier, FitsAtOnce):  # which need a vocabulary and a fit: tests/models/test_baselines.py
+        assert isinstance(classifier, ReadsVocabulary)
+    else:
+        assert classifier(inputs).shape == (2, 3)
+    if option in CLASSIFY_ONLY:
+        with pytest.raises(UserError, match=rf"model={option} predicts classes.*Type: model=decoder .*model=encoder"):
+            instantiate(cfg.model, embedding_dim=24, vocab_size=9, has_values=False)
+        return
+    predictor = instantiate(cfg.model, embedding_dim=24, vocab_size=9, has_values=False)
+    assert predictor(inputs).shape == (2, 5, 9)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
+)
+def test_every_member_builds(group, option):
+    needed = ["task.codes=[A]"] if option == "zero_shot" else []
+    build = instantiate_embedder if group == "embedder" else instantiate
+    build(composed(f"{group}={option}", *needed, name="embed")[group])
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "embedder"])
+def test_every_embedder_says_what_training_does_with_its_vectors(option):
+    assert composed(f"embedder={option}").embedder.trainable == ("full" if option == "learned" else "frozen")
+
+
+def test_the_demo_brings_its_small_model_unless_told_otherwise():
+    assert composed().model.n_layers == 2
+    assert composed("model=encoder").model.n_layers == 6
+    assert composed("data=meds").model.n_layers == 6
+    assert composed("data=meds").trainer.epochs == 50
+    assert composed("data=demo", "trainer=default").trainer.epochs == 50
+    assert composed().task.monitor == "auroc"
+    assert composed("data=meds").task.monitor == "auroc"
+    assert composed("data=meds", "task=multilabel").task.monitor == "auroc"
+    assert composed("task=next_event").task.monitor == "perplexity"
+
+
+def test_defaults_are_those_of_the_original():
+    cfg = composed("data=meds")
+    model, trainer = cfg.model, cfg.trainer
+    assert (model.model_dim, model.n_heads, model.n_layers, model.dropout, model.max_length) == (256, 8, 6, 0.1, 512)
+    assert (trainer.batch_size, trainer.epochs, trainer.learning_rate, trainer.weight_decay) == (32, 50, 1e-4, 0.01)
+    assert (trainer.patience, trainer.scheduler_patience) == (10, 3)
+    assert (trainer.min_learning_rate, trainer.save_every) == (1e-6, 10)
+
+
+def test_targets_outside_the_trusted_packages_are_refused():
+    with pytest.raises(UserError, match=r"_target_=os\.system is outside the trusted packages"):
+        instantiate(OmegaConf.create({"_target_": "os.system", "command": "true"}))
+    nested = OmegaConf.create({"_target_": "torch.nn.Identity", "inner": [{"_target_": "subprocess.run"}]})
+    with pytest.raises(UserError, match=r"subprocess\.run"):
+        instantiate(nested)
+    assert instantiate(OmegaConf.create({"_target_": "fractions.Fraction", "numerator": 3}), trusted=["fractions"]) == 3
+
+
+def test_unknown_keys_of_a_target_are_refused():
+    with pytest.raises(UserError, match=r"cannot build ehr_embed\.models\.encoder\.Encoder.*n_head"):
+        instantiate(OmegaConf.create({"_target_": "ehr_embed.models.encoder.Encoder", "n_head": 2}))

@@ -1,0 +1,158 @@
+"""Labels and tasks: values, weights, thresholds, and refusal of what cannot be scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.labels import read_labels
+from ehr_embed.data.store import build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.multilabel import Multilabel
+from tests.helpers.small_meds import write_labels
+
+SUBJECTS = [10, 11, 12, 20, 21, 22, 30, 31, 32]
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path):
+    return build_store(tmp_path / "store", MedsSource(root=str(tiny)), VocabularySettings(min_count=1)), tiny / "labels"
+
+
+def setup(prepared, task):
+    store, labels_dir = prepared
+    task.setup(store, labels_dir, 16)
+    return task
+
+
+def test_boolean_labels(prepared):
+    task = setup(prepared, Classification(labels="outcome"))
+    assert task.num_classes == 2
+    assert task.samples["tuning"].labels.tolist() == [0, 1, 0]
+    assert task.samples["tuning"].lengths.tolist() == [4, 4, 4]
+    assert setup(prepared, Classification()).samples["train"].subject_ids.tolist() == [10, 11, 12]
+
+
+@pytest.mark.parametrize(("values", "names"), [((2, 10, 30), ["2", "10", "30"]), (("b", "a", "c"), ["a", "b", "c"])])
+def test_integer_and_categorical_labels_are_multi_class(prepared, values, names):
+    path = write_labels(prepared[1] / "many", [(s, 2.0, values[i % 3]) for i, s in enumerate(SUBJECTS)])
+    task = setup(prepared, Classification(labels=str(path)))
+    assert task.class_names == names
+    probabilities = np.full((3, 3), 1 / 3)
+    assert task.evaluate("tuning", probabilities, n_bootstrap=0)["auroc"]["value"] == 0.5
+
+
+def test_class_weights_and_smoothing_enter_the_loss(prepared):
+    logits, labels = torch.tensor([[2.0, -1.0], [0.5, 0.0]]), torch.tensor([0, 1])
+    plain = setup(prepared, Classification(labels="outcome")).loss(logits, labels)
+    balanced = setup(prepared, Classification(labels="outcome", class_weights="balanced"))
+    assert balanced._weights is not None
+    assert balanced._weights.tolist() == [0.75, 1.5]
+    torch.testing.assert_close(balanced.loss(logits, labels), plain * torch.tensor([0.75, 1.5]))
+    listed = setup(prepared, Classification(labels="outcome", class_weights=[1, 2]))
+    assert listed._weights.tolist() == [0.75, 1.5]
+    assert listed.sample_weights("train").mean() == 1
+    smoothed = setup(prepared, Classification(label_smoothing=0.2)).loss(logits, labels)
+    assert not torch.isclose(plain, smoothed).any()
+    with pytest.raises(UserError, match="3 numbers, but there are 2 classes: false, true"):
+        setup(prepared, Classification(class_weights=[1, 2, 3]))
+
+
+def test_the_threshold_is_chosen_on_tuning(prepared):
+    task = setup(prepared, Classification(labels="outcome"))
+    task.fit_thresholds(np.array([[0.9, 0.1], [0.7, 0.3], [0.8, 0.2]]))
+    assert task.threshold == pytest.approx(0.3)
+    held_out = task.evaluate("held_out", np.array([[0.5, 0.5], [0.8, 0.2], [0.9, 0.1]]), n_bootstrap=0)
+    assert held_out["threshold"] == pytest.approx(0.3)
+    assert held_out["recall"]["value"] == 0.0
+
+
+def test_unknown_label_set_lists_those_present(prepared):
+    with pytest.raises(UserError, match=r"unknown task\.labels 'outcme': did you mean 'outcome'"):
+        setup(prepared, Classification(labels="outcme"))
+    write_labels(prepared[1] / "second", [(10, 2.0, True)])
+    with pytest.raises(UserError, match="holds 2 label sets: outcome, second"):
+        setup(prepared, Classification())
+
+
+def refused(prepared, rows, message, labels="bad"):
+    write_labels(prepared[1] / labels, rows)
+    with pytest.raises(UserError, match=message):
+        setup(prepared, Classification(labels=labels))
+
+
+def test_labels_of_subjects_without_events_are_left_out_and_said(prepared, caplog):
+    write_labels(prepared[1] / "more", [*((s, 2.0, s % 2 == 1) for s in SUBJECTS), (99, 2.0, True)])
+    task = setup(prepared, Classification(labels="more"))
+    assert 99 not in np.concatenate([samples.subject_ids for samples in task.samples.values()])
+    assert "1 of 10 subjects of the label set more (such as 99) have no events in any split" in caplog.text
+
+
+def test_labels_that_cannot_be_used_are_refused(prepared):
+    good = [(s, 2.0, s % 2 == 1) for s in SUBJECTS]
+    refused(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
+    refused(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: one class only")
+    refused(prepared, good[:6], "no labels for the held_out split")
+    refused(prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* Drop the other rows")
+    refused(prepared, [(s, 2.0, ("xz"[s % 2] if s < 20 else "y")) for s in SUBJECTS], "classes y do not occur in train")
+
+
+def test_prediction_before_any_event_is_refused(prepared, tiny):
+    shard = tiny / "data" / "train" / "0.parquet"
+    pl.read_parquet(shard).drop_nulls("time").write_parquet(shard)
+    store = build_store(tiny.parent / "again", MedsSource(root=str(tiny)), VocabularySettings(min_count=1))
+    write_labels(tiny / "labels" / "early", [(s, -1.0 if s == 11 else 2.0, s % 2 == 1) for s in SUBJECTS])
+    with pytest.raises(UserError, match="subject 11: prediction_time 2019-12-31 00:00:00 lies before"):
+        Classification(labels="early").setup(store, tiny / "labels", 16)
+
+
+def test_label_files_are_checked(tmp_path):
+    file = tmp_path / "l.parquet"
+    pl.DataFrame({"subject_id": [1], "boolean_value": [True]}).write_parquet(file)
+    with pytest.raises(UserError, match="column `prediction_time` is missing, found subject_id, boolean_value"):
+        read_labels(str(file), tmp_path)
+    pl.DataFrame({"subject_id": [1.5], "prediction_time": ["x"], "boolean_value": [True]}).write_parquet(file)
+    with pytest.raises(UserError, match="column `subject_id` has dtype Float64"):
+        read_labels(str(file), tmp_path)
+    frame = pl.DataFrame({"subject_id": [1, 2], "prediction_time": pl.Series([0, 1]).cast(pl.Datetime("us"))})
+    frame.write_parquet(file)
+    with pytest.raises(UserError, match="0 filled value columns"):
+        read_labels(str(file), tmp_path)
+    frame.with_columns(boolean_value=pl.Series([True, None])).write_parquet(file)
+    with pytest.raises(UserError, match="row 1: 1 null fields"):
+        read_labels(str(file), tmp_path)
+
+
+def test_multilabel(prepared):
+    write_labels(prepared[1] / "second", [(s, 2.0, s % 2 == 0) for s in SUBJECTS])
+    task = setup(prepared, Multilabel(labels=["outcome", "second"], class_weights="balanced"))
+    assert task.num_classes == 2
+    assert task.samples["train"].labels.tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert task._weights is not None
+    np.testing.assert_allclose(task._weights, [[0.75, 1.5], [1.5, 0.75]])
+    labels = torch.from_numpy(task.samples["train"].labels)
+    assert (task.loss(labels * 20 - 10, labels) < task.loss(10 - labels * 20, labels)).all()
+    probabilities = task.samples["tuning"].labels.astype(np.float64) * 0.8 + 0.1
+    task.fit_thresholds(probabilities)
+    result = task.evaluate("tuning", probabilities, n_bootstrap=0)
+    assert result["auroc"]["value"] == 1.0
+    assert set(result["per_label"]) == {"outcome", "second"}
+    path = prepared[0].folder / "p.parquet"
+    task.write_predictions(path, "tuning", probabilities)
+    assert pl.read_parquet(path)["second/predicted"].to_list() == [True, False, True]
+
+
+def test_multilabel_needs_two_boolean_sets_that_share_times(prepared):
+    with pytest.raises(UserError, match="two label sets or more"):
+        setup(prepared, Multilabel(labels=["outcome"]))
+    write_labels(prepared[1] / "later", [(s, 2.25, True) for s in SUBJECTS])
+    with pytest.raises(UserError, match="share no subject and prediction time"):
+        setup(prepared, Multilabel(labels=["outcome", "later"]))
+    write_labels(prepared[1] / "kinds", [(s, 2.0, "a") for s in SUBJECTS])
+    with pytest.raises(UserError, match="takes boolean label sets; kinds are not"):
+        setup(prepared, Multilabel(labels=["outcome", "kinds"]))
