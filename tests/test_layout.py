@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,9 @@ def test_a_file_name_of_a_run_folder_stands_in_one_module():
         if isinstance(node, ast.Constant) and node.value in names
     ]
     assert found == []
+
+
+def test_the_drawing_of_the_architecture_is_that_of_the_code():
+    """`python docs/architecture.py` was run after the last change of a package or of its README."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]()
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn

@@ -144,7 +144,7 @@ def test_a_metric_that_some_runs_lack_is_refused_and_one_that_a_row_lacks_is_bla
         write_run(tmp_path / str(number), auroc=0.7, config={"model": "ab"[number // 2]}, facts=facts)
     found = tabulate([tmp_path], metrics=["ms_per_step"])
     assert ["ms_per_step" in group.statistics for group in found.groups] == [True, False]
-    with pytest.raises(UserError, match=r"has no ms_per_step, and other runs of its row have"):
+    with pytest.raises(UserError, match=r"has no ms_per_step, but other runs of its row have"):
         tabulate([tmp_path], metrics=["ms_per_step"], by=["folder"])
     with pytest.raises(UserError, match=r"unknown metric 'held_out/aurok': did you mean 'held_out/auroc'"):
         tabulate([tmp_path], metrics=["held_out/aurok"])

@@ -111,7 +111,7 @@ def test_limits_are_facts_of_the_run(card):
     assert "100.0 % of held_out's samples have older events than the model reads (`model.max_length=6`)" in limits
     assert "chosen on 90 samples of tuning" in limits
     assert "Intervals wider than 0.1 on held_out: auroc" in limits
-    assert "100.0 % of train's events have no text but their code" in limits
+    assert "100.0 % of train's events have no description; their text is their code" in limits
 
 
 def test_a_run_that_predicts_events_has_a_shorter_card(folder):
