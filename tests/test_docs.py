@@ -116,7 +116,7 @@ def blocks(page: str, section: str | None = None) -> Iterator[tuple[str, str, st
 
 
 @pytest.fixture
-def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:  # noqa: F811
+def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
     """Write the titled blocks of a page where their titles say, and run its `bash` lines, in a folder that looks like a
     checkout. `words` stand for the capitals of the commands; the demo is small and training short."""
     for name in ("train.py", "embed.py"):
@@ -273,7 +273,7 @@ def test_a_task_of_ones_own_is_searched(follow):
     assert len(pl.read_csv(folder / "multirun" / "workload" / "summary.csv")) == 2
 
 
-def test_a_source_in_one_file_and_one_yaml(follow, inside):  # noqa: F811
+def test_a_source_in_one_file_and_one_yaml(follow, inside):
     folder = follow("extending.md", "A source")
     metrics = metrics_of(folder / "runs" / "clinic")
     assert metrics["held_out"]["auroc"]["value"] > 0.7, "the signs of illness are learned"

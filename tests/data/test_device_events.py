@@ -314,7 +314,7 @@ def test_where_events_cannot_be_held_is_said(monkeypatch):
         is_gathered_there(events, mps, "device")
 
 
-def test_a_run_is_the_same_wherever_its_events_are(planted, tmp_path):  # noqa: F811
+def test_a_run_is_the_same_wherever_its_events_are(planted, tmp_path):
     runs = {
         where: train(planted, tmp_path / where, epochs=2, data_device=where, num_workers=n)
         for where, n in (("host", 0), ("device", 1), ("auto", 1))

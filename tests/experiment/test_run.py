@@ -14,7 +14,13 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.entry_points import checked, command, metrics_of, write_synonyms
+from tests.helpers.entry_points import (
+    checked,
+    command,
+    inside,  # noqa: F401 (fixtures)
+    metrics_of,
+    write_synonyms,
+)
 from tests.helpers.small_meds import ROOT, write_meds
 
 SMALL = ("trainer.epochs=1", "trainer.n_bootstrap=20", "embedder=hashing", "model.n_layers=1", "model.model_dim=16")

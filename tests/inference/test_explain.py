@@ -226,7 +226,7 @@ def test_a_model_that_reads_no_vectors_is_refused(folder, monkeypatch):
         explainer.attribute(data, 0)
 
 
-def test_the_command_line(folder, inside):  # noqa: F811
+def test_the_command_line(folder, inside):
     output = inside("-m", "ehr_embed.explain", "run=run", "subject=204", cwd=folder)
     assert "run/explained/subject_204.html" in output
     assert re.search(r"log-odds of true: .* gap .* after \d+ steps", output)

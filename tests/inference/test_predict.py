@@ -112,7 +112,7 @@ def test_several_classes_and_labels(tmp_path):
     assert found["label"].equals(expected["label"])
 
 
-def test_the_command_line(folder, new, inside):  # noqa: F811
+def test_the_command_line(folder, new, inside):
     output = inside("-m", "ehr_embed.predict", "run=moved", "data.root=new", "output=by/cli.parquet", cwd=folder)
     assert "2 codes were not in train; their texts are read" in output
     assert "3 predictions in by/cli.parquet" in output

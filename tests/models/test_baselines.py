@@ -16,7 +16,11 @@ from ehr_embed.core.files import read_json
 from ehr_embed.experiment.run import run
 from ehr_embed.models.gbm import GBM, STOPS
 from tests.helpers.small_meds import Event, write_labels, write_meds
-from tests.helpers.value_levels import N_SUBJECTS, config
+from tests.helpers.value_levels import (
+    N_SUBJECTS,
+    config,
+    root,  # noqa: F401 (fixtures)
+)
 
 MODELS = ("gbm", "logistic")
 

@@ -133,7 +133,7 @@ def embed_command(root: Path, *overrides: str) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_one_of_many_builds_the_store(many_texts, tmp_path, capsys):  # noqa: F811
+def test_one_of_many_builds_the_store(many_texts, tmp_path, capsys):
     command = embed_command(many_texts, "embedder.batch_size=64")
     Watched(*command, "cache_dir=first", cwd=tmp_path).finish()
     (folder,) = (tmp_path / "first" / "stores").glob("*.lock")
@@ -149,7 +149,7 @@ def test_one_of_many_builds_the_store(many_texts, tmp_path, capsys):  # noqa: F8
 
 
 @pytest.mark.slow
-def test_stores_of_their_own_share_one_cache(many_texts, tmp_path, capsys):  # noqa: F811
+def test_stores_of_their_own_share_one_cache(many_texts, tmp_path, capsys):
     commands = [embed_command(many_texts, "embedder.batch_size=8", f"data.n_bins={n}") for n in (5, 6, 7)]
     processes = [Watched(*command, cwd=tmp_path) for command in commands]
     for process in processes:
@@ -164,7 +164,7 @@ def test_stores_of_their_own_share_one_cache(many_texts, tmp_path, capsys):  # n
 
 
 @pytest.mark.slow
-def test_a_killed_builder_is_replaced(many_texts, tmp_path, capsys):  # noqa: F811
+def test_a_killed_builder_is_replaced(many_texts, tmp_path, capsys):
     command = embed_command(many_texts, "embedder.batch_size=1")
     holder = Watched(*command, cwd=tmp_path)
     holder.wait_for(lambda: holder.count("t") > 100)

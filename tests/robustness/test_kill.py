@@ -15,7 +15,11 @@ from ehr_embed.embedding.table import load_table
 from ehr_embed.search.study import DISCARDED
 from tests.helpers.search_app.run import counted, distinct, states, trials_of
 from tests.helpers.stopped_runs import latest_step, what_is_left
-from tests.helpers.watched_runs import Watched, cached
+from tests.helpers.watched_runs import (
+    Watched,
+    cached,
+    many_texts,  # noqa: F401 (fixtures)
+)
 
 N_KILLS = int(os.environ.get("EHR_EMBED_KILLS", "20"))
 SMALL = ("embedder=hashing", "data.n_subjects=300", "model.n_layers=1", "model.model_dim=16", "trainer.n_bootstrap=20")

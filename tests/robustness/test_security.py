@@ -34,7 +34,7 @@ from tests.helpers.no_account import no_account  # noqa: F401 (a fixture for all
 from tests.helpers.pickles import Call
 from tests.helpers.small_meds import ROOT
 from tests.helpers.wandb_offline import read_offline_runs
-from tests.helpers.ward import SMALL, SUBJECTS, TEXTS, stored
+from tests.helpers.ward import SMALL, SUBJECTS, TEXTS, stored, trained, ward  # noqa: F401 (fixtures)
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ehr_embed/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 MAY_UNPICKLE = ("ehr_embed/core/plain_pickle.py", "ehr_embed/search/worker.py", "ehr_embed/training/processes.py")

@@ -233,7 +233,7 @@ def test_trusted_packages_of_the_user_work_for_classes_and_what_is_in_them(here)
     assert not ran(here)
 
 
-def test_a_stored_source_that_writes_is_read_at_its_root_or_asked_for(trained, ward, tmp_path):  # noqa: F811
+def test_a_stored_source_that_writes_is_read_at_its_root_or_asked_for(trained, ward, tmp_path):
     run = open_run(trained)
     labels = ward / "labels" / "outcome" / "labels.parquet"
     (before,) = ward.glob("labels/**/*.parquet") if not labels.exists() else (labels,)
@@ -248,7 +248,7 @@ def test_a_stored_source_that_writes_is_read_at_its_root_or_asked_for(trained, w
     assert not (tmp_path / "none").exists()
 
 
-def foreign(trained: Path, folder: Path, **changes: Any) -> Path:  # noqa: F811
+def foreign(trained: Path, folder: Path, **changes: Any) -> Path:
     """The run, with changed keys of its model, as `runs/foreign` of a folder."""
     config = torch.load(trained / "best_checkpoint.pt", weights_only=True)["config"]
     (folder / "runs" / "foreign").rmdir() if (folder / "runs" / "foreign").is_dir() else None
@@ -256,7 +256,7 @@ def foreign(trained: Path, folder: Path, **changes: Any) -> Path:  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ["predict", "explain", "generate", "init_from"])
-def test_a_foreign_run_folder_runs_no_code_of_its_own(trained, ward, tmp_path, inside, command):  # noqa: F811
+def test_a_foreign_run_folder_runs_no_code_of_its_own(trained, ward, tmp_path, inside, command):
     (tmp_path / "runs").mkdir()
     folder = foreign(trained, tmp_path, times=named(FA4, module_path="runs.run.evil"))
     (folder / "evil.py").write_text(EVIL)

@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cohort(place, inside) -> str:  # noqa: F811
+def cohort(place, inside) -> str:
     if not (place / "cache" / "demo-200-0").exists():
         inside("embed.py", *SMALL[:3], cwd=place)
     return str(place / "cache" / "demo-200-0")
@@ -119,18 +119,18 @@ def test_a_finished_run_predicts_as_it_did(place, cohort):
     np.testing.assert_allclose(probabilities, there["predicted_boolean_probability"], atol=ROUNDING)
 
 
-def test_a_finished_run_is_explained(place, cohort, inside):  # noqa: F811
+def test_a_finished_run_is_explained(place, cohort, inside):
     arguments = ("run=runs/finished", "max_samples=2", "min_samples=1", "output=explained", "max_steps=64")
     inside("-m", "ehr_embed.explain", *arguments, cwd=place)
     assert len(pl.read_csv(place / "explained" / "texts.csv")) > 2
 
 
-def test_a_finished_run_is_left_as_it_is(place, cohort, inside):  # noqa: F811
+def test_a_finished_run_is_left_as_it_is(place, cohort, inside):
     output = inside("train.py", *SMALL, "trainer.epochs=3", "run_dir=runs/finished", cwd=place)
     assert "is finished already" in output
 
 
-def test_an_unfinished_run_ends_as_if_it_had_not_been_stopped(place, cohort, inside):  # noqa: F811
+def test_an_unfinished_run_ends_as_if_it_had_not_been_stopped(place, cohort, inside):
     own = ("embedder.trainable=residual", "trainer.checkpoint_every=4", "trainer.epochs=3", "run_dir=runs/unfinished")
     output = inside("train.py", *SMALL, *own, cwd=place)
     assert re.search(r"continuing \S*runs/unfinished at epoch 2, batch \d+ \(step 25\)", output)
@@ -144,7 +144,7 @@ def test_an_unfinished_run_ends_as_if_it_had_not_been_stopped(place, cohort, ins
             assert here[split][name]["value"] == pytest.approx(there[split][name]["value"], abs=ROUNDING), (split, name)
 
 
-def test_a_run_is_replayed_from_its_config(place, cohort, inside):  # noqa: F811
+def test_a_run_is_replayed_from_its_config(place, cohort, inside):
     (place / "old").mkdir()
     shutil.copy(LEFT / "finished" / "config.yaml", place / "old")
     inside("train.py", "--config-path", str(place / "old"), "--config-name", "config", "run_dir=runs/again", cwd=place)
@@ -154,7 +154,7 @@ def test_a_run_is_replayed_from_its_config(place, cohort, inside):  # noqa: F811
     assert OmegaConf.load(place / "runs" / "again" / "config.yaml").trainer["_target_"] == new_name(OLD_SETTINGS)
 
 
-def test_a_checkpoint_alone_starts_a_run(place, cohort, inside):  # noqa: F811
+def test_a_checkpoint_alone_starts_a_run(place, cohort, inside):
     (place / "alone").mkdir()
     shutil.copy(LEFT / "finished" / "best_checkpoint.pt", place / "alone" / "some.pt")
     own = ("trainer.epochs=1", "init_from=alone/some.pt", "run_dir=runs/started")
@@ -163,7 +163,7 @@ def test_a_checkpoint_alone_starts_a_run(place, cohort, inside):  # noqa: F811
     assert metrics_of(place / "runs" / "started")["train"]["epochs"] == 1
 
 
-def test_a_search_is_continued(place, cohort, inside):  # noqa: F811
+def test_a_search_is_continued(place, cohort, inside):
     space = ("hydra/sweeper=study", "hydra/sweeper/sampler=random", "trainer.learning_rate=interval(0.001,0.01)")
     own = ("hydra.sweeper.study_name=rates", "hydra.sweeper.n_trials=3", "hydra.sweeper.has_plots=false")
     output = inside("train.py", "-m", *SMALL, "trainer.epochs=1", *space, *own, cwd=place)

@@ -34,6 +34,7 @@ from tests.helpers.stopped_runs import (
     SHORT,
     SMALL,
     after_steps,
+    dataset,  # noqa: F401 (fixtures)
     latest_step,
     settings,
     terminate,
@@ -364,7 +365,8 @@ def test_the_second_ctrl_c_waits_for_nothing():
 @pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGUSR1)])
 def test_a_process_that_is_asked_to_stop_can_be_requeued(dataset, tmp_path, number):
     arguments = ["data=meds", f"data.root={dataset}", f"cache_dir={dataset.parent / 'cache'}", "run_dir=run", *SMALL]
-    arguments += [*SHORT, "trainer.epochs=500", "trainer.patience=500", "trainer.checkpoint_every=null"]
+    arguments += [option for option in SHORT if not option.startswith("trainer.epochs=")]
+    arguments += ["trainer.epochs=500", "trainer.patience=500", "trainer.checkpoint_every=null"]
     command = [sys.executable, str(ROOT / "train.py"), *last_of_each(arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)

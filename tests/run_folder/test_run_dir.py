@@ -25,7 +25,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("how", ["auto", "force", "overwrite"])
-def test_a_dataset_is_not_written_into(ward, how):  # noqa: F811
+def test_a_dataset_is_not_written_into(ward, how):
     before = files(ward)
     with pytest.raises(UserError, match=r"MEDS dataset and no run.*run_dir=ANOTHER"):
         run(composed("data=meds", f"data.root={ward}", *SMALL, f"run_dir={ward}", f"resume={how}"))
@@ -75,7 +75,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     assert (tmp_path / "predictions").exists()
 
 
-def test_every_result_of_a_run_is_known(trained, tmp_path):  # noqa: F811
+def test_every_result_of_a_run_is_known(trained, tmp_path):
     names = {path.name for path in trained.iterdir() if not path.name.startswith(".")}
     for name in names:
         (tmp_path / name).touch()
@@ -115,7 +115,7 @@ def test_what_is_no_repetition_passes():
     )
 
 
-def test_two_models_are_refused_by_the_command_line(tmp_path, inside):  # noqa: F811
+def test_two_models_are_refused_by_the_command_line(tmp_path, inside):
     output = inside("train.py", "model=encoder", "model=gru", cwd=tmp_path, code=2)
     assert "model is given twice" in output
     assert list(tmp_path.iterdir()) == []
@@ -137,7 +137,7 @@ def test_two_models_are_refused_by_the_command_line(tmp_path, inside):  # noqa: 
         ("generate", "use_cache=3", r"use_cache=3: expected true or false"),
     ],
 )
-def test_commands_for_a_finished_run_check_their_keys(tmp_path, monkeypatch, inside, name, override, told):  # noqa: F811
+def test_commands_for_a_finished_run_check_their_keys(tmp_path, monkeypatch, inside, name, override, told):
     wanted = {"run=x", "data.root=x", "output=x"} if name == "predict" else {"run=x"}
     arguments = [line for line in sorted(wanted) if line.partition("=")[0] != override.partition("=")[0]]
     output = inside("-m", f"ehr_embed.{name}", *arguments, override, cwd=tmp_path, code=2)

@@ -23,7 +23,7 @@ from ehr_embed.tasks.masked_event import MaskedEvent
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.ngrams import NgramCounts
 from ehr_embed.tasks.protocol import check_causality
-from tests.helpers.planted_events import WAYS, random_table, train
+from tests.helpers.planted_events import WAYS, planted, pretrained, random_table, train  # noqa: F401 (fixtures)
 
 
 def test_the_planted_rule_is_learned_and_the_bigrams_are_beaten(pretrained):

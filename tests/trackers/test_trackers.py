@@ -15,6 +15,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.trackers import wandb as wandb_module
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.wandb import WandbTracker
+from tests.helpers.no_account import no_account  # noqa: F401 (fixtures)
 from tests.helpers.small_meds import ROOT
 from tests.helpers.wandb_offline import OfflineRun, offline_files, read_offline_runs
 

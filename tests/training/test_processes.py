@@ -92,7 +92,7 @@ def test_two_processes_that_accumulate_have_the_loss_curve_of_one(dataset, alone
         assert here == pytest.approx(there, rel=1e-4, abs=1e-6)
     assert expected[0]["train/loss"] > expected[-1]["train/loss"] + 0.01  # there was something to learn
     np.testing.assert_allclose(predictions(run_dir), predictions(alone), rtol=1e-3)
-    assert objective == pytest.approx(read_json(alone / "metrics.json")["tuning"]["f1"]["value"])
+    assert objective == pytest.approx(read_json(alone / "metrics.json")["tuning"]["auroc"]["value"])
 
     one, several = (read_checkpoint(folder)[1] for folder in (alone, run_dir))
     for part in ("model_state_dict", "embedding_state_dict"):

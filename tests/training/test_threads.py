@@ -208,7 +208,7 @@ def test_where_linux_s_counters_are_missing_all_cores_count_as_free(tmp_path, mo
 
 
 def test_a_stopped_run_ends_with_the_same_digits_on_a_machine_that_has_become_busy(
-    dataset,  # noqa: F811
+    dataset,
     tmp_path,
     monkeypatch,
     machine,
@@ -232,7 +232,7 @@ def test_a_stopped_run_ends_with_the_same_digits_on_a_machine_that_has_become_bu
     assert saved["threads"] == 2
 
 
-def test_a_stopped_run_may_go_on_with_fewer_threads_if_asked(dataset, tmp_path, monkeypatch, machine, caplog):  # noqa: F811
+def test_a_stopped_run_may_go_on_with_fewer_threads_if_asked(dataset, tmp_path, monkeypatch, machine, caplog):
     machine(2, 2.0, 2)
     after_steps(monkeypatch, 13, terminate)
     with pytest.raises(Stopped):
@@ -266,7 +266,7 @@ def test_an_epoch_that_falls_far_below_the_first_is_remarked_on_once(caplog, mac
     assert not caplog.records
 
 
-def test_a_slow_epoch_of_a_real_training_is_remarked_on(planted, tmp_path, caplog, monkeypatch):  # noqa: F811
+def test_a_slow_epoch_of_a_real_training_is_remarked_on(planted, tmp_path, caplog, monkeypatch):
     """Its third epoch is held up at every batch, as by another program."""
     count = Progress.count
 
@@ -280,7 +280,7 @@ def test_a_slow_epoch_of_a_real_training_is_remarked_on(planted, tmp_path, caplo
 
 
 @linux
-def test_no_warning_tears_the_progress_bar_of_a_terminal(planted, tmp_path, monkeypatch):  # noqa: F811
+def test_no_warning_tears_the_progress_bar_of_a_terminal(planted, tmp_path, monkeypatch):
     import termios  # not on every system
 
     ours, theirs = os.openpty()

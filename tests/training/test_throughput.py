@@ -116,7 +116,7 @@ def test_the_peak_of_a_gpu_is_looked_up(monkeypatch, name, half, single):
     assert peak_flops(torch.device("cuda"), "32-true") == single
 
 
-def test_a_profile_says_where_the_time_went_and_changes_nothing(planted, tmp_path, capsys):  # noqa: F811
+def test_a_profile_says_where_the_time_went_and_changes_nothing(planted, tmp_path, capsys):
     _, plain, *_ = train(planted, tmp_path / "plain", epochs=2)
     assert not (tmp_path / "plain" / "profile.json").exists()
     _, profiled, *_ = train(planted, tmp_path / "run", epochs=2, profile=True)
@@ -129,14 +129,14 @@ def test_a_profile_says_where_the_time_went_and_changes_nothing(planted, tmp_pat
     assert any("attention" in event["name"] for event in events)
 
 
-def test_a_profile_of_fewer_batches_says_how_many(planted, tmp_path, capsys):  # noqa: F811
+def test_a_profile_of_fewer_batches_says_how_many(planted, tmp_path, capsys):
     train(planted, tmp_path / "run", epochs=1)
     assert "batches went" not in capsys.readouterr().out
     train(planted, tmp_path / "short", epochs=1, profile=True)
     assert "of 5 batches" in capsys.readouterr().out  # eight in all, the first three not profiled
 
 
-def test_a_run_too_short_to_profile_says_so(planted, tmp_path, caplog):  # noqa: F811
+def test_a_run_too_short_to_profile_says_so(planted, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(planted, tmp_path / "run", epochs=1, batch_size=60, profile=True)
     assert "ended before batch 4" in caplog.text

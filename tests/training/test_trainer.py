@@ -17,7 +17,11 @@ from ehr_embed.models.encoder import Encoder
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.set_up import compile_blocks
 from ehr_embed.training.settings import TrainerSettings
-from tests.helpers.planted import train, without_times
+from tests.helpers.planted import (
+    planted,  # noqa: F401 (fixtures)
+    train,
+    without_times,
+)
 
 
 def test_a_planted_signal_is_learned(planted, tmp_path):
