@@ -25,6 +25,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.inference.trained_run import open_run
 from tests.helpers.corpora import record, write_corpus
 from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT
 
 DOCS = ROOT / "docs"
@@ -145,7 +146,7 @@ def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
             line = re.sub(rf"\b{word}\b", meant, line)
         python, *arguments = shlex.split(line)
         assert python == "python", line
-        arguments += shortened(arguments)
+        arguments = last_of_each([*arguments, *shortened(arguments)])
         # A search starts processes; they, and scripts, find the checkout as a user's do.
         if is_search(line) or arguments[0].startswith("write_"):
             done = subprocess.run(

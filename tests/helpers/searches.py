@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT
 
 
 def train(*arguments: str, cwd: Path, code: int = 0) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OPTUNA_"))}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [sys.executable, str(ROOT / "train.py"), *last_of_each(arguments)],
         cwd=cwd,
         env=environment | {"HOME": str(cwd), "WANDB_DIR": str(cwd), "PYTHONPATH": str(ROOT)},
         capture_output=True,

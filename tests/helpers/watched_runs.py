@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
 WATCHED = str(ROOT / "tests" / "helpers" / "watched.py")
@@ -27,7 +28,7 @@ class Watched:
         self.log = cwd / f"watched-{len(list(cwd.glob('watched-*')))}"
         self.log.touch()
         self.output = open(self.log.with_suffix(".out"), "w+b")  # noqa: SIM115 (read when it has ended)
-        command = [sys.executable, WATCHED, str(self.log), str(ROOT / script), *arguments]
+        command = [sys.executable, WATCHED, str(self.log), str(ROOT / script), *last_of_each(arguments)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             command, cwd=cwd, env=environment, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True

@@ -31,6 +31,7 @@ from ehr_embed.sources.cohort import write_demo_cohort
 from tests.helpers import fuzz
 from tests.helpers.configs import composed
 from tests.helpers.fuzz import large, small
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
 QUICK = (
@@ -289,7 +290,7 @@ CASES = [
     [pytest.param(*case, marks=[pytest.mark.slow] if n > 1 else []) for n, case in enumerate(CASES)],
 )
 def test_the_command_line_says_it_in_one_line(tmp_path, arguments, told):
-    command = [sys.executable, str(ROOT / "train.py"), "embedder=hashing", *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), *last_of_each(["embedder=hashing", *arguments])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -28,6 +28,7 @@ from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.resume import differences
 from ehr_embed.training import state as training_state
 from tests.helpers.configs import composed
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT
 from tests.helpers.stopped_runs import (
     SHORT,
@@ -366,7 +367,7 @@ def test_a_process_that_is_asked_to_stop_can_be_requeued(dataset, tmp_path, numb
     arguments = ["data=meds", f"data.root={dataset}", f"cache_dir={dataset.parent / 'cache'}", "run_dir=run", *SMALL]
     arguments += [option for option in SHORT if not option.startswith("trainer.epochs=")]
     arguments += ["trainer.epochs=500", "trainer.patience=500", "trainer.checkpoint_every=null"]
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), *last_of_each(arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
     deadline = time.monotonic() + 120

@@ -29,6 +29,7 @@ from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.state import seed_of_rank
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.configs import composed
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
 SMALL = (
@@ -60,7 +61,7 @@ def dataset(tmp_path_factory) -> Path:
 def overrides(dataset: Path, run_dir: Path, *more: str) -> list[str]:
     place = (f"data.root={dataset}", f"cache_dir={dataset.parent / 'cache'}", f"run_dir={run_dir}")
     precise = ("trainer.precision=32-true", "trainer.learning_rate=1e-2", "model.dropout=0", "trainer.accelerator=cpu")
-    return ["data=meds", *place, *SMALL, *SHORT, *precise, *more]
+    return last_of_each(["data=meds", *place, *SMALL, *SHORT, *precise, *more])
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ehr_embed.search.storage import JOURNAL_NAME, open_storage
 from ehr_embed.search.study import DISCARDED
+from tests.helpers.overrides import last_of_each
 from tests.helpers.small_meds import ROOT
 
 APP = ROOT / "tests" / "helpers" / "search_app" / "app.py"
@@ -27,7 +28,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start(*arguments: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(APP), *STUDY, *arguments],
+        [sys.executable, str(APP), *last_of_each([*STUDY, *arguments])],
         cwd=cwd,
         env=environment(**extra),
         stdout=subprocess.PIPE,
