@@ -1,4 +1,4 @@
-"""What a composed configuration must be before anything is opened or built: the types and ranges of the keys that belong to
+"""Check a composed configuration before anything is opened or built: the types and ranges of the keys that belong to
 no `_target_` (the targets' own are compared with their annotations when they are built), and no value that cannot be meant."""
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _check_stage(stage: dict[str, Any] | None) -> None:
 
 
 def _select(config: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether there is such a key, and its value; below something that is no mapping there is none.
+    """Return whether a configuration has a key, and its value; a node that is no mapping has no keys below it.
 
     >>> _select({"data": {"n_bins": 3}}, "data.n_bins"), _select({"data": 3}, "data.n_bins")
     ((True, 3), (False, None))

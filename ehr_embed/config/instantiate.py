@@ -28,7 +28,7 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.protocol import ReadsVocabulary
 
 MEDS = "ehr_embed.sources.meds.MedsSource"
-"""What reads the dataset that an import left."""
+"""The source that reads the MEDS dataset which an import has written."""
 
 
 def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
@@ -121,7 +121,7 @@ def builder(cfg: DictConfig) -> Callable[..., Any]:
 
 
 def trainable_of(embedder: Mapping[Any, Any]) -> str:
-    """What training does with the vectors of an embedder's config: its key `trainable`, `frozen` where it has none.
+    """Return how the token vectors of an embedder's config are trained: its key `trainable`, or `frozen` where it has none.
 
     >>> trainable_of(OmegaConf.create({"_target_": "a.B", "trainable": "full"})), trainable_of(OmegaConf.create({}))
     ('full', 'frozen')
@@ -130,7 +130,7 @@ def trainable_of(embedder: Mapping[Any, Any]) -> str:
 
 
 def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) -> Any:
-    """`instantiate` for an embedder, which makes vectors and knows nothing of `trainable`; nor does one inside it.
+    """Build an embedder; the key `trainable` is for training, so neither the embedder nor an embedder inside it gets it.
 
     Raises:
         UserError: as `instantiate`.

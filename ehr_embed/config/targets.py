@@ -30,7 +30,7 @@ LIBRARIES = {
 """Namespaces whose classes one's own configuration may name, each with the base class that they must have."""
 PUBLIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+", re.ASCII)
 MAX_DEPTH = 40
-"""Of a configuration; a deeper one would end in Python's recursion limit."""
+"""The greatest depth of a configuration that is read; a deeper one would end in Python's recursion limit."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _member(target: str, group: Group, trusted: Sequence[str]) -> Any:
 
 
 def _offers(found: Any, group: Group) -> bool:
-    """Whether an object is a class that has the methods of its group's protocol, and is no protocol itself."""
+    """Return whether an object is a class with the methods of its group's protocol, and not a protocol itself."""
     if not isinstance(found, type) or getattr(found, "_is_protocol", False):
         return False
     protocol = getattr(import_module(f"{group.package}.protocol"), group.protocol)
@@ -336,7 +336,7 @@ def not_found(target: object, error: object) -> UserError:
 
 
 def _is_below(name: str, packages: Sequence[str]) -> bool:
-    """Whether a dotted name lies in one of the packages.
+    """Return whether a dotted name lies in one of the packages.
 
     >>> _is_below("torch.nn.Linear", ["torch.nn"]), _is_below("torchvision.X", ["torch"]), _is_below("x.Y", [""])
     (True, False, False)
@@ -345,7 +345,7 @@ def _is_below(name: str, packages: Sequence[str]) -> bool:
 
 
 def _is_instruction(key: Any) -> bool:
-    """Whether a key tells Hydra how to build, as `_args_` and `_partial_` do."""
+    """Return whether a key tells Hydra how to build an object, as `_args_` and `_partial_` do."""
     return isinstance(key, str) and key.startswith("_") and key.endswith("_")
 
 

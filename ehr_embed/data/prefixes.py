@@ -17,7 +17,7 @@ MICROSECONDS_PER_HOUR = 3_600_000_000
 
 @dataclass(frozen=True)
 class Prefixes:
-    """How far before the prediction time records are cut, and how often.
+    """Settings of prefixes: how far before the prediction time records are cut, and how often.
 
     For tasks whose label holds at earlier times too, such as how a stay ends; not for what happens within a time from the
     prediction.

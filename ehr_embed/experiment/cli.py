@@ -1,4 +1,4 @@
-"""What the entry points share: a user's mistake ends in one message and exit code 2, never in a library's traceback."""
+"""Run an entry point so that a user's mistake ends in one message and exit code 2, never in a library's traceback."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 
 def command_of(config_name: str) -> str:
-    """What a user types to run the entry point of a configuration.
+    """Return the command that runs the entry point of a configuration.
 
     >>> command_of("train"), command_of("generate")
     ('python train.py', 'python -m ehr_embed.generate')

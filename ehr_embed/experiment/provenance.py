@@ -1,4 +1,4 @@
-"""What a run folder says of where its numbers come from: configuration, environment, and digests of what the run read."""
+"""Write down where the numbers of a run come from: configuration, environment, and digests of the files that it read."""
 
 from __future__ import annotations
 

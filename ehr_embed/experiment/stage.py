@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage is asked to do.
+    """The request to a stage: its configuration, folder, first weights and processes.
 
     Attributes:
         cfg: the composed configuration.
@@ -86,7 +86,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a stage reads.
+    """The data that a stage reads.
 
     Attributes:
         source: where the events come from.
@@ -101,7 +101,7 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a stage trains with.
+    """The objects that a stage trains with.
 
     Attributes:
         model, embedding: with the weights that they start from.
@@ -123,7 +123,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What the best checkpoint gives.
+    """The outputs of the best checkpoint, and the facts of its training.
 
     Attributes:
         facts: of the training, for metrics.json.

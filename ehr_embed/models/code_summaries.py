@@ -21,7 +21,7 @@ N_SUMMARIES = 9 + 2 * N_WINDOWS
 """Count; first, last, mean, least, greatest value and their standard deviation; hours to the first and the last event; the count in
 each window, then the mean value in each."""
 COUNTS = (0, *range(9, 9 + N_WINDOWS))
-"""Which of them are known of a code without events: all are 0."""
+"""The summaries that are known of a code without events: all are 0."""
 MAX_FITTED = 2**21
 """Pairs of a record and a code that quantiles are fitted to, at most; of a larger train, records are drawn."""
 
@@ -164,12 +164,12 @@ class CodeSummaries(ReadsCodes):
         return torch.cat([torch.stack([part.float() for part in parts], dim=1), counts_GW.float(), means_GW], dim=1)
 
     def normalise(self, pairs: Pairs) -> Tensor:
-        """What the model is fed of each pair, (G, 18): normal scores, then 0, "absent" does not hold."""
+        """Return the inputs of each pair of record and code, (G, 18): 17 normal scores, then 0, since the code is not absent."""
         columns_GF = self._columns(pairs.code.clamp(max=self.n_codes))
         return torch.nn.functional.pad(self.quantiles(columns_GF, pairs.summaries), (0, 1))
 
     def absent(self) -> Tensor:
-        """What it is fed of each known code that a record lacks, (C, 18)."""
+        """Return the inputs of each known code that a record lacks, (C, 18)."""
         numbers_CF = torch.full((self.n_codes, N_SUMMARIES), float("nan"), device=self.code_of_token.device)
         numbers_CF[:, list(COUNTS)] = 0.0
         columns_CF = self._columns(torch.arange(self.n_codes, device=numbers_CF.device))

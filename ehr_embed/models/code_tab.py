@@ -150,8 +150,8 @@ class CodeTabBody(nn.Module):
         return signs_CM
 
     def _is_dense_cheaper(self, n_rows: int, n_pairs: int) -> bool:
-        """Whether products with weights of each code, for all codes in all records, are fewer than products with those that codes
-        share, for the codes that occur."""
+        """Return whether one weight matrix per code, applied to all codes of all records, costs fewer products than the shared
+        matrices applied to the codes that occur."""
         n_codes, n_gates, model_dim = self.input.n_codes, self.n_gates, self.weights2.shape[2]
         of_code = N_INPUTS * self.hidden_dim + self.hidden_dim * model_dim
         shared = (1 + n_gates) * N_INPUTS * self.hidden_dim + self.n_members * n_gates * self.hidden_dim

@@ -114,7 +114,7 @@ class QuantileNormal(nn.Module):
 def _chosen(
     column_K: npt.NDArray[np.int64], below_K: npt.NDArray, upto_K: npt.NDArray, n_columns: int
 ) -> npt.NDArray[np.bool_]:
-    """Which distinct numbers become knots: all of a column with few, else those at which the rank passes a step of the grid,
+    """Return which distinct numbers become knots: all of a column with few, else those at which the rank passes a step of the grid,
     which every frequent number does, and each column's least and greatest."""
     n_distinct = np.bincount(column_K, minlength=n_columns)[column_K]
     is_end = np.r_[True, np.diff(column_K) != 0] | np.r_[np.diff(column_K) != 0, True] if len(column_K) else False

@@ -33,7 +33,7 @@ EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
 BESIDE_A_RUN = ("pretrain", "explained", "generated", "wandb", "log.txt", "slurm.out")
-"""What the commands, the trackers and a search leave in a run's folder."""
+"""Names that the commands, the trackers and a search write into a run's folder."""
 
 
 def refuse_other_contents(run_dir: Path) -> None:

@@ -147,7 +147,7 @@ class Classification:
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the classes, (B, C) float64, from a model's logits (B, C), or (B, M, C) of M members."""
+        """Return the probabilities of the classes, (B, C) float64, from a model's logits (B, C), or (B, M, C) of M members."""
         return over_members(logits.detach().double().softmax(-1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

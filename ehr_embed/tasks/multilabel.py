@@ -139,7 +139,7 @@ class Multilabel:
 
     @staticmethod
     def probabilities(logits: Tensor) -> Tensor:
-        """Of the labels, each on its own, (B, L) float64, from a model's logits (B, L), or (B, M, L) of M members."""
+        """Return the probability of each label, (B, L) float64, from a model's logits (B, L), or (B, M, L) of M members."""
         return over_members(logits.detach().double().sigmoid())
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training run needs before its first epoch: the model on its devices, the optimizer, the schedules, and their states."""
+"""Set up a training run before its first epoch: the model on its devices, the optimizer, the schedules, and their states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ehr_embed.training.throughput import Speed
 
 @dataclass
 class Training:
-    """What `Trainer.fit` trains, and with what.
+    """The model that `Trainer.fit` trains, with its optimizer, schedules and state.
 
     Attributes:
         wrapped: the model as Fabric calls it.

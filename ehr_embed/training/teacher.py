@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
     "min_leaf_samples": 40,
     "feature_share": 0.2,
 }
-"""Of the trees, whose number no split chooses; the rest as in conf/model/gbm.yaml."""
+"""Settings of the teacher's trees, whose number no split chooses; other settings are those of conf/model/gbm.yaml."""
 
 
 @dataclass(frozen=True)
