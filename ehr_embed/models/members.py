@@ -65,10 +65,10 @@ class MemberHead(nn.Module):
 
 
 def over_members(outputs: Tensor) -> Tensor:
-    """The mean over members of (B, M, C); (B, C) stays as it is.
+    """Return the mean over members of (B, M, C); (B, C) stays as it is.
 
-    >>> over_members(torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])).tolist()[0]
-    [0.30000001192092896, 0.699999988079071]
+    >>> over_members(torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])).tolist()[0]
+    [0.375, 0.625]
     """
     return outputs.mean(1) if outputs.ndim == 3 else outputs
 

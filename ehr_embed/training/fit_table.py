@@ -103,7 +103,7 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
         )
     if not isinstance(task, WeighsSamples):
         raise UserError(
-            f"{name} is fitted to one class a sample, and the samples of {type(task).__name__} have no single class. "
+            f"{name} is fitted to one class per sample, and the samples of {type(task).__name__} have no single class. "
             "Type: task=classification, once for each label set"
         )
     if task.label_smoothing:

@@ -167,7 +167,7 @@ def test_tasks_it_cannot_do_are_refused(root, tmp_path, model):
     with pytest.raises(UserError, match=rf"model={model} predicts classes.*Type: model=decoder"):
         run(config(root, tmp_path / "run", f"model={model}", task=["task=next_event"]))
     several = ["task=multilabel", "task.labels=[case,other]"]
-    with pytest.raises(UserError, match=r"is fitted to one class a sample, and Multilabel .*task=classification"):
+    with pytest.raises(UserError, match=r"is fitted to one class per sample, and .* Multilabel .*task=classification"):
         run(config(root, tmp_path / "run", f"model={model}", task=several))
 
 

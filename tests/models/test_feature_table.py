@@ -129,6 +129,6 @@ def test_coefficients_are_those_of_the_dense_table(n_classes, monkeypatch):
 def test_a_table_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, model):
     root = write_levels(tmp_path / "set")
     monkeypatch.setattr(fit_table, "available_memory", lambda: 20_000.0)
-    monkeypatch.setattr(fit_table, "_feature_set", lambda *_: pytest.fail("work before the refusal"))
+    monkeypatch.setattr(fit_table, "feature_set", lambda *_: pytest.fail("work before the refusal"))
     with pytest.raises(UserError, match=r"GiB for 240 samples.*Type: model\.max_codes=\d+, or model\.times=false"):
         run(config(root, tmp_path / "run", f"model={model}"))
