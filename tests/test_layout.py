@@ -116,3 +116,9 @@ def test_the_drawing_of_the_architecture_is_that_of_the_code():
     """`python docs/architecture.py` was run after the last change of a package or of its README."""
     drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]()
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
+
+
+def test_the_command_line_answers_before_torch_is_loaded():
+    """A misspelt override or `--help` takes a fraction of a second, and each job of a search starts as fast."""
+    code = "import sys, ehr_embed.experiment.cli, ehr_embed.search.trial; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -12,7 +12,6 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
-from torch import nn
 
 from ehr_embed.config.targets import (
     STORED,
@@ -24,8 +23,6 @@ from ehr_embed.config.targets import (
     source_writes,
 )
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.protocol import ReadsVocabulary
 
 MEDS = "ehr_embed.sources.meds.MedsSource"
 """The source that reads the MEDS dataset which an import has written."""
@@ -164,17 +161,3 @@ def _check_types(config: DictConfig, target: Any) -> None:
             name = config._get_full_key(key)
             expected = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
             raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error
-
-
-def build_model(
-    config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
-) -> nn.Module:
-    """Return the model of a configuration, for events of `vocabulary`.
-
-    Raises:
-        UserError: as `instantiate`.
-    """
-    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
-    if isinstance(model, ReadsVocabulary):
-        model.set_vocabulary(vocabulary)
-    return model

@@ -24,7 +24,7 @@ DEFINITIONS = {
     "generate.TRAJECTORY_SCHEMA": "inference.trajectories.TRAJECTORY_SCHEMA",
     "generate.as_events": "inference.trajectories.as_events",
     "models.body.LENGTH_MULTIPLE": "data.batches.LENGTH_MULTIPLE",
-    "models.protocol.build_model": "config.instantiate.build_model",
+    "models.protocol.build_model": "config.build_model.build_model",
     "optimizer.body_of": "models.protocol.body_of",
     "paired.Predictions": "evaluation.predictions.Predictions",
     "paired.read_predictions": "evaluation.predictions.read_predictions",

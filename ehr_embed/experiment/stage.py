@@ -18,7 +18,8 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
-from ehr_embed.config.instantiate import build_model, builder, trainable_of
+from ehr_embed.config.build_model import build_model
+from ehr_embed.config.instantiate import builder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
 from ehr_embed.embedding.event_embedding import EventEmbedding

@@ -12,7 +12,8 @@ import polars as pl
 import torch
 from torch import nn
 
-from ehr_embed.config.instantiate import build_model, check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.build_model import build_model
+from ehr_embed.config.instantiate import check_stored, instantiate_stored_source, trainable_of
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
