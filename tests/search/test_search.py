@@ -126,10 +126,10 @@ def test_two_processes_share_a_journal_without_repeating_a_point(tmp_path):
 def test_no_trial_waits_for_the_slowest(tmp_path):
     """One slow trial beside four fast ones: batches would take two rounds of the slow one's time."""
     log = tmp_path / "started"
-    arguments = ("seconds=6,0.1,0.2,0.3", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2", f"started={log}")
+    arguments = ("seconds=12,0.1,0.2,0.3", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2", f"started={log}")
     search(*arguments, cwd=tmp_path)
     trials = {trial.params["seconds"]: trial for trial in trials_of(tmp_path)}
-    slow = trials.pop("6")
+    slow = trials.pop("12")
     assert all(trial.datetime_complete < slow.datetime_complete for trial in trials.values())
     # The cores are shared out between the slots; here there are fewer than two for each, or the tests have set one.
     assert {job["threads"] for job in started(log)} == {os.environ["OMP_NUM_THREADS"]}
