@@ -1,4 +1,4 @@
-"""How often each metric on tuning picks the better of two models.
+"""Measure how often each metric on tuning picks the better of two models.
 
     python -m benchmarks.selection
     python -m benchmarks.selection --auroc 0.76 0.78 --n 2000 --prevalence 0.05 --correlation 0.8 --n-draws 4000

@@ -29,6 +29,7 @@ FORMAT = 3
 STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: it is below every real time, so a static event sorts first and is always visible."""
 MICROSECONDS_PER_DAY = 86_400_000_000
+DAYS_PER_YEAR = 365.25
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 

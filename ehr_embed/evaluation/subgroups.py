@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY
 from ehr_embed.data.samples import Samples, ragged_arange
-from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from ehr_embed.data.store import DAYS_PER_YEAR, STATIC_TIME, SplitEvents
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.evaluation.metrics import binary_metrics
 
@@ -20,7 +20,6 @@ identify a person."""
 MAX_CODES = 50
 """Largest number of static codes that are evaluated, those with the most subjects; 10,000 codes would take hours."""
 AGE_BANDS = (("0 to 17", 0), ("18 to 39", 18), ("40 to 64", 40), ("65 to 79", 65), ("80 and older", 80))
-DAYS_PER_YEAR = 365.25
 
 
 @dataclass(frozen=True)

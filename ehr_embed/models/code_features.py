@@ -10,12 +10,12 @@ from meds import birth_code
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.groups import Groups
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
 TIME_SUMMARIES = ("years_since_first", "years_since_last")
-DAYS_PER_YEAR = 365.25
 
 
 class ReadsCodes(nn.Module):

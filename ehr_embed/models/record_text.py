@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import LENGTH_MULTIPLE
+from ehr_embed.data.store import DAYS_PER_YEAR
 
-DAYS_A_MONTH, DAYS_A_YEAR = 30.4375, 365.25
+DAYS_A_MONTH = 30.4375
 GAPS = (
     "",
     "1 day later:",
@@ -28,7 +29,7 @@ def gap_number(days: Tensor) -> Tensor:
     ['', '1 day later:', '59 days later:', '2 months later:', '23 months later:', '2 years later:', '120 years later:']
     """
     months = 58 + (days / DAYS_A_MONTH).round().clamp(2, 23)
-    years = 80 + (days / DAYS_A_YEAR).round().clamp(2, 120)
+    years = 80 + (days / DAYS_PER_YEAR).round().clamp(2, 120)
     return torch.where(days < 60, days.floor(), torch.where(days < 730, months, years)).long()
 
 
