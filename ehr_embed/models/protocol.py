@@ -20,8 +20,8 @@ class Model(Protocol):
     """A module built with `embedding_dim`, `has_values`, `num_classes` or `vocab_size`, and options of its own.
 
     Class attributes say what the module's type does not show; `Declarations` lists them with their defaults.
-    A module that is pretrained for other models, or frozen by `trainer.freeze=body`, has the part that is handed on in its attribute
-    `body`, and the part that is not, such as the head, elsewhere.
+    A module that is pretrained for other models, or frozen by `trainer.freeze=body`, has the part that is handed on in its
+    attribute `body`, and the part that is not, such as the head, elsewhere.
     """
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
@@ -40,8 +40,8 @@ class Declarations:
             no task that predicts events.
         reads_vectors: whether the event vectors reach the model; False for a model that reads codes or texts alone.
         learns_vectors: whether a gradient reaches the event vectors; False for a model that copies them before training.
-        meaning_keys: options of the constructor that change what the weights mean and none of their shapes. A model with another value
-            of such an option takes no weights from a checkpoint. The default names the options of `Body`.
+        meaning_keys: options of the constructor that change what the weights mean and none of their shapes. A model with another
+            value of such an option takes no weights from a checkpoint. The default names the options of `Body`.
         reads_values: whether the weights of `body` depend on how the data give numbers (`data.values`) beyond their shapes.
     """
 
