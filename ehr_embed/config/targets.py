@@ -98,9 +98,16 @@ def _own(value: Any, trusted: tuple[str, ...]) -> Any:
         copy = {key: _own(item, trusted) for key, item in value.items() if key != "_target_"}
         if "_target_" in value:
             copy["_target_"] = looked_up_name(value["_target_"])
-            own_object(copy["_target_"], trusted)
+            if _is_optimizer(own_object(copy["_target_"], trusted)):
+                copy.setdefault("_partial_", True)  # its parameters are known only when the model is built
         return copy
     return [_own(item, trusted) for item in value] if isinstance(value, list) else value
+
+
+def _is_optimizer(found: Any) -> bool:
+    """Return whether an object is an optimizer class of torch or a subclass (torch may not be loaded)."""
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return any((base.__module__, base.__name__) == ("torch.optim.optimizer", "Optimizer") for base in bases)
 
 
 def own_object(target: str, trusted: Sequence[str] = ()) -> Any:

@@ -233,6 +233,7 @@ class CodeTab(nn.Module):
     """
 
     is_causal = False
+    meaning_keys = ("windows_hours", "feeds_absent")
     learns_vectors = False
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
 

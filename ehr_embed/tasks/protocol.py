@@ -21,6 +21,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.models.protocol import declarations
 
 log = logging.getLogger(__name__)
 Outputs = npt.NDArray[np.float64]
@@ -144,7 +145,7 @@ def check_causality(task: Task, model: nn.Module) -> None:
     Raises:
         UserError: the model's `is_causal` differs from the task's `needs_causal`.
     """
-    is_causal = getattr(model, "is_causal", None)
+    is_causal = declarations(model).is_causal
     if task.needs_causal is None or is_causal == task.needs_causal:
         return
     name, task_name = type(model).__name__, type(task).__name__
