@@ -7,9 +7,12 @@ along attributes reaches `os` or a module that lies in the current folder.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import Any, get_args, get_type_hints
 
@@ -283,6 +286,7 @@ def _object_of(target: str) -> Any:
 
 def _trusted_object(target: str, packages: Sequence[str]) -> Any:
     """Return an object that a trusted package defines; what a package only imports is not its own."""
+    _find_here(target.partition(".")[0])
     try:
         found = hydra.utils.get_object(target)
     except (ImportError, ValueError) as error:
@@ -294,6 +298,16 @@ def _trusted_object(target: str, packages: Sequence[str]) -> Any:
         f"{getattr(found, '__module__', 'elsewhere')}. Name a class that your package defines, or type: "
         "trusted_packages=[PACKAGE] with the package that does."
     )
+
+
+def _find_here(package: str) -> None:
+    """Let a trusted package that lies in the current folder be imported from there, as `python train.py` in that folder would.
+
+    The program `ehr-embed` does not have the current folder on its path, and an installed package of that name comes first.
+    """
+    here = Path.cwd()
+    if ((here / package).is_dir() or (here / f"{package}.py").is_file()) and find_spec(package) is None:
+        sys.path.append(str(here))
 
 
 def check_plain(config: Any, where: str = "the stored configuration") -> dict[str, Any]:
