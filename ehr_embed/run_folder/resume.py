@@ -50,6 +50,7 @@ order in which numbers are added; another machine would do the same."""
 NEW = {
     "task.prefixes": None,
     "trainer.betas": [0.9, 0.999],
+    "trainer.bucket_batches": 64,
     "trainer.compile": False,
     "trainer.devices": 1,
     "trainer.ema": None,
@@ -172,10 +173,11 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return two configurations as dotted keys with their values, and the keys in which they differ."""
     old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
-    for key, value in NEW.items():
-        for config in (old, new):
-            if key in old or key in new:
-                config.setdefault(key, value)
+    for own, value in NEW.items():
+        for key in (own, f"pretrain.{own}"):
+            for config in (old, new):
+                if key in old or key in new:
+                    config.setdefault(key, value)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
     return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
 
