@@ -47,7 +47,10 @@ HARMLESS = (
 )
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
-NEW = {
+NEW: dict[str, Any] = {
+    "ensemble.members": {},
+    "ensemble.runs": [],
+    "ensemble.weights": "tuning",
     "task.prefixes": None,
     "trainer.betas": [0.9, 0.999],
     "trainer.bucket_batches": 64,
