@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ehr_embed.config.instantiate import instantiate
@@ -15,12 +15,16 @@ from ehr_embed.models.protocol import ReadsVocabulary
 def build_model(
     config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
 ) -> nn.Module:
-    """Return the model of a configuration, for events of `vocabulary`.
+    """Return the model of a configuration, for events of `vocabulary`; the `members` of a model of models are built likewise.
 
     Raises:
         UserError: as `instantiate`.
     """
-    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    given = dict(sizes)
+    if OmegaConf.is_list(config.get("members")):
+        given["members"] = [build_model(member, vocabulary, trusted=trusted, sizes=sizes) for member in config.members]
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "members"])
+    model: nn.Module = instantiate(config, trusted=trusted, **given)
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model

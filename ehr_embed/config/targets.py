@@ -142,7 +142,7 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
     """Return a group of a configuration that came with a checkpoint, once it is known to name a member of that group only.
 
     A further `_target_` may stand only where the member's constructor takes a member of a group, such as the `inner` embedder of
-    `ShuffledTextEmbedder`, or where it names a class of a trusted package.
+    `ShuffledTextEmbedder` or the `members` of `Ensemble`, or where it names a class of a trusted package.
 
     Args:
         node: plain values without interpolations.
@@ -168,6 +168,8 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
             raise _instruction(where, key)
         if key in places and isinstance(value, Mapping):
             checked[key] = check_stored_node(value, places[key], trusted)
+        elif key in places and isinstance(value, list):
+            checked[key] = [check_stored_node(member, places[key], trusted) for member in value]
         else:
             checked[key] = _stored_value(value, f"{where}.{key}", tuple(trusted))
     return checked

@@ -47,9 +47,13 @@ HARMLESS = (
 )
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
-NEW = {
+NEW: dict[str, Any] = {
+    "ensemble.members": {},
+    "ensemble.runs": [],
+    "ensemble.weights": "tuning",
     "task.prefixes": None,
     "trainer.betas": None,
+    "trainer.bucket_batches": 64,
     "trainer.compile": False,
     "trainer.devices": 1,
     "trainer.ema": None,

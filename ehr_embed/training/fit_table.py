@@ -68,16 +68,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     row = {"epoch": 1, "step": 1, "train/loss": losses["train"], "train/events_per_s": n_events / seconds}
     row |= {"tuning/loss": losses["tuning"]}
     row |= {f"tuning/{name}": metric for name, metric in tuning_metrics.items()}
-    progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
-    # Readers of a checkpoint expect the states of an optimizer and a schedule, and there are none here.
-    write_latest(
-        trainer.run_dir,
-        model.state_dict(),
-        dict(vars(progress)),
-        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
-        rng_state(),
-    )
-    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
+    keep_fitted(trainer, model, tuning_metrics[task.monitor])
     trainer.log(row, 1)
     return {
         "n_parameters": model.n_fitted(),
@@ -89,6 +80,20 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
         **rates(n_events, n_padded, 0, seconds, None, None),
         "history": [row],
     }
+
+
+def keep_fitted(trainer: Trainer, model: nn.Module, value: float) -> None:
+    """Write the checkpoints of a model that no epochs have changed; `value` is its monitored metric."""
+    progress = Progress(epoch=1, step=1, best_value=value, best_epoch=1)
+    # Readers of a checkpoint expect the states of an optimizer and a schedule, and there are none here.
+    write_latest(
+        trainer.run_dir,
+        model.state_dict(),
+        dict(vars(progress)),
+        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
+        rng_state(),
+    )
+    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
 
 
 def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> None:

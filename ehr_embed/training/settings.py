@@ -9,6 +9,7 @@ import torch
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.threads import AUTO, check_threads
+from ehr_embed.data.batches import BUCKET_BATCHES
 from ehr_embed.data.device_events import DATA_DEVICES
 from ehr_embed.training.optimizer import check_optimizer, with_options
 from ehr_embed.training.precision import choose_precision
@@ -35,6 +36,7 @@ class TrainerSettings:
     epochs: int = 50
     batch_size: int | None = 32
     batch_tokens: int = 16_384
+    bucket_batches: int = BUCKET_BATCHES
     accumulate: int = 1
     learning_rate: float = 1e-4
     min_learning_rate: float = 1e-6
@@ -129,7 +131,7 @@ class TrainerSettings:
             )
         if self.epochs < 0:
             raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
-        for name in ("batch_size", "batch_tokens", "accumulate", "patience", "save_every"):
+        for name in ("batch_size", "batch_tokens", "bucket_batches", "accumulate", "patience", "save_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:

@@ -407,6 +407,7 @@ class Trainer:
             batch_size=self.settings.batch_size,
             batch_tokens=self.settings.batch_tokens,
             shuffle=epoch is not None,
+            bucket_batches=self.settings.bucket_batches,
             seed=self.seed,
             rank=self.processes.rank,
             world_size=self.processes.size,
