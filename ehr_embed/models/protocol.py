@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +107,25 @@ class AdaptsToRecords(Protocol):
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """Take train's inputs at their prediction times, each batch once; called before the first epoch, in every process with all
         of train."""
+        ...
+
+
+@runtime_checkable
+class AlignsCodes(AdaptsToRecords, Protocol):
+    """A model that reads another dataset's codes as those of its training, with their numbers ranked among themselves.
+
+    Models without this method see the vectors of the codes that stand for those of the dataset, and nothing else changes.
+    """
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read each code of the present vocabulary as the known code that `matches` names, as far as its gate in (0, 1] says, and
+        leave all others out; None = read codes as they are.
+
+        The method is called after `set_vocabulary`, and `adapt_to_records` after it, with the dataset's records.
+
+        Raises:
+            UserError: the model keeps nothing by which numbers could be compared.
+        """
         ...
 
 
