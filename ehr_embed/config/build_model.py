@@ -9,6 +9,7 @@ from torch import nn
 
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.hazards import HAZARDS, HazardSizes, with_hazards
 from ehr_embed.models.protocol import ReadsVocabulary
 
 
@@ -20,7 +21,10 @@ def build_model(
     Raises:
         UserError: as `instantiate`.
     """
-    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    given = {name: size for name, size in sizes.items() if name != HAZARDS}
+    model: nn.Module = instantiate(config, trusted=trusted, **given)
+    if HAZARDS in sizes:
+        model = with_hazards(model, HazardSizes(**sizes[HAZARDS]), embedding_dim=sizes["embedding_dim"])
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model
