@@ -194,10 +194,10 @@ class AskOnce:
             longest, first = float(days.max()), float(found.days[status == EVENT, column].min())
             if not any(first <= horizon < longest for horizon in self.settings.horizons_days):
                 raise UserError(
-                    f"task.horizons_days={list(self.settings.horizons_days)}, outcome {name}, split {split}: expected a horizon between "
-                    f"the first event, after {first:.4g} days, and the longest follow-up, {longest:.4g} days; at any other no risk can "
-                    "be judged. Horizons are in days, times in the data in microseconds: look at the unit of both. Type: "
-                    f"task.horizons_days=[{(first + longest) / 2:.3g}]"
+                    f"task.horizons_days={list(self.settings.horizons_days)}, outcome {name}, split {split}: expected a horizon "
+                    f"between the first event, after {first:.4g} days, and the longest follow-up, {longest:.4g} days; at any other "
+                    "no risk can be judged. Horizons are in days, times in the data in microseconds: look at the unit of both. "
+                    f"Type: task.horizons_days=[{(first + longest) / 2:.3g}]"
                 )
 
     def _fit_grid(self) -> list[float]:
