@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -62,8 +62,11 @@ class Task(Protocol):
     """Whether the task trains the model; otherwise a trained model is only evaluated."""
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Return the size with which a model must be built, `num_classes` or `vocab_size`; known after `setup`."""
+    def sizes(self) -> dict[str, Any]:
+        """Return the size with which a model must be built, `num_classes` or `vocab_size`; known after `setup`.
+
+        A task that asks for times also gives `hazards`, the plain values of `ehr_embed.models.hazards.HazardSizes`.
+        """
         ...
 
     @property
@@ -136,6 +139,15 @@ class HasBaselines(Protocol):
 
     def baselines(self, split: str) -> dict[str, dict[str, float]]:
         """Return the metrics of each baseline on a split; called once per run, by the process that writes the results."""
+        ...
+
+
+@runtime_checkable
+class DrawsPlots(Protocol):
+    """A task that has plots of its own beside those of `curves`."""
+
+    def plots(self, outputs: dict[str, Outputs]) -> dict[str, Callable[[Path], None]]:
+        """Return by name a function that writes the plot, given the outputs (n, n_outputs) of each evaluated split."""
         ...
 
 
