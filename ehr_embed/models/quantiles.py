@@ -98,8 +98,8 @@ class QuantileNormal(nn.Module):
 
     @torch.no_grad()
     def inverse(self, columns: Tensor, scores: Tensor) -> Tensor:
-        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is, and for columns without
-        a table.
+        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is NaN, and for
+        columns without a table.
 
         >>> normal = QuantileNormal(1)
         >>> normal.fit(torch.zeros(41, dtype=torch.int64), torch.arange(41.0))
@@ -116,7 +116,7 @@ class QuantileNormal(nn.Module):
         rank = torch.special.ndtr(z[is_known])
         middle = (self.below + self.upto) / 2
         low, high = first, stop  # the first knot whose mid-rank exceeds the rank lies in [low, high]
-        for _ in range(N_HALVINGS + 1):
+        for _ in range(N_KNOTS.bit_length() + 1):
             at = (low + high) // 2
             is_below = (at < stop) & (middle[at.clamp(max=len(middle) - 1)] <= rank)
             is_open = low < high
