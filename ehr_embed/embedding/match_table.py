@@ -73,7 +73,9 @@ class Alignment:
         n_bins = {code: len(edges) + 1 for code, edges in vocabulary.codes.select("code", "edges").iter_rows()}
         rows, gates = np.full(len(vocabulary), UNKNOWN, np.int64), np.zeros(len(vocabulary))
         rows[:FIRST_TOKEN], gates[:FIRST_TOKEN] = np.arange(FIRST_TOKEN), 1.0
-        for token, (code, number) in enumerate(zip(vocabulary.token_codes, vocabulary.token_bins.tolist(), strict=True)):
+        for token, (code, number) in enumerate(
+            zip(vocabulary.token_codes, vocabulary.token_bins.tolist(), strict=True)
+        ):
             if code not in self.matches:
                 continue
             matched, gates[token] = self.matches[code]
@@ -178,12 +180,16 @@ def read_pairs(path: str) -> pl.DataFrame:
         UserError: the file is missing or has other columns, a code twice, or a gate that is no number from 0 to 1.
     """
     if not Path(path).is_file():
-        raise UserError(f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code.")
+        raise UserError(
+            f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
+        )
     try:
         frame = pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         told = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code.") from error
+        raise UserError(
+            f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code."
+        ) from error
     if not {"code", "matched_code"} <= set(frame.columns):
         raise UserError(f"{path}: expected columns code,matched_code, found {', '.join(frame.columns)}.")
     if "gate" not in frame.columns:
