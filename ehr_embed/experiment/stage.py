@@ -19,9 +19,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import builder, trainable_of
+from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit

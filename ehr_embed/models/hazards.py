@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.models.heads import without_autocast
-from ehr_embed.models.protocol import FitsAtOnce
+from ehr_embed.models.protocol import FitsAtOnce, declarations
 
 HAZARDS = "hazards"
 """Key of `HazardSizes` among the sizes that a task gives a model."""
@@ -194,7 +194,7 @@ def check_asks_everywhere(model: nn.Module) -> None:
         UserError: the model is not causal, or its vector of a record is not that of the last event.
     """
     pooling = getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
-    if not getattr(model, "is_causal", False) or not hasattr(model, "hidden") or pooling != "last":
+    if not declarations(model).is_causal or not hasattr(model, "hidden") or pooling != "last":
         raise UserError(
             f"task.outcomes=auto asks at every event of a record, and {type(model).__name__} (pooling={pooling}) sees later "
             "events there, or mixes several. Type: model=decoder model.pooling=last"
