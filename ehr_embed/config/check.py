@@ -4,6 +4,7 @@ no `_target_` (the targets' own are compared with their annotations when they ar
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -18,6 +19,9 @@ Result = TypeVar("Result")
 GROUPS = ("data", "embedder", "model", "task", "trainer", "tracker")
 BUILT = ("data.source", "embedder", "model", "task", "trainer", "tracker")
 """Nodes that name what is built."""
+A_MEMBER = ("seeds", "model", "trainer")
+"""Keys of a member of an ensemble."""
+MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*", re.ASCII)
 Text = Annotated[str, StringConstraints(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,6 +50,9 @@ KEYS = {
     "resume": Key(str, "auto, force or overwrite", "auto"),
     "init_from": Key(Text | None, "a run's folder, a checkpoint, or null", "RUN_DIR"),
     "pretrain": Key(dict[str, Any] | None, "groups of a first stage, or null", "null"),
+    "ensemble.members": Key(dict[str, dict[str, Any]], "a mapping of names to members", "{main: {seeds: 3}}"),
+    "ensemble.runs": Key(list[Text], "a list of finished runs", "[RUN_DIR]"),
+    "ensemble.weights": Key(Literal["tuning", "equal"], "tuning or equal", "tuning"),
     "integrity": Key(str, "auto, full or size", "auto"),
     "audit": Key(str, "warn, error or off", "warn"),
     "trusted_packages": Key(list[Text], "a list of packages", "[PACKAGE]"),
@@ -119,6 +126,7 @@ def check_config(cfg: DictConfig) -> None:
     for name, key in KEYS.items():
         _check(config, name, key)
     _check_stage(config.get("pretrain"))
+    _check_members(config)
 
 
 def checks_config(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
@@ -149,15 +157,15 @@ def _check_built(config: dict[str, Any], name: str) -> None:
     found, node = _select(config, name)
     if not found:
         return
-    group = name.split(".")[0]
+    group = name.split(".")[0] if name in BUILT else name.rpartition(".")[2]
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise UserError(
             f"{name}={_shown(node)}: expected a mapping with _target_, which names what is built, as the files of "
             f"conf/{group}/ are. Type: {group}=OPTION"
         )
-    if name == "model" and "max_length" not in node:
+    if group == "model" and "max_length" not in node:
         raise UserError(
-            "model.max_length is missing: expected the longest sequence, in events. Type: +model.max_length=512"
+            f"{name}.max_length is missing: expected the longest sequence, in events. Type: +{name}.max_length=512"
         )
 
 
@@ -169,6 +177,24 @@ def _check_stage(stage: dict[str, Any] | None) -> None:
             raise UserError(
                 f"pretrain.{group}={_shown(node)}: expected the group's keys. See conf/experiment/pretrain_then_finetune.yaml"
             )
+
+
+def _check_members(config: dict[str, Any]) -> None:
+    _, members = _select(config, "ensemble.members")
+    for name, member in (members or {}).items():
+        where = f"ensemble.members.{name}"
+        if not MEMBER_NAME.fullmatch(str(name)):
+            raise UserError(
+                f"{where}: expected a name of letters, digits, - and _, since the member's runs have folders of this name. "
+                "Type: ensemble.members={NAME: {seeds: 3}}"
+            )
+        for key in member:
+            if key not in A_MEMBER:
+                raise unknown_name(f"key of {where}", key, A_MEMBER)
+            if key == "seeds":
+                _check(config, f"{where}.seeds", Key(Annotated[int, Field(ge=1, le=1000)], "1 to 1000 runs", "3"))
+            else:
+                _check_built(config, f"{where}.{key}")
 
 
 def _select(config: dict[str, Any], name: str) -> tuple[bool, Any]:

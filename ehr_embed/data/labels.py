@@ -111,7 +111,9 @@ def read_labels(labels: str | None, labels_dir: Path, *, needs_values: bool = Tr
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: expected parquet files with labels, found none. {remedy}")
-    found = [read for file in files if (read := _read_file(file, needs_values=needs_values)) is not None]
+    found = [
+        read for file in files if (read := _read_file(file, values="needed" if needs_values else "wanted")) is not None
+    ]
     if not found:
         raise UserError(f"{path}: the files hold no labels, not one row. {remedy}")
     frames, value_columns = zip(*found, strict=True)
@@ -150,11 +152,42 @@ def _place(labels: str, names: dict[str, list[Path]], labels_dir: Path) -> Path:
     return inside[0] if inside and not path.exists() else path
 
 
-def _read_file(file: Path, *, needs_values: bool) -> tuple[pl.DataFrame, str | None] | None:
-    """Read the labels of a file and the name of their value column; return None for a file without rows."""
+def read_times(times: str, labels_dir: Path) -> pl.DataFrame:
+    """Read prediction times: those of a label set (by name or path), or of a parquet file without a value column.
+
+    Returns:
+        subject_id Int64, prediction_time Datetime[us]; sorted, without repetitions.
+
+    Raises:
+        UserError: the name is unknown (the message lists the valid ones), or columns, dtypes or rows are wrong.
+    """
+    names = _folders(labels_dir)
+    path = _place(times, names, labels_dir)
+    if not path.exists():
+        raise unknown_name(
+            "task.times",
+            times,
+            names,
+            "Type: task.times=NAME of a label set, or a parquet file of subject_id, prediction_time.",
+        )
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    found = [read[0] for file in files if (read := _read_file(file, values="ignored")) is not None]
+    if not found:
+        raise UserError(f"task.times={times}: {path} holds no prediction times, not one row.")
+    return pl.concat(found).select("subject_id", "prediction_time").unique().sort("subject_id", "prediction_time")
+
+
+def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str | None] | None:
+    """Read the labels of a file and the name of their value column; return None for a file without rows.
+
+    Args:
+        file: a parquet file.
+        values: `needed`, `wanted` (a file may have none), or `ignored`.
+    """
     with readable(file):
         frame = pl.read_parquet(file)
-    expected = "expected subject_id (integer), prediction_time (datetime) and one of " + ", ".join(VALUE_COLUMNS)
+    expected = "expected subject_id (integer), prediction_time (datetime)"
+    expected += f" and one of {', '.join(VALUE_COLUMNS)}" if values == "needed" else ""
     for column, good in (
         ("subject_id", lambda d: d.is_integer()),
         ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # event times have no zone
@@ -167,7 +200,7 @@ def _read_file(file: Path, *, needs_values: bool) -> tuple[pl.DataFrame, str | N
         return None
     # A file in MEDS may have all value columns, of which only one is filled.
     filled = [name for name in VALUE_COLUMNS if name in frame.columns and frame[name].null_count() < len(frame)]
-    if not filled and not needs_values:
+    if values == "ignored" or (values == "wanted" and not filled):
         return _checked(file, frame, pl.lit(None, pl.String)), None
     if len(filled) != 1:
         raise UserError(

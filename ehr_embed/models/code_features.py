@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from meds import birth_code
 from torch import Tensor, nn
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.aligned import MAX_FITTED, CodeMatches
+from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.groups import Groups
+from ehr_embed.models.quantiles import QuantileNormal
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
 TIME_SUMMARIES = ("years_since_first", "years_since_last")
+SUMMARIES = ("count", *VALUE_SUMMARIES, *TIME_SUMMARIES)
 
 
 class ReadsCodes(nn.Module):
@@ -69,7 +74,9 @@ class CodeFeatures(ReadsCodes):
     except a count, which is 0. The birth code is always chosen, and its years are the subject's age.
 
     The chosen codes are part of the `state_dict`, by name, so that a model can read another vocabulary: each code keeps
-    its column, other codes are ignored, and the features of absent codes are missing.
+    its column, other codes are ignored, and the features of absent codes are missing. After `align`, the codes of another dataset
+    are read as chosen ones: each of their features takes the place that it has among the other dataset's, in train's own numbers,
+    whose quantiles are part of the `state_dict` too.
 
     Args:
         has_values: whether batches carry a numeric value with each event.
@@ -92,6 +99,10 @@ class CodeFeatures(ReadsCodes):
         self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []
         self.valued: list[str] = []
+        # In a tuple, since the quantiles are part of this module's own state, not modules with a state of theirs.
+        self._quantiles: tuple[QuantileNormal, ...] = ()
+        self.matches: CodeMatches | None = None
+        self._of_matches: CodeFeatures | None = None
         for name in ("column_of_token", "value_column_of_token", "time_column_of_token"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
@@ -99,15 +110,69 @@ class CodeFeatures(ReadsCodes):
         """Set the vocabulary of the token ids in coming batches; the chosen codes stay the same."""
         super().set_vocabulary(vocabulary)
         self._match()
+        if self._of_matches is not None:
+            self._of_matches.set_vocabulary(vocabulary)
 
-    def get_extra_state(self) -> dict[str, list[str]]:
-        """Return the chosen codes."""
-        return {"codes": self.codes, "valued": self.valued}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the chosen codes, and the quantiles of train's features if there are any."""
+        state: dict[str, Any] = {"codes": self.codes, "valued": self.valued}
+        return state | {"quantiles": found.get_extra_state() for found in self._quantiles}
 
     def set_extra_state(self, state: Any) -> None:
-        """Set the chosen codes to those of another run."""
+        """Set the chosen codes and the quantiles to those of another run."""
         self.codes, self.valued = list(state["codes"]), list(state["valued"])
+        if "quantiles" in state:  # checkpoints of earlier versions have none
+            self._quantiles = (QuantileNormal(len(self.names)),)
+            self._quantiles[0].set_extra_state(state["quantiles"])
         self._match()
+
+    def remember(self, train: FeatureTable) -> None:
+        """Keep the quantiles of train's features, of some of its samples if it is large, for datasets that are aligned later."""
+        share = min(1.0, 4 * MAX_FITTED / max(train.cells.nnz, 1))
+        rows = np.flatnonzero(np.random.default_rng(0).random(len(train)) < share)
+        cells = train.cells[rows]
+        zeros = np.flatnonzero(train.usual == 0)
+        n_zero = len(rows) - np.bincount(cells.indices, minlength=len(train.usual))[zeros]
+        columns = np.concatenate([cells.indices.astype(np.int64), zeros])
+        numbers = np.concatenate([cells.data, np.zeros(len(zeros), np.float32)])
+        weights = np.concatenate([np.ones(cells.nnz), n_zero])
+        found = torch.from_numpy(weights > 0)
+        self._quantiles = (QuantileNormal(len(train.usual)),)
+        self._quantiles[0].fit(*(torch.from_numpy(x)[found] for x in (columns, numbers, weights)))
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read the codes of the present vocabulary as the chosen ones that `matches` names, with their gates, and leave all others
+        out; None = read codes as they are.
+
+        Raises:
+            UserError: a run of an earlier version, which kept no quantiles.
+        """
+        self.matches = self._of_matches = None
+        if matches is None:
+            return
+        if not self._quantiles:
+            raise UserError(
+                "this run was fitted by an earlier version, which kept no quantiles of its features, so another dataset's numbers "
+                "cannot be compared with them. Train it again, or type: data.aligned_to=none"
+            )
+        device = self.column_of_token.device
+        found = CodeMatches(self.codes, n_summaries=len(SUMMARIES), counts=(0,))
+        found.match(matches)
+        own = CodeFeatures(has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True).to(device)
+        own.token_codes, own.bin_of_token = self.token_codes, self.bin_of_token
+        own.codes = own.valued = found.codes
+        own._match()
+        self.matches, self._of_matches = found.to(device), own
+
+    def fit_to_records(self, records: Iterable[dict[str, Tensor]]) -> None:
+        """After `align`, fit the matched codes' own quantiles to the records; `records` gives each batch once."""
+
+        def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+            for inputs in records:
+                yield *self._pairs(inputs), len(inputs["padding_mask"])
+
+        if self.matches is not None:
+            self.matches.fit(parts())
 
     @property
     def timed(self) -> list[str]:
@@ -166,6 +231,8 @@ class CodeFeatures(ReadsCodes):
         """
         if not self.codes:
             raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
+        if self.matches is not None:
+            return self._aligned(inputs)
         token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]
         values_BT = self.values(inputs).double()
         days_BT = inputs["days"].double()
@@ -187,6 +254,32 @@ class CodeFeatures(ReadsCodes):
             time.extreme(years_N, "amin"),
         ]
         return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
+
+    def _pairs(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the record (G,) and the matched code (G,) of each pair that occurs, and the code's summaries (G, 8)."""
+        assert self._of_matches is not None
+        found_BSJ = self._of_matches(inputs).view(len(inputs["padding_mask"]), len(SUMMARIES), -1)
+        row_G, code_G = (found_BSJ[:, 0] > 0).nonzero(as_tuple=True)
+        return row_G, code_G, found_BSJ[row_G, :, code_G]
+
+    def _aligned(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the features (B, F) of another dataset's records in train's own numbers."""
+        assert self.matches is not None
+        quantiles = self._quantiles[0].to(inputs["padding_mask"].device)
+        row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
+        groups = (self.codes, *(self.valued for _ in VALUE_SUMMARIES), *(self.timed for _ in TIME_SUMMARIES))
+        found_BF = scores_KS.new_full((len(inputs["padding_mask"]), sum(map(len, groups))), float("nan"))
+        found_BF[:, : len(self.codes)] = 0.0
+        start = 0
+        for number, codes in enumerate(groups):
+            column = {code: start + i for i, code in enumerate(codes)}
+            column_C = torch.tensor([column.get(code, -1) for code in self.codes], device=row_K.device)
+            start += len(codes)
+            column_K, score_K = column_C[code_K], scores_KS[:, number]
+            there = (column_K >= 0) & ~score_K.isnan()
+            numbers = quantiles.inverse(column_K[there], score_K[there])
+            found_BF[row_K[there], column_K[there]] = numbers.nan_to_num() if number == 0 else numbers
+        return found_BF
 
     def _match(self) -> None:
         """Set the column of every token in each group of features, -1 for a token without one."""
@@ -216,6 +309,14 @@ class ReadsCodeFeatures(nn.Module):
     def choose_features(self, train: Iterable[dict[str, Tensor]]) -> None:
         """Choose the codes that get features, by the batches of train."""
         self.features.choose(train)
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read the codes of the present vocabulary as the chosen ones that `matches` names."""
+        self.features.align(matches)
+
+    def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """After `align`, fit the matched codes' own quantiles to the records."""
+        self.features.fit_to_records(train)
 
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the features of a batch, (B, F) float32, NaN = missing."""

@@ -53,7 +53,7 @@ def test_meds_evaluation_accepts_the_file_and_agrees(tmp_path: Path) -> None:
     evaluate = pytest.importorskip("meds_evaluation.evaluate")
     sample = binary_sample()
     write_predictions(tmp_path / "p.parquet", **sample, threshold=0.4)
-    schema.PredictionSchema.validate(pq.read_table(tmp_path / "p.parquet"))
+    schema.PredictionSchema.align(pq.read_table(tmp_path / "p.parquet"))
     theirs = evaluate.evaluate_binary_classification(pl.read_parquet(tmp_path / "p.parquet"))
     theirs = theirs["samples_equally_weighted"]
     ours = binary_metrics(
