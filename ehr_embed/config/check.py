@@ -89,6 +89,8 @@ KEYS = {
     "temperature": Key(float, "a number from 0 on", "1.0"),
     "top_k": Key(int | None, "a whole number, or null", "null"),
     "top_p": Key(float | None, "a share, or null", "null"),
+    "per": Key(Text, "prediction_time, event or subject", "event"),
+    "pooling": Key(Text, "auto, mean, max or last", "auto"),
     "use_cache": Key(bool, "true or false", "true"),
     "batch_size": Key(int, "a whole number", "32"),
     "model.max_length": Key(Annotated[int, Field(ge=1, lt=2**31)], "1 or more events", "512"),

@@ -38,6 +38,7 @@ COMMANDS = {
     "embed": Command("ehr_embed.console.embed", "embed", "prepare a dataset: vocabulary, event store, embedding table"),
     "predict": Command("ehr_embed.predict", "predict", "probabilities of a finished run for a dataset's subjects"),
     "explain": Command("ehr_embed.explain", "explain", "what moved the predictions of a finished run"),
+    "represent": Command("ehr_embed.represent", "represent", "vectors of records or events, for probes and clustering"),
     "generate": Command("ehr_embed.generate", "generate", "futures of subjects, from a run that predicts events"),
     "compare": Command("ehr_embed.compare", None, "several runs: one table, plots, paired bootstrap tests"),
     "tabulate": Command("ehr_embed.tabulate", None, "many runs: one row per setting, with means over seeds"),
