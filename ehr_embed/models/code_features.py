@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ class CodeFeatures(ReadsCodes):
     number of the token's value bin (`bins`). Without either there are only counts and years. A missing feature is NaN,
     except a count, which is 0. The birth code is always chosen, and its years are the subject's age.
 
+    With `windows_hours` there are also the standard deviation of a code's values, and per window the number of events and the mean
+    value, such as `HR/count_12h` for the events of the 12 hours before the prediction; windows follow each other backwards.
+
     The chosen codes are part of the `state_dict`, by name, so that a model can read another vocabulary: each code keeps
     its column, other codes are ignored, and the features of absent codes are missing.
 
@@ -75,6 +79,7 @@ class CodeFeatures(ReadsCodes):
         has_values: whether batches carry a numeric value with each event.
         max_codes: number of codes that get features; the most frequent in train are chosen.
         times: whether every code has years since its first and last event; otherwise only the birth code has them.
+        windows_hours: where windows end, in hours back from the prediction; none = no windows and no standard deviation.
 
     Attributes:
         codes: the chosen codes.
@@ -85,8 +90,16 @@ class CodeFeatures(ReadsCodes):
     value_column_of_token: Tensor
     time_column_of_token: Tensor
 
-    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+    def __init__(
+        self, *, has_values: bool, max_codes: int, times: bool, windows_hours: Sequence[float] | None = None
+    ) -> None:
         super().__init__(has_values=has_values)
+        self.ends = [float(hours) for hours in windows_hours or ()]
+        if any(b <= a for a, b in pairwise([0.0, *self.ends])):
+            raise UserError(
+                f"model.windows_hours={windows_hours}: expected ascending numbers of hours above 0, where the windows before the "
+                "prediction end, or null. Type: model.windows_hours=[12,24,36,48]"
+            )
         if max_codes < 1:
             raise UserError(f"model.max_codes={max_codes}: expected 1 or more codes.")
         self.max_codes, self.times = max_codes, times
@@ -123,6 +136,9 @@ class CodeFeatures(ReadsCodes):
                 (self.codes, ("count",)),
                 (self.valued, VALUE_SUMMARIES),
                 (self.timed, TIME_SUMMARIES),
+                (self.valued, ("sd",) if self.ends else ()),
+                (self.codes, tuple(f"count_{hours:g}h" for hours in self.ends)),
+                (self.valued, tuple(f"mean_{hours:g}h" for hours in self.ends)),
             )
             for summary in summaries
             for code in codes
@@ -186,7 +202,32 @@ class CodeFeatures(ReadsCodes):
             time.extreme(years_N, "amax"),
             time.extreme(years_N, "amin"),
         ]
+        if self.ends:
+            parts += self._in_windows(inputs, count, value, values_N)
         return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
+
+    def _in_windows(self, inputs: dict[str, Tensor], count: Groups, value: Groups, values_N: Tensor) -> list[Tensor]:
+        """Return the standard deviation of each code's values, then per window the counts, then per window the mean values."""
+        n_rows, token_BT = len(inputs["token_ids"]), self.tokens(inputs)
+        window_BT = torch.bucketize(
+            inputs["days"].double() * 24, torch.tensor(self.ends, device=token_BT.device).double()
+        )
+        is_in_BT = inputs["padding_mask"] & (window_BT < len(self.ends))
+        spread_N = (values_N - value.spread(value.mean(values_N))).square()
+        found = [value.mean(spread_N).sqrt()]
+        for column_of_token, groups, is_value in (
+            (self.column_of_token, count, False),
+            (self.value_column_of_token, value, True),
+        ):
+            n_columns = groups.n_groups // n_rows
+            is_there_BT = is_in_BT & ~self.values(inputs).isnan() if is_value else is_in_BT
+            # Windows before columns, so that the features of a window stand together.
+            column_BT = torch.where(
+                column_of_token[token_BT] >= 0, window_BT * n_columns + column_of_token[token_BT], -1
+            )
+            keep_BT, by_window = _columns(column_BT, is_there_BT, len(self.ends) * n_columns)
+            found.append(by_window.mean(self.values(inputs).double()[keep_BT]) if is_value else by_window.count())
+        return found
 
     def _match(self) -> None:
         """Set the column of every token in each group of features, -1 for a token without one."""
@@ -202,12 +243,16 @@ class ReadsCodeFeatures(nn.Module):
     """Mixin: give an estimator the features of `CodeFeatures`.
 
     Args:
-        has_values, max_codes, times: as in `CodeFeatures`.
+        has_values, max_codes, times, windows_hours: as in `CodeFeatures`.
     """
 
-    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+    def __init__(
+        self, *, has_values: bool, max_codes: int, times: bool, windows_hours: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
-        self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
+        self.features = CodeFeatures(
+            has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours
+        )
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the token ids in coming batches."""

@@ -82,7 +82,9 @@ class QuantileNormal(nn.Module):
         if not bool(is_known.any()):
             return torch.zeros_like(x)
         first, stop, x_N = first[is_known], stop[is_known], x[is_known]
-        low = torch.searchsorted(self.keys, _key(columns[is_known], x_N), right=True)  # the first knot above x, or `stop`
+        low = torch.searchsorted(
+            self.keys, _key(columns[is_known], x_N), right=True
+        )  # the first knot above x, or `stop`
         left, right = (low - 1).clamp(min=0), low.clamp(max=len(self.knots) - 1)
         has_left, has_right = low > first, low < stop
         x_left, x_right = self.knots[left], self.knots[right]
