@@ -16,7 +16,6 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.code_features import CodeFeatures
 from tests.helpers.code_batches import CODES, NAN, batch, event, vocabulary
 
-
 WINDOWS = [24.0, 240.0, 24_000.0]
 
 
