@@ -284,7 +284,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes),
+        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes, windows_hours=cfg.model.get("windows_hours")),
         start=start,
         made_from=origins,
     )
