@@ -39,6 +39,7 @@ COMMANDS = {
     "predict": Command("ehr_embed.predict", "predict", "probabilities of a finished run for a dataset's subjects"),
     "explain": Command("ehr_embed.explain", "explain", "what moved the predictions of a finished run"),
     "generate": Command("ehr_embed.generate", "generate", "futures of subjects, from a run that predicts events"),
+    "ask": Command("ehr_embed.ask", "ask", "risks of outcomes in words, from a run that predicts times"),
     "compare": Command("ehr_embed.compare", None, "several runs: one table, plots, paired bootstrap tests"),
     "tabulate": Command("ehr_embed.tabulate", None, "many runs: one row per setting, with means over seeds"),
     "convert": Command("ehr_embed.convert", "embed", "a corpus of the original pipeline to MEDS"),
