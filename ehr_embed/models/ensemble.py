@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import Model, ReadsVocabulary
+from ehr_embed.models.protocol import Model, ReadsVocabulary, declarations
 
 WEIGHTS = ("tuning", "equal")
 Floats = npt.NDArray[np.float64]
@@ -64,7 +64,7 @@ class Ensemble(nn.Module):
     @property
     def reads_vectors(self) -> bool:
         """Whether any member reads token vectors."""
-        return any(getattr(member, "reads_vectors", True) for member in self.members)
+        return any(declarations(member).reads_vectors for member in self.members)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tell the members that read codes or texts what the token ids of coming batches mean."""

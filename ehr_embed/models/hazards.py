@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.models.heads import without_autocast
-from ehr_embed.models.protocol import FitsAtOnce
+from ehr_embed.models.protocol import FitsAtOnce, declarations
 
 HAZARDS = "hazards"
 """Key of `HazardSizes` among the sizes that a task gives a model."""
@@ -77,9 +77,11 @@ class HazardSizes:
 
     def rates_of(self, sets: Sequence[Sequence[int]]) -> Tensor:
         """Return the log rates (K, J) of sets of tokens: the sum of their tokens' rates, in the shape that all outcomes share."""
-        of_token = torch.tensor(self.token_log_rates)
-        of_set = torch.stack([of_token[list(tokens)].logsumexp(0) for tokens in sets])
-        return of_set[:, None] + torch.tensor(self.bin_log_ratios)
+        return torch.tensor(self.log_rates_of(sets))[:, None] + torch.tensor(self.bin_log_ratios)
+
+    def log_rates_of(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log rate of each set of tokens in all bins together, (K,)."""
+        return [math.log(sum(math.exp(self.token_log_rates[token]) for token in tokens)) for tokens in sets]
 
     def plain(self) -> dict[str, Any]:
         """Return the facts as plain values."""
@@ -194,7 +196,7 @@ def check_asks_everywhere(model: nn.Module) -> None:
         UserError: the model is not causal, or its vector of a record is not that of the last event.
     """
     pooling = getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
-    if not getattr(model, "is_causal", False) or not hasattr(model, "hidden") or pooling != "last":
+    if not declarations(model).is_causal or not hasattr(model, "hidden") or pooling != "last":
         raise UserError(
             f"task.outcomes=auto asks at every event of a record, and {type(model).__name__} (pooling={pooling}) sees later "
             "events there, or mixes several. Type: model=decoder model.pooling=last"

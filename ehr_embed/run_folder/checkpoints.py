@@ -25,6 +25,7 @@ from ehr_embed.data.vocabulary import (
     read_strings,
     vocabulary_sha256,
 )
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import Declarations, body_of, declarations
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
@@ -241,7 +242,7 @@ def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
-    trainable = checkpoint["config"]["embedder"]["trainable"]
+    trainable = trainable_of(checkpoint["config"]["embedder"])
     if trainable != embedding.trainable:
         raise UserError(
             f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
