@@ -53,8 +53,10 @@ def predict(cfg: DictConfig) -> Path:
         len(found), found["subject_id"].n_unique(), time.perf_counter() - began,
     )  # fmt: skip
     path = Path(cfg.output).expanduser()
-    labels = None if cfg.task.labels is None else read_labels(cfg.task.labels, Path(cfg.data.root) / "labels")
-    if labels is None or not predictor.has_exclusive_classes:
+    labels = None
+    if cfg.task.labels is not None:
+        labels = read_labels(cfg.task.labels, Path(cfg.data.root) / "labels", needs_values=False)
+    if labels is None or labels.value_column is None or not predictor.has_exclusive_classes:
         with atomic_path(path) as temporary:
             found.write_parquet(temporary)
     else:

@@ -31,6 +31,7 @@ from ehr_embed.experiment.inputs import prepare_from
 from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.gbm import GBM
+from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
@@ -284,7 +285,12 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes),
+        teacher=teacher_model(
+            plan.settings.teacher,
+            vocabulary,
+            {name: size for name, size in sizes.items() if name != HAZARDS},
+            windows_hours=cfg.model.get("windows_hours"),
+        ),
         start=start,
         made_from=origins,
     )

@@ -128,7 +128,7 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
 
     Args:
         events: events of the subjects.
-        labels: name or path of a label set; None = predict at each subject's last event.
+        labels: name or path of a label set, whose values are not needed; None = predict at each subject's last event.
         labels_dir: folder in which the name of a label set is looked up.
         max_length: largest number of events per sample.
 
@@ -136,7 +136,7 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
         UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
             before every timed event.
     """
-    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    asked = None if labels is None else read_labels(labels, labels_dir, needs_values=False).frame
     frame = times_to_predict(events, asked)
     if asked is None:
         say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +33,7 @@ class GBM(ReadsCodeFeatures):
         vocab_size: must be None, because this model predicts classes only.
         has_values: whether batches carry a numeric value with each event, set by the data.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
-        max_codes, times: as in `CodeFeatures`.
+        max_codes, times, windows_hours: as in `CodeFeatures`.
         n_trees: largest number of trees per class; the number that is best on tuning is kept.
         stop_on: measure on tuning that chooses the number of trees: `loss` (cross-entropy) or `metric`
             (`task.monitor`).
@@ -59,6 +59,7 @@ class GBM(ReadsCodeFeatures):
         max_length: int = 4096,
         max_codes: int = 2000,
         times: bool = True,
+        windows_hours: Sequence[float] | None = None,
         n_trees: int = 1000,
         stop_on: str = "loss",
         patience: int = 50,
@@ -69,7 +70,7 @@ class GBM(ReadsCodeFeatures):
         sample_share: float = 0.7,
         l2: float = 5.0,
     ) -> None:
-        super().__init__(has_values=has_values, max_codes=max_codes, times=times)
+        super().__init__(has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours)
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
         for name, count, least in (("n_trees", n_trees, 1), ("patience", patience, 1), ("n_leaves", n_leaves, 2)):
             if count < least:

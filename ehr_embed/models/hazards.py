@@ -77,9 +77,11 @@ class HazardSizes:
 
     def rates_of(self, sets: Sequence[Sequence[int]]) -> Tensor:
         """Return the log rates (K, J) of sets of tokens: the sum of their tokens' rates, in the shape that all outcomes share."""
-        of_token = torch.tensor(self.token_log_rates)
-        of_set = torch.stack([of_token[list(tokens)].logsumexp(0) for tokens in sets])
-        return of_set[:, None] + torch.tensor(self.bin_log_ratios)
+        return torch.tensor(self.log_rates_of(sets))[:, None] + torch.tensor(self.bin_log_ratios)
+
+    def log_rates_of(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log rate of each set of tokens in all bins together, (K,)."""
+        return [math.log(sum(math.exp(self.token_log_rates[token]) for token in tokens)) for tokens in sets]
 
     def plain(self) -> dict[str, Any]:
         """Return the facts as plain values."""

@@ -51,6 +51,7 @@ NEW: dict[str, Any] = {
     "ensemble.members": {},
     "ensemble.runs": [],
     "ensemble.weights": "tuning",
+    "model.windows_hours": None,
     "task.prefixes": None,
     "trainer.betas": None,
     "trainer.bucket_batches": 64,

@@ -61,14 +61,17 @@ class AutoOutcomes:
         min_events: a code with fewer timed events in train is in no set.
         neighbours: share of the sets that are a code with 1 to 7 of its nearest neighbours by text.
         unions: share of the sets that are 2 to 8 random codes; all other sets are single codes.
+        rarity: power of a set's rate by which its losses are divided: 0 = a day of any set weighs equally, so that frequent
+            codes are learned first; 1 = an event of any set weighs equally.
         never: `codes`, `code_pattern` or `text_pattern` of events that are in no set, to judge later how well the model answers
             for outcomes that it was never trained on.
     """
 
-    per_batch: int = 64
+    per_batch: int = 256
     min_events: int = 20
     neighbours: float = 0.2
     unions: float = 0.2
+    rarity: float = 0.5
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class AutoOutcomes:
         check_range("task.auto.min_events", self.min_events, 1)
         for name, share in (("neighbours", self.neighbours), ("unions", self.unions)):
             check_range(f"task.auto.{name}", share, 0, 1)
+        check_range("task.auto.rarity", self.rarity, 0, 1)
         if self.neighbours + self.unions > 1:
             raise UserError(
                 f"task.auto.neighbours={self.neighbours}, task.auto.unions={self.unions}: expected shares whose sum is at most 1."
@@ -195,7 +199,7 @@ class AskEverywhere:
             competing_at=None,
             competes=[],
         )
-        self._edges = torch.tensor(edges)
+        self._edges, self._usual_log_rate = torch.tensor(edges), float(np.mean(rates))
         self._evaluated_sets: list[list[int]] | None = None
 
     def _asked_codes(self, vocabulary: Vocabulary) -> dict[str, list[int]]:
@@ -289,9 +293,11 @@ class AskEverywhere:
         rates = self.sizes.rates_of(sets).to(device)
         inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.asked_at}
         edges, log_hazard_NKJ = self._edges.to(device), model(inputs)
-        nll_NK = hazard_nll(log_hazard_NKJ, own.days, own.is_event, edges)
+        log_rate_K = torch.tensor(self.sizes.log_rates_of(sets), device=device)
+        weight_K = (-self.auto.rarity * (log_rate_K - self._usual_log_rate)).exp()
+        nll_NK = hazard_nll(log_hazard_NKJ, own.days, own.is_event, edges) * weight_K
         with torch.no_grad():
-            of_rates_NK = hazard_nll(rates.expand_as(log_hazard_NKJ), own.days, own.is_event, edges)
+            of_rates_NK = hazard_nll(rates.expand_as(log_hazard_NKJ), own.days, own.is_event, edges) * weight_K
             asked_NK = ~own.days.isnan()
             sums_N4 = torch.stack([x.double().sum(1) for x in (nll_NK, of_rates_NK, own.is_event, asked_NK)], dim=1)
             row_N = own.asked_at.nonzero()[:, 0]
@@ -339,7 +345,7 @@ class AskEverywhere:
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         """Return the loss (mean negative log likelihood per place and set) and `gain`: by how many nats per event the model's log
-        likelihood is above that of the constant rates."""
+        likelihood is above that of the constant rates. Both are weighted by `auto.rarity`."""
         bootstrap = SubjectBootstrap.of(
             self.samples[split].subject_ids, n_samples=len(outputs), n_bootstrap=n_bootstrap, seed=0
         )
