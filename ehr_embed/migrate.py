@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # what OmegaConf.load raises
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.programs import command
 
 STAGES = ("create", "pretrain", "encoder", "decoder")
 """The four configs of the original: create embeddings, pretrain the decoder, fine-tune the encoder, fine-tune the decoder."""
@@ -277,7 +278,8 @@ def render(migration: Migration, old: str) -> str:
         migration: the translation.
         old: name of the original's file.
     """
-    words = ["python", migration.program, *(shlex.quote(word) for word in migration.command)]
+    program = command(migration.program.removesuffix(".py"))
+    words = [program, *(shlex.quote(word) for word in migration.command)]
     lines = ["# @package _global_", f"# {old}, migrated from the original pipeline ({migration.stage}).", "#"]
     lines += [f"#   {' '.join(words)}", "#"]
     for title, entries in (
@@ -296,7 +298,7 @@ def render(migration: Migration, old: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ehr_embed.migrate", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog=command("migrate"), description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("old", help="a config of the original: create embeddings, pretrain, or fine-tune")
     old = parser.parse_args(arguments).old
     try:

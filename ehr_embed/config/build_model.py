@@ -9,6 +9,7 @@ from torch import nn
 
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.hazards import HAZARDS, HazardSizes, with_hazards
 from ehr_embed.models.protocol import ReadsVocabulary
 
 
@@ -20,11 +21,14 @@ def build_model(
     Raises:
         UserError: as `instantiate`.
     """
-    given = dict(sizes)
+    given = {name: size for name, size in sizes.items() if name != HAZARDS}
     if OmegaConf.is_list(config.get("members")):
-        given["members"] = [build_model(member, vocabulary, trusted=trusted, sizes=sizes) for member in config.members]
+        own = dict(given)
+        given["members"] = [build_model(member, vocabulary, trusted=trusted, sizes=own) for member in config.members]
         config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "members"])
     model: nn.Module = instantiate(config, trusted=trusted, **given)
+    if HAZARDS in sizes:
+        model = with_hazards(model, HazardSizes(**sizes[HAZARDS]), embedding_dim=sizes["embedding_dim"])
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model

@@ -95,7 +95,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
     plain = check_own(resolved, tuple(trusted))
-    _check_types(config, own_object(plain["_target_"], tuple(trusted)))
+    _check_types(config, plain, tuple(trusted))
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
     # instantiated too.
     try:
@@ -140,17 +140,27 @@ def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) 
     return instantiate(config, trusted=trusted)
 
 
-def _check_types(config: DictConfig, target: Any) -> None:
-    """Compare the keys of a config with the annotations of its target, before the target trips over them.
+def _check_types(config: DictConfig, plain: Mapping[str, Any], trusted: tuple[str, ...]) -> None:
+    """Compare the keys of a config, and of the members inside it, with the annotations of its target, before the target trips over
+    them.
+
+    Args:
+        config: knows its place, which messages name.
+        plain: what `check_own` returned of it.
+        trusted: further packages that the user declares.
 
     Raises:
         UserError: naming the first key whose value has another type.
     """
+    target = own_object(plain["_target_"], trusted)
+    for key, node in plain.items():
+        if isinstance(node, Mapping) and "_target_" in node:
+            _check_types(config[key], node, trusted)
     try:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
     except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
         return
-    for key, value in OmegaConf.to_container(config, resolve=True).items():  # type: ignore[union-attr]
+    for key, value in plain.items():
         if key not in hints or (isinstance(value, dict) and "_target_" in value):
             continue
         try:

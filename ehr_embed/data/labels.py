@@ -77,11 +77,38 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
     return LabelSet(path.stem, frame, value_columns[0])
 
 
-def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
+def read_times(times: str, labels_dir: Path) -> pl.DataFrame:
+    """Read prediction times: those of a label set (by name or path), or of a parquet file without a value column.
+
+    Returns:
+        subject_id Int64, prediction_time Datetime[us]; sorted, without repetitions.
+
+    Raises:
+        UserError: the name is unknown (the message lists the valid ones), or columns, dtypes or rows are wrong.
+    """
+    names, path = available_labels(labels_dir), Path(times).expanduser()
+    if times in names:
+        path = labels_dir / times
+    if not path.exists():
+        raise unknown_name(
+            "task.times",
+            times,
+            names,
+            "Type: task.times=NAME of a label set, or a parquet file of subject_id, prediction_time.",
+        )
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    found = [read[0] for file in files if (read := _read_file(file, needs_value=False)) is not None]
+    if not found:
+        raise UserError(f"task.times={times}: {path} holds no prediction times, not one row.")
+    return pl.concat(found).select("subject_id", "prediction_time").unique().sort("subject_id", "prediction_time")
+
+
+def _read_file(file: Path, *, needs_value: bool = True) -> tuple[pl.DataFrame, str] | None:
     """Read the labels of a file and the name of their value column; return None for a file without rows."""
     with readable(file):
         frame = pl.read_parquet(file)
-    expected = "expected subject_id (integer), prediction_time (datetime) and one of " + ", ".join(VALUE_COLUMNS)
+    expected = "expected subject_id (integer), prediction_time (datetime)"
+    expected += f" and one of {', '.join(VALUE_COLUMNS)}" if needs_value else ""
     for column, good in (
         ("subject_id", lambda d: d.is_integer()),
         ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # event times have no zone
@@ -94,6 +121,8 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
         return None
     # A file in MEDS may have all value columns, of which only one is filled.
     filled = [name for name in VALUE_COLUMNS if name in frame.columns and frame[name].null_count() < len(frame)]
+    if not needs_value:
+        frame, filled = frame.with_columns(pl.lit(True).alias("boolean_value")), ["boolean_value"]
     if len(filled) != 1:
         raise UserError(
             f"{file}: {len(filled)} filled value columns ({', '.join(filled) or 'none'}), "

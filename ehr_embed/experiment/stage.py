@@ -42,7 +42,7 @@ from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, Source
-from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.blend import blend
@@ -398,6 +398,10 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
     curves = task.curves(fitted.outputs)
     plots = write_plots(run_dir / PLOTS, fitted.history, curves)
+    if isinstance(task, DrawsPlots):
+        for name, draw in task.plots(fitted.outputs).items():
+            draw(run_dir / PLOTS / f"{name}.png")
+            plots.append(run_dir / PLOTS / f"{name}.png")
     write_model_card(
         run_dir,
         config=plan.config,

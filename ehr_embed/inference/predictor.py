@@ -35,7 +35,7 @@ from ehr_embed.inference.trained_run import (
     say_static_only,
     times_to_predict,
 )
-from ehr_embed.models.protocol import ReadsVocabulary
+from ehr_embed.models.protocol import ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
@@ -316,7 +316,7 @@ class Predictor:
 
     @property
     def _reads_vectors(self) -> bool:
-        return getattr(self.run.model, "reads_vectors", True)
+        return declarations(self.run.model).reads_vectors
 
     @property
     def _reads_text(self) -> bool:

@@ -213,6 +213,7 @@ class CodeEncoder(nn.Module):
     """
 
     is_causal = False
+    meaning_keys = ("n_heads", "summaries")
 
     def __init__(
         self,
@@ -236,6 +237,7 @@ class CodeEncoder(nn.Module):
         n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
         if pooling not in POOLINGS:
             raise unknown_name("model.pooling", pooling, POOLINGS)
+        self.reads_values = "values" in summaries
         self.body = CodeBody(
             model_dim=model_dim,
             n_heads=n_heads,

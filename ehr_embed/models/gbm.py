@@ -123,6 +123,7 @@ class GBM(ReadsCodeFeatures):
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
+        self.features.remember(train.features)
         too_rare = self._too_rare(train.features)
         data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(

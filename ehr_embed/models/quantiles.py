@@ -98,6 +98,41 @@ class QuantileNormal(nn.Module):
         z[is_known] = torch.special.ndtri(rank.clamp(LEAST_RANK, 1 - LEAST_RANK))
         return z
 
+    @torch.no_grad()
+    def inverse(self, columns: Tensor, scores: Tensor) -> Tensor:
+        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is NaN, and for
+        columns without a table.
+
+        >>> normal = QuantileNormal(1)
+        >>> normal.fit(torch.zeros(41, dtype=torch.int64), torch.arange(41.0))
+        >>> normal.inverse(torch.zeros(3, dtype=torch.int64), torch.tensor([0.0, -3.0, float("nan")])).tolist()
+        [20.0, 0.0, nan]
+        """
+        columns, z = columns.expand(scores.shape), scores.float()
+        first, stop = self.offsets[columns], self.offsets[columns + 1]
+        is_known = (stop > first) & ~z.isnan()
+        found = torch.full_like(z, float("nan"))
+        if not bool(is_known.any()):
+            return found
+        first, stop = first[is_known], stop[is_known]
+        rank = torch.special.ndtr(z[is_known])
+        middle = (self.below + self.upto) / 2
+        low, high = first, stop  # the first knot whose mid-rank exceeds the rank lies in [low, high]
+        for _ in range(N_KNOTS.bit_length() + 1):
+            at = (low + high) // 2
+            is_below = (at < stop) & (middle[at.clamp(max=len(middle) - 1)] <= rank)
+            is_open = low < high
+            low = torch.where(is_open & is_below, at + 1, low)
+            high = torch.where(is_open & ~is_below, at, high)
+        left, right = (low - 1).clamp(min=0), low.clamp(max=len(middle) - 1)
+        left, right = torch.where(low > first, left, right), torch.where(low < stop, right, left)
+        share = ((rank - middle[left]) / (middle[right] - middle[left])).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
+        # Half-way numbers between two of train's would be none of it: a column of whole numbers keeps whole numbers.
+        is_frequent = (self.upto - self.below)[torch.stack([left, right])].amax(0) > 1 / N_KNOTS
+        share = torch.where(is_frequent, share.round(), share)
+        found[is_known] = self.knots[left] + share * (self.knots[right] - self.knots[left])
+        return found
+
     def get_extra_state(self) -> dict[str, Tensor]:
         """The tables; not buffers of the `state_dict`, since their lengths are fitted."""
         return {name: getattr(self, name).cpu() for name in ("knots", "below", "upto", "offsets")}

@@ -15,6 +15,7 @@ import numpy as np
 
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.programs import as_typed
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
@@ -115,7 +116,7 @@ def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
     ]
     if "best_epoch" in train:
         rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
-    again = "To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`."
+    again = as_typed("To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`.")
     return f"{table(['', ''], rows)}\n\n{again}"
 
 

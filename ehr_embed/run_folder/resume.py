@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
-from ehr_embed.core.moved import renamed
+from ehr_embed.core.moved import ADAMW, renamed
 from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
@@ -53,13 +53,18 @@ NEW: dict[str, Any] = {
     "ensemble.weights": "tuning",
     "model.windows_hours": None,
     "task.prefixes": None,
-    "trainer.betas": [0.9, 0.999],
+    "trainer.betas": None,
     "trainer.bucket_batches": 64,
     "trainer.compile": False,
     "trainer.devices": 1,
     "trainer.ema": None,
     "trainer.keep": "best",
     "trainer.nodes": 1,
+    "trainer.optimizer._target_": ADAMW,
+    "trainer.optimizer.betas": [0.9, 0.999],
+    "trainer.schedule.factor": 0.5,
+    "trainer.schedule.patience": 3,
+    "trainer.scheduler_patience": None,
     "trainer.strategy": "auto",
     "trainer.teacher": None,
     "trainer.teacher_share": 0.5,
@@ -177,11 +182,10 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return two configurations as dotted keys with their values, and the keys in which they differ."""
     old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
-    for own, value in NEW.items():
-        for key in (own, f"pretrain.{own}"):
-            for config in (old, new):
-                if key in old or key in new:
-                    config.setdefault(key, value)
+    for key, value in [(f"{stage}{key}", value) for stage in ("", "pretrain.") for key, value in NEW.items()]:
+        for config in (old, new):
+            if key in old or key in new:
+                config.setdefault(key, value)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
     return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
 from ehr_embed.comparison.results import split_overrides
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.programs import command_line
 from ehr_embed.search.checks import check_jobs, chosen_directions, data_identity
 from ehr_embed.search.jobs import Job, JobProcess, JobRunner, end_all
 from ehr_embed.search.space import parse_space
@@ -113,7 +112,7 @@ class StudySweeper(Sweeper):
             # Imported here, because pandas and the plots take a second to load, and a single run does not need them.
             from ehr_embed.search.study_report import report_study
 
-            table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
+            table = report_study(self.shared, self.folder, command=command_line(), has_plots=self.has_plots)
         if self.shared.is_over():
             from ehr_embed.search.tracking import log_search
 

@@ -15,6 +15,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
+from ehr_embed.models.hazards import MakesHazards
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
@@ -106,12 +107,14 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             "vectors would not be learned. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs "
             "nothing"
         )
-    if not isinstance(task, WeighsSamples):
+    if isinstance(model, MakesHazards):
+        pass  # fitted to times: the task gave them to `set_hazards`
+    elif not isinstance(task, WeighsSamples):
         raise UserError(
             f"{name} is fitted to one class per sample, and the samples of {type(task).__name__} have no single class. "
             "Type: task=classification, once for each label set"
         )
-    if task.label_smoothing:
+    elif task.label_smoothing:
         raise UserError(
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
         )
@@ -131,13 +134,13 @@ def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterat
 def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
     """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
-    assert isinstance(task, WeighsSamples)
     labels: npt.NDArray[Any] = task.samples[split].labels
     blocks = (
         (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
         for batch in trainer._loader(split)
     )
-    return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, task.sample_weights(split))
+    weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
+    return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 
 @torch.inference_mode()

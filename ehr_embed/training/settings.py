@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.threads import AUTO, check_threads
 from ehr_embed.data.batches import BUCKET_BATCHES
 from ehr_embed.data.device_events import DATA_DEVICES
-from ehr_embed.training.optimizer import SCHEDULES
+from ehr_embed.training.optimizer import check_optimizer, with_options
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
+from ehr_embed.training.protocol import MakesOptimizer, Schedule
+from ehr_embed.training.schedules import BY_NAME, Plateau
 
 KEPT = ("best", "last")
 TEACHERS = ("gbm",)
@@ -21,6 +25,9 @@ MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 @dataclass(frozen=True)
 class TrainerSettings:
     """Settings of the training loop; conf/trainer/default.yaml explains each key.
+
+    `schedule` may be one of the names that earlier versions knew, and `betas` and `scheduler_patience` are where these versions had
+    options of the optimizer and of the schedule; they become part of `optimizer` and `schedule`.
 
     Raises:
         UserError: a setting is unknown or out of range.
@@ -34,13 +41,14 @@ class TrainerSettings:
     learning_rate: float = 1e-4
     min_learning_rate: float = 1e-6
     weight_decay: float = 0.01
-    betas: Sequence[float] = (0.9, 0.999)
+    optimizer: MakesOptimizer = torch.optim.AdamW
+    betas: Sequence[float] | None = None
     ema: float | None = None
     teacher: str | None = None
     teacher_share: float = 0.5
-    warmup_steps: int = 100
-    schedule: str = "plateau"
-    scheduler_patience: int = 3
+    warmup_steps: float = 100
+    schedule: Schedule | str = field(default_factory=Plateau)
+    scheduler_patience: int | None = None
     clip_norm: float = 1.0
     patience: int | None = 10
     keep: str = "best"
@@ -61,8 +69,13 @@ class TrainerSettings:
     threads: int | str = AUTO
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise unknown_name("trainer.schedule", self.schedule, SCHEDULES)
+        self._take_older_keys()
+        if not isinstance(self.schedule, Schedule):
+            raise UserError(
+                f"trainer.schedule={self.schedule}: expected a mapping with _target_ that names a class with `after_warmup`, as "
+                "the files of conf/trainer/schedule/ are. Type: trainer/schedule=cosine"
+            )
+        check_optimizer(self.optimizer, weight_decay=self.weight_decay)
         choose_precision(self.precision, self.accelerator)
         if self.keep not in KEPT:
             raise unknown_name("trainer.keep", self.keep, KEPT)
@@ -71,8 +84,6 @@ class TrainerSettings:
                 f"trainer.keep=last with trainer.patience={self.patience}: where tuning chooses no epoch, it does not end training "
                 "either. Type: trainer.patience=null"
             )
-        if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"trainer.betas={list(self.betas)}: expected two numbers in [0, 1), as in [0.9,0.999].")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"trainer.ema={self.ema}: expected a decay in [0, 1) such as 0.99, or null.")
         if self.ema is not None and self.strategy == "fsdp":
@@ -96,9 +107,12 @@ class TrainerSettings:
             "min_learning_rate",
             "weight_decay",
             "clip_norm",
-            "scheduler_patience",
         ):
             check_range(f"trainer.{name}", getattr(self, name), 0)
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise UserError(
+                f"trainer.warmup_steps={self.warmup_steps}: expected a whole number of steps, or a share of all steps below 1."
+            )
         check_threads("trainer.threads", self.threads)
         check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
         check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
@@ -122,6 +136,34 @@ class TrainerSettings:
                 raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
+
+    def _take_older_keys(self) -> None:
+        """Put the values of the keys of earlier versions where they belong; `core.moved` does the same for configurations."""
+        schedule, optimizer = self.schedule, self.optimizer
+        if isinstance(schedule, str):
+            if schedule not in BY_NAME:
+                raise unknown_name(
+                    "trainer.schedule",
+                    schedule,
+                    BY_NAME,
+                    f"Any other by its YAML in trainer/schedule/: trainer/schedule={schedule}",
+                )
+            schedule = BY_NAME[schedule]()
+        if self.scheduler_patience is not None:
+            check_range("trainer.scheduler_patience", self.scheduler_patience, 0)
+            if isinstance(schedule, Plateau):
+                schedule = replace(schedule, patience=self.scheduler_patience)
+        if self.betas is not None and callable(optimizer):
+            if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
+                raise UserError(f"trainer.betas={list(self.betas)}: expected two numbers in [0, 1), as in [0.9,0.999].")
+            optimizer = with_options(optimizer, betas=tuple(self.betas))
+        for name, value in (
+            ("schedule", schedule),
+            ("optimizer", optimizer),
+            ("betas", None),
+            ("scheduler_patience", None),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def batch_key(self) -> str:

@@ -178,7 +178,7 @@ class Trainer:
             raise
         tuning = tuning_values(self.task, outputs)
         value = float(tuning[self.task.monitor])
-        if state.plateau is not None and progress.step >= self.settings.warmup_steps:
+        if state.plateau is not None and progress.step >= state.warmup.total_iters:
             state.plateau.step(value)
         row = {
             "epoch": progress.epoch,
