@@ -11,6 +11,7 @@ import polars as pl
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
+from ehr_embed.config.keys import PredictKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.threads import AUTO, use_threads
@@ -26,7 +27,7 @@ from ehr_embed.tasks.classification import encode_classes
 log = logging.getLogger(__name__)
 
 
-@checks_config
+@checks_config(PredictKeys)
 def predict(cfg: DictConfig) -> Path:
     """Predict as `cfg` (conf/predict.yaml) says, and write the table.
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.config.check import check_config, checks_config
 from ehr_embed.config.instantiate import builder
+from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
@@ -26,7 +27,7 @@ from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config(RunKeys)
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
@@ -46,7 +47,7 @@ def run(cfg: DictConfig) -> float:
         logging.disable(logging.WARNING)  # rank 0 says the same
     run_dir, init_from = processes.on_first(lambda: run_directory(cfg)), cfg.init_from
     if cfg.pretrain is not None:
-        check_config(first := pretraining(cfg))
+        check_config(first := pretraining(cfg), RunKeys)
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
     return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))

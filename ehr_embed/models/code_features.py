@@ -10,6 +10,7 @@ from meds import birth_code
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, checked
 from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.groups import Groups
@@ -85,10 +86,9 @@ class CodeFeatures(ReadsCodes):
     value_column_of_token: Tensor
     time_column_of_token: Tensor
 
-    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+    @checked("model")
+    def __init__(self, *, has_values: bool, max_codes: Count, times: bool) -> None:
         super().__init__(has_values=has_values)
-        if max_codes < 1:
-            raise UserError(f"model.max_codes={max_codes}: expected 1 or more codes.")
         self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []
         self.valued: list[str] = []
