@@ -26,7 +26,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.inputs import prepare_from
-from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
+from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
@@ -268,12 +268,12 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         identity=prepared.identity,
         sizes=sizes,
         seed=cfg.seed,
+        # A run that goes on keeps what it began with, whatever lies there now; checkpoints of earlier versions do not say it.
+        init_from_sha256=digest_of_start(plan.init_from) if start is None else start.checkpoint.get("init_from_sha256"),
         log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
     )
     origins = made_from(
-        prepared,
-        init_from=plan.init_from if found.checkpoint is None else None,
-        samples_digest=trainer.about["samples_digest"],
+        prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
     return Built(
         model=model,

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.settings import Count, OneOf, Share, Told, Width, check_setting, checked
+from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
 from ehr_embed.data.batches import LENGTH_MULTIPLE
-from ehr_embed.models.blocks import Block, sinusoids, time_features
+from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
 
@@ -138,7 +138,7 @@ class Body(nn.Module):
         model_dim: Width,
         n_heads: Count,
         n_layers: Layers,
-        dropout: Share,
+        dropout: DropShare,
         max_length: int,
         positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
         times: Times,

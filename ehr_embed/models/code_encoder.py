@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Count, OneOf, Share, Told, Width, check_setting, checked
+from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.blocks import Block
+from ehr_embed.models.blocks import Block, DropShare
 from ehr_embed.models.body import Layers, check_heads, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
@@ -224,7 +224,7 @@ class CodeEncoder(nn.Module):
         model_dim: Width = 64,
         n_heads: Count = 4,
         n_layers: Layers = 1,
-        dropout: Share = 0.1,
+        dropout: DropShare = 0.1,
         max_length: int = 4096,
         summaries: Summaries = tuple(SUMMARIES),
         age: bool = True,

@@ -165,7 +165,10 @@ class CodeFeatures(ReadsCodes):
             UserError: no codes were chosen yet.
         """
         if not self.codes:
-            raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
+            raise UserError(
+                "this model was not fitted, so it has no features. Fit it by python train.py with its option of conf/model/, or "
+                "open a finished run. Type: run=RUN_DIR"
+            )
         token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]
         values_BT = self.values(inputs).double()
         days_BT = inputs["days"].double()

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Count, OneOf, Share, Width, checked
+from ehr_embed.core.settings import Count, OneOf, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import check_width
 from ehr_embed.models.code_encoder import Subject
 from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
@@ -251,7 +251,7 @@ class CodeTab(nn.Module):
         n_gates: Count = 16,
         n_members: Count = 8,
         n_layers: Annotated[int, Field(ge=0, le=1024)] = 2,
-        dropout: Share = 0.05,
+        dropout: DropShare = 0.05,
         max_length: int = 4096,
         windows_hours: Sequence[float] = (12, 24, 36, 48),
         member_weights: Annotated[str, OneOf(*MEMBER_WEIGHTS)] = "codes",

@@ -7,7 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Count, OneOf, Share, Width, checked
+from ehr_embed.core.settings import Count, OneOf, Width, checked
+from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
         model_dim: Width = 256,
         n_heads: Count = 8,
         n_layers: Layers = 6,
-        dropout: Share = 0.1,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = ("gap", "elapsed"),

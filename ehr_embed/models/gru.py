@@ -8,7 +8,8 @@ from typing import Annotated
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ehr_embed.core.settings import OneOf, Share, Width, checked
+from ehr_embed.core.settings import OneOf, Width, checked
+from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import EventInput, Layers, TimeInput, Times
 from ehr_embed.models.heads import PooledHead, check_classifies
 
@@ -75,7 +76,7 @@ class GRU(nn.Module):
         has_values: bool = False,
         model_dim: Width = 256,
         n_layers: Layers = 2,
-        dropout: Share = 0.1,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
         times: Times = ("gap", "elapsed", "age"),
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import OneOf, Share, Width, checked
-from ehr_embed.models.blocks import Dropout
+from ehr_embed.core.settings import OneOf, Width, checked
+from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, check_classifies
 
@@ -40,7 +40,7 @@ class MeanPool(nn.Module):
         vocab_size: int | None = None,
         has_values: bool = False,
         model_dim: Width = 256,
-        dropout: Share = 0.1,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
     ) -> None:

@@ -12,8 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.pretrained_weights import load_pretrained
-from ehr_embed.core.settings import Count, OneOf, Share, Told, checked
+from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.heads import PooledHead, check_classifies
 from ehr_embed.models.record_text import RecordText
 
@@ -65,7 +66,7 @@ class TextEncoder(nn.Module):
         max_length: int = 128,
         times: bool = True,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
-        dropout: Share = 0.1,
+        dropout: DropShare = 0.1,
         lora_rank: Annotated[Count | None, Told(remedy="null = train the whole backbone.")] = None,
     ) -> None:
         super().__init__()

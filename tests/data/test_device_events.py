@@ -321,6 +321,6 @@ def test_a_run_is_the_same_wherever_its_events_are(planted, tmp_path):
     }
     rows = [without_times(run[1]) for run in runs.values()]
     assert rows[0] == rows[1] == rows[2]
-    assert [runs[where][2]._loader("train", 1).num_workers for where in ("device", "auto")] == [0, 1]
+    assert [runs[where][2].loader("train", 1).num_workers for where in ("device", "auto")] == [0, 1]
     with pytest.raises(UserError, match=r"unknown trainer\.data_device .gpu.: Valid: auto, device, host"):
         train(planted, tmp_path / "bad", data_device="gpu")
