@@ -10,12 +10,11 @@ from pydantic import Field
 
 from ehr_embed.config.check import Built, Keys
 from ehr_embed.core.manifest import Integrity
-from ehr_embed.core.settings import Count, Files, Folder, OneOf, Seed, Share, Switch, Text, Told
+from ehr_embed.core.settings import Count, Files, Folder, OneOf, Positive, Seed, Share, Switch, Text, Told
 from ehr_embed.core.threads import Threads
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
-from ehr_embed.inference.explainer import Tolerance
 from ehr_embed.models.sampling import Sampling
 from ehr_embed.run_folder.resume import Mode as ResumeMode
 from ehr_embed.sources.hidden_codes import HiddenShare
@@ -137,7 +136,7 @@ class ExplainKeys(DeviceKeys):
     seed: Seed
     n_steps: Count
     max_steps: Count
-    tolerance: Tolerance
+    tolerance: Positive
 
 
 class GenerateKeys(DeviceKeys, Sampling):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import digest, file_sha256, read_json, write_json
+from ehr_embed.core.files import digest, file_sha256, read_json, stamp_of, write_json
 from ehr_embed.core.settings import OneOf, check_setting
 
 log = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ def _check_sum(path: Path, expected: str, remedy: str) -> None:
 
 
 def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stamp_of(path)[1:]  # a folder may be mounted from another device
 
 
 def _read_stamps(folder: Path) -> dict[str, list[int]]:

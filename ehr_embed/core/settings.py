@@ -73,6 +73,7 @@ Files = Annotated[Sequence[Text], Told("a list of CSV files", example="[FILE.csv
 Switch = Annotated[bool, Told("true or false", example="true")]
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
+Positive = Annotated[float, Field(gt=0), Told("a number above 0", example="0.01")]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1), Told("a share in [0, 1]")]
 ShareBelow1 = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)")]

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.config.check import check_config, checks_config
-from ehr_embed.config.instantiate import builder
+from ehr_embed.config.instantiate import builder, instantiate
 from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> float:
         check_config(first := pretraining(cfg), RunKeys)
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
-    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(instantiate, cfg.trusted_packages))
 
 
 def _run_rank(cfg: DictConfig, singletons: Any) -> float:

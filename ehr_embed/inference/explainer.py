@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
-from ehr_embed.core.settings import Count, Seed, Told, checked
+from ehr_embed.core.settings import Count, Positive, Seed, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.evaluation.code_screening import visible_events
@@ -26,8 +25,6 @@ from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.models.members import over_members
 
 log = logging.getLogger(__name__)
-
-Tolerance = Annotated[float, Field(gt=0), Told("a number above 0", example="0.01")]
 
 
 class Explainer:
@@ -44,7 +41,7 @@ class Explainer:
 
     @checked("")
     def __init__(
-        self, predictor: Predictor, *, target: str | None, n_steps: Count, max_steps: Count, tolerance: Tolerance
+        self, predictor: Predictor, *, target: str | None, n_steps: Count, max_steps: Count, tolerance: Positive
     ) -> None:
         names = predictor.class_names
         if target is not None and target not in names:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.outcome import OUTCOME
 from ehr_embed.run_folder.layout import (
     AUDIT,
     BEST,
@@ -18,7 +19,6 @@ from ehr_embed.run_folder.layout import (
     LATEST,
     LOCK,
     MODEL_CARD,
-    OUTCOME,
     PLOTS,
     PREDICTIONS,
     PROFILE,

@@ -12,10 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from ehr_embed.comparison.outcome import Outcome, write_outcome
 from ehr_embed.comparison.tabulate import markdown, statistic, table_frame, tabulate, write_table
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.outcome import Outcome, write_outcome
 from ehr_embed.evaluation.predictions import write_predictions
 from ehr_embed.tabulate import main
 
