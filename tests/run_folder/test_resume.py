@@ -29,6 +29,7 @@ from ehr_embed.run_folder.resume import differences
 from ehr_embed.training import state as training_state
 from tests.helpers.configs import composed
 from tests.helpers.overrides import last_of_each
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT
 from tests.helpers.stopped_runs import (
     SHORT,
@@ -279,7 +280,7 @@ def test_force_goes_on_with_the_new_settings(dataset, stopped):
 
 
 def test_force_cannot_change_what_the_weights_are(dataset, stopped):
-    with pytest.raises(UserError, match=r"latest_checkpoint\.pt does not fit this model.*resume=overwrite"):
+    with refused("latest_checkpoint.pt", "resume=overwrite"):
         run(settings(dataset, stopped, "resume=force", "model.model_dim=32"))
 
 

@@ -18,6 +18,7 @@ from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.resume import claimed, find_run
 from tests.helpers.configs import composed
 from tests.helpers.entry_points import inside  # noqa: F401 (fixture)
+from tests.helpers.refusals import refused
 from tests.helpers.ward import SMALL, trained, ward  # noqa: F401 (fixtures)
 
 
@@ -90,7 +91,7 @@ def test_sampled_futures_replace_no_shards(tmp_path):
     pl.DataFrame({"subject_id": [1], "code": ["A"]}).write_parquet(tmp_path / "0.parquet")
     (tmp_path / "2020_notes.parquet").write_text("mine")
     before = files(tmp_path)
-    with pytest.raises(UserError, match=r"0\.parquet is no file of sampled futures.*output=ANOTHER_FOLDER"):
+    with refused("0.parquet", "output=ANOTHER_FOLDER"):
         write_futures(pl.DataFrame(), tmp_path, n_samples=1)
     assert files(tmp_path) == before
 
