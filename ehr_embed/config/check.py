@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -68,17 +69,21 @@ def check_config(cfg: DictConfig, keys: type[Keys]) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UserError(f"{where}={value}: expected a number of at most 64 bits. Type: {where}=NUMBER")
     _check_keys(config, keys)
-    raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    _check_targets(config, raw, keys, tuple(config.get("trusted_packages", ())))
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    check_targets(config, tuple(config.get("trusted_packages", ())), keys=keys, raw=raw)
 
 
-def checks_config(keys: type[Keys]) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
-    """Return a decorator for the work of an entry point: its configuration is checked before anything else."""
+def checks_config(keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
+    """Return a decorator for the work of an entry point: its configuration is checked before anything else.
+
+    Args:
+        keys: name of the entry point's class in `ehr_embed.config.keys`, which is imported at the call, since it loads torch.
+    """
 
     def decorate(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
         @wraps(function)
         def checked(cfg: DictConfig) -> Result:
-            check_config(cfg, keys)
+            check_config(cfg, getattr(import_module("ehr_embed.config.keys"), keys))
             return function(cfg)
 
         return checked
@@ -92,23 +97,33 @@ def hints_of(keys: Any) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
+def keys_of(hint: Any) -> type[Keys] | None:
+    """Return the class of the keys of a node, or of each node of a mapping, None where the annotation is of a value."""
+    kinds = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Keys)]
+    return kinds[0] if kinds else None
+
+
 def _check_keys(config: Mapping[str, Any], keys: type[Keys], where: str = "") -> None:
     """Check the keys of a node, and of the nodes below it, that belong to no `_target_`."""
     for name, hint in hints_of(keys).items():
         if name not in config:
             continue
         key, value = f"{where}.{name}" if where else name, config[name]
-        kinds = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Keys)]
-        if not kinds:
+        below = keys_of(hint)
+        if below is None:
             check_setting(key, value, hint)
+        elif get_origin(hint) is Mapping:
+            check_setting(key, value, Mapping[get_args(hint)[0], dict[str, Any]])  # type: ignore[misc]
+            for own, node in value.items():
+                _check_node(f"{key}.{own}", node, below)
         elif not (value is None and NoneType in get_args(hint)):
-            _check_node(key, value, kinds[0])
+            _check_node(key, value, below)
 
 
 def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
     is_built = issubclass(keys, Built)
     if not isinstance(node, dict) or (is_built and not isinstance(node.get("_target_"), str)):
-        group = key.removeprefix("pretrain.").split(".")[0]
+        group = "data" if key.startswith("data") else key.rpartition(".")[2]
         what = "a mapping with _target_, which names what is built," if is_built else "a mapping of its keys,"
         expected = keys.expected or f"{what} as the files of conf/{group}/ are. Type: {group}=OPTION"
         raise UserError(f"{key}={shown(node)}: expected {expected}")
@@ -120,14 +135,22 @@ def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
     _check_keys(node, keys, key)
 
 
-def _check_targets(node: Any, raw: Any, keys: Any, trusted: tuple[str, ...], where: str = "") -> None:
-    """Check the keys of every node that has a `_target_` by the annotations of what it names.
+def check_targets(node: Any, trusted: tuple[str, ...], *, keys: Any = None, raw: Any = None, where: str = "") -> None:
+    """Check the keys of every node that has a `_target_`, at any depth, by the annotations of what it names.
 
-    `raw` is the node before its interpolations were resolved: a value that stands elsewhere is told by the key that a user types.
+    Args:
+        node: plain values.
+        trusted: further packages that the user declares.
+        keys: the keys that the node, and nodes below it, have beside those of their targets.
+        raw: the node before its interpolations were resolved: a value that stands elsewhere is told by the key that a user types.
+        where: full name of the node; empty = it stands by itself.
+
+    Raises:
+        UserError: as `check_keys_of_target`, or a target may not be named.
     """
     if isinstance(node, list):
         for number, item in enumerate(node):
-            _check_targets(item, None, None, trusted, f"{where}[{number}]")
+            check_targets(item, trusted, where=f"{where}[{number}]")
     if not isinstance(node, dict):
         return
     raw = raw if isinstance(raw, dict) else {}
@@ -137,9 +160,12 @@ def _check_targets(node: Any, raw: Any, keys: Any, trusted: tuple[str, ...], whe
         full_names = {name: found.group(1) for name, value in raw.items() if (found := ONE_KEY.fullmatch(str(value)))}
         check_keys_of_target(node, target, where, beside=tuple(beside), full_names=full_names)
     for name, value in node.items():
-        kinds = [part for part in (beside.get(name), *get_args(beside.get(name))) if isinstance(part, type)]
-        below = next((kind for kind in kinds if issubclass(kind, Keys)), None)
-        _check_targets(value, raw.get(name), below, trusted, f"{where}.{name}" if where else str(name))
+        below, inner = keys_of(beside.get(name)), f"{where}.{name}" if where else str(name)
+        if below is not None and get_origin(beside[name]) is Mapping:
+            for own, item in value.items():
+                check_targets(item, trusted, keys=below, where=f"{inner}.{own}")
+        else:
+            check_targets(value, trusted, keys=below, raw=raw.get(name), where=inner)
 
 
 def check_keys_of_target(
@@ -162,14 +188,16 @@ def check_keys_of_target(
     Raises:
         UserError: a key is unknown, or its value is of another type or out of range.
     """
-    own = {
-        name: value
-        for name, value in node.items()
-        if name not in beside and not is_instruction(name) and not (isinstance(value, dict) and "_target_" in value)
-    }
+    own = {name: value for name, value in node.items() if name not in beside and not is_instruction(name)}
     if (valid := names_of(target)) is not None and (unknown := [name for name in own if name not in valid]):
         raise unknown_name(f"key of {where or node['_target_']}", unknown[0], {*valid, *beside})
-    check_settings(target, own, where, full_names=full_names)
+    values = {name: value for name, value in own.items() if not _names_target(value)}
+    check_settings(target, values, where, full_names=full_names)
+
+
+def _names_target(node: Any) -> bool:
+    """Return whether a node, or a node of a list, names what is built: its own type is another one."""
+    return any(map(_names_target, node)) if isinstance(node, list) else isinstance(node, dict) and "_target_" in node
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

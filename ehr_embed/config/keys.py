@@ -3,10 +3,10 @@ setting is used, and is only named here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from ehr_embed.config.check import Built, Keys
 from ehr_embed.core.manifest import Integrity
@@ -15,7 +15,8 @@ from ehr_embed.core.threads import Threads
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
-from ehr_embed.models.sampling import Sampling
+from ehr_embed.models.ensemble import Weights
+from ehr_embed.models.sampling import HorizonDays, Sampling
 from ehr_embed.run_folder.resume import Mode as ResumeMode
 from ehr_embed.sources.hidden_codes import HiddenShare
 from ehr_embed.sources.protocol import SPLITS
@@ -75,6 +76,34 @@ class PretrainKeys(StageKeys):
     data: PretrainDataKeys
 
 
+class MemberKeys(Keys):
+    """Keys of a member of an ensemble."""
+
+    has_only_these = True
+    expected = "a mapping with seeds, model or trainer"
+    seeds: Annotated[int, Field(ge=1, le=1000), Told("1 to 1000 runs", example="3")]
+    model: ModelKeys
+    trainer: Built
+
+
+MemberName = Annotated[
+    str,
+    StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-]*$"),
+    Told(
+        "a mapping of names to members, in names letters, digits, - and _, since a member's runs have folders of this name",
+        example="{NAME: {seeds: 3}}",
+    ),
+]
+
+
+class EnsembleKeys(Keys):
+    """Keys of `ensemble`."""
+
+    members: Mapping[MemberName, MemberKeys]
+    runs: Annotated[Sequence[Text], Told("a list of finished runs", example="[RUN_DIR]")]
+    weights: Weights
+
+
 class RunKeys(StageKeys):
     """Keys of a run."""
 
@@ -85,6 +114,7 @@ class RunKeys(StageKeys):
     resume: ResumeMode
     init_from: Annotated[Text | None, Told("a run's folder, a checkpoint, or null", example="RUN_DIR")]
     pretrain: PretrainKeys | None
+    ensemble: EnsembleKeys
     integrity: Integrity
     audit: AuditMode
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
@@ -150,3 +180,30 @@ class GenerateKeys(DeviceKeys, Sampling):
     use_cache: Switch
     batch_size: Annotated[int, Field(ge=1), Told("1 or more prompts", example="32")]
     seed: Seed
+
+
+class AskKeys(DeviceKeys):
+    """Keys of conf/ask.yaml."""
+
+    data: DatasetKeys
+    questions: Annotated[Sequence[Text], Told("a list of words", example="[osteoarthritis]")]
+    codes: Annotated[Sequence[Text], Told("a list of codes", example="[CODE]")]
+    code_pattern: Annotated[Text | None, Told("a regular expression, or null", example="null")]
+    literal: Switch
+    n_events: Annotated[int, Field(ge=1), Told("1 or more events", example="8")]
+    min_cosine: Annotated[float, Field(ge=-1, le=1), Told("a cosine in [-1, 1]", example="0.5")]
+    margin: Annotated[float, Field(ge=0, le=2), Told("a difference of cosines in [0, 2]", example="0.1")]
+    horizon_days: HorizonDays
+    labels: LabelsName
+    split: Annotated[str, OneOf(*SPLITS)] | None
+    n_bootstrap: Annotated[int, Field(ge=0)]
+
+
+class RepresentKeys(DeviceKeys):
+    """Keys of conf/represent.yaml; `Representer` says which values `per` and `pooling` have."""
+
+    data: DatasetKeys
+    task: LabelsKeys
+    split: SplitName
+    per: Text
+    pooling: Text

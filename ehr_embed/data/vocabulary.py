@@ -15,7 +15,7 @@ from pydantic import Field
 from ehr_embed.core.files import atomic_path, file_sha256, read_json, write_json
 from ehr_embed.core.settings import OneOf, Switch, Text, Told, check_settings
 from ehr_embed.data.code_statistics import code_statistics
-from ehr_embed.data.value_bins import bin_edges, bin_text, robust_scale
+from ehr_embed.data.value_bins import bin_edges, bin_text, quantile, robust_scale
 from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
 from ehr_embed.sources.protocol import Source
 
@@ -24,6 +24,8 @@ UNKNOWN_TEXT = "Unknown event"
 TOKENS_FILE = "vocab.csv"
 """The tokens in a vocabulary's folder; the digest of this file is the vocabulary's identity."""
 Values = Annotated[str, OneOf("bins", "continuous", "both", "none")]
+SHARES = (0.1, 0.5, 0.9)
+"""Quantiles that are kept of each code's values, for a reader who compares two datasets."""
 VALUE_LIMIT = 10.0
 """Normalised values are clipped to this many robust standard deviations; values beyond it are mostly typing errors."""
 
@@ -74,7 +76,8 @@ class Vocabulary:
             built).
         codes: one row per code: code, plain_token (token without value bin), bin_token (token of the first bin, -1 = no
             bins), edges (lower bounds of the second and later bins), loc and scale (median and robust standard
-            deviation of the values in train).
+            deviation of the values in train), quantiles (10, 50 and 90 % of these values; empty = no values, and no
+            column in vocabularies of earlier versions).
         report: shares of codes and events by the origin of their text, and numbers of folded codes.
     """
 
@@ -210,7 +213,8 @@ class Vocabulary:
             loc=pl.lit(float("nan")),
             scale=pl.lit(1.0),
         )
-        tokens, codes = pl.concat([self.tokens, tokens]), pl.concat([self.codes, codes])
+        # Vocabularies of earlier versions have no quantiles.
+        tokens, codes = pl.concat([self.tokens, tokens]), pl.concat([self.codes, codes], how="diagonal")
         return Vocabulary(self.settings, tokens, codes, self.report)
 
     def save(self, folder: Path) -> None:
@@ -309,20 +313,22 @@ def fit_vocabulary(
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Bin edges and scale of a code's values, as they enter the vocabulary."""
+    """Bin edges, scale and quantiles of a code's values, as they enter the vocabulary."""
 
     edges: list[float]
     loc: float
     scale: float
+    quantiles: list[float]
 
 
-NO_NUMBERS = _Numbers([], 0.0, 1.0)
+NO_NUMBERS = _Numbers([], 0.0, 1.0, [])
 
 
 def _numbers(values: npt.NDArray[np.float32], settings: VocabularySettings) -> _Numbers:
     is_binned = settings.has_bins and len(values) >= settings.min_count
     edges = bin_edges(values, settings.n_bins).tolist() if is_binned else []
-    return _Numbers(edges, *robust_scale(values))
+    ordered = np.sort(values)
+    return _Numbers(edges, *robust_scale(values), [quantile(ordered, share) for share in SHARES])
 
 
 class _Builder:
@@ -332,7 +338,7 @@ class _Builder:
         self.text_of = text_of
         self.strings, self.texts = [self._free("<padding>"), self._free("<unknown>")], ["", UNKNOWN_TEXT]
         self.plain: dict[str, int] = {}
-        self.rows: dict[str, tuple[int, int, list[float], float, float]] = {}
+        self.rows: dict[str, tuple[int, int, list[float], float, float, list[float]]] = {}
 
     def _free(self, string: str) -> str:
         """Return `string`, with primes added until no code has that name, since tokens are looked up by name."""
@@ -361,14 +367,14 @@ class _Builder:
                 for number in range(1, n_bins + 1)
             ]
             first = bins[0]
-        self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale)
+        self.rows[code] = (plain, first, edges, numbers.loc, numbers.scale, numbers.quantiles)
 
     def describe(self, code: str) -> None:
         """Add a token with the code's text and no values, which have no scale without events in train."""
-        self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0)
+        self.rows[code] = (self._plain_token(code), -1, [], float("nan"), 1.0, [])
 
     def fold(self, code: str, parent: str, numbers: _Numbers) -> None:
-        self.rows[code] = (self._plain_token(parent), -1, [], numbers.loc, numbers.scale)
+        self.rows[code] = (self._plain_token(parent), -1, [], numbers.loc, numbers.scale, numbers.quantiles)
 
     def tokens(self) -> pl.DataFrame:
         n = len(self.strings)
@@ -384,5 +390,6 @@ class _Builder:
             "edges": pl.List(pl.Float32),
             "loc": pl.Float64,
             "scale": pl.Float64,
+            "quantiles": pl.List(pl.Float32),
         }
         return pl.DataFrame([(code, *row) for code, row in self.rows.items()], schema=schema, orient="row")

@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed.config.check import checks_config
 from ehr_embed.config.instantiate import builder, instantiate_embedder
-from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
@@ -66,7 +65,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 
 
 @stop_requests(is_deferred=False)
-@checks_config(RunKeys)
+@checks_config("RunKeys")
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
     build = builder(cfg)
@@ -88,7 +87,7 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
-@checks_config(RunKeys)
+@checks_config("RunKeys")
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
     source: Source = builder(cfg)(cfg.data.source)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.moved import renamed
+from ehr_embed.core.programs import as_typed
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.run_folder.checkpoints import checkpoint_path
 from ehr_embed.run_folder.layout import CONFIG, ENVIRONMENT, LOOKUPS, TABLE, VOCABULARY
@@ -53,7 +54,9 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
         prepared: the store and the table.
     """
     with atomic_path(run_dir / CONFIG) as path:
-        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
+        path.write_text(
+            as_typed(CONFIG_HEADER.format(run_dir=run_dir.resolve())) + OmegaConf.to_yaml(config), encoding="utf-8"
+        )
     write_json(run_dir / ENVIRONMENT, environment())
     vocabulary = prepared.store.vocabulary
     vocabulary.save(run_dir / VOCABULARY)

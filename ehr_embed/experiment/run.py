@@ -20,6 +20,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO
+from ehr_embed.experiment.ensemble import is_ensemble, member_runs, written_out
 from ehr_embed.experiment.stage import run_stage
 from ehr_embed.search.trial import NoTrial, current_trial
 from ehr_embed.training.processes import run_ranks
@@ -27,12 +28,13 @@ from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
-@checks_config(RunKeys)
+@checks_config("RunKeys")
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
     A run that was stopped there goes on; a finished run is left as it is. With `pretrain` set, a stage with those options comes
-    first, in `RUN_DIR/pretrain`, and the stage of `cfg` starts from its weights.
+    first, in `RUN_DIR/pretrain`, and the stage of `cfg` starts from its weights. With members in `ensemble`, each is a stage in
+    `RUN_DIR/members`, and the last stage blends them.
 
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
@@ -46,10 +48,16 @@ def run(cfg: DictConfig) -> float:
     if not processes.is_first:
         logging.disable(logging.WARNING)  # rank 0 says the same
     run_dir, init_from = processes.on_first(lambda: run_directory(cfg)), cfg.init_from
+    members: dict[Path, DictConfig] = {}
+    if is_ensemble(cfg):
+        cfg = written_out(cfg)
+        members = member_runs(cfg, run_dir)
     if cfg.pretrain is not None:
         check_config(first := pretraining(cfg), RunKeys)
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
+    for folder, member in members.items():
+        run_stage(member, folder, init_from=init_from, trial=NoTrial())
     return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(instantiate, cfg.trusted_packages))
 
 

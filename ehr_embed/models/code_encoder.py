@@ -212,6 +212,7 @@ class CodeEncoder(nn.Module):
     """
 
     is_causal = False
+    meaning_keys = ("n_heads", "summaries")
 
     @checked("model")
     def __init__(
@@ -234,6 +235,7 @@ class CodeEncoder(nn.Module):
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
+        self.reads_values = "values" in summaries
         self.body = CodeBody(
             model_dim=model_dim,
             n_heads=n_heads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.aligned import CodeMatches, fit_quantiles
 from ehr_embed.models.code_features import ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.quantiles import QuantileNormal
@@ -22,8 +23,6 @@ N_SUMMARIES = 9 + 2 * N_WINDOWS
 each window, then the mean value in each."""
 COUNTS = (0, *range(9, 9 + N_WINDOWS))
 """The summaries that are known of a code without events: all are 0."""
-MAX_FITTED = 2**21
-"""Pairs of a record and a code that quantiles are fitted to, at most; of a larger train, records are drawn."""
 
 
 class Pairs(NamedTuple):
@@ -32,7 +31,7 @@ class Pairs(NamedTuple):
     Attributes:
         row: (G,) int64, the record.
         code: (G,) int64, the code; from `n_codes` on, codes that train never had.
-        summaries: (G, 17) float32, NaN = missing.
+        summaries: (G, 17) float32, NaN = missing; normal scores of an aligned dataset.
         last_event: (G,) int64, the last event of each pair, counted over the batch's events row by row.
     """
 
@@ -46,7 +45,8 @@ class CodeSummaries(ReadsCodes):
     """Sums up the events of each code of a record, and normalises the numbers by train's quantiles.
 
     Known codes are those that occur in train of the first vocabulary it is given; they are part of the `state_dict`, by name, with
-    the quantiles. Events without a code (the unknown event) are ignored.
+    the quantiles. Events without a code (the unknown event) are ignored. After `align`, the codes of another dataset are read as
+    known ones, with quantiles of their own.
 
     Args:
         has_values: whether batches carry a number beside each event.
@@ -68,6 +68,7 @@ class CodeSummaries(ReadsCodes):
             )
         self.edges = edges
         self.codes: list[str] = []
+        self.matches: CodeMatches | None = None
         self.quantiles = QuantileNormal(N_SUMMARIES)
         self.register_buffer("code_of_token", torch.empty(0, dtype=torch.int64), persistent=False)
 
@@ -99,13 +100,24 @@ class CodeSummaries(ReadsCodes):
         device = self.quantiles.offsets.device
         self.quantiles.offsets = torch.zeros((self.n_codes + 1) * N_SUMMARIES + 1, dtype=torch.int64, device=device)
 
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read the codes of the present vocabulary as the known codes that `matches` names, with their gates, and leave all others
+        out; None = read codes as they are. `fit` then fits the matched codes' own quantiles."""
+        self.matches = None
+        if matches is not None:
+            found = CodeMatches(self.codes, n_summaries=N_SUMMARIES, counts=COUNTS)
+            found.match(matches)
+            self.matches = found.to(self.code_of_token.device)
+        self._match()
+
     def _match(self) -> None:
-        number = {code: i for i, code in enumerate(self.codes)}
-        for code in self.token_codes:
-            if code is not None:
-                number.setdefault(code, len(number))
-        self.n_slots = len(number)
-        found = [-1 if code is None else number[code] for code in self.token_codes]
+        number = {code: i for i, code in enumerate(self.codes if self.matches is None else self.matches.codes)}
+        if self.matches is None:
+            for code in self.token_codes:
+                if code is not None:
+                    number.setdefault(code, len(number))
+        self.n_slots = max(len(number), 1)
+        found = [-1 if code is None else number.get(code, -1) for code in self.token_codes]
         self.code_of_token = torch.tensor(found, dtype=torch.int64, device=self.code_of_token.device)
 
     def get_extra_state(self) -> dict[str, list[str]]:
@@ -125,6 +137,15 @@ class CodeSummaries(ReadsCodes):
     def forward(self, inputs: dict[str, Tensor]) -> Pairs:
         """Return the pairs of a batch from `token_ids`, `days` and, where there are any, `values` (B, T), NaN = none, and
         `padding_mask` (B, T), True = event."""
+        pairs = self._pairs(inputs)
+        if self.matches is None:
+            return pairs
+        row_K, code_K, scores_KF, part_G = self.matches.merged(pairs.row, pairs.code, pairs.summaries)
+        last_K = torch.zeros_like(row_K).scatter_reduce(0, part_G, pairs.last_event, "amax", include_self=False)
+        return Pairs(row_K, code_K, scores_KF, last_K)
+
+    def _pairs(self, inputs: dict[str, Tensor]) -> Pairs:
+        """Return the pairs of a record and a code of the present vocabulary."""
         is_event_BT = inputs["padding_mask"]
         row_N, _ = is_event_BT.nonzero(as_tuple=True)
         code_N = self.slots_of(self.tokens(inputs)[is_event_BT])
@@ -165,6 +186,8 @@ class CodeSummaries(ReadsCodes):
 
     def normalise(self, pairs: Pairs) -> Tensor:
         """Return the inputs of each pair of record and code, (G, 18): 17 normal scores, then 0, since the code is not absent."""
+        if self.matches is not None:
+            return torch.nn.functional.pad(pairs.summaries.nan_to_num(), (0, 1))
         columns_GF = self._columns(pairs.code.clamp(max=self.n_codes))
         return torch.nn.functional.pad(self.quantiles(columns_GF, pairs.summaries), (0, 1))
 
@@ -178,28 +201,19 @@ class CodeSummaries(ReadsCodes):
     def _columns(self, code_G: Tensor) -> Tensor:
         return code_G[:, None] * N_SUMMARIES + torch.arange(N_SUMMARIES, device=code_G.device)
 
+    @torch.no_grad()
     def fit(self, train: Iterable[dict[str, Tensor]], *, seed: int = 0) -> None:
-        """Fit the quantiles to train's records at their prediction times; `train` gives each batch once."""
-        generator, share, n_records = torch.Generator().manual_seed(seed), 1.0, 0
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []  # each pair's record's draw, code, summaries
-        draws: list[Tensor] = []
-        for inputs in train:
-            pairs = self(inputs)
-            draw_B = torch.rand(len(inputs["padding_mask"]), generator=generator)
-            draws.append(draw_B)
-            draw_G = draw_B[pairs.row.cpu()]
-            chosen = (draw_G < share) & (pairs.code < self.n_codes).cpu()
-            kept.append((draw_G[chosen], pairs.code.cpu()[chosen], pairs.summaries.cpu()[chosen]))
-            while sum(len(part[0]) for part in kept) > MAX_FITTED:
-                share /= 2
-                kept = [tuple(x[part[0] < share] for x in part) for part in kept]  # type: ignore[misc]
-        n_records = int((torch.cat(draws) < share).sum())
-        code_G, summaries_GF = torch.cat([part[1] for part in kept]), torch.cat([part[2] for part in kept])
-        columns_GF = self._columns(code_G)
-        lacking_C = n_records - code_G.bincount(minlength=self.n_codes)
-        zeros_CK = self._columns(torch.arange(self.n_codes))[:, list(COUNTS)]
-        columns = torch.cat([columns_GF.flatten(), zeros_CK.flatten()])
-        numbers = torch.cat([summaries_GF.flatten(), torch.zeros(zeros_CK.numel())])
-        weights = torch.cat([torch.ones(summaries_GF.numel()), lacking_C[:, None].expand_as(zeros_CK).flatten()])
-        has_weight = weights > 0
-        self.quantiles.fit(columns[has_weight], numbers[has_weight], weights[has_weight])
+        """Fit the quantiles, after `align` the matched codes' own, to records at their prediction times; `train` gives each batch
+        once."""
+
+        def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+            for inputs in train:
+                pairs = self._pairs(inputs)
+                yield pairs.row, pairs.code, pairs.summaries, len(inputs["padding_mask"])
+
+        if self.matches is not None:
+            self.matches.fit(parts(), seed=seed)
+            return
+        fit_quantiles(
+            self.quantiles, parts(), n_codes=self.n_codes, counts=list(COUNTS), columns=self._columns, seed=seed
+        )

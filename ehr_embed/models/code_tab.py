@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -235,6 +235,7 @@ class CodeTab(nn.Module):
     """
 
     is_causal = False
+    meaning_keys = ("windows_hours", "feeds_absent")
     learns_vectors = False
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
 
@@ -285,6 +286,10 @@ class CodeTab(nn.Module):
     def adapt_to_vectors(self, vectors: Tensor) -> None:
         """Take the vectors (V, E) of train's tokens."""
         self.body.take_vectors(vectors, self._tokens)
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read the codes of the present vocabulary as the known ones that `matches` names."""
+        self.body.input.align(matches)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """Fit the quantiles to train's records; `train` gives each batch once."""

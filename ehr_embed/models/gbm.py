@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -35,7 +35,7 @@ class GBM(ReadsCodeFeatures):
         vocab_size: must be None, because this model predicts classes only.
         has_values: whether batches carry a numeric value with each event, set by the data.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
-        max_codes, times: as in `CodeFeatures`.
+        max_codes, times, windows_hours: as in `CodeFeatures`.
         n_trees: largest number of trees per class; the number that is best on tuning is kept.
         stop_on: measure on tuning that chooses the number of trees: `loss` (cross-entropy) or `metric`
             (`task.monitor`).
@@ -62,6 +62,7 @@ class GBM(ReadsCodeFeatures):
         max_length: int = 4096,
         max_codes: Count = 2000,
         times: bool = True,
+        windows_hours: Sequence[float] | None = None,
         n_trees: Count = 1000,
         stop_on: Annotated[str, OneOf(*STOPS)] = "loss",
         patience: Count = 50,
@@ -72,7 +73,7 @@ class GBM(ReadsCodeFeatures):
         sample_share: ShareAbove0 = 0.7,
         l2: float = 5.0,
     ) -> None:
-        super().__init__(has_values=has_values, max_codes=max_codes, times=times)
+        super().__init__(has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours)
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
         self.n_trees, self.stop_on, self.patience = n_trees, stop_on, patience
         self.parameters_of_trees = {
@@ -117,6 +118,7 @@ class GBM(ReadsCodeFeatures):
             p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
             return "score", score(p), is_higher_better
 
+        self.features.remember(train.features)
         too_rare = self._too_rare(train.features)
         data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(

@@ -89,6 +89,7 @@ class Logistic(ReadsCodeFeatures):
         seed: int,
     ) -> None:
         """Fit to train once per penalty, the strongest first, and keep the fit with the best score on tuning."""
+        self.features.remember(train.features)
         median = train.features.medians()  # a chosen feature has a value somewhere in train
         mean, scale = _moments(train.features, median)
         scale[scale == 0] = 1

@@ -18,6 +18,7 @@ from ehr_embed.run_folder.layout import (
     HISTORY,
     LATEST,
     LOCK,
+    MEMBERS,
     MODEL_CARD,
     PLOTS,
     PREDICTIONS,
@@ -32,7 +33,7 @@ RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, MODEL_CARD, WANDB_ID, PROFILE, BES
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
-BESIDE_A_RUN = ("pretrain", "explained", "generated", "wandb", "log.txt", "slurm.out")
+BESIDE_A_RUN = ("pretrain", MEMBERS, "explained", "generated", "wandb", "log.txt", "slurm.out")
 """Names that the commands, the trackers and a search write into a run's folder."""
 
 

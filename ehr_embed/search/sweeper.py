@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.outcome import Outcome, message_of, read_outcome, split_overrides
+from ehr_embed.core.programs import command_line
 from ehr_embed.search.application import application
 from ehr_embed.search.checks import check_jobs, chosen_directions
 from ehr_embed.search.jobs import Job, JobProcess, JobRunner, end_all
@@ -112,7 +111,7 @@ class StudySweeper(Sweeper):
             # Imported here, because pandas and the plots take a second to load, and a single run does not need them.
             from ehr_embed.search.study_report import report_study
 
-            table = report_study(self.shared, self.folder, command=shlex.join(sys.argv), has_plots=self.has_plots)
+            table = report_study(self.shared, self.folder, command=command_line(), has_plots=self.has_plots)
         if self.shared.is_over():
             from ehr_embed.search.tracking import log_search
 

@@ -178,7 +178,7 @@ class Multilabel:
         for index, name in enumerate(self.label_names):
             columns[f"{name}/label"] = samples.labels[:, index].astype(bool)
             columns[f"{name}/predicted"] = outputs[:, index] >= self.thresholds[index]
-            columns[f"{name}/probability"] = outputs[:, index].astype(np.float32)
+            columns[f"{name}/probability"] = outputs[:, index].astype(np.float64)
         with atomic_path(path) as temporary:
             pl.DataFrame(columns).write_parquet(temporary)
 

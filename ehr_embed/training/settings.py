@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
+import torch
 from annotated_types import Len
 from pydantic import Field
 
-from ehr_embed.core.errors import UserError
+from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.settings import Count, NotNegative, OneOf, Share, ShareBelow1, Told, check_settings
 from ehr_embed.core.threads import Threads
+from ehr_embed.data.batches import BUCKET_BATCHES
 from ehr_embed.data.device_events import DataDevice
-from ehr_embed.training.optimizer import SCHEDULES
+from ehr_embed.training.optimizer import check_optimizer, with_options
 from ehr_embed.training.precision import Precision, choose_precision
 from ehr_embed.training.processes import (
     Accelerator,
@@ -23,11 +25,16 @@ from ehr_embed.training.processes import (
     StrategyName,
     launch,
 )
+from ehr_embed.training.protocol import MakesOptimizer, Schedule
+from ehr_embed.training.schedules import BY_NAME, Plateau
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
     """Settings of the training loop; conf/trainer/default.yaml explains each key.
+
+    `schedule` may be one of the names that earlier versions knew, and `betas` and `scheduler_patience` are where these versions had
+    options of the optimizer and of the schedule; they become part of `optimizer` and `schedule`.
 
     Raises:
         UserError: a setting is unknown or out of range.
@@ -36,19 +43,24 @@ class TrainerSettings:
     epochs: Annotated[int, Field(ge=0), Told("0 (only evaluate what init_from names) or more", example="50")] = 50
     batch_size: Count | None = 32
     batch_tokens: Count = 16_384
+    bucket_batches: Count = BUCKET_BATCHES
     accumulate: Count = 1
     learning_rate: NotNegative = 1e-4
     min_learning_rate: NotNegative = 1e-6
     weight_decay: NotNegative = 0.01
-    betas: Annotated[
-        Sequence[ShareBelow1], Len(2, 2), Told("two numbers in [0, 1), as in [0.9,0.999]", example="[0.9,0.999]")
-    ] = (0.9, 0.999)
+    optimizer: MakesOptimizer = torch.optim.AdamW
+    betas: (
+        Annotated[
+            Sequence[ShareBelow1], Len(2, 2), Told("two numbers in [0, 1), as in [0.9,0.999]", example="[0.9,0.999]")
+        ]
+        | None
+    ) = None
     ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
     teacher: Annotated[str, OneOf("gbm")] | None = None
     teacher_share: Share = 0.5
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    schedule: Annotated[str, OneOf(*SCHEDULES)] = "plateau"
-    scheduler_patience: Annotated[int, Field(ge=0)] = 3
+    warmup_steps: NotNegative = 100
+    schedule: Schedule | str = field(default_factory=Plateau)
+    scheduler_patience: Annotated[int, Field(ge=0)] | None = None
     clip_norm: NotNegative = 1.0
     patience: Count | None = 10
     keep: Annotated[str, OneOf("best", "last")] = "best"
@@ -70,6 +82,13 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         check_settings(type(self), vars(self), "trainer", only_rules=True)
+        self._take_older_keys()
+        if not isinstance(self.schedule, Schedule):
+            raise UserError(
+                f"trainer.schedule={self.schedule}: expected a mapping with _target_ that names a class with `after_warmup`, as "
+                "the files of conf/trainer/schedule/ are. Type: trainer/schedule=cosine"
+            )
+        check_optimizer(self.optimizer, weight_decay=self.weight_decay)
         if self.keep == "last" and self.patience is not None:
             raise UserError(
                 f"trainer.keep=last with trainer.patience={self.patience}: where tuning chooses no epoch, it does not end training "
@@ -80,11 +99,39 @@ class TrainerSettings:
                 "trainer.ema with trainer.strategy=fsdp: averages of weights that are spread are not supported. "
                 "Type: trainer.ema=null or trainer.strategy=ddp"
             )
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise UserError(
+                f"trainer.warmup_steps={self.warmup_steps}: expected a whole number of steps, or a share of all steps below 1."
+            )
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise UserError(
                 "trainer.strategy=fsdp with trainer.precision=16-mixed: the gradient scaling of float16 does not work "
                 "with sharded gradients. Type: trainer.precision=bf16-mixed"
             )
+
+    def _take_older_keys(self) -> None:
+        """Put the values of the keys of earlier versions where they belong; `core.moved` does the same for configurations."""
+        schedule, optimizer = self.schedule, self.optimizer
+        if isinstance(schedule, str):
+            if schedule not in BY_NAME:
+                raise unknown_name(
+                    "trainer.schedule",
+                    schedule,
+                    BY_NAME,
+                    f"Any other by its YAML in trainer/schedule/: trainer/schedule={schedule}",
+                )
+            schedule = BY_NAME[schedule]()
+        if self.scheduler_patience is not None and isinstance(schedule, Plateau):
+            schedule = replace(schedule, patience=self.scheduler_patience)
+        if self.betas is not None and callable(optimizer):
+            optimizer = with_options(optimizer, betas=tuple(self.betas))
+        for name, value in (
+            ("schedule", schedule),
+            ("optimizer", optimizer),
+            ("betas", None),
+            ("scheduler_patience", None),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def batch_key(self) -> str:

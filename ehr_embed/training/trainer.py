@@ -180,7 +180,7 @@ class Trainer:
             raise
         tuning = tuning_values(self.task, outputs)
         value = float(tuning[self.task.monitor])
-        if state.plateau is not None and progress.step >= self.settings.warmup_steps:
+        if state.plateau is not None and progress.step >= state.warmup.total_iters:
             state.plateau.step(value)
         row = {
             "epoch": progress.epoch,
@@ -409,6 +409,7 @@ class Trainer:
             batch_size=self.settings.batch_size,
             batch_tokens=self.settings.batch_tokens,
             shuffle=epoch is not None,
+            bucket_batches=self.settings.bucket_batches,
             seed=self.seed,
             rank=self.processes.rank,
             world_size=self.processes.size,

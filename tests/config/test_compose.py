@@ -95,7 +95,7 @@ def test_defaults_are_those_of_the_original():
     model, trainer = cfg.model, cfg.trainer
     assert (model.model_dim, model.n_heads, model.n_layers, model.dropout, model.max_length) == (256, 8, 6, 0.1, 512)
     assert (trainer.batch_size, trainer.epochs, trainer.learning_rate, trainer.weight_decay) == (32, 50, 1e-4, 0.01)
-    assert (trainer.patience, trainer.scheduler_patience) == (10, 3)
+    assert (trainer.patience, trainer.schedule.patience, trainer.schedule.factor) == (10, 3, 0.5)
     assert (trainer.min_learning_rate, trainer.save_every) == (1e-6, 10)
 
 

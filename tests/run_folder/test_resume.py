@@ -71,6 +71,8 @@ def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
     assert differences(old, new) == []
     new["trainer"]["devices"] = 2
     assert differences(old, new) == ["trainer.devices was 1, now 2"]
+    stages = [{"pretrain": {"trainer": trainer}} for trainer in ({"epochs": 5}, {"epochs": 5, "ema": None})]
+    assert differences(*stages) == [], "nor those of a first stage"
 
 
 class Killed(BaseException):

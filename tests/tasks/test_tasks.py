@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.labels import read_labels
+from ehr_embed.data.labels import available_labels, read_labels
 from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
@@ -157,3 +159,43 @@ def test_multilabel_needs_two_boolean_sets_that_share_times(prepared):
     write_labels(prepared[1] / "kinds", [(s, 2.0, "a") for s in SUBJECTS])
     with pytest.raises(UserError, match="takes boolean label sets; kinds are not"):
         setup(prepared, Multilabel(labels=["outcome", "kinds"]))
+
+
+@pytest.fixture
+def two_folders(tmp_path) -> Path:
+    """Label sets in labels/ and in task_labels/, with nested names, with and without split folders."""
+    for place in (
+        "labels/plain",
+        "labels/split/train",
+        "labels/sharded/part_a",
+        "task_labels/mortality/in_icu/first_24h/train",
+        "task_labels/mortality/in_icu/first_24h/held_out",
+        "task_labels/mortality/post/tuning",
+        "task_labels/flat",
+    ):
+        subject = 2 if place.endswith("held_out") else 1
+        write_labels(tmp_path / place, [(subject, 2.0, True)])
+    return tmp_path / "labels"
+
+
+def test_label_sets_lie_in_two_folders_and_names_may_be_nested(two_folders):
+    nested = "mortality/in_icu/first_24h"
+    assert available_labels(two_folders) == ["flat", nested, "mortality/post", "plain", "sharded", "split"]
+    found = read_labels(nested, two_folders)
+    assert (found.name, found.frame["subject_id"].to_list()) == (nested, [1, 2])
+    assert [len(read_labels(name, two_folders).frame) for name in ("plain", "split", "sharded", "flat")] == [1, 1, 1, 1]
+    assert read_labels("mortality/in_icu", two_folders).frame["subject_id"].to_list() == [1, 2], "a folder above"
+    with pytest.raises(UserError, match=r"unknown task\.labels 'mortality/posts': did you mean 'mortality/post'"):
+        read_labels("mortality/posts", two_folders)
+
+
+def test_a_name_in_both_folders_is_refused(two_folders):
+    write_labels(two_folders / "flat", [(1, 2.0, False)])
+    with pytest.raises(UserError, match=r"task.labels=flat: .*labels/flat and .*task_labels/flat.*Type: task.labels=/"):
+        read_labels("flat", two_folders)
+    assert read_labels(str(two_folders / "flat"), two_folders).frame["value"].to_list() == ["false"]
+
+
+def test_the_only_label_set_is_found_in_either_folder(tmp_path):
+    write_labels(tmp_path / "task_labels" / "death" / "in_30d" / "train", [(1, 2.0, True)])
+    assert read_labels(None, tmp_path / "labels").name == "death/in_30d"

@@ -355,14 +355,14 @@ def test_a_spread_model_goes_on_from_a_stop_in_evaluation(dataset, monkeypatch):
 
 def stop_in_evaluation(cfg: Any) -> None:
     """A run in whose first evaluation rank 1 gets a signal."""
-    predict = Trainer._predict
+    predict = Trainer.evaluate
 
     def after_signal(self: Trainer, *arguments: Any) -> Any:
         if self.processes.rank == 1:
             signal.raise_signal(signal.SIGTERM)
         return predict(self, *arguments)
 
-    Trainer._predict = after_signal  # type: ignore[method-assign]
+    Trainer.evaluate = after_signal  # type: ignore[method-assign]
     run(cfg)
 
 

@@ -1,0 +1,169 @@
+"""Align the codes of one dataset with those that a model knows, by their texts: pure functions from texts and vectors to matches.
+
+A code of the target goes to the nearest code of the source, and a gate says how far the two texts mean the same. Suffixes of array
+names give their axes: S codes of the source, T codes of the target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from ehr_embed.core.errors import UserError, unknown_name
+
+SHIPPED_RULES = Path(__file__).with_name("alignment.yaml")
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How texts are cleaned before they are compared, and from which cosine on two texts mean the same.
+
+    Attributes:
+        cosines: below the first a match counts nothing, from the second on all.
+        removed: regular expressions that are removed from texts in lower case, in this order.
+        levels: regular expression of the separators of a text's levels.
+        words: words that stand for others, in lower case.
+    """
+
+    cosines: tuple[float, float]
+    removed: tuple[re.Pattern[str], ...]
+    levels: re.Pattern[str]
+    words: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path = SHIPPED_RULES) -> Rules:
+        """Read the rules of a YAML file with the keys of conf's `data.alignment_rules`.
+
+        Raises:
+            UserError: the file is missing or is no such YAML, or a regular expression in it is none.
+        """
+        if not path.is_file():
+            raise UserError(
+                f"data.alignment_rules={path}: no such file. Expected YAML with cosines, removed, levels and words, as "
+                f"{SHIPPED_RULES} has them; data.alignment_rules=null takes these."
+            )
+        try:
+            found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
+        keys = tuple(cls.__dataclass_fields__)
+        if not isinstance(found, dict) or sorted(found) != sorted(keys):
+            for key in found if isinstance(found, dict) else ():
+                if key not in keys:
+                    raise unknown_name(f"key of {path}", str(key), keys)
+            raise UserError(f"{path}: expected a mapping with {', '.join(keys)}. Copy {SHIPPED_RULES} and change it.")
+        try:
+            low, high = map(float, found["cosines"])
+            removed = tuple(re.compile(pattern) for pattern in found["removed"])
+            levels, words = re.compile(found["levels"]), {str(k).lower(): str(v) for k, v in found["words"].items()}
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise UserError(
+                f"{path}: {error}. Expected two cosines, regular expressions and a mapping of words, as in {SHIPPED_RULES}."
+            ) from error
+        if not 0 <= low < high <= 1:
+            raise UserError(f"{path}: cosines are {low} and {high}; expected 0 <= first < second <= 1.")
+        return cls((low, high), removed, levels, words)
+
+
+def clean(text: str, rules: Rules) -> str:
+    """Return a text without the name of its table, units and the like, in lower case, with abbreviations spelt out.
+
+    >>> rules = Rules.read()
+    >>> clean("Albumin in serum (g/dL)", rules), clean("Albumin [g/dL], hourly", rules)
+    ('albumin', 'albumin')
+    >>> clean("Physical exam: GCS", rules), clean("BP (systolic)", rules)
+    ('glasgow coma score', 'blood pressure systolic')
+    """
+    found = text.lower()
+    for pattern in rules.removed:
+        found = pattern.sub(" ", found)
+    found = _words(re.sub(r"[^\w+%./'-]+", " ", found).strip(), rules.words)
+    return found or text.lower().strip()
+
+
+def _words(text: str, words: Mapping[str, str]) -> str:
+    """Return the text with each word of `words` replaced, the longest first, and every place at most once.
+
+    >>> _words("hr by o2 sat", {"hr": "heart rate", "o2": "oxygen", "o2 sat": "oxygen saturation"})
+    'heart rate by oxygen saturation'
+    """
+    if not words:
+        return text
+    longest = sorted(words, key=len, reverse=True)
+    pattern = rf"(?<![\w-])(?:{'|'.join(re.escape(word) for word in longest)})(?![\w-])"
+    return re.sub(pattern, lambda found: words[found[0]].lower(), text)
+
+
+def phrasings(text: str, rules: Rules) -> list[str]:
+    """Return the distinct cleaned forms in which a text is compared: as a whole, its last two levels, and its last.
+
+    >>> phrasings("Exam: Vital signs > Pressure > BP (systolic)", Rules.read())
+    ['vital signs pressure blood pressure systolic', 'pressure blood pressure systolic', 'blood pressure systolic']
+    """
+    head = text
+    levels = [level.strip() for level in rules.levels.split(head) if level.strip()]
+    wholes = [head, *(" ".join(levels[-n:]) for n in (2, 1) if len(levels) > n)]
+    return list(dict.fromkeys(clean(part, rules) for part in wholes))
+
+
+def gate(cosine: Floats, rules: Rules) -> Floats:
+    """Return how far a match counts, from 0 to 1, of any shape.
+
+    >>> gate(np.array([0.5, 0.7, 0.9]), Rules.read()).round(2).tolist()
+    [0.0, 0.5, 1.0]
+    """
+    low, high = rules.cosines
+    return np.clip((cosine - low) / (high - low), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest code of the source of each code of the target.
+
+    Attributes:
+        source: (T,) int64, its number; -1 = none of the same kind.
+        cosine: (T,) float64, the largest cosine of their phrasings.
+    """
+
+    source: npt.NDArray[np.int64]
+    cosine: Floats
+
+
+def nearest(
+    source: Sequence[Floats],
+    target: Sequence[Floats],
+    is_number_S: npt.NDArray[np.bool_],
+    is_number_T: npt.NDArray[np.bool_],
+) -> Nearest:
+    """Return the nearest code of the source of each code of the target; codes with numbers go to codes with numbers only.
+
+    Args:
+        source, target: for each code the unit vectors (n, E) of its n phrasings.
+        is_number_S, is_number_T: (S,), (T,) whether a code's events carry numbers.
+
+    >>> one, other = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    >>> yes, no = np.array([True, True]), np.array([True, False])
+    >>> nearest([one, other], [other, one], yes, no).source.tolist()
+    [1, -1]
+    """
+    if not len(source) or not len(target):
+        return Nearest(np.full(len(target), -1), np.zeros(len(target)))
+    code_K = np.repeat(np.arange(len(source)), [len(v) for v in source])
+    vectors_KE = np.concatenate(list(source))
+    starts_S = np.searchsorted(code_K, np.arange(len(source)))
+    best, cosine = np.full(len(target), -1, np.int64), np.zeros(len(target))
+    for number, vectors in enumerate(target):
+        found_S = np.maximum.reduceat((vectors @ vectors_KE.T).max(0), starts_S)
+        found_S = np.where(is_number_S == is_number_T[number], found_S, -2.0)
+        at = int(found_S.argmax())
+        if found_S[at] > -2:
+            best[number], cosine[number] = at, found_S[at]
+    return Nearest(best, cosine)

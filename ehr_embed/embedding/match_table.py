@@ -1,0 +1,340 @@
+"""The match table: which code of a run stands for each code of a dataset, how surely, and whether their numbers agree.
+
+`align` makes the table from two vocabularies; a person reads it as CSV, corrects it, and gives it back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.files import atomic_path, digest
+from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary
+from ehr_embed.embedders.shuffled_text import deranged
+from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
+
+log = logging.getLogger(__name__)
+TEXTS = ("true", "shuffled")
+QUANTILES = ("q10", "q50", "q90")
+OF_NORMAL = (-1.2816, 0.0, 1.2816)
+"""Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
+FAR = 3.0
+"""Medians that differ by this factor, both positive, are warned of."""
+ALIGNED_FROM = 0.5
+"""Share of events with codes that the run never saw from which on `auto` aligns."""
+SHOWN = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Which code of a run stands for each code of a dataset.
+
+    Attributes:
+        table: one row per code of the dataset, the most frequent first: code, text, matched_code and matched_text (null = none),
+            cosine, gate, origin (`same code`, `text`, `shuffled text` or `pair`), n_events and share of the events it was fitted
+            on, q10, q50 and q90 of its numbers, matched_q10, matched_q50 and matched_q90, and warning.
+    """
+
+    table: pl.DataFrame
+
+    @cached_property
+    def matches(self) -> dict[str, tuple[str, float]]:
+        """Code of the dataset -> code of the run and gate in (0, 1], of those that count."""
+        rows = self.table.filter(pl.col("gate") > 0).select("code", "matched_code", "gate")
+        return {code: (matched, float(g)) for code, matched, g in rows.iter_rows()}
+
+    @property
+    def digest(self) -> str:
+        """Digest of what a model is told."""
+        return digest({code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()})
+
+    def keeps(self, vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
+        """Return whether the code of each token of the dataset's vocabulary has a match, (V,)."""
+        return np.array([code in self.matches for code in vocabulary.token_codes])
+
+    def rows(self, run: Vocabulary, vocabulary: Vocabulary) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Return for each token of the dataset's vocabulary the run's token that stands for it, (V,), and its gate, (V,).
+
+        A value bin goes to the bin at the same place among those of the run's code. Tokens without a match have the unknown event
+        and a gate of 0.
+        """
+        bins = {code: (plain, first, len(edges) + 1) for code, plain, first, edges in
+                run.codes.select("code", "plain_token", "bin_token", "edges").iter_rows()}  # fmt: skip
+        plain_of = {code: token for token, code in reversed(list(enumerate(run.token_codes))) if code is not None}
+        n_bins = {code: len(edges) + 1 for code, edges in vocabulary.codes.select("code", "edges").iter_rows()}
+        rows, gates = np.full(len(vocabulary), UNKNOWN, np.int64), np.zeros(len(vocabulary))
+        rows[:FIRST_TOKEN], gates[:FIRST_TOKEN] = np.arange(FIRST_TOKEN), 1.0
+        for token, (code, number) in enumerate(
+            zip(vocabulary.token_codes, vocabulary.token_bins.tolist(), strict=True)
+        ):
+            if code not in self.matches:
+                continue
+            matched, gates[token] = self.matches[code]
+            plain, first, n = bins.get(matched, (plain_of[matched], -1, 1))
+            if number == number and first >= 0:
+                rows[token] = first + int((number - 0.5) / n_bins[code] * n)
+            else:
+                rows[token] = plain
+        return rows, gates
+
+    def write(self, path: Path) -> None:
+        """Write the table as CSV."""
+        with atomic_path(path) as temporary:
+            self.table.with_columns(pl.col(pl.Float64).round(4)).write_csv(temporary)
+
+    def say(self) -> None:
+        """Log how much of the dataset is covered, the matches with most events, and numbers that disagree."""
+        found = self.table.filter(pl.col("gate") > 0)
+        log.info(
+            "aligned by text: %d of %d codes have a match among %d of the run's, %.1f%% of the events (%.1f%% weighted by gate)",
+            len(found), len(self.table), found["matched_code"].n_unique(), 100 * found["share"].sum(),
+            100 * (found["share"] * found["gate"]).sum(),
+        )  # fmt: skip
+        for row in found.head(SHOWN).iter_rows(named=True):
+            log.info(
+                "  %s -> %s  (cosine %.2f, gate %.2f, %.1f%% of events)%s",
+                row["text"], row["matched_text"], row["cosine"], row["gate"], 100 * row["share"],
+                f"  {row['warning']}" if row["warning"] else "",
+            )  # fmt: skip
+        doubtful = found.filter(pl.col("warning") != "")
+        if len(doubtful):
+            log.warning(
+                "%d matches have numbers that disagree, such as %s -> %s (%s). Their numbers are ranked among the new data's own, so "
+                "another unit does no harm, but another quantity does. Correct alignment.csv, and type: data.alignment_pairs=FILE.csv",
+                len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
+            )  # fmt: skip
+
+
+def align(
+    run: Vocabulary,
+    vocabulary: Vocabulary,
+    *,
+    embed: Callable[[list[str]], npt.NDArray[np.float32]],
+    rules: Rules,
+    pairs: pl.DataFrame | None = None,
+    texts: str = "true",
+    seed: int = 0,
+) -> Alignment:
+    """Return which code of a run stands for each code of a dataset.
+
+    A code that both have is its own match. Any other goes to the run's code with the nearest cleaned text, of those that carry
+    numbers if it does, else of those that carry none. `pairs` overrides both.
+
+    Args:
+        run: vocabulary of the run.
+        vocabulary: vocabulary that was fitted on the dataset.
+        embed: returns the vectors (n, E) of n texts.
+        rules: how texts are cleaned and compared.
+        pairs: columns code, matched_code (null = none) and perhaps gate.
+        texts: `true`, or `shuffled` for the control in which each code has the text of another of its kind.
+        seed: of the shuffling.
+
+    Raises:
+        UserError: `pairs` names an unknown code, or nothing matches.
+    """
+    if texts not in TEXTS:
+        raise unknown_name("data.alignment_texts", texts, TEXTS)
+    source, target = _codes(run), _codes(vocabulary)
+    text_S, text_T = source["text"].to_list(), target["text"].to_list()
+    is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()
+    if texts == "shuffled":
+        for kind in (True, False):
+            places = np.flatnonzero(is_number_T == kind)
+            for place, text in zip(places, deranged([text_T[i] for i in places], seed), strict=True):
+                text_T[place] = text
+    found = nearest(*_vectors([text_S, text_T], embed, rules), is_number_S, is_number_T)
+    matched, cosine = found.source.copy(), found.cosine.copy()
+    weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "true" else "shuffled text", object)
+    number_of = {code: i for i, code in enumerate(source["code"])}
+    for place, code in enumerate(target["code"]):
+        own = number_of.get(code)
+        if texts == "true" and own is not None and is_number_S[own] == is_number_T[place]:
+            matched[place], cosine[place], weight[place], origin[place] = own, 1.0, 1.0, "same code"
+    if pairs is not None:
+        _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
+    weight[matched < 0] = 0.0
+    table = _table(source, target, matched, cosine, weight, origin)
+    if not (table["gate"] > 0).any():
+        raise UserError(
+            f"no code of this dataset matches one of the run's by text (nearest: {_nearest_said(table)}): the model would see no "
+            "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
+            "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
+        )
+    return Alignment(table)
+
+
+def read_pairs(path: str) -> pl.DataFrame:
+    """Read a CSV of one's own pairs: columns code, matched_code (empty = no match) and perhaps gate, 0 to 1; others are ignored, so
+    that a corrected alignment.csv can be given back.
+
+    Raises:
+        UserError: the file is missing or has other columns, a code twice, or a gate that is no number from 0 to 1.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
+        )
+    try:
+        frame = pl.read_csv(path, infer_schema=False)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code."
+        ) from error
+    if not {"code", "matched_code"} <= set(frame.columns):
+        raise UserError(f"{path}: expected columns code,matched_code, found {', '.join(frame.columns)}.")
+    if "gate" not in frame.columns:
+        frame = frame.with_columns(gate=pl.lit(None, pl.String))
+    frame = frame.select("code", "matched_code", "gate").with_columns(
+        pl.col("matched_code").replace("", None), pl.col("gate").replace("", None)
+    )
+    numbers = frame["gate"].cast(pl.Float64, strict=False)
+    wrong = frame.filter(pl.col("gate").is_not_null() & ~numbers.fill_null(-1.0).is_between(0, 1))
+    if len(wrong):
+        raise UserError(f"{path}: gate of {wrong['code'][0]} is {wrong['gate'][0]!r}, expected a number from 0 to 1.")
+    twice = frame.filter(pl.col("code").is_duplicated())
+    if len(twice) or frame["code"].null_count():
+        raise UserError(
+            f"{path}: {twice['code'][0] if len(twice) else 'an empty code'} stands in it {'twice' if len(twice) else ''}: expected "
+            "one row per code of the dataset, since each has one match. Remove the others."
+        )
+    return frame.with_columns(gate=numbers)
+
+
+def share_of_new(run: Vocabulary, vocabulary: Vocabulary) -> float:
+    """Return the share of the events in the dataset that `vocabulary` was fitted on whose code the run's train never had."""
+    known = {code for code, n in zip(run.token_codes, run.tokens["count"], strict=True) if code is not None and n}
+    counts = vocabulary.tokens["count"].to_numpy()
+    is_new = np.array([code is not None and code not in known for code in vocabulary.token_codes])
+    return float(counts[is_new].sum() / max(counts.sum(), 1))
+
+
+def _codes(vocabulary: Vocabulary) -> pl.DataFrame:
+    """Return one row per code that has a token, the most frequent first: code, text, is_number, n_events, q10, q50 and q90."""
+    tokens = pl.DataFrame({
+        "code": pl.Series(vocabulary.token_codes, dtype=pl.String),
+        "text": [vocabulary.texts[token] for token in vocabulary.plain_tokens],
+        "n_events": vocabulary.tokens["count"],
+    }).drop_nulls("code")  # fmt: skip
+    tokens = tokens.group_by("code", maintain_order=True).agg(pl.col("text").first(), pl.col("n_events").sum())
+    known = vocabulary.codes.unique("code", maintain_order=True)
+    is_number = (pl.col("edges").list.len() > 0) | (pl.col("loc") != 0) | (pl.col("scale") != 1)
+    known = known.with_columns(
+        *(pl.col("loc").add(z * pl.col("scale")).alias(name) for z, name in zip(OF_NORMAL, QUANTILES, strict=True)),
+        is_number=is_number & pl.col("loc").is_not_nan(),
+    )
+    if "quantiles" in known.columns:
+        kept = (pl.col("quantiles").list.get(i, null_on_oob=True).cast(pl.Float64) for i in range(len(QUANTILES)))
+        known = known.with_columns(pl.coalesce(q, name).alias(name) for q, name in zip(kept, QUANTILES, strict=True))
+    found = tokens.join(known.select("code", "is_number", *QUANTILES), on="code", how="left", maintain_order="left")
+    found = found.with_columns(pl.col("is_number").fill_null(False))
+    found = found.with_columns(pl.when("is_number").then(pl.col(name)).alias(name) for name in QUANTILES)
+    return found.sort("n_events", descending=True, maintain_order=True)
+
+
+def _vectors(
+    lists: Sequence[list[str]], embed: Callable[[list[str]], npt.NDArray[np.float32]], rules: Rules
+) -> list[list[Floats]]:
+    """Return the unit vectors of the phrasings of each text, one array (n, E) per text."""
+    phrased = [[phrasings(text, rules) for text in texts] for texts in lists]
+    distinct = list(dict.fromkeys(phrase for texts in phrased for found in texts for phrase in found))
+    vectors = embed(distinct).astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    row_of = {phrase: row for row, phrase in enumerate(distinct)}
+    return [[vectors[[row_of[phrase] for phrase in found]] for found in texts] for texts in phrased]
+
+
+def _override(
+    pairs: pl.DataFrame,
+    number_of: dict[str, int],
+    codes: list[str],
+    matched: npt.NDArray[np.int64],
+    weight: Floats,
+    origin: npt.NDArray,
+) -> None:
+    """Put the pairs in place of what texts say.
+
+    Raises:
+        UserError: a code is none of the dataset's, or a matched code none of the run's.
+    """
+    place_of = {code: place for place, code in enumerate(codes)}
+    for code, to, given in pairs.select("code", "matched_code", "gate").iter_rows():
+        for name, known, where in ((code, place_of, "this dataset"), (to, number_of, "the run")):
+            if name is not None and name not in known:
+                near = difflib.get_close_matches(name, list(known), n=1)
+                raise UserError(
+                    f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
+                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the codes "
+                    "of both. Correct or remove the row."
+                )
+        place = place_of[code]
+        now = -1 if to is None else number_of[to]
+        if (now, given) == (-1, None) or now != matched[place] or given is None or abs(given - weight[place]) > 1e-3:
+            origin[place] = "pair"
+        matched[place], weight[place] = now, (1.0 if given is None else given) if now >= 0 else 0.0
+
+
+def _table(
+    source: pl.DataFrame,
+    target: pl.DataFrame,
+    matched: npt.NDArray[np.int64],
+    cosine: Floats,
+    weight: Floats,
+    origin: npt.NDArray,
+) -> pl.DataFrame:
+    names = list(QUANTILES)
+    place = pl.Series([int(i) if i >= 0 else None for i in matched], dtype=pl.Int64)
+    of_source = source.select(pl.all().gather(place.fill_null(0)))
+    has_match = place.is_not_null()
+
+    def theirs(name: str) -> pl.Series:
+        return pl.select(pl.when(has_match).then(of_source[name]).alias(f"matched_{name}")).to_series()
+
+    total = max(int(target["n_events"].sum()), 1)
+    table = pl.DataFrame({
+        "code": target["code"], "text": target["text"], "matched_code": theirs("code"), "matched_text": theirs("text"),
+        "cosine": cosine, "gate": weight, "origin": pl.Series(origin.tolist(), dtype=pl.String), "n_events": target["n_events"],
+        "share": target["n_events"] / total, **{name: target[name] for name in names},
+        **{f"matched_{name}": theirs(name) for name in names},
+    })  # fmt: skip
+    said = [disagreement(row[: len(names)], row[len(names) :]) for row in
+            table.select(*names, *(f"matched_{name}" for name in names)).iter_rows()]  # fmt: skip
+    return table.with_columns(warning=pl.Series(said, dtype=pl.String))
+
+
+def disagreement(here: Sequence[float | None], there: Sequence[float | None]) -> str:
+    """Return in words how the 10, 50 and 90 % quantiles of two codes' numbers disagree; empty if they do not.
+
+    >>> disagreement((30.0, 40.0, 100.0), (0.35, 0.5, 1.0))
+    'median 40 here, 0.5 there: 80 times as large'
+    >>> disagreement((130.0, 138.0, 145.0), (133.0, 139.0, 144.0))
+    ''
+    >>> disagreement((88.0, 97.0, 100.0), (8.0, 10.0, 13.0)), disagreement((None, None, None), (1.0, 2.0, 3.0))
+    ('median 97 here, 10 there: 9.7 times as large', '')
+    """
+    if any(x is None or x != x for x in (*here, *there)):
+        return ""
+    (low, median, high), (their_low, their_median, their_high) = here, there  # type: ignore[misc]
+    is_apart = low > their_high or high < their_low  # type: ignore[operator]
+    said = f"median {median:.4g} here, {their_median:.4g} there"
+    if median > 0 and their_median > 0:  # type: ignore[operator]
+        factor = median / their_median  # type: ignore[operator]
+        if factor > FAR or factor < 1 / FAR:
+            return f"{said}: {f'{factor:.2g} times as large' if factor > 1 else f'{1 / factor:.2g} times as small'}"
+    return f"{said}: the middle 80 % do not overlap" if is_apart else ""
+
+
+def _nearest_said(table: pl.DataFrame) -> str:
+    best = table.sort("cosine", descending=True).head(1)
+    if not len(best) or best["matched_text"][0] is None:
+        return "none of the same kind"
+    return f"{best['text'][0]!r} and {best['matched_text'][0]!r}, cosine {best['cosine'][0]:.2f}"

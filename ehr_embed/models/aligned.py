@@ -1,0 +1,129 @@
+"""Read another dataset's codes as those that a model knows: summaries of each code, ranked among its own and merged by gate.
+
+Suffixes: J codes of the dataset that have a match, C known codes, G pairs of a record and a code, F summaries per code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ehr_embed.models.quantiles import QuantileNormal
+
+MAX_FITTED = 2**21
+"""Pairs of a record and a code that quantiles are fitted to, at most; of more, records are drawn."""
+
+
+class CodeMatches(nn.Module):
+    """Which known code each matched code of another dataset is read as, how far it counts, and its numbers' quantiles.
+
+    Each number of a matched code becomes the normal score of its rank among the same code's numbers in the other dataset, which
+    needs no labels and no common unit. Where several matched codes of one known code occur in a record, the scores of each summary
+    are averaged, weighted by gate, over those that have the summary.
+
+    Args:
+        known: the known codes (C,), by name.
+        n_summaries: F.
+        counts: the summaries that are 0 where a record lacks the code; others are missing there.
+    """
+
+    def __init__(self, known: list[str], *, n_summaries: int, counts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.known, self.n_summaries, self.counts = known, n_summaries, list(counts)
+        self.codes: list[str] = []
+        self.known_of, self.gates = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self.quantiles = QuantileNormal(0)
+
+    def match(self, matches: Mapping[str, tuple[str, float]]) -> None:
+        """Take the matches: code of the other dataset -> known code and gate above 0. Those of unknown codes are left out."""
+        number = {code: i for i, code in enumerate(self.known)}
+        found = {code: (number[to], gate) for code, (to, gate) in matches.items() if to in number and gate > 0}
+        self.codes = list(found)
+        device = self.quantiles.offsets.device
+        self.known_of = torch.tensor([known for known, _ in found.values()], dtype=torch.int64, device=device)
+        self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
+        self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
+
+    def columns(self, code_G: Tensor) -> Tensor:
+        """Return the column of each summary of the codes, (G, F)."""
+        return code_G[:, None] * self.n_summaries + torch.arange(self.n_summaries, device=code_G.device)
+
+    @torch.no_grad()
+    def fit(self, parts: Iterable[tuple[Tensor, Tensor, Tensor, int]], *, seed: int = 0) -> None:
+        """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its
+        pairs, their summaries (G, F), NaN = missing, and the number of records."""
+        fit_quantiles(
+            self.quantiles, parts, n_codes=len(self.codes), counts=self.counts, columns=self.columns, seed=seed
+        )
+
+    def merged(self, row_G: Tensor, code_G: Tensor, numbers_GF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the pairs of record and known code that the pairs of record and matched code amount to.
+
+        Returns:
+            row (K,), known code (K,), ascending by row and code; the normal score of each summary, (K, F), NaN = missing; and the
+            pair (G,) -> (K,) that each became part of.
+        """
+        z_GF = self.quantiles(self.columns(code_G), numbers_GF).masked_fill(numbers_GF.isnan(), float("nan"))
+        n_known = max(len(self.known), 1)
+        key_K, part_G = (row_G * n_known + self.known_of[code_G]).unique(return_inverse=True)
+        weight_GF = self.gates[code_G][:, None] * ~z_GF.isnan()
+        total_KF = weight_GF.new_zeros(len(key_K), self.n_summaries).index_add(0, part_G, weight_GF)
+        sum_KF = torch.zeros_like(total_KF).index_add(0, part_G, weight_GF * z_GF.nan_to_num())
+        return key_K // n_known, key_K % n_known, sum_KF / total_KF, part_G  # 0 / 0 = NaN, missing
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the matches; the quantiles have a state of their own."""
+        return {"codes": self.codes, "known": self.known, "known_of": self.known_of.cpu(), "gates": self.gates.cpu()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the matches of another run."""
+        device = self.quantiles.offsets.device
+        self.codes, self.known = list(state["codes"]), list(state["known"])
+        self.known_of, self.gates = state["known_of"].to(device), state["gates"].to(device)
+
+
+def fit_quantiles(
+    quantiles: QuantileNormal,
+    parts: Iterable[tuple[Tensor, Tensor, Tensor, int]],
+    *,
+    n_codes: int,
+    counts: list[int],
+    columns: Callable[[Tensor], Tensor],
+    seed: int = 0,
+) -> None:
+    """Fit quantiles to pairs of a record and a code; a code that a record lacks has the summaries `counts`, all 0.
+
+    Args:
+        quantiles: one column per code and summary.
+        parts: for each batch the row (G,) and the code (G,) of its pairs, their summaries (G, F), and the number of records.
+        n_codes: codes from this number on are left out.
+        counts: numbers of the summaries that are 0 where a record lacks the code.
+        columns: returns the columns (G, F) of codes (G,).
+        seed: of the draw of records, where there are more than `MAX_FITTED` pairs.
+    """
+    generator, share = torch.Generator().manual_seed(seed), 1.0
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # each pair's record's draw, code, summaries
+    draws: list[Tensor] = [torch.empty(0)]
+    for row_G, code_G, numbers_GF, n_records in parts:
+        draw_B = torch.rand(n_records, generator=generator)
+        draws.append(draw_B)
+        draw_G, code_G = draw_B[row_G.cpu()], code_G.cpu()
+        chosen = (draw_G < share) & (code_G < n_codes)
+        kept.append((draw_G[chosen], code_G[chosen], numbers_GF.cpu()[chosen]))
+        while sum(len(part[0]) for part in kept) > MAX_FITTED:
+            share /= 2
+            kept = [tuple(x[part[0] < share] for x in part) for part in kept]  # type: ignore[misc]
+    if not kept:
+        return
+    n_kept = int((torch.cat(draws) < share).sum())
+    code_G, numbers_GF = torch.cat([part[1] for part in kept]), torch.cat([part[2] for part in kept])
+    lacking_C = n_kept - code_G.bincount(minlength=n_codes)
+    zeros_CK = columns(torch.arange(n_codes))[:, counts]
+    found = torch.cat([columns(code_G).flatten(), zeros_CK.flatten()])
+    numbers = torch.cat([numbers_GF.flatten(), torch.zeros(zeros_CK.numel())])
+    weights = torch.cat([torch.ones(numbers_GF.numel()), lacking_C[:, None].expand_as(zeros_CK).flatten()])
+    has_weight = weights > 0
+    quantiles.fit(found[has_weight], numbers[has_weight], weights[has_weight])
