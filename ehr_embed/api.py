@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.files import atomic_path, file_sha256
+from ehr_embed.core.settings import Count, OneOf, Seed, Share, Told, Width, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
@@ -46,6 +47,7 @@ __all__ = [
     "Body",
     "Classification",
     "Course",
+    "Count",
     "Curves",
     "Declarations",
     "Embedder",
@@ -63,24 +65,30 @@ __all__ = [
     "MedsWriter",
     "Metric",
     "Model",
+    "OneOf",
     "Outputs",
     "Pooling",
     "ReadsVocabulary",
     "Samples",
     "Schedule",
+    "Seed",
+    "Share",
     "Source",
     "SplitEvents",
     "StepResult",
     "SubjectBootstrap",
     "Task",
+    "Told",
     "Tracker",
     "UserError",
     "Vocabulary",
+    "Width",
     "atomic_path",
     "build_head",
     "build_samples",
     "check_classifies",
     "check_range",
+    "checked",
     "file_sha256",
     "import_folder",
     "import_once",

@@ -199,17 +199,22 @@ def test_the_quick_start_runs(follow):
 
 
 @pytest.mark.slow
-def test_bringing_data_runs(follow, tmp_path):
+def test_bringing_data_runs(follow):
+    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
+    toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
+    assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
+    assert (toy["n"], fold["n"]) == (50, 45)
+
+
+@pytest.mark.slow
+def test_the_files_of_the_original_pipeline_are_read(follow, tmp_path):
     timed = [("MEDICAL//asthma", 0.0), ("LAB//CRP", 10.0), ("5.5", 10.0)]
     splits = {
         split: [[record(first + i, timed) for i in range(4)]]
         for first, split in ((1, "train"), (5, "tuning"), (9, "held_out"))
     }
     write_corpus(tmp_path / "DATA", splits, [(subject, subject % 2, "", "") for subject in range(1, 13)])
-    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
-    toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
-    assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
-    assert (toy["n"], fold["n"]) == (50, 45)
+    folder = follow("migration.md", "Its files, read")
     assert metrics_of(folder / "runs" / "tokenized")["held_out"]["n"] == 4
     assert (folder / "converted" / "metadata" / "codes.parquet").is_file()
     assert metrics_of(folder / "runs" / "files")["held_out"]["n"] == DEMO_SIZE * 0.15

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
-from ehr_embed.comparison.results import Row, find_runs, read_rows
+from ehr_embed.comparison.results import find_runs, read_rows
 from ehr_embed.comparison.study_plots import write_study_plots
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
+from ehr_embed.core.outcome import Row
 from ehr_embed.core.secrets import MASK, is_secret, masked
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def write_report(
     """Write summary.csv, study.json and plots/ into `folder`, and print the table.
 
     Args:
-        rows: one row per run, see `ehr_embed.comparison.results.Row`.
+        rows: one row per run, see `ehr_embed.core.outcome.Row`.
         folder: folder for the results.
         directions: `maximize` or `minimize`, one per objective.
         facts: further facts of the study for study.json.

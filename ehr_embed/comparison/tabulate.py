@@ -17,7 +17,6 @@ import pandas as pd
 from rich.table import Table
 from scipy import stats
 
-from ehr_embed.comparison.outcome import read_outcome
 from ehr_embed.comparison.paired_bootstrap import METRICS, ensemble
 from ehr_embed.comparison.report import wide_console
 from ehr_embed.comparison.results import (
@@ -30,6 +29,7 @@ from ehr_embed.comparison.results import (
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.outcome import read_outcome
 from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, predictions_file

@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.config.check import check_config, checks_config
-from ehr_embed.config.instantiate import builder
+from ehr_embed.config.instantiate import builder, instantiate
+from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
@@ -27,7 +28,7 @@ from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
@@ -52,12 +53,12 @@ def run(cfg: DictConfig) -> float:
         cfg = written_out(cfg)
         members = member_runs(cfg, run_dir)
     if cfg.pretrain is not None:
-        check_config(first := pretraining(cfg))
+        check_config(first := pretraining(cfg), RunKeys)
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
     for folder, member in members.items():
         run_stage(member, folder, init_from=init_from, trial=NoTrial())
-    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(instantiate, cfg.trusted_packages))
 
 
 def _run_rank(cfg: DictConfig, singletons: Any) -> float:

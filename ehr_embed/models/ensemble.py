@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,12 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations
 
-WEIGHTS = ("tuning", "equal")
+Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
 
 
