@@ -56,6 +56,7 @@ KEYS = {
     "integrity": Key(str, "auto, full or size", "auto"),
     "audit": Key(str, "warn, error or off", "warn"),
     "trusted_packages": Key(list[Text], "a list of packages", "[PACKAGE]"),
+    "check": Key(bool, "true or false", "true"),
     "overwrite": Key(bool, "true or false", "true"),
     "data.values": Key(str, "bins, continuous, both or none", "both"),
     "data.n_bins": Key(Annotated[int, Field(ge=2, le=10_000)], "2 to 10000 bins", "10"),

@@ -29,6 +29,7 @@ HARMLESS = (
     "cache_dir",
     "resume",
     "audit",
+    "check",
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
