@@ -96,7 +96,9 @@ def _asked(cfg: DictConfig) -> Any:
     return {cfg.code_pattern if not len(cfg.codes) else "+".join(cfg.codes): keys}
 
 
-def judged(answers: Answers, labels: str, labels_dir: Path, *, split: str | None, n_bootstrap: int) -> dict[str, Any] | None:
+def judged(
+    answers: Answers, labels: str, labels_dir: Path, *, split: str | None, n_bootstrap: int
+) -> dict[str, Any] | None:
     """Return the metrics of the answers, laid out as a run's metrics.json: those of the split, per question if there are several.
     Return None for a file of prediction times without labels.
 
