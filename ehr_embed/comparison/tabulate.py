@@ -43,7 +43,7 @@ REPEATS = ("seed", FOLD, "data.source.split_column", "task.fraction_seed")
 SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
 TITLES = {
     "events_per_s": "training speed, events/s",
-    "ms_per_step": "iteration speed, ms a step",
+    "ms_per_step": "iteration speed, ms per step",
     "n_trained": "parameters trained",
     "n_parameters": "parameters in all",
     "model_mib": "model size, MiB",

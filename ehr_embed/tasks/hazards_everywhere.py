@@ -58,8 +58,8 @@ class AutoOutcomes:
 
     Attributes:
         per_batch: sets that are drawn for each training batch.
-        places: places of a training batch that are asked, drawn from all. Neighbours say nearly the same, and the loss costs (places
-            x sets x bins): asking fewer places for more sets teaches more in the same time.
+        places: places of a training batch that are asked, drawn from all. Neighbours say nearly the same, and the loss costs
+            (places x sets x bins): asking fewer places for more sets teaches more in the same time.
         min_events: a code with fewer timed events in train is in no set.
         neighbours: share of the sets that are a code with 1 to 7 of its nearest neighbours by text.
         unions: share of the sets that are 2 to 8 random codes; all other sets are single codes.

@@ -173,7 +173,7 @@ def test_the_command_line_prints_and_writes(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert printed.splitlines() == [
-        "| model.n_layers | runs | held_out/auroc | iteration speed, ms a step |",
+        "| model.n_layers | runs | held_out/auroc | iteration speed, ms per step |",
         "| --- | ---: | ---: | ---: |",
         "| 1 | 3 | 0.800 ± 0.100 [0.552, 1.048] | 30.0 ± 10.0 |",
         "| 2 | 3 | 0.800 | 30.0 ± 10.0 |",
