@@ -17,10 +17,10 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from ehr_embed.comparison.outcome import Outcome, write_outcome
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.outcome import Outcome, write_outcome
 from ehr_embed.core.secrets import masked
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import open_storage, storage_url
