@@ -1,4 +1,4 @@
-"""Public names for your own model, embedder, task or source: import them from here.
+"""Public names for your own model, embedder, task, schedule, optimizer or source: import them from here.
 
 These names stay in this module, while the modules that define them may move. docs/extending.md builds one example per config
 group from these names alone. The protocols document, with shapes, which members such a class must have and which it may have.
@@ -24,7 +24,7 @@ from ehr_embed.exports.protocol import Export
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import Body, EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, build_head, check_classifies
-from ehr_embed.models.protocol import AdaptsToVectors, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
+from ehr_embed.models.protocol import AdaptsToVectors, Declarations, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
 from ehr_embed.sources.imported import import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
@@ -32,6 +32,7 @@ from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, Task
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.protocol import Course, FollowsMetric, MakesOptimizer, Schedule
 
 __all__ = [
     "MICROSECONDS_PER_DAY",
@@ -46,7 +47,9 @@ __all__ = [
     "Body",
     "Classification",
     "Count",
+    "Course",
     "Curves",
+    "Declarations",
     "Embedder",
     "EventEmbedding",
     "EventInput",
@@ -54,8 +57,10 @@ __all__ = [
     "Export",
     "FeatureSet",
     "FitsAtOnce",
+    "FollowsMetric",
     "LabelSet",
     "LogitLinear",
+    "MakesOptimizer",
     "MedsSource",
     "MedsWriter",
     "Metric",
@@ -65,6 +70,7 @@ __all__ = [
     "Pooling",
     "ReadsVocabulary",
     "Samples",
+    "Schedule",
     "Seed",
     "Share",
     "Source",

@@ -73,11 +73,12 @@ def ask(cfg: DictConfig) -> Path:
         answers.frame.write_parquet(temporary)
     write_json(folder / QUESTIONS, _described(cfg, answers))
     _plot(folder, answers)
-    if cfg.labels is not None:
+    if cfg.labels is not None:  # a file of prediction times alone judges nothing
         root = asker.run.config["data"]["root"] if cfg.data.root is None else cfg.data.root
         metrics = judged(answers, cfg.labels, Path(root) / "labels", split=cfg.split, n_bootstrap=cfg.n_bootstrap)
-        write_json(folder / FINISHED, metrics)
-        _print(metrics, cfg.split or "all")
+        if metrics is not None:
+            write_json(folder / FINISHED, metrics)
+            _print(metrics, cfg.split or "all")
     print(f"{len(answers.times)} predictions for {len(questions)} questions in {folder}")
     return folder
 
@@ -92,8 +93,11 @@ def _asked(cfg: DictConfig) -> Any:
     return {cfg.code_pattern if not len(cfg.codes) else "+".join(cfg.codes): keys}
 
 
-def judged(answers: Answers, labels: str, labels_dir: Path, *, split: str | None, n_bootstrap: int) -> dict[str, Any]:
+def judged(
+    answers: Answers, labels: str, labels_dir: Path, *, split: str | None, n_bootstrap: int
+) -> dict[str, Any] | None:
     """Return the metrics of the answers, laid out as a run's metrics.json: those of the split, per question if there are several.
+    Return None for a file of prediction times without labels.
 
     The threshold of F1, accuracy, precision and recall is a risk of 0.5, since no label chooses one.
 
@@ -103,7 +107,9 @@ def judged(answers: Answers, labels: str, labels_dir: Path, *, split: str | None
     from ehr_embed.data.labels import read_labels
     from ehr_embed.evaluation.metrics import binary_metrics
 
-    found = read_labels(labels, labels_dir)
+    found = read_labels(labels, labels_dir, needs_values=False)
+    if found.value_column is None:
+        return None
     if not found.is_boolean:
         raise UserError(
             f"labels={labels}: expected boolean labels, got {found.value_column}: a risk is that of one outcome."

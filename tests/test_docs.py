@@ -270,6 +270,20 @@ def test_a_task_in_one_file_and_one_yaml(follow):
     assert (known["log_count"] - (known["len"] + 1).log()).abs().max() < 1e-5
 
 
+def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):
+    folder = follow("extending.md", "A schedule, an optimizer")
+    checkpoint = torch.load(folder / "runs" / "lion" / "latest_checkpoint.pt", weights_only=True)
+    chosen = checkpoint["config"]["trainer"]
+    assert (chosen["optimizer"]["_target_"], chosen["schedule"]["flat_steps"]) == ("my.lion.Lion", 5)
+    assert {name for state in checkpoint["optimizer_state_dict"]["state"].values() for name in state} == {"average"}
+    steps = checkpoint["progress"]["step"]
+    after = steps - round(0.2 * steps)
+    (rate,) = {group["lr"] for group in checkpoint["optimizer_state_dict"]["param_groups"]}
+    assert rate == pytest.approx(1e-3 * (5 / after) ** 0.5)
+    assert 0 < metrics_of(folder / "runs" / "lion")["held_out"]["auroc"]["value"] <= 1
+    ehr_embed.load(folder / "runs" / "lion")  # which builds neither, so that it need not trust `my`
+
+
 @pytest.mark.slow
 def test_a_task_of_ones_own_is_searched(follow):
     folder = follow("extending.md", "A task")

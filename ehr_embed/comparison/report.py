@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 MAX_SHOWN = 20
 LOG_WIDTH = 140
 """Width in characters of the printed table where there is no terminal."""
-SHOWN_METRICS = ("auroc", "accuracy", "top1", "loss")
+SHOWN_METRICS = ("held_out/auroc", "held_out/accuracy", "held_out/top1", "held_out/loss")
+"""The metric that is printed is the first of these, or of a task that has none of them the first that it measures."""
 
 
 def report_folder(folder: Path) -> None:
@@ -181,7 +182,11 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
     """Print the best rows: objectives, first held-out metric with its interval, and the overrides that differ."""
     console = wide_console()
     shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
-    metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
+    on_held_out = [
+        str(name) for name in table.columns if str(name).startswith("held_out/") and str(name).count("/") == 1
+    ]
+    usual = [name for name in SHOWN_METRICS if name in on_held_out]
+    metric = next(iter([*usual, *on_held_out]), None)
     for name in ("run", "state"):
         shown.add_column(name)
     for name in [*objectives, *([metric] if metric else []), "s"]:

@@ -118,6 +118,7 @@ class RunKeys(StageKeys):
     integrity: Integrity
     audit: AuditMode
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
+    check: Switch
     overwrite: Switch
 
 

@@ -187,9 +187,31 @@ class _Encoder(SentenceTransformer):
 
 
 def _devices(device: str | list[str]) -> list[str]:
-    """Return the devices that embed; `auto` is every CUDA GPU, else Apple's GPU, else the CPU."""
+    """Return the devices that embed; `auto` is every CUDA GPU, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: torch does not know a device, or does not find it here.
+    """
     if device != "auto":
-        return [device] if isinstance(device, str) else list(device)
+        chosen = [device] if isinstance(device, str) else list(device)
+        for name in chosen:
+            _check_device(name)
+        return chosen
     if torch.cuda.is_available():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["mps" if torch.backends.mps.is_available() else "cpu"]
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there now, and not by a traceback for every batch."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"embedder.device={name}: expected auto, cpu, cuda or a list such as [cuda:0,cuda:1]."
+        ) from error
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise UserError(f"embedder.device={name}: torch finds {n_gpus} GPUs here. Type: embedder.device=auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"embedder.device={name}: torch finds no Apple GPU here. Type: embedder.device=auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO
 from ehr_embed.experiment.ensemble import is_ensemble, member_runs, written_out
+from ehr_embed.experiment.outlook import tell_outlook
+from ehr_embed.experiment.preflight import preflight
 from ehr_embed.experiment.stage import run_stage
+from ehr_embed.run_folder.layout import FINISHED
 from ehr_embed.search.trial import NoTrial, current_trial
 from ehr_embed.training.processes import run_ranks
 from ehr_embed.training.settings import TrainerSettings
@@ -37,7 +41,7 @@ def run(cfg: DictConfig) -> float:
     `RUN_DIR/members`, and the last stage blends them.
 
     Returns:
-        The monitored metric on tuning with the best checkpoint: the objective of a search.
+        The monitored metric on tuning with the best checkpoint: the objective of a search. NaN with `check`, which trains nothing.
     """
     settings: TrainerSettings = builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
@@ -52,8 +56,18 @@ def run(cfg: DictConfig) -> float:
     if is_ensemble(cfg):
         cfg = written_out(cfg)
         members = member_runs(cfg, run_dir)
+    stages = {run_dir: cfg, **members}
     if cfg.pretrain is not None:
         check_config(first := pretraining(cfg), RunKeys)
+        stages = {run_dir / "pretrain": first, **stages}
+    for folder, stage in stages.items():
+        if not (folder / FINISHED).exists():
+            processes.on_first(partial(preflight, stage, folder))
+    if cfg.get("check"):  # configurations of earlier versions do not have this key
+        for folder, stage in stages.items():
+            processes.on_first(partial(tell_outlook, stage, folder))
+        return math.nan
+    if cfg.pretrain is not None:
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
     for folder, member in members.items():

@@ -377,8 +377,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         "embedding_seconds": inputs.prepared.embedding_seconds,
         "total_seconds": time.perf_counter() - plan.began + earlier_seconds,
     }
-    if not plan.is_trained and plan.init_from is not None and (share := kept(plan.init_from, metrics["held_out"])):
-        metrics["transfer"] = share
+    if not plan.is_trained and plan.init_from is not None:
+        share = kept(plan.init_from, metrics["held_out"], task.metrics)
+        metrics |= {"transfer": share} if share else {}
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics

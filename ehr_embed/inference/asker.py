@@ -197,9 +197,9 @@ class Asker(Predictor):
         if not near and not literal:
             listed = "; ".join(f"{vocabulary.texts[int(plain[i])]} ({cosine[i]:.2f})" for i in order[:3].tolist())
             raise UserError(
-                f"question {words!r}: no event of the vocabulary has a text with a cosine of min_cosine={min_cosine} or more; "
-                f"the nearest are {listed}. Type: min_cosine=SMALLER if one of them is meant, codes=[CODE], or literal=true: "
-                "the model then takes the words themselves"
+                f"question {words!r}: no event of the run's vocabulary has a text with a cosine of min_cosine={min_cosine} or "
+                f"more; the nearest are {listed}. Type: min_cosine=SMALLER if one of them is meant, codes=[CODE], or literal=true "
+                "to give the model the words themselves"
             )
         if literal:
             near = order[:NEAREST_RATES].tolist()

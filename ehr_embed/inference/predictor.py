@@ -41,8 +41,7 @@ from ehr_embed.models.protocol import ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class Predictor:
     @property
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
-        return isinstance(self._task, Classification)
+        return isinstance(self._task, WeighsSamples)
 
     @overload
     def predict_proba(

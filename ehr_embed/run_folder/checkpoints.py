@@ -172,9 +172,10 @@ def initialise(
     wanted = {name for name in own if whole or name.startswith("body.")}
     given = {name for name in saved if whole or name.startswith("body.")}
     shapes = {n: saved[n] for n in given}, {n: own[n] for n in wanted}
-    _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declarations(model))
-    has_token_vectors = any(name.startswith("head.tokens.") for name in given)
-    if whole and has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
+    declared = declarations(model)
+    _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declared)
+    has_token_vectors = any(name.startswith(declared.token_weights) for name in given)
+    if has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
         raise UserError(
             f"{path} has a vector for each token of another vocabulary ({checkpoint['identity']['vocab_sha256'][:12]}, here "
             f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."

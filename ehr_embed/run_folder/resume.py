@@ -31,6 +31,7 @@ HARMLESS = (
     "cache_dir",
     "resume",
     "audit",
+    "check",
     "trusted_packages",
     "integrity",
     "data.source.overwrite",

@@ -87,9 +87,13 @@ class Classification:
     needs_causal: bool | None = None
     metrics: Sequence[Metric] = CLASS_METRICS
 
+    def label_sets(self, labels_dir: Path) -> list[LabelSet]:
+        """Return the label set."""
+        return [read_labels(self.labels, labels_dir)]
+
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length
-        label_set = read_labels(self.labels, labels_dir)
+        (label_set,) = self.label_sets(labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]

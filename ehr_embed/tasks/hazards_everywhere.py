@@ -58,6 +58,8 @@ class AutoOutcomes:
 
     Attributes:
         per_batch: sets that are drawn for each training batch.
+        places: places of a training batch that are asked, drawn from all. Neighbours say nearly the same, and the loss costs
+            (places x sets x bins): asking fewer places for more sets teaches more in the same time.
         min_events: a code with fewer timed events in train is in no set.
         neighbours: share of the sets that are a code with 1 to 7 of its nearest neighbours by text.
         unions: share of the sets that are 2 to 8 random codes; all other sets are single codes.
@@ -68,6 +70,7 @@ class AutoOutcomes:
     """
 
     per_batch: int = 256
+    places: int = 512
     min_events: int = 20
     neighbours: float = 0.2
     unions: float = 0.2
@@ -76,6 +79,7 @@ class AutoOutcomes:
 
     def __post_init__(self) -> None:
         check_range("task.auto.per_batch", self.per_batch, 1)
+        check_range("task.auto.places", self.places, 1)
         check_range("task.auto.min_events", self.min_events, 1)
         for name, share in (("neighbours", self.neighbours), ("unions", self.unions)):
             check_range(f"task.auto.{name}", share, 0, 1)
@@ -103,7 +107,9 @@ class Targets(NamedTuple):
     is_event: Tensor
 
 
-def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior: bool) -> Targets:
+def targets(
+    batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior: bool, most_places: int | None = None
+) -> Targets:
     """Return when each set of tokens follows each time of each row.
 
     A row is observed until its last event or its first event that stops the observation, such as death; an outcome at that very
@@ -115,6 +121,7 @@ def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior:
         member_KV: (K, V) bool, the tokens of each set.
         stops_V: (V,) bool, tokens that stop the observation.
         excludes_prior: whether a set that has occurred is not asked for again.
+        most_places: number of places to draw if there are more; None = all are asked.
     """
     token_BT, elapsed_BT = batch.token_ids.long(), batch.elapsed_days
     is_timed_BT = batch.is_event & ~batch.is_static
@@ -125,6 +132,10 @@ def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior:
     follows_BT = F.pad(is_timed_BT[:, 1:] & (batch.gap_days[:, 1:] > 0), (0, 1))
     is_stopped_BT = is_stop_BT.long().cumsum(1) > 0
     asked_BT = is_timed_BT & follows_BT & ~is_stopped_BT
+    if most_places is not None:
+        lot_BT = torch.rand(asked_BT.shape, device=asked_BT.device).masked_fill(~asked_BT, 2.0)
+        drawn = lot_BT.flatten().topk(min(most_places, lot_BT.numel()), largest=False).indices
+        asked_BT = asked_BT & torch.zeros_like(asked_BT).flatten().index_fill(0, drawn, True).view_as(asked_BT)
     when_NK = _next(hits_BTK & is_timed_BT.unsqueeze(-1), elapsed_BT)[asked_BT]
     now_N1, end_N1 = elapsed_BT[asked_BT].unsqueeze(-1), end_BT[asked_BT].unsqueeze(-1)
     days_NK = torch.minimum(when_NK, end_N1) - now_N1
@@ -289,6 +300,7 @@ class AskEverywhere:
             _members(sets, len(table)).to(device),
             self._stops_V.to(device),
             excludes_prior=self.settings.excludes_prior,
+            most_places=self.auto.places if model.training else None,
         )
         rates = self.sizes.rates_of(sets).to(device)
         inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.asked_at}

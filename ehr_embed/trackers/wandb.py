@@ -95,6 +95,15 @@ class WandbTracker:
         }
         self._run: wandb.Run
 
+    def check(self) -> None:
+        """Refuse mode=online without an API key.
+
+        Raises:
+            UserError: there is no key.
+        """
+        if self._mode == "online" or (self._mode == "auto" and os.environ.get("WANDB_MODE") == "online"):
+            self._wanted_mode()
+
     def __enter__(self) -> Self:
         self._jsonl.__enter__()
         self._run = self._start()

@@ -257,3 +257,19 @@ def test_outcomes_are_read_from_a_file_and_from_an_aces_configuration(tmp_path):
     (tmp_path / "bad.yaml").write_text("predicates: {both: {expr: 'and(mi, lungs)'}}\n")
     with pytest.raises(UserError, match="is no set of codes"):
         task(outcomes=str(tmp_path / "bad.yaml"))
+
+
+def test_drawn_places_are_some_of_all_places_with_the_same_targets(store):
+    events, V = store.split("train"), len(store.vocabulary)
+    windows = window_samples(events, max_length=64, which="last")
+    batch = BatchDataset(events, windows)[np.arange(20)]
+    member, stops = torch.zeros(2, V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
+    member[0, 2], member[1, 3:] = True, True
+    every = targets(batch, member, stops, excludes_prior=False)
+    some = targets(batch, member, stops, excludes_prior=False, most_places=7)
+    assert some.asked_at.sum() == 7 < every.asked_at.sum()
+    chosen = some.asked_at[every.asked_at]
+    assert (some.asked_at & ~every.asked_at).sum() == 0
+    torch.testing.assert_close(some.days, every.days[chosen], equal_nan=True)
+    assert torch.equal(some.is_event, every.is_event[chosen])
+    assert targets(batch, member, stops, excludes_prior=False, most_places=10**6).asked_at.equal(every.asked_at)
