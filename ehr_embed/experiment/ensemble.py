@@ -29,7 +29,8 @@ OWN, SHARED = ("model", "trainer"), ("data", "embedder", "task")
 
 def is_ensemble(cfg: DictConfig) -> bool:
     """Return whether a configuration asks for an ensemble."""
-    return bool(cfg.ensemble.members or cfg.ensemble.runs)
+    keys = ("ensemble.members", "ensemble.runs")  # configurations of earlier versions do not have them
+    return any(OmegaConf.select(cfg, key) for key in keys)
 
 
 def written_out(cfg: DictConfig) -> DictConfig:

@@ -112,6 +112,17 @@ def test_finished_runs_blend_to_the_same_and_a_finished_ensemble_is_left_as_it_i
     assert [m["weight"] for m in metrics_of(place / "alike")["members"]] == pytest.approx([0.5, 0.25, 0.25])
 
 
+def test_more_seeds_train_the_new_ones_alone(place):
+    shutil.copytree(place / "whole", place / "more")
+    old = {path: path.stat().st_mtime_ns for path in (place / "more" / "members").glob("*/best_checkpoint.pt")}
+    with pytest.raises(UserError, match="resume=force"):
+        run(config(place, "more", *MEMBERS[:-1], "+ensemble.members.pooled.seeds=3"))
+    run(config(place, "more", *MEMBERS[:-1], "+ensemble.members.pooled.seeds=3", "resume=force"))
+    assert len(metrics_of(place / "more")["members"]) == 4
+    assert len(old) == 3
+    assert old == {path: path.stat().st_mtime_ns for path in old}
+
+
 def test_runs_of_other_samples_are_refused(place, tmp_path):
     runs = [str(path) for path in sorted((place / "whole" / "members").iterdir())]
     with pytest.raises(UserError, match=r"the samples or labels.*another's held_out"):
