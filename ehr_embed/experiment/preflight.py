@@ -82,7 +82,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
         UserError: the tracker cannot start.
     """
     tracker: Tracker = builder(cfg)(
-        cfg.tracker, run_dir=run_dir, config={}, tags=group_choices(), table_digest="", table_path=run_dir / "table"
+        cfg.tracker, run_dir=run_dir, config={}, tags=group_choices(cfg), table_digest="", table_path=run_dir / "table"
     )
     if isinstance(tracker, ChecksFirst):
         tracker.check()

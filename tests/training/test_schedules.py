@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlat
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core import moved
 from ehr_embed.core.errors import UserError
+from ehr_embed.experiment.provenance import group_choices
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.resume import differences
 from ehr_embed.training.optimizer import build_optimizer, kind_of, options_of
@@ -159,6 +161,24 @@ def test_a_configuration_of_an_earlier_version_is_the_same_settings(typed, befor
     )
     assert built.schedule == again.schedule == instantiate(composed("data=meds", *typed).trainer).schedule
     assert options_of(built.optimizer) | {"betas": (0.9, 0.99)} == options_of(again.optimizer) | {"betas": (0.9, 0.99)}
+
+
+def test_tags_say_what_was_chosen_and_a_typed_option_is_not_lost_to_a_yaml(monkeypatch):
+    def tags(*typed: str, schedule: str | None = None) -> list[str]:
+        choices = {"model": "gru", "trainer": "default", "trainer/schedule": "linear", "hydra/sweeper": "basic"}
+        told = {"runtime": {"choices": choices}, "overrides": {"task": list(typed)}}
+        monkeypatch.setattr(HydraConfig, "initialized", staticmethod(lambda: True))
+        monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: OmegaConf.create(told)))
+        return group_choices(OmegaConf.create({"trainer": {"schedule": schedule or {"_target_": "x.Y"}}}))
+
+    assert tags("trainer/schedule=linear") == ["model=gru", "trainer=default", "trainer/schedule=linear"]
+    assert tags("trainer.schedule=cosine", schedule="cosine")[-1] == "trainer/schedule=cosine"
+    assert tags(schedule="cosine")[-1] == "trainer/schedule=cosine", "of an experiment's YAML"
+    with pytest.raises(
+        UserError,
+        match=r"trainer/schedule=linear was typed, .*trainer\.schedule=cosine.*- override /trainer/schedule: cosine",
+    ):
+        tags("trainer/schedule=linear", schedule="cosine")
 
 
 def test_another_schedule_or_optimizer_is_another_setting_and_the_message_says_how_to_go_on():
