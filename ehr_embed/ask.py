@@ -17,7 +17,7 @@ from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path, write_json
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.run_folder.layout import FINISHED, PLOTS
+from ehr_embed.run_folder.layout import CONFIG, FINISHED, PLOTS
 from ehr_embed.sources.protocol import SPLITS
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def ask(cfg: DictConfig) -> Path:
     if cfg.split is not None and cfg.split not in SPLITS:
         raise unknown_name("split", cfg.split, SPLITS)
     folder = Path(cfg.output).expanduser()
-    if (folder / "config.yaml").exists():
+    if (folder / CONFIG).exists():
         raise UserError(
             f"output={folder} is the folder of a run, whose metrics.json would be lost. Type: output=ANOTHER"
         )

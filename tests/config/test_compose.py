@@ -17,7 +17,7 @@ from tests.helpers.configs import CONF, composed
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "code_tab", "gbm", "logistic", "mean_pool", "gru")
+CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru")
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
 
 
@@ -65,7 +65,7 @@ def test_every_model_builds_and_runs(option):
     ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
 )
 def test_every_member_builds(group, option):
-    needed = ["task.codes=[A]"] if option == "zero_shot" else []
+    needed = {"zero_shot": ["task.codes=[A]"], "time_to_event": ["task.outcomes=auto"]}.get(option, [])
     build = instantiate_embedder if group == "embedder" else instantiate
     build(composed(f"{group}={option}", *needed, name="embed")[group])
 
