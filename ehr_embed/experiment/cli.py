@@ -20,6 +20,7 @@ from ehr_embed.core.files import cannot_write, write_failure
 from ehr_embed.core.programs import command, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
+from ehr_embed.experiment.searched import SearchedRuns
 from ehr_embed.search.plugin import register
 
 CONF = shipped("conf")
@@ -31,7 +32,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
-    register()
+    register(SearchedRuns())
     # Hydra would write "Error executing job with overrides", and all of them, above a message of one line.
     JobReturn.return_value = property(_value_or_raise, JobReturn.return_value.fset)  # type: ignore[method-assign,assignment,attr-defined]
     try:

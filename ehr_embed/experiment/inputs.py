@@ -65,7 +65,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
     if cfg.get("check"):  # configurations of earlier versions do not have this key
@@ -92,7 +92,7 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
     source: Source = builder(cfg)(cfg.data.source)

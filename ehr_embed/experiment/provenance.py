@@ -78,18 +78,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def made_from(prepared: Prepared, *, init_from: str | Path | None, samples_digest: str) -> dict[str, Any]:
+def digest_of_start(init_from: str | Path | None) -> str | None:
+    """Return the digest of the checkpoint from which the weights start; None where they start anew."""
+    return None if init_from is None else file_sha256(checkpoint_path(init_from))
+
+
+def made_from(prepared: Prepared, *, init_from_sha256: str | None, samples_digest: str) -> dict[str, Any]:
     """Return what a run's manifest says that the run was made from.
 
     Args:
         prepared: the store and the table.
-        init_from: the run or checkpoint that the weights came from; None where this start took none.
+        init_from_sha256: digest of the checkpoint that the weights started from; None = there was none, or it is not known.
         samples_digest: digest of the samples of all splits, with their labels.
     """
     store = prepared.store
     found = {"source": store.manifest["source"], "table_digest": prepared.table_digest, **prepared.identity}
-    if init_from is not None:
-        found["init_from_sha256"] = file_sha256(checkpoint_path(init_from))
+    if init_from_sha256 is not None:
+        found["init_from_sha256"] = init_from_sha256
     return found | {"samples_digest": samples_digest}
 
 

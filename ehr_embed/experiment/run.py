@@ -15,7 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.config.check import check_config, checks_config
-from ehr_embed.config.instantiate import builder
+from ehr_embed.config.instantiate import builder, instantiate
+from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
@@ -31,7 +32,7 @@ from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
@@ -57,7 +58,7 @@ def run(cfg: DictConfig) -> float:
         members = member_runs(cfg, run_dir)
     stages = {run_dir: cfg, **members}
     if cfg.pretrain is not None:
-        check_config(first := pretraining(cfg))
+        check_config(first := pretraining(cfg), RunKeys)
         stages = {run_dir / "pretrain": first, **stages}
     for folder, stage in stages.items():
         if not (folder / FINISHED).exists():
@@ -71,7 +72,7 @@ def run(cfg: DictConfig) -> float:
         init_from = run_dir / "pretrain"
     for folder, member in members.items():
         run_stage(member, folder, init_from=init_from, trial=NoTrial())
-    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(instantiate, cfg.trusted_packages))
 
 
 def _run_rank(cfg: DictConfig, singletons: Any) -> float:

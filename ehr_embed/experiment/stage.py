@@ -19,17 +19,19 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import builder, trainable_of
+from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import prepare_from
-from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
+from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.gbm import GBM
+from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
@@ -271,19 +273,24 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         identity=prepared.identity,
         sizes=sizes,
         seed=cfg.seed,
+        # A run that goes on keeps what it began with, whatever lies there now; checkpoints of earlier versions do not say it.
+        init_from_sha256=digest_of_start(plan.init_from) if start is None else start.checkpoint.get("init_from_sha256"),
         log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
     )
     origins = made_from(
-        prepared,
-        init_from=plan.init_from if found.checkpoint is None else None,
-        samples_digest=trainer.about["samples_digest"],
+        prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
     return Built(
         model=model,
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes),
+        teacher=teacher_model(
+            plan.settings.teacher,
+            vocabulary,
+            {name: size for name, size in sizes.items() if name != HAZARDS},
+            windows_hours=cfg.model.get("windows_hours"),
+        ),
         start=start,
         made_from=origins,
     )
@@ -370,8 +377,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         "embedding_seconds": inputs.prepared.embedding_seconds,
         "total_seconds": time.perf_counter() - plan.began + earlier_seconds,
     }
-    if not plan.is_trained and plan.init_from is not None and (share := kept(plan.init_from, metrics["held_out"])):
-        metrics["transfer"] = share
+    if not plan.is_trained and plan.init_from is not None:
+        share = kept(plan.init_from, metrics["held_out"], task.metrics)
+        metrics |= {"transfer": share} if share else {}
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics

@@ -29,18 +29,19 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
+    TrainedRun,
     nothing_to_predict,
     open_run,
     samples_to_predict,
     say_static_only,
     times_to_predict,
 )
+from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.protocol import ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Predictor:
         device: torch device on which the model runs.
         trusted_packages: further packages from which the run's `_target_`s may come.
         needs_classes: whether a run that predicts events, and so has no probabilities, is refused.
+        run: the run, if it is open already.
 
     Attributes:
         class_names: names of the probability columns.
@@ -89,15 +91,14 @@ class Predictor:
         device: str = "cpu",
         trusted_packages: Sequence[str] = (),
         needs_classes: bool = True,
+        run: TrainedRun | None = None,
     ) -> None:
         self._trusted = tuple(trusted_packages)
-        self.run, self.device = open_run(run_dir, trusted=self._trusted), torch.device(device)
+        self.run = open_run(run_dir, trusted=self._trusted) if run is None else run
+        self.device = torch.device(device)
         self.class_names = self.run.class_names
-        if needs_classes and not self.class_names:
-            raise UserError(
-                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
-                f"fine-tune it: python train.py task=classification init_from={run_dir}"
-            )
+        if needs_classes:
+            self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
@@ -106,10 +107,23 @@ class Predictor:
         self._texts: NewCodes | None = None
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
+    def _check(self, run_dir: str | Path) -> None:
+        """Refuse a run that this class cannot use."""
+        if not self.class_names and hazard_sizes(self.run.model) is not None:
+            raise UserError(
+                f"{run_dir} predicts times, so it has no classes. Type: python -m ehr_embed.ask run={run_dir} data.root=DIR "
+                "'questions=[WORDS]' output=DIR"
+            )
+        if not self.class_names:
+            raise UserError(
+                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
+                f"fine-tune it: python train.py task=classification init_from={run_dir}"
+            )
+
     @property
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
-        return isinstance(self._task, Classification)
+        return isinstance(self._task, WeighsSamples)
 
     @overload
     def predict_proba(

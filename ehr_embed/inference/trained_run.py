@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.instantiate import check_stored, instantiate_stored_source
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
@@ -23,6 +23,7 @@ from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.run_folder.checkpoints import read_checkpoint

@@ -53,8 +53,8 @@ class CodeMatches(nn.Module):
 
     @torch.no_grad()
     def fit(self, parts: Iterable[tuple[Tensor, Tensor, Tensor, int]], *, seed: int = 0) -> None:
-        """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its pairs,
-        their summaries (G, F), NaN = missing, and the number of records."""
+        """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its
+        pairs, their summaries (G, F), NaN = missing, and the number of records."""
         fit_quantiles(
             self.quantiles, parts, n_codes=len(self.codes), counts=self.counts, columns=self.columns, seed=seed
         )

@@ -14,19 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.models.heads import without_autocast
-from ehr_embed.models.protocol import FitsAtOnce
+from ehr_embed.models.protocol import FitsAtOnce, declarations
 
 HAZARDS = "hazards"
 """Key of `HazardSizes` among the sizes that a task gives a model."""
-OUTCOME_VECTORS = ("text", "learned")
+OutcomeVectors = Annotated[str, OneOf("text", "learned")]
 LIMIT = 15.0
 """Largest deviation of a log hazard from the outcome's log rate: a factor of three million."""
 
@@ -77,9 +78,11 @@ class HazardSizes:
 
     def rates_of(self, sets: Sequence[Sequence[int]]) -> Tensor:
         """Return the log rates (K, J) of sets of tokens: the sum of their tokens' rates, in the shape that all outcomes share."""
-        of_token = torch.tensor(self.token_log_rates)
-        of_set = torch.stack([of_token[list(tokens)].logsumexp(0) for tokens in sets])
-        return of_set[:, None] + torch.tensor(self.bin_log_ratios)
+        return torch.tensor(self.log_rates_of(sets))[:, None] + torch.tensor(self.bin_log_ratios)
+
+    def log_rates_of(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log rate of each set of tokens in all bins together, (K,)."""
+        return [math.log(sum(math.exp(self.token_log_rates[token]) for token in tokens)) for tokens in sets]
 
     def plain(self) -> dict[str, Any]:
         """Return the facts as plain values."""
@@ -101,8 +104,7 @@ class HazardHead(nn.Module):
 
     def __init__(self, sizes: HazardSizes, *, embedding_dim: int) -> None:
         super().__init__()
-        if sizes.vectors not in OUTCOME_VECTORS:
-            raise unknown_name("task.outcome_vectors", sizes.vectors, OUTCOME_VECTORS)
+        check_setting("task.outcome_vectors", sizes.vectors, OutcomeVectors)
         if sizes.vectors == "learned" and not sizes.names:
             raise UserError(
                 "task.outcome_vectors=learned: each outcome has a vector of its own, and task.outcomes=auto draws outcomes "
@@ -194,7 +196,7 @@ def check_asks_everywhere(model: nn.Module) -> None:
         UserError: the model is not causal, or its vector of a record is not that of the last event.
     """
     pooling = getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
-    if not getattr(model, "is_causal", False) or not hasattr(model, "hidden") or pooling != "last":
+    if not declarations(model).is_causal or not hasattr(model, "hidden") or pooling != "last":
         raise UserError(
             f"task.outcomes=auto asks at every event of a record, and {type(model).__name__} (pooling={pooling}) sees later "
             "events there, or mixes several. Type: model=decoder model.pooling=last"

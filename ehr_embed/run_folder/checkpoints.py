@@ -25,6 +25,7 @@ from ehr_embed.data.vocabulary import (
     read_strings,
     vocabulary_sha256,
 )
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import Declarations, body_of, declarations
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
@@ -171,9 +172,10 @@ def initialise(
     wanted = {name for name in own if whole or name.startswith("body.")}
     given = {name for name in saved if whole or name.startswith("body.")}
     shapes = {n: saved[n] for n in given}, {n: own[n] for n in wanted}
-    _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declarations(model))
-    has_token_vectors = any(name.startswith("head.tokens.") for name in given)
-    if whole and has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
+    declared = declarations(model)
+    _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declared)
+    has_token_vectors = any(name.startswith(declared.token_weights) for name in given)
+    if has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
         raise UserError(
             f"{path} has a vector for each token of another vocabulary ({checkpoint['identity']['vocab_sha256'][:12]}, here "
             f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."
@@ -241,7 +243,7 @@ def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
-    trainable = checkpoint["config"]["embedder"]["trainable"]
+    trainable = trainable_of(checkpoint["config"]["embedder"])
     if trainable != embedding.trainable:
         raise UserError(
             f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.outcome import OUTCOME
 from ehr_embed.run_folder.layout import (
     AUDIT,
     BEST,
@@ -19,7 +20,6 @@ from ehr_embed.run_folder.layout import (
     LOCK,
     MEMBERS,
     MODEL_CARD,
-    OUTCOME,
     PLOTS,
     PREDICTIONS,
     PROFILE,

@@ -58,24 +58,32 @@ class AutoOutcomes:
 
     Attributes:
         per_batch: sets that are drawn for each training batch.
+        places: places of a training batch that are asked, drawn from all. Neighbours say nearly the same, and the loss costs
+            (places x sets x bins): asking fewer places for more sets teaches more in the same time.
         min_events: a code with fewer timed events in train is in no set.
         neighbours: share of the sets that are a code with 1 to 7 of its nearest neighbours by text.
         unions: share of the sets that are 2 to 8 random codes; all other sets are single codes.
+        rarity: power of a set's rate by which its losses are divided: 0 = a day of any set weighs equally, so that frequent
+            codes are learned first; 1 = an event of any set weighs equally.
         never: `codes`, `code_pattern` or `text_pattern` of events that are in no set, to judge later how well the model answers
             for outcomes that it was never trained on.
     """
 
-    per_batch: int = 64
+    per_batch: int = 256
+    places: int = 512
     min_events: int = 20
     neighbours: float = 0.2
     unions: float = 0.2
+    rarity: float = 0.5
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_range("task.auto.per_batch", self.per_batch, 1)
+        check_range("task.auto.places", self.places, 1)
         check_range("task.auto.min_events", self.min_events, 1)
         for name, share in (("neighbours", self.neighbours), ("unions", self.unions)):
             check_range(f"task.auto.{name}", share, 0, 1)
+        check_range("task.auto.rarity", self.rarity, 0, 1)
         if self.neighbours + self.unions > 1:
             raise UserError(
                 f"task.auto.neighbours={self.neighbours}, task.auto.unions={self.unions}: expected shares whose sum is at most 1."
@@ -99,7 +107,9 @@ class Targets(NamedTuple):
     is_event: Tensor
 
 
-def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior: bool) -> Targets:
+def targets(
+    batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior: bool, most_places: int | None = None
+) -> Targets:
     """Return when each set of tokens follows each time of each row.
 
     A row is observed until its last event or its first event that stops the observation, such as death; an outcome at that very
@@ -111,6 +121,7 @@ def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior:
         member_KV: (K, V) bool, the tokens of each set.
         stops_V: (V,) bool, tokens that stop the observation.
         excludes_prior: whether a set that has occurred is not asked for again.
+        most_places: number of places to draw if there are more; None = all are asked.
     """
     token_BT, elapsed_BT = batch.token_ids.long(), batch.elapsed_days
     is_timed_BT = batch.is_event & ~batch.is_static
@@ -121,6 +132,10 @@ def targets(batch: Batch, member_KV: Tensor, stops_V: Tensor, *, excludes_prior:
     follows_BT = F.pad(is_timed_BT[:, 1:] & (batch.gap_days[:, 1:] > 0), (0, 1))
     is_stopped_BT = is_stop_BT.long().cumsum(1) > 0
     asked_BT = is_timed_BT & follows_BT & ~is_stopped_BT
+    if most_places is not None:
+        lot_BT = torch.rand(asked_BT.shape, device=asked_BT.device).masked_fill(~asked_BT, 2.0)
+        drawn = lot_BT.flatten().topk(min(most_places, lot_BT.numel()), largest=False).indices
+        asked_BT = asked_BT & torch.zeros_like(asked_BT).flatten().index_fill(0, drawn, True).view_as(asked_BT)
     when_NK = _next(hits_BTK & is_timed_BT.unsqueeze(-1), elapsed_BT)[asked_BT]
     now_N1, end_N1 = elapsed_BT[asked_BT].unsqueeze(-1), end_BT[asked_BT].unsqueeze(-1)
     days_NK = torch.minimum(when_NK, end_N1) - now_N1
@@ -195,7 +210,7 @@ class AskEverywhere:
             competing_at=None,
             competes=[],
         )
-        self._edges = torch.tensor(edges)
+        self._edges, self._usual_log_rate = torch.tensor(edges), float(np.mean(rates))
         self._evaluated_sets: list[list[int]] | None = None
 
     def _asked_codes(self, vocabulary: Vocabulary) -> dict[str, list[int]]:
@@ -285,13 +300,16 @@ class AskEverywhere:
             _members(sets, len(table)).to(device),
             self._stops_V.to(device),
             excludes_prior=self.settings.excludes_prior,
+            most_places=self.auto.places if model.training else None,
         )
         rates = self.sizes.rates_of(sets).to(device)
         inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.asked_at}
         edges, log_hazard_NKJ = self._edges.to(device), model(inputs)
-        nll_NK = hazard_nll(log_hazard_NKJ, own.days, own.is_event, edges)
+        log_rate_K = torch.tensor(self.sizes.log_rates_of(sets), device=device)
+        weight_K = (-self.auto.rarity * (log_rate_K - self._usual_log_rate)).exp()
+        nll_NK = hazard_nll(log_hazard_NKJ, own.days, own.is_event, edges) * weight_K
         with torch.no_grad():
-            of_rates_NK = hazard_nll(rates.expand_as(log_hazard_NKJ), own.days, own.is_event, edges)
+            of_rates_NK = hazard_nll(rates.expand_as(log_hazard_NKJ), own.days, own.is_event, edges) * weight_K
             asked_NK = ~own.days.isnan()
             sums_N4 = torch.stack([x.double().sum(1) for x in (nll_NK, of_rates_NK, own.is_event, asked_NK)], dim=1)
             row_N = own.asked_at.nonzero()[:, 0]
@@ -339,7 +357,7 @@ class AskEverywhere:
 
     def evaluate(self, split: str, outputs: Outputs, *, n_bootstrap: int) -> dict[str, Any]:
         """Return the loss (mean negative log likelihood per place and set) and `gain`: by how many nats per event the model's log
-        likelihood is above that of the constant rates."""
+        likelihood is above that of the constant rates. Both are weighted by `auto.rarity`."""
         bootstrap = SubjectBootstrap.of(
             self.samples[split].subject_ids, n_samples=len(outputs), n_bootstrap=n_bootstrap, seed=0
         )

@@ -79,6 +79,7 @@ class AskOnce:
         self.settings, self._sets, self.names = settings, dict(outcomes), list(outcomes)
         self.samples: dict[str, Samples] = {}
         self.follow_up: dict[str, FollowUp] = {}
+        self._prior: dict[str, tuple[npt.NDArray[np.int64], int]] = {}
 
     @property
     def n_outputs(self) -> int:
@@ -152,6 +153,7 @@ class AskOnce:
 
     def _keep(self, split: str, samples: Samples, found: FollowUp) -> None:
         """Keep the samples that are asked for one outcome or more, and say how many are not."""
+        self._prior[split] = found.has_prior.sum(0), len(samples)
         asked = (found.status != EXCLUDED)[:, : len(self.names)].any(1)
         say_or_refuse(
             int((~asked).sum()),
@@ -179,12 +181,8 @@ class AskOnce:
             counts = {told: int((status == kind).sum()) for kind, told in STATUS_NAMES.items()}
             if not counts["event"]:
                 told = ", ".join(f"{kind}: {n:,}" for kind, n in counts.items())
-                n_prior = int(found.has_prior[:, column].sum())
-                why = (
-                    f"; at {n_prior:,} of {len(status):,} prediction times the outcome had already happened"
-                    if n_prior
-                    else ""
-                )
+                n_prior, n = self._prior[split][0][column], self._prior[split][1]
+                why = f"; at {n_prior:,} of {n:,} prediction times the outcome had already happened" if n_prior else ""
                 raise UserError(
                     f"task.outcomes.{name}, split {split}: no sample has the outcome after its prediction time ({told}{why}), so "
                     "there is nothing to learn or to rank. Give earlier prediction times in task.times, or type: "

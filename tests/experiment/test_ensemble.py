@@ -86,13 +86,13 @@ def test_it_is_opened_and_compared_like_any_run(place, tmp_path):
 
 def test_weights_are_chosen_without_held_out_or_train(place, tmp_path, monkeypatch):
     seen: list[str] = []
-    predict = Trainer._predict
+    predict = Trainer.evaluate
 
     def watched(self, model, embedding, split, *rest):
         seen.append(split)
         return predict(self, model, embedding, split, *rest)
 
-    monkeypatch.setattr(Trainer, "_predict", watched)
+    monkeypatch.setattr(Trainer, "evaluate", watched)
     monkeypatch.setattr(
         "ehr_embed.training.blend.keep_fitted", lambda *_: pytest.fail("stop here") if set(seen) == {"tuning"} else None
     )
