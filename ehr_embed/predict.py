@@ -17,6 +17,7 @@ from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.experiment.cli import CONF, run_main
+from ehr_embed.experiment.inputs import alignment_settings
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.trained_run import device_named
 from ehr_embed.run_folder.finish import read_metrics
@@ -37,12 +38,16 @@ def predict(cfg: DictConfig) -> Path:
         UserError: `Predictor` refuses the run or the dataset, a label is not one of the run's classes, or the run has no
             metrics.json with the threshold that labelled predictions need.
     """
-    device = device_named(cfg.device)
+    device, alignment = device_named(cfg.device), alignment_settings(cfg)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     began = time.perf_counter()
     found = predictor.predict_proba(
-        cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)
+        cfg.data.root,
+        labels=cfg.task.labels,
+        split=cfg.split,
+        lookups=list(cfg.data.lookups),
+        alignment=alignment,
     )
     log.info(
         "%d predictions for %d subjects in %.1f s",

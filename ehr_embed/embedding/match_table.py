@@ -23,14 +23,12 @@ from ehr_embed.embedders.shuffled_text import deranged
 from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
 
 log = logging.getLogger(__name__)
-TEXTS = ("true", "shuffled")
+TEXTS = ("own", "shuffled")
 QUANTILES = ("q10", "q50", "q90")
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
 FAR = 3.0
 """Medians that differ by this factor, both positive, are warned of."""
-ALIGNED_FROM = 0.5
-"""Share of events with codes that the run never saw from which on `auto` aligns."""
 SHOWN = 40
 
 
@@ -119,7 +117,7 @@ def align(
     embed: Callable[[list[str]], npt.NDArray[np.float32]],
     rules: Rules,
     pairs: pl.DataFrame | None = None,
-    texts: str = "true",
+    texts: str = "own",
     seed: int = 0,
 ) -> Alignment:
     """Return which code of a run stands for each code of a dataset.
@@ -133,7 +131,7 @@ def align(
         embed: returns the vectors (n, E) of n texts.
         rules: how texts are cleaned and compared.
         pairs: columns code, matched_code (null = none) and perhaps gate.
-        texts: `true`, or `shuffled` for the control in which each code has the text of another of its kind.
+        texts: `own`, or `shuffled` for the control in which each code has the text of another of its kind.
         seed: of the shuffling.
 
     Raises:
@@ -146,16 +144,17 @@ def align(
     is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()
     if texts == "shuffled":
         for kind in (True, False):
-            places = np.flatnonzero(is_number_T == kind)
+            places = np.flatnonzero(is_number_T == kind).tolist()
             for place, text in zip(places, deranged([text_T[i] for i in places], seed), strict=True):
                 text_T[place] = text
-    found = nearest(*_vectors([text_S, text_T], embed, rules), is_number_S, is_number_T)
+    of_S, of_T = _vectors([text_S, text_T], embed, rules)
+    found = nearest(of_S, of_T, is_number_S, is_number_T)
     matched, cosine = found.source.copy(), found.cosine.copy()
-    weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "true" else "shuffled text", object)
+    weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "own" else "shuffled text", object)
     number_of = {code: i for i, code in enumerate(source["code"])}
     for place, code in enumerate(target["code"]):
         own = number_of.get(code)
-        if texts == "true" and own is not None and is_number_S[own] == is_number_T[place]:
+        if texts == "own" and own is not None and is_number_S[own] == is_number_T[place]:
             matched[place], cosine[place], weight[place], origin[place] = own, 1.0, 1.0, "same code"
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
@@ -315,16 +314,16 @@ def disagreement(here: Sequence[float | None], there: Sequence[float | None]) ->
     >>> disagreement((88.0, 97.0, 100.0), (8.0, 10.0, 13.0)), disagreement((None, None, None), (1.0, 2.0, 3.0))
     ('median 97 here, 10 there: 9.7 times as large', '')
     """
-    if any(x is None or x != x for x in (*here, *there)):
+    numbers = [x for x in (*here, *there) if x is not None and x == x]
+    if len(numbers) < 2 * len(QUANTILES):
         return ""
-    (low, median, high), (their_low, their_median, their_high) = here, there  # type: ignore[misc]
-    is_apart = low > their_high or high < their_low  # type: ignore[operator]
+    low, median, high, their_low, their_median, their_high = numbers
     said = f"median {median:.4g} here, {their_median:.4g} there"
-    if median > 0 and their_median > 0:  # type: ignore[operator]
-        factor = median / their_median  # type: ignore[operator]
+    if median > 0 and their_median > 0:
+        factor = median / their_median
         if factor > FAR or factor < 1 / FAR:
             return f"{said}: {f'{factor:.2g} times as large' if factor > 1 else f'{1 / factor:.2g} times as small'}"
-    return f"{said}: the middle 80 % do not overlap" if is_apart else ""
+    return f"{said}: the middle 80 % do not overlap" if low > their_high or high < their_low else ""
 
 
 def _nearest_said(table: pl.DataFrame) -> str:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,25 @@ from ehr_embed.config.build_model import build_model
 from ehr_embed.config.instantiate import builder, trainable_of
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.data.selected import SelectedStore
+from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.embedding.aligning import AUTO, AlignmentSettings, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
-from ehr_embed.experiment.inputs import prepare_from
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
 from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.gbm import GBM
-from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
 from ehr_embed.reports.transfer_metrics import kept
 from ehr_embed.run_folder.checkpoints import Continuation, initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.origin import Origin, has_vocabulary, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
@@ -43,7 +48,7 @@ from ehr_embed.sources.protocol import EVALUATED, Source
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
-from ehr_embed.training.fit_table import fit_at_once
+from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.teacher import cross_fitted, teacher_model
@@ -66,6 +71,7 @@ class Plan:
         settings: how to train.
         processes: those that train together.
         task: before `setup`.
+        alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
         began: `time.perf_counter()` at the start of the stage.
     """
 
@@ -77,6 +83,7 @@ class Plan:
     settings: TrainerSettings
     processes: Processes
     task: Task
+    alignment: AlignmentSettings
     began: float
 
     @property
@@ -91,12 +98,15 @@ class Inputs:
 
     Attributes:
         source: where the events come from.
-        prepared: the event store and the embedding table.
+        prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
+            vectors of what they match.
+        aligned: the run that the weights start from and the match table; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
     """
 
     source: Source
     prepared: Prepared
+    aligned: tuple[Origin, Alignment] | None
     audited: dict[str, Any] | None
 
 
@@ -111,6 +121,7 @@ class Built:
         teacher: the unfitted model behind `trainer.teacher`; None = there is none.
         start: the checkpoint of an earlier start to go on from; None = from the beginning.
         made_from: what the run's manifest says that the run was made from.
+        is_aligned: whether codes are read as those of the run that the weights start from.
     """
 
     model: nn.Module
@@ -120,6 +131,7 @@ class Built:
     teacher: GBM | None
     start: Continuation | None
     made_from: dict[str, Any]
+    is_aligned: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +217,7 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         settings=settings,
         processes=processes,
         task=construct(cfg.task),
+        alignment=alignment_settings(cfg),
         began=began,
     )
     if init_from is None and not plan.is_trained:
@@ -225,14 +238,43 @@ def tell_finished(plan: Plan) -> float:
 
 
 def open_inputs(plan: Plan, found: FoundRun) -> Inputs:
-    """Open the source, the store and the table, build the task's samples, and audit them for leaks."""
+    """Open the source, the store and the table, align their codes with those of the run that the weights start from, build the
+    task's samples, and audit them for leaks."""
     # Threads come first, since the embedding takes a CPU too.
     use_threads_of_run(plan.settings, plan.processes, found.threads)
     source, prepared = plan.processes.first(lambda: prepare_from(plan.cfg))
+    prepared, aligned = plan.processes.first(lambda: align_inputs(plan, prepared))
     task, store = plan.task, prepared.store
     set_up(task, store, source.labels_dir, plan.cfg.model.max_length)
     audited = plan.processes.on_first(lambda: audit(store, task.samples, task.class_names, mode=plan.cfg.audit))
-    return Inputs(source=source, prepared=prepared, audited=audited)
+    return Inputs(source=source, prepared=prepared, aligned=aligned, audited=audited)
+
+
+def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin, Alignment] | None]:
+    """Return the inputs as the run of `init_from` reads them, if its codes shall stand for theirs, and else as they are.
+
+    Raises:
+        UserError: the alignment is asked for, and there is no run to align with or its task predicts events; or nothing matches.
+    """
+    asked, init_from = plan.alignment, plan.init_from
+    if asked.is_off:
+        return prepared, None
+    predicts_classes = plan.task.needs_causal is None
+    if init_from is None or not has_vocabulary(init_from) or not predicts_classes:
+        if asked.aligned_to == AUTO:
+            return prepared, None
+        raise UserError(
+            f"data.aligned_to={asked.aligned_to}: expected a model that predicts classes and comes from a run's folder, with whose "
+            f"codes to align; init_from is {init_from or 'null'} and the task {type(plan.task).__name__}. Type: init_from=RUN_DIR"
+        )
+    origin, store = read_origin(init_from), prepared.store
+    alignment = wanted_alignment(asked, origin.vocabulary, store.vocabulary, cache_dir=Path(plan.cfg.cache_dir))
+    if alignment is None:
+        return prepared, None
+    own = prepared.table if reads_text(plan.cfg) else None
+    table = aligned_table(alignment, origin.vocabulary, store.vocabulary, origin.vectors, own)
+    selected = SelectedStore(store, alignment.keeps(store.vocabulary), why=alignment.digest)
+    return replace(prepared, store=selected, table=table), (origin, alignment)
 
 
 def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
@@ -242,14 +284,18 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         UserError: the model does not suit the task or the embedder, or a checkpoint does not suit this run.
     """
     cfg, task, prepared = plan.cfg, plan.task, inputs.prepared
-    vocabulary, trainable = prepared.store.vocabulary, trainable_of(cfg.embedder)
+    trainable = trainable_of(cfg.embedder)
+    # A model that is aligned keeps the codes that it knows.
+    vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
     check_vectors(model, trainable)
     embedding = EventEmbedding(prepared.table, trainable)
     if found.checkpoint is None:
-        give_first_weights(plan, prepared, model, embedding)
+        give_first_weights(plan, inputs, model, embedding)
+    if inputs.aligned is not None:
+        read_aligned(model, prepared.store.vocabulary, inputs.aligned[1])
     start = found.load(prepared.identity, task.samples)
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
@@ -270,6 +316,8 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         seed=cfg.seed,
         log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
     )
+    if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
+        trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
     origins = made_from(
         prepared,
         init_from=plan.init_from if found.checkpoint is None else None,
@@ -280,16 +328,21 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(plan.settings.teacher, vocabulary, sizes),
+        teacher=teacher_model(plan.settings.teacher, prepared.store.vocabulary, sizes),
         start=start,
         made_from=origins,
+        is_aligned=inputs.aligned is not None,
     )
 
 
-def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embedding: EventEmbedding) -> None:
+def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: EventEmbedding) -> None:
     """Fit the model to the vectors of the vocabulary, and load what `init_from` names: the body, or for a model that is only
-    evaluated all of it."""
-    vocabulary = prepared.store.vocabulary
+    evaluated all of it. An aligned dataset's vectors are the run's already."""
+    vocabulary, identity = inputs.prepared.store.vocabulary, inputs.prepared.identity
+    if inputs.aligned is not None:
+        origin = inputs.aligned[0]
+        vocabulary, identity = origin.vocabulary, identity | {"vocab_sha256": origin.identity["vocab_sha256"]}
+        embedding = EventEmbedding(origin.texts, origin.trainable)
     adapt(model, embedding.table, vocabulary)
     if plan.init_from is not None:
         initialise(
@@ -297,10 +350,18 @@ def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embeddi
             embedding,
             plan.init_from,
             config=plan.config,
-            identity=prepared.identity,
+            identity=identity,
             vocabulary=vocabulary,
             class_names=None if plan.is_trained else plan.task.class_names,
         )
+
+
+def read_aligned(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) -> None:
+    """Let a model that reads codes or texts read those of `vocabulary` as `alignment` says."""
+    if isinstance(model, ReadsVocabulary):
+        model.set_vocabulary(vocabulary)
+    if isinstance(model, AlignsCodes):
+        model.align(alignment.matches)
 
 
 @contextmanager
@@ -317,7 +378,9 @@ def opened_folder(plan: Plan, inputs: Inputs, tracker: Tracker) -> Iterator[None
 def _enter_folder(stack: ExitStack, plan: Plan, inputs: Inputs, tracker: Tracker) -> None:
     stack.enter_context(claimed(plan.run_dir, is_new=plan.cfg.resume == "overwrite"))
     stack.enter_context(tracker)
-    write_inputs(plan.run_dir, plan.config, inputs.prepared)
+    write_inputs(plan.run_dir, plan.config, inputs.prepared, is_aligned=inputs.aligned is not None)
+    if inputs.aligned is not None:
+        inputs.aligned[1].write(plan.run_dir / ALIGNMENT)
     if inputs.audited is not None:
         write_json(plan.run_dir / AUDIT, inputs.audited)
 
@@ -326,6 +389,9 @@ def fit(plan: Plan, built: Built) -> Fitted:
     """Train the model where there is something to train, and predict the evaluated splits with the best weights."""
     model, embedding, trainer = built.model, built.embedding, built.trainer
     if not plan.is_trained:
+        if built.is_aligned and isinstance(model, AlignsCodes):  # ranks of numbers need no labels
+            embedding.to(trainer.fabric.device)
+            model.to(trainer.fabric.device).adapt_to_records(inputs_of(trainer, embedding, "train"))
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)

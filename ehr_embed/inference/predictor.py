@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,14 @@ from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSam
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.selected import without_others
 from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
+from ehr_embed.inference.aligned_data import AlignedData, read_aligned
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
     nothing_to_predict,
@@ -35,7 +38,7 @@ from ehr_embed.inference.trained_run import (
     say_static_only,
     times_to_predict,
 )
-from ehr_embed.models.protocol import ReadsVocabulary
+from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
@@ -95,6 +98,7 @@ class Predictor:
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
         self._vectors = KeptVectors(self._embedded)
+        self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
         self._texts: NewCodes | None = None
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
@@ -105,7 +109,13 @@ class Predictor:
 
     @overload
     def predict_proba(
-        self, records: str | Path, *, labels: str | None = ..., split: str | None = ..., lookups: Sequence[str] = ...
+        self,
+        records: str | Path,
+        *,
+        labels: str | None = ...,
+        split: str | None = ...,
+        lookups: Sequence[str] = ...,
+        alignment: AlignmentSettings | None = ...,
     ) -> pl.DataFrame: ...
 
     @overload
@@ -118,6 +128,7 @@ class Predictor:
         labels: str | None = None,
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
+        alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
         """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
 
@@ -136,6 +147,8 @@ class Predictor:
             split: for a MEDS dataset: split of the subjects; None = all subjects, and the dataset needs no splits.
             lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes take precedence over those of
                 the dataset's metadata and of the lookups that the run was trained with.
+            alignment: for a MEDS dataset: whether and how codes that the run never saw are read as its own; None = where most
+                events have such codes.
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
@@ -146,7 +159,7 @@ class Predictor:
                 codes or texts instead of vectors; a text cannot be embedded; or the dataset cannot be read.
         """
         if isinstance(records, str | Path):
-            return self._predict_dataset(str(records), labels, split, lookups)
+            return self._predict_dataset(str(records), labels, split, lookups, alignment or AlignmentSettings())
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
@@ -172,26 +185,33 @@ class Predictor:
         return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _predict_dataset(
-        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
+        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
         source, new = self._open(root, split, lookups)
+        aligned = read_aligned(
+            self.run,
+            source,
+            alignment,
+            split=split,
+            lookups=[*self._lookups, *lookups],
+            embed=self._embedded if self._reads_text else None,
+        )
         asked = None if labels is None else read_labels(labels, source.labels_dir).frame
         if asked is not None:
             asked = asked.with_columns(pl.int_range(pl.len()).alias(ROW))
         frames, unseen, n_subjects = [], UnseenRecords(), 0
-        for events in self._chunks(source, new, split):
-            times = times_to_predict(events, asked)
-            n_subjects += len(events.subject_ids)
-            if not len(times):
-                continue
-            none = np.zeros(len(times), np.int64)
-            samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
-            unseen.add(events, samples)
-            found = self._predict(events, samples, new.vocabulary, new.embedding)
-            columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
-            keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
-            frames.append(times.select(keys).with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
+        with self._aligned(aligned, lambda: self._samples(source, new, split, asked, aligned)):
+            for events, times, samples in self._samples(source, new, split, asked, aligned):
+                n_subjects += len(events.subject_ids)
+                if not len(times):
+                    continue
+                unseen.add(events, samples)
+                read = new if aligned is None else aligned
+                found = self._predict(events, samples, read.vocabulary, read.embedding)
+                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
+                frames.append(times.select(keys).with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         if not frames:
             raise nothing_to_predict()
         result = pl.concat(frames)
@@ -214,10 +234,33 @@ class Predictor:
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
         return source, self._dataset[1]
 
-    def _chunks(self, source: MedsSource, new: NewCodes, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches."""
+    def _samples(
+        self,
+        source: MedsSource,
+        new: NewCodes,
+        split: str | None,
+        asked: pl.DataFrame | None,
+        aligned: AlignedData | None,
+    ) -> Iterator[tuple[SplitEvents, pl.DataFrame, Samples]]:
+        """Yield the events of whole shards, the prediction times of their subjects, and the samples."""
+        for events in self._chunks(source, new, split, aligned):
+            times = times_to_predict(events, asked)
+            none = np.zeros(len(times), np.int64)
+            yield events, times, build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+
+    def _chunks(
+        self, source: MedsSource, new: NewCodes, split: str | None, aligned: AlignedData | None
+    ) -> Iterator[SplitEvents]:
+        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
+        aligned dataset only the events whose codes have a match."""
         parts: list[SplitEvents] = []
-        for events in encode_shards(source, new.vocabulary_for, split):
+        vocabulary_for = new.vocabulary_for if aligned is None else (lambda _: aligned.vocabulary)
+        for events in encode_shards(source, vocabulary_for, split):
+            if aligned is not None:
+                events = without_others(events, aligned.keep_V)
+            elif self.run.matches is not None:  # the run itself was trained on such events only
+                codes = new.vocabulary.token_codes
+                events = without_others(events, np.array([code in self.run.matches for code in codes]))
             parts.append(events)
             if sum(len(part.token_ids) for part in parts) >= CHUNK_EVENTS:
                 del events
@@ -230,24 +273,66 @@ class Predictor:
         self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
     ) -> npt.NDArray[np.float64]:
         """Return the probabilities (n, C) of the samples, whose token ids refer to `vocabulary`."""
+        result = np.empty((len(samples), len(self.class_names)))
+        precision = autocast_of_run(self.run.config["trainer"]["precision"], self.run.precision, self.device)
+        with self._reading(vocabulary), precision:
+            for rows, inputs in self._inputs(events, samples, embedding):
+                logits = logits_of(self.run.model, inputs)
+                result[rows] = self._task.probabilities(logits).cpu().numpy()
+        return result
+
+    def _inputs(
+        self, events: SplitEvents, samples: Samples, embedding: EventEmbedding
+    ) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
+        """Yield the rows and the model's inputs of each batch of the samples."""
         embedding.to(self.device)
         dataset, trainer = BatchDataset(events, samples), self.run.config["trainer"]
         batches = BucketSampler(
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
-        result = np.empty((len(samples), len(self.class_names)))
-        precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
-        with self._reading(vocabulary), precision:
-            for rows in batches:
-                logits = logits_of(self.run.model, embedding.inputs(dataset[rows].to(self.device)))
-                result[rows] = self._task.probabilities(logits).cpu().numpy()
-        return result
+        for rows in batches:
+            yield rows, embedding.inputs(dataset[rows].to(self.device))
+
+    @contextmanager
+    def _aligned(
+        self,
+        data: AlignedData | None,
+        samples_of: Callable[[], Iterator[tuple[SplitEvents, pl.DataFrame, Samples]]],
+    ) -> Iterator[None]:
+        """Let a model that reads codes read those of an aligned dataset while inside, with ranks of its records' own numbers.
+
+        Args:
+            data: the dataset; None = nothing is aligned.
+            samples_of: yields the dataset's samples, from the beginning at each call.
+        """
+        model = self.run.model
+        if data is None or not isinstance(model, ReadsVocabulary):
+            yield
+            return
+        model.set_vocabulary(data.vocabulary)
+        self._present = data.vocabulary
+        try:
+            if isinstance(model, AlignsCodes):
+                model.align(data.alignment.matches)
+                with torch.inference_mode():
+                    model.adapt_to_records(
+                        inputs
+                        for events, _, samples in samples_of()
+                        if len(samples)
+                        for _, inputs in self._inputs(events, samples, data.embedding)
+                    )
+            yield
+        finally:
+            self._present = self.run.vocabulary
+            if isinstance(model, AlignsCodes):
+                model.align(self.run.matches)
+            model.set_vocabulary(self.run.vocabulary)
 
     @contextmanager
     def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
         """Give a model that reads codes or texts the vocabulary of the token ids, and restore the run's own one at the end."""
         model = self.run.model
-        if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
+        if not isinstance(model, ReadsVocabulary) or vocabulary is self._present:
             yield
             return
         model.set_vocabulary(vocabulary)

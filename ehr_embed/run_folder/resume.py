@@ -48,6 +48,12 @@ HARMLESS = (
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
 NEW = {
+    "data.aligned_to": "auto",
+    "data.alignment_pairs": None,
+    "data.alignment_rules": None,
+    "data.alignment_texts": "own",
+    "model.code_dropout": 0.0,
+    "model.text_noise": 0.0,
     "task.prefixes": None,
     "trainer.betas": [0.9, 0.999],
     "trainer.compile": False,
