@@ -112,7 +112,9 @@ def wanted_alignment(
     return settings.alignment(run, vocabulary, cache_dir=cache_dir)
 
 
-def aligned_table(alignment: Alignment, run: Vocabulary, vocabulary: Vocabulary, theirs: Tensor, own: Tensor | None) -> Tensor:
+def aligned_table(
+    alignment: Alignment, run: Vocabulary, vocabulary: Vocabulary, theirs: Tensor, own: Tensor | None
+) -> Tensor:
     """Return the vector of each token of a dataset, (V, E): that of the run's token that stands for it, as far as the gate says,
     and else the token's own.
 

@@ -138,7 +138,10 @@ class Nearest:
 
 
 def nearest(
-    source: Sequence[Floats], target: Sequence[Floats], is_number_S: npt.NDArray[np.bool_], is_number_T: npt.NDArray[np.bool_]
+    source: Sequence[Floats],
+    target: Sequence[Floats],
+    is_number_S: npt.NDArray[np.bool_],
+    is_number_T: npt.NDArray[np.bool_],
 ) -> Nearest:
     """Return the nearest code of the source of each code of the target; codes with numbers go to codes with numbers only.
 

@@ -71,7 +71,9 @@ class Alignment:
         n_bins = {code: len(edges) + 1 for code, edges in vocabulary.codes.select("code", "edges").iter_rows()}
         rows, gates = np.full(len(vocabulary), UNKNOWN, np.int64), np.zeros(len(vocabulary))
         rows[:FIRST_TOKEN], gates[:FIRST_TOKEN] = np.arange(FIRST_TOKEN), 1.0
-        for token, (code, number) in enumerate(zip(vocabulary.token_codes, vocabulary.token_bins.tolist(), strict=True)):
+        for token, (code, number) in enumerate(
+            zip(vocabulary.token_codes, vocabulary.token_bins.tolist(), strict=True)
+        ):
             if code not in self.matches:
                 continue
             matched, gates[token] = self.matches[code]
@@ -104,8 +106,9 @@ class Alignment:
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
-                "%d matches have numbers that disagree, such as %s -> %s (%s). Their numbers are ranked among the new data's own, so "
-                "another unit does no harm, but another quantity does. Correct alignment.csv, and type: data.alignment_pairs=FILE.csv",
+                "%d matches have numbers that disagree, such as %s -> %s (%s). Numbers are ranked among the new data's own, so that "
+                "another unit does no harm, but another quantity does: correct alignment.csv, and type: "
+                "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
             )  # fmt: skip
 
@@ -177,12 +180,16 @@ def read_pairs(path: str) -> pl.DataFrame:
         UserError: the file is missing or has other columns, a code twice, or a gate that is no number from 0 to 1.
     """
     if not Path(path).is_file():
-        raise UserError(f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code.")
+        raise UserError(
+            f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
+        )
     try:
         frame = pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         told = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code.") from error
+        raise UserError(
+            f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code."
+        ) from error
     if not {"code", "matched_code"} <= set(frame.columns):
         raise UserError(f"{path}: expected columns code,matched_code, found {', '.join(frame.columns)}.")
     if "gate" not in frame.columns:
@@ -266,8 +273,8 @@ def _override(
                 near = difflib.get_close_matches(name, list(known), n=1)
                 raise UserError(
                     f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
-                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the codes "
-                    "of both. Correct or remove the row."
+                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the "
+                    "codes of both. Correct or remove the row."
                 )
         place = place_of[code]
         now = -1 if to is None else number_of[to]

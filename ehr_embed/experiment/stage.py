@@ -36,15 +36,15 @@ from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, 
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
-from ehr_embed.reports.transfer_metrics import kept
+from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import Continuation, initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
 from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
-from ehr_embed.run_folder.origin import Origin, has_vocabulary, read_origin
+from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
-from ehr_embed.sources.protocol import EVALUATED, Source
+from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
@@ -122,6 +122,7 @@ class Built:
         start: the checkpoint of an earlier start to go on from; None = from the beginning.
         made_from: what the run's manifest says that the run was made from.
         is_aligned: whether codes are read as those of the run that the weights start from.
+        predicted: the splits that are predicted for.
     """
 
     model: nn.Module
@@ -132,6 +133,7 @@ class Built:
     start: Continuation | None
     made_from: dict[str, Any]
     is_aligned: bool
+    predicted: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ class Fitted:
     Attributes:
         facts: of the training, for metrics.json.
         history: one row of metrics per epoch.
-        outputs: the task's outputs (n, n_outputs) of each evaluated split.
+        outputs: the task's outputs (n, n_outputs) of each evaluated split, and of train where nothing was trained on it.
     """
 
     facts: dict[str, Any]
@@ -332,7 +334,15 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         start=start,
         made_from=origins,
         is_aligned=inputs.aligned is not None,
+        predicted=predicted_splits(plan, prepared),
     )
+
+
+def predicted_splits(plan: Plan, prepared: Prepared) -> tuple[str, ...]:
+    """Return the evaluated splits, and train too where a model of other data meets its labels for the first time."""
+    meets_labels = plan.task.is_trained and not plan.is_trained and plan.init_from is not None
+    is_new = meets_labels and is_of_other_data(str(plan.init_from), prepared.store.manifest["source"])
+    return SPLITS if is_new else EVALUATED
 
 
 def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: EventEmbedding) -> None:
@@ -400,7 +410,7 @@ def fit(plan: Plan, built: Built) -> Fitted:
             trainer.teacher = cross_fitted(trainer, built.teacher, embedding, share=plan.settings.teacher_share)
         facts = trainer.fit(model, embedding, built.start)
     history = facts.pop("history")
-    outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
+    outputs = {split: trainer.predict(model, embedding, split) for split in built.predicted}
     return Fitted(facts=facts, history=history, outputs=outputs)
 
 
@@ -428,6 +438,10 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
     }
     if not plan.is_trained and plan.init_from is not None and (share := kept(plan.init_from, metrics["held_out"])):
         metrics["transfer"] = share
+    if "train" in fitted.outputs and (
+        found := over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
+    ):
+        metrics["all_splits"] = found
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics
@@ -452,9 +466,9 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
 def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
     """Write predictions, plots and the model card, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
-    for split in EVALUATED:
+    for split in fitted.outputs:
         task.write_predictions(predictions_file(run_dir, split), split, fitted.outputs[split])
-    curves = task.curves(fitted.outputs)
+    curves = task.curves({split: fitted.outputs[split] for split in EVALUATED})
     plots = write_plots(run_dir / PLOTS, fitted.history, curves)
     write_model_card(
         run_dir,

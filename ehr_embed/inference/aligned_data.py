@@ -34,13 +34,13 @@ class AlignedData:
         vocabulary: fitted on the dataset's subjects, without labels: scales, value bins and counts are their own.
         embedding: vectors of its tokens.
         alignment: which codes of the run stand for which of the dataset.
-        keep_V: (V,) whether the events of each token are kept.
+        keeps: (V,) whether the events of each token are kept.
     """
 
     vocabulary: Vocabulary
     embedding: EventEmbedding
     alignment: Alignment
-    keep_V: npt.NDArray[np.bool_]
+    keeps: npt.NDArray[np.bool_]
 
 
 class AsTrain:

@@ -257,7 +257,7 @@ class Predictor:
         vocabulary_for = new.vocabulary_for if aligned is None else (lambda _: aligned.vocabulary)
         for events in encode_shards(source, vocabulary_for, split):
             if aligned is not None:
-                events = without_others(events, aligned.keep_V)
+                events = without_others(events, aligned.keeps)
             elif self.run.matches is not None:  # the run itself was trained on such events only
                 codes = new.vocabulary.token_codes
                 events = without_others(events, np.array([code in self.run.matches for code in codes]))

@@ -120,8 +120,8 @@ def checked_matches(found: Any, path: Path) -> dict[str, tuple[str, float]] | No
         is_pair = isinstance(match, list | tuple) and len(match) == 2 and isinstance(match[0], str)
         if not isinstance(code, str) or not is_pair or not isinstance(match[1], float) or not 0 < match[1] <= 1:
             raise UserError(
-                f"{path}: its alignment is no mapping of codes to a code and a gate, which train.py writes. Use another run, or train "
-                "it again."
+                f"{path}: its alignment is no mapping of codes to a code and a gate, which train.py writes. Use another run, or "
+                "train it again."
             )
         matches[code] = (match[0], match[1])
     return matches

@@ -53,9 +53,11 @@ class CodeMatches(nn.Module):
 
     @torch.no_grad()
     def fit(self, parts: Iterable[tuple[Tensor, Tensor, Tensor, int]], *, seed: int = 0) -> None:
-        """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its pairs,
-        their summaries (G, F), NaN = missing, and the number of records."""
-        fit_quantiles(self.quantiles, parts, n_codes=len(self.codes), counts=self.counts, columns=self.columns, seed=seed)
+        """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its
+        pairs, their summaries (G, F), NaN = missing, and the number of records."""
+        fit_quantiles(
+            self.quantiles, parts, n_codes=len(self.codes), counts=self.counts, columns=self.columns, seed=seed
+        )
 
     def merged(self, row_G: Tensor, code_G: Tensor, numbers_GF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the pairs of record and known code that the pairs of record and matched code amount to.

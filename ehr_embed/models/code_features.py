@@ -116,7 +116,7 @@ class CodeFeatures(ReadsCodes):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the chosen codes, and the quantiles of train's features if there are any."""
         state: dict[str, Any] = {"codes": self.codes, "valued": self.valued}
-        return state | {"quantiles": found.get_extra_state() for found in self._quantiles}
+        return state | ({"quantiles": self._quantiles[0].get_extra_state()} if self._quantiles else {})
 
     def set_extra_state(self, state: Any) -> None:
         """Set the chosen codes and the quantiles to those of another run."""

@@ -102,8 +102,8 @@ class QuantileNormal(nn.Module):
 
     @torch.no_grad()
     def inverse(self, columns: Tensor, scores: Tensor) -> Tensor:
-        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is, and for columns without
-        a table.
+        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is, and for columns
+        without a table.
 
         >>> normal = QuantileNormal(1)
         >>> normal.fit(torch.zeros(41, dtype=torch.int64), torch.arange(41.0))

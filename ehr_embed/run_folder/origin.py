@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.manifest import checked
+from ehr_embed.core.manifest import MANIFEST, checked, read_manifest
 from ehr_embed.data.vocabulary import Vocabulary, vocabulary_sha256
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
@@ -35,6 +36,22 @@ class Origin:
     trainable: str
 
 
+def is_of_other_data(where: str | Path, source: dict[str, Any]) -> bool:
+    """Return whether the manifest of a finished run says that no file of `source`, the fingerprints of a dataset, was its own.
+
+    Without a manifest nothing is known, and False is returned.
+    """
+    folder = Path(where).expanduser()
+    path = (folder if folder.is_dir() else folder.parent) / MANIFEST
+    if not path.is_file():
+        return False
+    theirs = read_manifest(path, "Restore the run's folder, or train again").get("made_from", {}).get("source")
+    if not isinstance(theirs, dict) or not theirs:
+        return False
+    data = {str(value) for name, value in theirs.items() if not name.startswith("metadata/")}
+    return not data & {str(value) for name, value in source.items() if not name.startswith("metadata/")}
+
+
 def has_vocabulary(where: str | Path) -> bool:
     """Return whether `where` is a run's folder with its vocabulary, in contrast to a lone checkpoint."""
     return vocabulary_sha256(Path(where).expanduser() / VOCABULARY) is not None
@@ -51,14 +68,14 @@ def read_origin(where: str | Path) -> Origin:
     identity: dict[str, str] = checkpoint["identity"]
     if checkpoint.get("alignment") is not None:
         raise UserError(
-            f"{path} reads its dataset's codes as those of the run that it started from, and a third dataset cannot be aligned with "
-            "it. Type: init_from= that run, or data.aligned_to=none"
+            f"{path} reads its dataset's codes as those of the run that it started from, and a third dataset cannot be aligned "
+            "with it. Type: init_from= that run, or data.aligned_to=none"
         )
     if (found := vocabulary_sha256(folder / VOCABULARY)) != identity["vocab_sha256"]:
         raise UserError(
             f"{folder / VOCABULARY}: expected the vocabulary with which {path.name} was trained (sha256 "
-            f"{identity['vocab_sha256'][:12]}), found {'none' if found is None else found[:12]}. Codes are aligned with those of the "
-            "run, so its whole folder is needed. Type: init_from=RUN_DIR, or data.aligned_to=none"
+            f"{identity['vocab_sha256'][:12]}), found {'none' if found is None else found[:12]}. Codes are aligned with those of "
+            "the run, so its whole folder is needed. Type: init_from=RUN_DIR, or data.aligned_to=none"
         )
     for file in (folder / VOCABULARY).iterdir():
         checked(file)
