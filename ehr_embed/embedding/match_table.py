@@ -106,7 +106,7 @@ class Alignment:
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
-                "%d matches have numbers that disagree, such as %s -> %s (%s). Numbers are ranked among the new data's own, so that "
+                "%d matches have numbers that disagree, such as %s -> %s (%s). Numbers are ranked among the new data's own, so "
                 "another unit does no harm, but another quantity does: correct alignment.csv, and type: "
                 "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
