@@ -19,6 +19,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO
+from ehr_embed.experiment.inherit import inherited
 from ehr_embed.experiment.stage import run_stage
 from ehr_embed.search.trial import NoTrial, current_trial
 from ehr_embed.training.processes import run_ranks
@@ -36,6 +37,8 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search.
     """
+    cfg = inherited(cfg)
+    check_config(cfg)
     settings: TrainerSettings = builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()
