@@ -33,6 +33,7 @@ class AlignmentSettings:
         rules: YAML file of the rules by which texts are cleaned; None = those of the package.
         pairs: CSV file of one's own pairs, which override what texts say.
         texts: `own`, or `shuffled`, the control in which each code has another one's text.
+        seed: of the shuffling.
 
     Raises:
         UserError: a file cannot be read, or `texts` is unknown.
@@ -42,6 +43,7 @@ class AlignmentSettings:
     rules: str | None = None
     pairs: str | None = None
     texts: str = "own"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.texts not in TEXTS:
@@ -96,7 +98,7 @@ class AlignmentSettings:
 
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         try:
-            found = align(run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts)
+            found = align(run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed)
         finally:
             embedder.close()
         found.say()

@@ -363,6 +363,7 @@ def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: 
             identity=identity,
             vocabulary=vocabulary,
             class_names=None if plan.is_trained else plan.task.class_names,
+            trained_classes=plan.task.class_names,
         )
 
 
