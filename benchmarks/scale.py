@@ -10,6 +10,7 @@ the hashing embedder), `train` (one epoch of `--model`, then the evaluation with
 `again` (the same run with another seed, which finds what the first one kept with the store) and `predict` (all subjects of
 held_out, from the MEDS files). The folder of a size is removed before the next one.
 
+`seconds` is by the clock, `cpu_s` what all threads of the process computed, which another job on the machine hardly moves.
 `peak_memory_mib` is all that was resident: the libraries (of which `of_it_libraries_mib` are not files), what the step allocated
 (`of_it_own_mib`, sampled), and pages of the mapped store, which the system takes back when it needs them. `growth` compares each
 size with the one before it: the exponent of the number of events, 1 where a step takes ten times as long or as much for ten times
@@ -99,11 +100,12 @@ def step(name: str, folder: Path, model: str, replicates: int) -> dict[str, Any]
     work = {"embed": embed, "predict": predict.predict}.get(name, run)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(name if name in ("embed", "predict") else "train", overrides=overrides)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     with own_memory() as own:
         work(cfg)
     found: dict[str, Any] = {
         "seconds": time.perf_counter() - began,
+        "cpu_s": time.process_time() - began_cpu,
         "peak_memory_mib": peak_memory_mib(CPU),
         "of_it_own_mib": own[1] - own[0],
         "of_it_libraries_mib": own[0],

@@ -1,5 +1,7 @@
-"""mkdocs: a file of the repository that a page links to becomes a page of its own, so that `../conf/train.yaml` works on the site
-as it does in the repository."""
+"""Give every file of the repository that a page links to a page of its own on the mkdocs site.
+
+A link such as `../conf/train.yaml` then works on the site as it does in the repository.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = "repository"
-"""Folder of the site that holds those pages."""
+"""Folder of the site that holds the pages of these files."""
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".md": "markdown", ".toml": "toml"}
 
@@ -45,14 +47,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def shown(path: str) -> str:
-    """A file of the repository as a page."""
+    """Return a file of the repository as a page."""
     language = LANGUAGES.get(Path(path).suffix, "text")
     fence = "`" * 8  # longer than any in the file
     return f"# {path}\n\n{fence}{language}\n{(ROOT / path).read_text(encoding='utf-8')}{fence}\n"
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point the links at those pages."""
+    """Point the links of a page to the pages of the files."""
     here = page.file.src_uri
     if here.startswith(f"{SHOWN}/"):
         return markdown

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/axes.md from the head comments of conf/ and sweeps/: `python docs/options.py`."""
+"""Write the tables of docs/axes.md from the head comments of conf/ and sweeps/: `python docs/options.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TABLE = re.compile(r"(<!-- options: (\S+) -->\n).*?(<!-- end -->)", flags=re.DOT
 
 
 def summary(path: Path) -> str:
-    """The first paragraph of a YAML's head comment, as Markdown that reads as it is written."""
+    """Return the first paragraph of a YAML's head comment, escaped so that Markdown shows it as it is written."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line != "# @package _global_"]
     head = []
     for line in lines:
@@ -22,7 +22,7 @@ def summary(path: Path) -> str:
 
 
 def table(folder: str) -> str:
-    """One row an option of a folder, which links to its YAML."""
+    """Return a table with one row per option of a folder; the row links to the option's YAML."""
     rows = [
         f"| [`{path.stem}`](../{folder}/{path.name}) | {summary(path)} |"
         for path in sorted((ROOT / folder).glob("*.yaml"))
@@ -31,7 +31,7 @@ def table(folder: str) -> str:
 
 
 def expanded(page: str) -> str:
-    """A page with the tables between its markers written anew."""
+    """Return the page with the tables between its markers written anew."""
     return TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], page)
 
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> Predictor:
-    """Open a finished run for `predict_proba` on vectors, texts or a MEDS dataset.
+    """Open a finished run for `predict_proba` on vectors, texts or a MEDS dataset, or a run of task=time_to_event for `ask`.
 
     Args:
         run_dir: the run's folder.
@@ -24,6 +24,6 @@ def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence
         UserError: the folder is not a run's, or the run predicts events instead of classes.
     """
     # Imported here, so that importing the package does not load torch.
-    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference import asker
 
-    return Predictor(run_dir, device=device, trusted_packages=trusted_packages)
+    return asker.load(run_dir, device=device, trusted_packages=trusted_packages)

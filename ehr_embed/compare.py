@@ -13,12 +13,13 @@ from pathlib import Path
 
 from ehr_embed.comparison.compare import compare
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.programs import command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m ehr_embed.compare", description="Compare runs, with paired bootstrap tests between them."
+        prog=command("compare"), description="Compare runs, with paired bootstrap tests between them."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN|SWEEP_DIR", help="folders of runs or of sweeps")
     parser.add_argument(

@@ -8,15 +8,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
-from ehr_embed.inference.predictor import Predictor
-from ehr_embed.inference.trained_run import device_named, trained_on
 
 
-@checks_config
+@checks_config("ExplainKeys")
 def explain(cfg: DictConfig) -> list[Path]:
     """Explain as `cfg` (conf/explain.yaml) says, and write the tables and plots.
 
@@ -26,9 +22,11 @@ def explain(cfg: DictConfig) -> list[Path]:
     Raises:
         UserError: a setting is out of range, or `Predictor` or `Explainer` refuses the run, the dataset or the target.
     """
-    for key in ("max_samples", "min_samples"):
-        if cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}: expected 1 or more.")
+    # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.trained_run import device_named, trained_on
+
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)

@@ -8,20 +8,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.threads import AUTO, use_threads
-from ehr_embed.data.batches import BatchDataset
-from ehr_embed.data.event_set import EventSet
-from ehr_embed.data.store import encode_split
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
-from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
-from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
-from ehr_embed.sources.meds import MedsSource
-from ehr_embed.sources.protocol import SPLITS, Source
 
 
-@checks_config
+@checks_config("GenerateKeys")
 def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """Sample futures as `cfg` (conf/generate.yaml) says, and write one file per future number, with all prompts in each.
 
@@ -32,8 +23,15 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
         UserError: the run cannot generate events, the split or a stop code is unknown, the horizon is 0, or the prompt leaves
             no room for new events.
     """
-    if cfg.split not in SPLITS:
-        raise unknown_name("split", cfg.split, SPLITS)
+    # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.data.batches import BatchDataset
+    from ehr_embed.data.event_set import EventSet
+    from ehr_embed.data.store import encode_split
+    from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
+    from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
+    from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
+    from ehr_embed.sources.meds import MedsSource
+
     trusted, device = tuple(cfg.trusted_packages), device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
@@ -50,9 +48,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     )
     prompt_length = max_length - cfg.max_new_events if cfg.prompt_length is None else cfg.prompt_length
     check_lengths(prompt_length, cfg.max_new_events, max_length)
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
-    source: Source = trained_on(run, trusted=trusted) if cfg.data.root is None else MedsSource(root=cfg.data.root)
+    source = trained_on(run, trusted=trusted) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)
     futures = sample_futures(

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # what OmegaConf.load raises
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.programs import command
 
 STAGES = ("create", "pretrain", "encoder", "decoder")
 """The four configs of the original: create embeddings, pretrain the decoder, fine-tune the encoder, fine-tune the decoder."""
@@ -71,7 +72,10 @@ KEYS = (
     ),
     *_same("data", "data", "region_lookup_filepath time_lookup_filepath cutoff_months", CREATE),
     Key(
-        "data.cutoff_months", TRAINING, None, "a reminder in the original: the cut-off is applied when events are read"
+        "data.cutoff_months",
+        TRAINING,
+        None,
+        "only a reminder in the original: the cut-off is applied when events are read",
     ),
     Key("data.format", CREATE, None, "every token is an event"),
     Key(
@@ -84,11 +88,11 @@ KEYS = (
         "data.embedding_output_dir",
         CREATE,
         None,
-        "ids and one table take the files' place; to write them: export=patient_files export.dir=DIR",
+        "ids and one table replace the files; to write them: export=patient_files export.dir=DIR",
     ),
     Key("data.embedding_output_dir", TRAINING, "data.data_dir", "with data=patient_files"),
     Key("model.model_name", CREATE, "embedder", "or embedder.model for a model without a YAML of its own"),
-    Key("model.name", CREATE, "embedder", "the same key, as the original's README has it"),
+    Key("model.name", CREATE, "embedder", "the name of the same key in the original's README"),
     Key("model.batch_size", CREATE, "embedder.batch_size"),
     Key("model.device", CREATE, "embedder.device"),
     Key("device", CREATE, "embedder.device"),
@@ -101,7 +105,7 @@ KEYS = (
     Key("model.pooling", FINE_TUNING, "model.pooling"),
     Key("model.vocab_size", PRETRAIN + DECODER, None, "read from the vocabulary"),
     Key("model.num_classes", FINE_TUNING, None, "read from the labels"),
-    Key("model.add_classification_head", DECODER, None, "the task says which head there is"),
+    Key("model.add_classification_head", DECODER, None, "the task determines the head"),
     Key("training.task", TRAINING, "task"),
     *_same("training", "trainer", "batch_size epochs learning_rate min_learning_rate weight_decay", TRAINING),
     *_same("training", "trainer", "num_workers save_every warmup_steps", TRAINING),
@@ -112,17 +116,22 @@ KEYS = (
         "training.eval_batch_size",
         TRAINING,
         None,
-        "evaluation takes the batches of training; its numbers do not depend on them",
+        "evaluation uses the batches of training; its numbers do not depend on them",
     ),
     Key("training.class_weights", FINE_TUNING, "task.class_weights"),
-    Key("training.pretrained_checkpoint", FINE_TUNING, "init_from", "a run of this project"),
+    Key(
+        "training.pretrained_checkpoint",
+        FINE_TUNING,
+        "init_from",
+        "a run of this package: checkpoints of the original do not load",
+    ),
     Key("training.output_dir", CREATE, None, "the store and the table lie in cache_dir"),
     Key("training.output_dir", TRAINING, "run_dir"),
-    Key("training.overwrite_output_dir", CREATE, None, "what is there is used; to build again: overwrite=true"),
+    Key("training.overwrite_output_dir", CREATE, None, "existing files are used; to build them again: overwrite=true"),
     Key("seed", TRAINING, "seed"),
     Key("training.seed", TRAINING, "seed"),
     Key("name", STAGES, None, "run_dir names a run"),
-    Key("wandb.enabled", TRAINING, "tracker", "wandb where it is true"),
+    Key("wandb.enabled", TRAINING, "tracker", "wandb if the value is true"),
     Key("wandb.project", TRAINING, "tracker.project"),
     Key("wandb.run_name", TRAINING, "tracker.name"),
 )
@@ -277,7 +286,8 @@ def render(migration: Migration, old: str) -> str:
         migration: the translation.
         old: name of the original's file.
     """
-    words = ["python", migration.program, *(shlex.quote(word) for word in migration.command)]
+    program = command(migration.program.removesuffix(".py"))
+    words = [program, *(shlex.quote(word) for word in migration.command)]
     lines = ["# @package _global_", f"# {old}, migrated from the original pipeline ({migration.stage}).", "#"]
     lines += [f"#   {' '.join(words)}", "#"]
     for title, entries in (
@@ -296,7 +306,7 @@ def render(migration: Migration, old: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ehr_embed.migrate", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog=command("migrate"), description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("old", help="a config of the original: create embeddings, pretrain, or fine-tune")
     old = parser.parse_args(arguments).old
     try:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
-import polars as pl
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.threads import AUTO, use_threads
-from ehr_embed.data.labels import LabelSet, read_labels
-from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.experiment.inputs import alignment_settings
-from ehr_embed.inference.predictor import Predictor
-from ehr_embed.inference.trained_run import device_named
-from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED
-from ehr_embed.tasks.classification import encode_classes
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from ehr_embed.data.labels import LabelSet
 
 log = logging.getLogger(__name__)
 
 
-@checks_config
+@checks_config("PredictKeys")
 def predict(cfg: DictConfig) -> Path:
     """Predict as `cfg` (conf/predict.yaml) says, and write the table.
 
@@ -38,6 +36,12 @@ def predict(cfg: DictConfig) -> Path:
         UserError: `Predictor` refuses the run or the dataset, a label is not one of the run's classes, or the run has no
             metrics.json with the threshold that labelled predictions need.
     """
+    # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.data.labels import read_labels
+    from ehr_embed.experiment.inputs import alignment_settings
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.trained_run import device_named
+
     device, alignment = device_named(cfg.device), alignment_settings(cfg)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
@@ -54,8 +58,10 @@ def predict(cfg: DictConfig) -> Path:
         len(found), found["subject_id"].n_unique(), time.perf_counter() - began,
     )  # fmt: skip
     path = Path(cfg.output).expanduser()
-    labels = None if cfg.task.labels is None else read_labels(cfg.task.labels, Path(cfg.data.root) / "labels")
-    if labels is None or not predictor.has_exclusive_classes:
+    labels = None
+    if cfg.task.labels is not None:
+        labels = read_labels(cfg.task.labels, Path(cfg.data.root) / "labels", needs_values=False)
+    if labels is None or labels.value_column is None or not predictor.has_exclusive_classes:
         with atomic_path(path) as temporary:
             found.write_parquet(temporary)
     else:
@@ -74,6 +80,9 @@ def write_labelled(path: Path, found: pl.DataFrame, labels: LabelSet, class_name
         class_names: classes of the run.
         run_dir: the run's folder, whose metrics.json holds the decision threshold chosen on tuning.
     """
+    from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
+    from ehr_embed.tasks.classification import encode_classes
+
     rows = found.join(labels.frame, on=["subject_id", "prediction_time"], how="left", maintain_order="left")
     classes = encode_classes(rows["value"], class_names, f"label set {labels.name}")
     ids, times = rows["subject_id"].to_numpy(), rows["prediction_time"].to_numpy()
@@ -99,6 +108,8 @@ def threshold_of(run_dir: Path) -> float:
     Raises:
         UserError: the run has no metrics.json with a threshold.
     """
+    from ehr_embed.run_folder.finish import read_metrics
+
     path = run_dir / FINISHED
     threshold = read_metrics(run_dir)["tuning"].get("threshold") if path.is_file() else None
     if threshold is None:

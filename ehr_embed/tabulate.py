@@ -17,12 +17,13 @@ from pathlib import Path
 
 from ehr_embed.comparison.tabulate import FOLDER, markdown, print_table, tabulate, write_table
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.programs import command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m ehr_embed.tabulate", description="One table of many runs, with means over seeds."
+        prog=command("tabulate"), description="One table of many runs, with means over seeds."
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|SWEEP_DIR", help="folders of runs or of sweeps")
     parser.add_argument("--metrics", default="", help="names with commas, e.g. held_out/auroc,ms_per_step")

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.hazards import HAZARDS, HazardSizes, with_hazards
 from ehr_embed.models.protocol import ReadsVocabulary
 
 
 def build_model(
     config: DictConfig, vocabulary: Vocabulary, *, trusted: tuple[str, ...] = (), sizes: dict[str, Any]
 ) -> nn.Module:
-    """Return the model of a configuration, for events of `vocabulary`.
+    """Return the model of a configuration, for events of `vocabulary`; the `members` of a model of models are built likewise.
 
     Raises:
         UserError: as `instantiate`.
     """
-    model: nn.Module = instantiate(config, trusted=trusted, **sizes)
+    given = {name: size for name, size in sizes.items() if name != HAZARDS}
+    if OmegaConf.is_list(config.get("members")):
+        own = dict(given)
+        given["members"] = [build_model(member, vocabulary, trusted=trusted, sizes=own) for member in config.members]
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "members"])
+    model: nn.Module = instantiate(config, trusted=trusted, **given)
+    if HAZARDS in sizes:
+        model = with_hazards(model, HazardSizes(**sizes[HAZARDS]), embedding_dim=sizes["embedding_dim"])
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     return model

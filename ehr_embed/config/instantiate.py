@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
 
+from ehr_embed.config.check import check_targets
 from ehr_embed.config.targets import (
     STORED,
     check_own,
     check_plain,
     check_stored_node,
     not_found,
-    own_object,
     source_writes,
 )
 from ehr_embed.core.errors import UserError
+from ehr_embed.embedders.protocol import FRAMEWORK_KEYS
 
 MEDS = "ehr_embed.sources.meds.MedsSource"
 """The source that reads the MEDS dataset which an import has written."""
@@ -95,21 +94,27 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
     plain = check_own(resolved, tuple(trusted))
-    _check_types(config, own_object(plain["_target_"], tuple(trusted)))
+    check_targets(plain, tuple(trusted), where=config._get_full_key(""))
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
     # instantiated too.
     try:
         build = hydra.utils.instantiate(OmegaConf.create(plain), _partial_=True, _convert_="all")
-    except InstantiationException as error:
+    except InstantiationException as error:  # of a member inside, such as the trainer's schedule
+        if isinstance(cause := error.__cause__, UserError):
+            raise cause from error
+        if isinstance(cause, TypeError) and "argument" in str(cause):
+            raise _wrong_keys(str(cause).partition("(")[0].removesuffix(".__init__"), cause) from error
         raise not_found(config.get("_target_"), error) from error
     try:
         return build(**sizes)
     except TypeError as error:
         if "argument" not in str(error):
             raise
-        raise UserError(
-            f"cannot build {config.get('_target_')}: {error}. Check the keys of its YAML under conf/."
-        ) from error
+        raise _wrong_keys(config.get("_target_"), error) from error
+
+
+def _wrong_keys(target: object, error: object) -> UserError:
+    return UserError(f"cannot build {target}: {error}. Check the keys of its YAML under conf/.")
 
 
 def builder(cfg: DictConfig) -> Callable[..., Any]:
@@ -117,17 +122,8 @@ def builder(cfg: DictConfig) -> Callable[..., Any]:
     return partial(instantiate, trusted=tuple(cfg.trusted_packages))
 
 
-def trainable_of(embedder: Mapping[Any, Any]) -> str:
-    """Return how the token vectors of an embedder's config are trained: its key `trainable`, or `frozen` where it has none.
-
-    >>> trainable_of(OmegaConf.create({"_target_": "a.B", "trainable": "full"})), trainable_of(OmegaConf.create({}))
-    ('full', 'frozen')
-    """
-    return str(embedder.get("trainable", "frozen"))
-
-
 def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) -> Any:
-    """Build an embedder; the key `trainable` is for training, so neither the embedder nor an embedder inside it gets it.
+    """Build an embedder; neither the embedder nor an embedder inside it gets the keys that are the framework's (`FRAMEWORK_KEYS`).
 
     Raises:
         UserError: as `instantiate`.
@@ -136,28 +132,6 @@ def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) 
     for node in (config, config.get("inner")):
         if isinstance(node, DictConfig):
             with open_dict(node):
-                node.pop("trainable", None)
+                for key in FRAMEWORK_KEYS:
+                    node.pop(key, None)
     return instantiate(config, trusted=trusted)
-
-
-def _check_types(config: DictConfig, target: Any) -> None:
-    """Compare the keys of a config with the annotations of its target, before the target trips over them.
-
-    Raises:
-        UserError: naming the first key whose value has another type.
-    """
-    try:
-        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
-    except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
-        return
-    for key, value in OmegaConf.to_container(config, resolve=True).items():  # type: ignore[union-attr]
-        if key not in hints or (isinstance(value, dict) and "_target_" in value):
-            continue
-        try:
-            TypeAdapter(hints[key]).validate_python(value, strict=not isinstance(value, list))
-        except PydanticSchemaGenerationError:
-            continue
-        except ValidationError as error:
-            name = config._get_full_key(key)
-            expected = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
-            raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error

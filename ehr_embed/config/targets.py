@@ -7,9 +7,12 @@ along attributes reaches `os` or a module that lies in the current folder.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import Any, get_args, get_type_hints
 
@@ -98,9 +101,16 @@ def _own(value: Any, trusted: tuple[str, ...]) -> Any:
         copy = {key: _own(item, trusted) for key, item in value.items() if key != "_target_"}
         if "_target_" in value:
             copy["_target_"] = looked_up_name(value["_target_"])
-            own_object(copy["_target_"], trusted)
+            if _is_optimizer(own_object(copy["_target_"], trusted)):
+                copy.setdefault("_partial_", True)  # its parameters are known only when the model is built
         return copy
     return [_own(item, trusted) for item in value] if isinstance(value, list) else value
+
+
+def _is_optimizer(found: Any) -> bool:
+    """Return whether an object is an optimizer class of torch or a subclass (torch may not be loaded)."""
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return any((base.__module__, base.__name__) == ("torch.optim.optimizer", "Optimizer") for base in bases)
 
 
 def own_object(target: str, trusted: Sequence[str] = ()) -> Any:
@@ -132,7 +142,7 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
     """Return a group of a configuration that came with a checkpoint, once it is known to name a member of that group only.
 
     A further `_target_` may stand only where the member's constructor takes a member of a group, such as the `inner` embedder of
-    `ShuffledTextEmbedder`, or where it names a class of a trusted package.
+    `ShuffledTextEmbedder` or the `members` of `Ensemble`, or where it names a class of a trusted package.
 
     Args:
         node: plain values without interpolations.
@@ -154,10 +164,12 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
     for key, value in node.items():
         if key == "_target_":
             continue
-        if _is_instruction(key):
+        if is_instruction(key):
             raise _instruction(where, key)
         if key in places and isinstance(value, Mapping):
             checked[key] = check_stored_node(value, places[key], trusted)
+        elif key in places and isinstance(value, list):
+            checked[key] = [check_stored_node(member, places[key], trusted) for member in value]
         else:
             checked[key] = _stored_value(value, f"{where}.{key}", tuple(trusted))
     return checked
@@ -180,7 +192,7 @@ def _stored_value(value: Any, where: str, trusted: tuple[str, ...]) -> Any:
     for key, item in value.items():
         if key == "_target_":
             continue
-        if _is_instruction(key):
+        if is_instruction(key):
             raise _instruction(where, key)
         copy[key] = _stored_value(item, f"{where}.{key}", trusted)
     return copy
@@ -276,6 +288,7 @@ def _object_of(target: str) -> Any:
 
 def _trusted_object(target: str, packages: Sequence[str]) -> Any:
     """Return an object that a trusted package defines; what a package only imports is not its own."""
+    _find_here(target.partition(".")[0])
     try:
         found = hydra.utils.get_object(target)
     except (ImportError, ValueError) as error:
@@ -287,6 +300,16 @@ def _trusted_object(target: str, packages: Sequence[str]) -> Any:
         f"{getattr(found, '__module__', 'elsewhere')}. Name a class that your package defines, or type: "
         "trusted_packages=[PACKAGE] with the package that does."
     )
+
+
+def _find_here(package: str) -> None:
+    """Let a trusted package that lies in the current folder be imported from there, as `python train.py` in that folder would.
+
+    The program `ehr-embed` does not have the current folder on its path, and an installed package of that name comes first.
+    """
+    here = Path.cwd()
+    if ((here / package).is_dir() or (here / f"{package}.py").is_file()) and find_spec(package) is None:
+        sys.path.append(str(here))
 
 
 def check_plain(config: Any, where: str = "the stored configuration") -> dict[str, Any]:
@@ -344,7 +367,7 @@ def _is_below(name: str, packages: Sequence[str]) -> bool:
     return any(package.rstrip(".") and name.startswith(f"{package.rstrip('.')}.") for package in packages)
 
 
-def _is_instruction(key: Any) -> bool:
+def is_instruction(key: Any) -> bool:
     """Return whether a key tells Hydra how to build an object, as `_args_` and `_partial_` do."""
     return isinstance(key, str) and key.startswith("_") and key.endswith("_")
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from ehr_embed.core.programs import as_typed
+
 
 class UserError(Exception):
     """Report a mistake that the user can mend.
 
     The message says what was expected, what arrived, why that matters and which command to type next. The command-line
-    entry points print it without a traceback.
+    entry points print it without a traceback. Commands in a message are written as a checkout has them, `python train.py`; where
+    the package was installed without one, or the console script was started, the message names `ehr-embed train` in their place.
     """
+
+    def __str__(self) -> str:
+        """Return the message with its commands as they are typed here."""
+        return as_typed(super().__str__())
 
 
 def check_range(key: str, value: float, least: float, most: float | None = None, *, remedy: str = "") -> None:

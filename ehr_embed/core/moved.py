@@ -87,7 +87,8 @@ MODULES = {
     "run_report": "reports.run_report",
     "runs": "inference.trained_run",
     "samples": "data.samples",
-    "search.outcome": "comparison.outcome",
+    "search.outcome": "core.outcome",
+    "comparison.outcome": "core.outcome",
     "search.plots": "comparison.study_plots",
     "search.report": "comparison.report",
     "search.results": "comparison.results",
@@ -112,6 +113,11 @@ MODULES = {
 """Modules, old name -> new, both below `ehr_embed.`."""
 
 
+TRAINER_SETTINGS, ADAMW = f"{PACKAGE}.training.settings.TrainerSettings", "torch.optim.AdamW"
+SCHEDULES = {name: f"{PACKAGE}.training.schedules.{name.title()}" for name in ("plateau", "cosine", "constant")}
+"""The schedules that the trainer took by name, before it took any class."""
+
+
 def new_name(dotted: str) -> str:
     """Return today's dotted name for one of an earlier version; return any other name unchanged.
 
@@ -133,14 +139,40 @@ def new_name(dotted: str) -> str:
 
 
 def renamed(config: Any) -> Any:
-    """Return a configuration of plain values in which every `_target_`, at any depth, has its present name.
+    """Return a configuration of plain values in which every `_target_`, at any depth, has its present name, and every key of the
+    trainer its present place.
 
     >>> renamed({"trainer": {"_target_": "ehr_embed.trainer.TrainerSettings", "epochs": 3}, "seed": 0})
     {'trainer': {'_target_': 'ehr_embed.training.settings.TrainerSettings', 'epochs': 3}, 'seed': 0}
     """
     if isinstance(config, dict):
-        return {
+        found = {
             key: new_name(value) if key == "_target_" and isinstance(value, str) else renamed(value)
             for key, value in config.items()
         }
+        return trainer_of_today(found) if found.get("_target_") == TRAINER_SETTINGS else found
     return [renamed(item) for item in config] if isinstance(config, list) else config
+
+
+def trainer_of_today(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's keys with a schedule and an optimizer in place of the keys that stood for them.
+
+    `schedule` was a name, `scheduler_patience` is now an option of the schedule and `betas` one of the optimizer. The older keys
+    stay, as null, so that they can still be typed. A value that cannot be meant is left for the trainer to refuse.
+
+    >>> found = trainer_of_today({"schedule": "plateau", "scheduler_patience": 5, "betas": [0.9, 0.99]})
+    >>> found["schedule"], found["optimizer"]["betas"], found["betas"]
+    ({'_target_': 'ehr_embed.training.schedules.Plateau', 'patience': 5}, [0.9, 0.99], None)
+    """
+    found = dict(trainer)
+    if isinstance(name := found.get("schedule"), str) and name in SCHEDULES:
+        found["schedule"] = {"_target_": SCHEDULES[name]}
+    schedule, optimizer = found.get("schedule"), found.get("optimizer", {"_target_": ADAMW})
+    if found.get("scheduler_patience") is not None:
+        if isinstance(schedule, dict) and schedule.get("_target_") == SCHEDULES["plateau"]:
+            found["schedule"] = schedule | {"patience": found["scheduler_patience"]}
+        if isinstance(schedule, dict):
+            found["scheduler_patience"] = None
+    if found.get("betas") is not None and isinstance(optimizer, dict):
+        found |= {"optimizer": optimizer | {"betas": found["betas"]}, "betas": None}
+    return found

@@ -26,7 +26,7 @@ HOST = torch.device("cpu")
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this length, which gives few distinct shapes and fills vector registers."""
 BUCKET_BATCHES = 64
-"""Number of batches whose samples are sorted by length together, after the samples were shuffled."""
+"""Number of batches whose samples are sorted by length together, after the samples were shuffled, unless a setting says another."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def padded_length(lengths: Any) -> Any:
 class BucketSampler(Sampler[npt.NDArray[np.int64]]):
     """Yield index arrays of batches whose samples have similar lengths.
 
-    With `shuffle`, each epoch shuffles the samples, sorts them by length within groups of `BUCKET_BATCHES` batches, and
+    With `shuffle`, each epoch shuffles the samples, sorts them by length within groups of `bucket_batches` batches, and
     shuffles the batches; the order depends on (seed, epoch) alone. Every rank takes the same number of batches, since
     the ranks wait for each other in each step. If the number of batches is no multiple of the number of ranks, the last
     few are dropped with `shuffle`; without it some ranks repeat batches of others (see `n_own`).
@@ -310,6 +310,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         batch_size: largest number of samples of a batch; None = no limit.
         batch_tokens: largest number of events of a batch, padding included.
         shuffle: whether to draw the order anew for every epoch; if False, batches are in order of length.
+        bucket_batches: batches whose samples are sorted together; 1 = any samples may meet in a batch.
         seed: seed of the order.
         rank, world_size: number of this process, and number of processes that share the batches.
 
@@ -324,6 +325,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         batch_size: int | None,
         batch_tokens: int,
         shuffle: bool,
+        bucket_batches: int = BUCKET_BATCHES,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -337,7 +339,8 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
                 f"Type: trainer.batch_tokens={self.padded.max()} or more, or a smaller model.max_length"
             )
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
-        self.shuffle, self.seed, self.epoch, self.first = shuffle, seed, 0, 0
+        self.shuffle, self.bucket_batches = shuffle, bucket_batches
+        self.seed, self.epoch, self.first = seed, 0, 0
         self.rank, self.world_size = rank, world_size
         self._batches: list[npt.NDArray[np.int64]] | None = None
 
@@ -357,7 +360,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
             return self._cut(np.argsort(self.padded, kind="stable"))
         rng = np.random.default_rng([self.seed, self.epoch])
         in_batch = self.batch_size or max(1, int(self.batch_tokens * n // max(1, self.padded.sum())))
-        order, group = rng.permutation(n), BUCKET_BATCHES * in_batch
+        order, group = rng.permutation(n), self.bucket_batches * in_batch
         groups = [order[i : i + group] for i in range(0, n, group)]
         batches = [batch for part in groups for batch in self._cut(part[np.argsort(self.padded[part], kind="stable")])]
         return [batches[i] for i in rng.permutation(len(batches))]

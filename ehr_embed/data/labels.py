@@ -9,8 +9,13 @@ import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.sources.meds import microseconds, out_of_range, readable
+from ehr_embed.sources.protocol import SPLITS
 
 VALUE_COLUMNS = ("boolean_value", "integer_value", "categorical_value")
+
+
+TASK_LABELS = "task_labels"
+"""A second folder for label sets beside `labels`, where MEDS-DEV and its examples have them."""
 
 
 @dataclass(frozen=True)
@@ -19,52 +24,102 @@ class LabelSet:
 
     Attributes:
         name: the label set's name.
-        frame: subject_id Int64, prediction_time Datetime[us], value String ("true"/"false" for booleans); sorted.
-        value_column: the one of `VALUE_COLUMNS` from which the values were read.
+        frame: subject_id Int64, prediction_time Datetime[us], value String ("true"/"false" for booleans, null without values);
+            sorted.
+        value_column: the one of `VALUE_COLUMNS` from which the values were read; None = the files give prediction times only.
     """
 
     name: str
     frame: pl.DataFrame
-    value_column: str
+    value_column: str | None
 
     @property
     def is_boolean(self) -> bool:
         return self.value_column == "boolean_value"
 
+    def in_meds(self) -> pl.DataFrame:
+        """Return subject_id, prediction_time and, where there are labels, the column of their values as MEDS has it."""
+        keys, values = self.frame.drop("value"), self.frame["value"]
+        if self.value_column is None:
+            return keys
+        if self.is_boolean:
+            values = values == "true"
+        elif self.value_column == "integer_value":
+            values = values.cast(pl.Int64)
+        return keys.with_columns(values.alias(self.value_column))
+
 
 def available_labels(labels_dir: Path) -> list[str]:
-    """Return the names of a dataset's label sets, sorted."""
-    return sorted(path.name for path in labels_dir.iterdir() if path.is_dir()) if labels_dir.is_dir() else []
+    """Return the names of a dataset's label sets, sorted.
+
+    A label set is a folder in `labels_dir`, or in `task_labels` beside it. Its name is the path to the folder that holds its
+    parquet files or their splits, so that names may be nested.
+    """
+    return sorted(_folders(labels_dir))
 
 
-def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
-    """Read a label set by name (a folder in `labels_dir`) or by path (a folder or one parquet file).
+def _folders(labels_dir: Path) -> dict[str, list[Path]]:
+    """Return the folders of each label set, by its name: several where `labels` and `task_labels` both have one of the name."""
+    found: dict[str, list[Path]] = {}
+    for base in (labels_dir, labels_dir.with_name(TASK_LABELS)):
+        names = {path.name for path in base.iterdir() if path.is_dir()} if base.is_dir() else set()
+        nested = {_nested_name(file.relative_to(base).parts[:-1]) for file in base.glob("*/*/**/*.parquet")}
+        # A folder of which only deeper folders are label sets is none itself.
+        names -= {name.split("/")[0] for name in nested if "/" in name} - {
+            path.parent.name for path in base.glob("*/*.parquet")
+        }
+        for name in sorted(names | nested):
+            found.setdefault(name, []).append(base / name)
+    return found
+
+
+def _nested_name(folders: tuple[str, ...]) -> str:
+    """Return the name of the label set whose files lie below these folders: what stands before a split, or else the first folder.
+
+    >>> _nested_name(("mortality", "in_icu", "first_24h", "train")), _nested_name(("mortality", "0")), _nested_name(("x", "train"))
+    ('mortality/in_icu/first_24h', 'mortality', 'x')
+    """
+    for number, folder in enumerate(folders):
+        if folder in SPLITS and number:
+            return "/".join(folders[:number])
+    return folders[0]
+
+
+def read_labels(labels: str | None, labels_dir: Path, *, needs_values: bool = True) -> LabelSet:
+    """Read a label set by name (a folder in `labels_dir` or in `task_labels` beside it) or by path (a folder or one parquet file).
+
+    Args:
+        labels: the name or path; None = the only label set that there is.
+        labels_dir: the folder `labels` of the dataset, which need not be there.
+        needs_values: whether a file without a value column, which gives prediction times only, is refused.
 
     Raises:
         UserError: the name is unknown (the message lists the valid ones), columns or dtypes are wrong, or rows are null
             or repeated.
     """
-    names = available_labels(labels_dir)
+    names = _folders(labels_dir)
     remedy = "Type: python train.py ... task.labels=NAME, or a path to a folder or parquet file."
     if labels is None:
         if len(names) != 1:
             raise UserError(
                 f"task.labels is not set and {labels_dir} holds {len(names)} label sets: {', '.join(names)}. {remedy}"
             )
-        labels = names[0]
-    path = labels_dir / labels if labels in names else Path(labels).expanduser()
+        (labels,) = names
+    path = _place(labels, names, labels_dir)
     if not path.exists():
         raise unknown_name("task.labels", labels, names, remedy)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: expected parquet files with labels, found none. {remedy}")
-    found = [read for file in files if (read := _read_file(file)) is not None]
+    found = [
+        read for file in files if (read := _read_file(file, values="needed" if needs_values else "wanted")) is not None
+    ]
     if not found:
         raise UserError(f"{path}: the files hold no labels, not one row. {remedy}")
     frames, value_columns = zip(*found, strict=True)
     if len(set(value_columns)) > 1:
         raise UserError(
-            f"{path}: files disagree on the value column: {', '.join(sorted(set(value_columns)))}. Use one kind of label."
+            f"{path}: files disagree on the value column: {', '.join(sorted(map(str, set(value_columns))))}. Use one kind of label."
         )
     frame = pl.concat(frames).sort("subject_id", "prediction_time")
     repeated = frame.filter(pl.struct("subject_id", "prediction_time").is_duplicated())
@@ -74,14 +129,65 @@ def read_labels(labels: str | None, labels_dir: Path) -> LabelSet:
             f"{path}: subject {subject} has several labels at {time} ({len(repeated)} rows of the label set share subject and "
             "prediction_time with another row); expected one label per subject and time. Drop the other rows."
         )
-    return LabelSet(path.stem, frame, value_columns[0])
+    return LabelSet(labels if labels in names else path.stem, frame, value_columns[0])
 
 
-def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
-    """Read the labels of a file and the name of their value column; return None for a file without rows."""
+def _place(labels: str, names: dict[str, list[Path]], labels_dir: Path) -> Path:
+    """Return the folder or file that a name or path of a label set means.
+
+    Raises:
+        UserError: `labels` and `task_labels` both hold a label set of this name.
+    """
+    folders = names.get(labels, [])
+    if len({folder.resolve() for folder in folders}) > 1:
+        raise UserError(
+            f"task.labels={labels}: {' and '.join(map(str, folders))} both hold a label set of this name, and they may differ. "
+            f"Type: task.labels={folders[0]}"
+        )
+    if folders:
+        return folders[0]
+    path = Path(labels).expanduser()
+    # A folder above several label sets, which all belong to what is asked for, or a part of a label set.
+    inside = [base / labels for base in (labels_dir, labels_dir.with_name(TASK_LABELS)) if (base / labels).is_dir()]
+    return inside[0] if inside and not path.exists() else path
+
+
+def read_times(times: str, labels_dir: Path) -> pl.DataFrame:
+    """Read prediction times: those of a label set (by name or path), or of a parquet file without a value column.
+
+    Returns:
+        subject_id Int64, prediction_time Datetime[us]; sorted, without repetitions.
+
+    Raises:
+        UserError: the name is unknown (the message lists the valid ones), or columns, dtypes or rows are wrong.
+    """
+    names = _folders(labels_dir)
+    path = _place(times, names, labels_dir)
+    if not path.exists():
+        raise unknown_name(
+            "task.times",
+            times,
+            names,
+            "Type: task.times=NAME of a label set, or a parquet file of subject_id, prediction_time.",
+        )
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    found = [read[0] for file in files if (read := _read_file(file, values="ignored")) is not None]
+    if not found:
+        raise UserError(f"task.times={times}: {path} holds no prediction times, not one row.")
+    return pl.concat(found).select("subject_id", "prediction_time").unique().sort("subject_id", "prediction_time")
+
+
+def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str | None] | None:
+    """Read the labels of a file and the name of their value column; return None for a file without rows.
+
+    Args:
+        file: a parquet file.
+        values: `needed`, `wanted` (a file may have none), or `ignored`.
+    """
     with readable(file):
         frame = pl.read_parquet(file)
-    expected = "expected subject_id (integer), prediction_time (datetime) and one of " + ", ".join(VALUE_COLUMNS)
+    expected = "expected subject_id (integer), prediction_time (datetime)"
+    expected += f" and one of {', '.join(VALUE_COLUMNS)}" if values == "needed" else ""
     for column, good in (
         ("subject_id", lambda d: d.is_integer()),
         ("prediction_time", lambda d: isinstance(d, pl.Datetime) and d.time_zone is None),  # event times have no zone
@@ -94,6 +200,8 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
         return None
     # A file in MEDS may have all value columns, of which only one is filled.
     filled = [name for name in VALUE_COLUMNS if name in frame.columns and frame[name].null_count() < len(frame)]
+    if values == "ignored" or (values == "wanted" and not filled):
+        return _checked(file, frame, pl.lit(None, pl.String)), None
     if len(filled) != 1:
         raise UserError(
             f"{file}: {len(filled)} filled value columns ({', '.join(filled) or 'none'}), "
@@ -105,15 +213,25 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
     )
     if not right:
         raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype its name says.")
+    return _checked(file, frame, pl.col(column).cast(pl.String)), column
+
+
+def _checked(file: Path, frame: pl.DataFrame, value: pl.Expr) -> pl.DataFrame:
+    """Return subject_id, prediction_time and value of the rows of a file.
+
+    Raises:
+        UserError: a row lacks one of them, or its subject or time cannot be one.
+    """
     wanted = frame.select(
         pl.col("subject_id").cast(pl.Int64, strict=False),
         microseconds("prediction_time", frame.schema["prediction_time"], up=False),
-        pl.col(column).cast(pl.String).alias("value"),
+        value.alias("value"),
     )
+    needed = pl.all() if value.meta.root_names() else pl.exclude("value")
     if n := wanted["subject_id"].null_count() - frame["subject_id"].null_count():
         raise UserError(f"{file}: {n} values of `subject_id` do not fit Int64, the dtype of MEDS 0.4. Give other ids.")
-    if nulls := wanted.null_count().sum_horizontal().item():
-        row = wanted.with_row_index("row").filter(pl.any_horizontal(pl.all().is_null()))["row"][0]
+    if nulls := wanted.select(needed).null_count().sum_horizontal().item():
+        row = wanted.with_row_index("row").filter(pl.any_horizontal(needed.is_null()))["row"][0]
         raise UserError(
             f"{file}, row {row}: {nulls} null fields; every label needs a subject, a time and a value. Drop those rows."
         )
@@ -122,4 +240,4 @@ def _read_file(file: Path) -> tuple[pl.DataFrame, str] | None:
             f"{file}, row {wrong['row'][0]}: prediction_time lies outside the years 1 to 9999 ({len(wrong)} such rows), so it "
             "is no date of a record. Mend or drop those rows."
         )
-    return wanted, column
+    return wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,9 +10,17 @@ import numpy.typing as npt
 
 from ehr_embed.data.vocabulary import Vocabulary
 
+FRAMEWORK_KEYS = {"trainable": "frozen"}
+"""Keys of an embedder's YAML that are no arguments of its class, with the values that stand for them where the YAML has none.
+
+`trainable` says what training does with the vectors, whichever embedder gave them: `frozen` (they stay as they are), `residual` (a
+learned offset is added to each token's vector) or `full` (the vectors themselves are learned)."""
+SPEED_KEYS = ("batch_size", "device")
+"""Arguments that change how fast vectors are made and not the vectors, in every embedder that has them."""
+
 
 class Embedder(Protocol):
-    """Fixed map from texts to vectors; `embedder.trainable` decides whether training changes the vectors afterwards."""
+    """Fixed map from texts to vectors, built with the keys of its YAML without `FRAMEWORK_KEYS`."""
 
     batch_size: int
     """Texts per call of `embed`."""
@@ -41,3 +49,12 @@ class Embedder(Protocol):
     def close(self) -> None:
         """End the worker processes, if there are any."""
         ...
+
+
+def trainable_of(config: Mapping[Any, Any]) -> str:
+    """Return how the token vectors of an embedder's config are trained.
+
+    >>> trainable_of({"_target_": "a.B", "trainable": "full"}), trainable_of({"_target_": "a.B"})
+    ('full', 'frozen')
+    """
+    return str(config.get("trainable", FRAMEWORK_KEYS["trainable"]))

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import check_setting
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
 from ehr_embed.embedding.alignment import SHIPPED_RULES, Rules
-from ehr_embed.embedding.match_table import TEXTS, Alignment, align, read_pairs, share_of_new
+from ehr_embed.embedding.match_table import Alignment, Texts, align, read_pairs, share_of_new
 from ehr_embed.embedding.vector_cache import embed_texts
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,7 @@ class AlignmentSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.texts not in TEXTS:
-            raise unknown_name("data.alignment_texts", self.texts, TEXTS)
+        check_setting("data.alignment_texts", self.texts, Texts)
         if self.aligned_to != NONE:  # read now, before any work, what may be wrong
             self.read()
 
@@ -98,7 +98,9 @@ class AlignmentSettings:
 
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         try:
-            found = align(run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed)
+            found = align(
+                run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed
+            )
         finally:
             embedder.close()
         found.say()

@@ -11,19 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, digest
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary
 from ehr_embed.embedders.shuffled_text import deranged
 from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
 
 log = logging.getLogger(__name__)
-TEXTS = ("own", "shuffled")
+Texts = Annotated[str, OneOf("own", "shuffled")]
+"""Texts by which codes are aligned: their own, or, as a control, those of others."""
 QUANTILES = ("q10", "q50", "q90")
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
@@ -140,8 +143,7 @@ def align(
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
     """
-    if texts not in TEXTS:
-        raise unknown_name("data.alignment_texts", texts, TEXTS)
+    check_setting("data.alignment_texts", texts, Texts)
     source, target = _codes(run), _codes(vocabulary)
     text_S, text_T = source["text"].to_list(), target["text"].to_list()
     is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()

@@ -31,11 +31,12 @@ def write_predictions(
     probabilities: npt.ArrayLike,
     threshold: float,
 ) -> None:
-    """Write the predictions of a binary task atomically, as meds-evaluation 0.0.6 reads them.
+    """Write the predictions of a binary task atomically, as meds-evaluation reads them.
 
     The columns are exactly: subject_id int64, prediction_time timestamp[us], boolean_value bool,
-    predicted_boolean_value bool (probability >= threshold, before rounding to float32),
-    predicted_boolean_probability float32. Source: `meds_evaluation.schema.PredictionSchema`.
+    predicted_boolean_value bool (probability >= threshold), predicted_boolean_probability float64. Source:
+    `meds_evaluation.schema.PredictionSchema`, which takes float32 and float64 in 0.0.6, and float64 alone in 0.0.3, the version
+    that MEDS-DEV 0.0.14 pins.
 
     Args:
         path: the parquet file.
@@ -52,7 +53,7 @@ def write_predictions(
     columns = _key_columns(subject_ids, prediction_times) | {
         "boolean_value": pa.array(np.asarray(labels).astype(bool)),
         "predicted_boolean_value": pa.array(p.astype(np.float64) >= threshold),
-        "predicted_boolean_probability": pa.array(p.astype(np.float32)),
+        "predicted_boolean_probability": pa.array(p.astype(np.float64)),
     }
     _write(path, columns)
 
@@ -69,7 +70,7 @@ def write_multiclass_predictions(
     """Write the predictions over C exclusive classes atomically.
 
     The columns are: subject_id int64, prediction_time timestamp[us], label and predicted_label (names, string), and
-    probability_<class> float32 for each class. meds-evaluation 0.0.6 has no multi-class schema to follow.
+    probability_<class> float64 for each class. meds-evaluation 0.0.6 has no multi-class schema to follow.
 
     Args:
         path: the parquet file.
@@ -95,7 +96,7 @@ def write_multiclass_predictions(
         "predicted_label": pa.array(name_of[p.argmax(axis=1)], type=pa.string()),
     }
     for index, name in enumerate(names):
-        columns[f"probability_{name}"] = pa.array(np.ascontiguousarray(p[:, index], dtype=np.float32))
+        columns[f"probability_{name}"] = pa.array(np.ascontiguousarray(p[:, index], dtype=np.float64))
     _write(path, columns)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -17,11 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, write_failure
+from ehr_embed.core.programs import command, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
+from ehr_embed.experiment.searched import SearchedRuns
 from ehr_embed.search.plugin import register
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = shipped("conf")
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -30,7 +31,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
-    register()
+    register(SearchedRuns())
     try:
         refuse_repeated(sys.argv[1:])
         main()
@@ -87,20 +88,10 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
         key = found.group(1)
         return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
     if isinstance(error, OmegaConfBaseException) and (key := getattr(error, "full_key", None)):
-        told = f"{key}: {str(error).splitlines()[0]}. Type: {command_of(config_name)} --cfg job   to see all keys."
+        told = f"{key}: {str(error).splitlines()[0]}. Type: {command(config_name)} --cfg job   to see all keys."
     else:
         told = f"{' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"
     return told
-
-
-def command_of(config_name: str) -> str:
-    """Return the command that runs the entry point of a configuration.
-
-    >>> command_of("train"), command_of("generate")
-    ('python train.py', 'python -m ehr_embed.generate')
-    """
-    is_script = (CONF.parent / f"{config_name}.py").is_file()
-    return f"python {config_name}.py" if is_script else f"python -m ehr_embed.{config_name}"
 
 
 def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
@@ -111,13 +102,11 @@ def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
             simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
             cfg = compose(config_name, overrides=simple)
     except (HydraException, OmegaConfBaseException):
-        return f"could not override {key!r}: no such key. Type: {command_of(config_name)} --cfg job   to see all keys."
+        return f"could not override {key!r}: no such key. Type: {command(config_name)} --cfg job   to see all keys."
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     if not isinstance(node, DictConfig):
-        return str(
-            unknown_name("key", key, cfg.keys(), f"Type: {command_of(config_name)} --cfg job   to see all keys.")
-        )
+        return str(unknown_name("key", key, cfg.keys(), f"Type: {command(config_name)} --cfg job   to see all keys."))
     valid = [str(k) for k in node if k != "_target_"]
     kind = f"key of {parent}" if parent else "key or group"
-    return str(unknown_name(kind, name, valid, f"Type: {command_of(config_name)} --cfg job   to see all keys."))
+    return str(unknown_name(kind, name, valid, f"Type: {command(config_name)} --cfg job   to see all keys."))

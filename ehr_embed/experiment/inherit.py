@@ -21,8 +21,8 @@ CHOOSERS = ("experiment", "pipeline", "sweeps")
 
 
 def inherited(cfg: DictConfig) -> DictConfig:
-    """Return the configuration with the model, the embedder and the use of numbers of the run in `init_from`, if it trains nothing and
-    the command line chose none of these: they must be those of that run anyway.
+    """Return the configuration with the model, the embedder and the use of numbers of the run in `init_from`, if it trains nothing
+    and the command line chose none of these: they must be those of that run anyway.
 
     A run's folder may come from elsewhere, so that its configuration is checked as when the run is opened.
 

@@ -91,9 +91,13 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def embed(cfg: DictConfig) -> None:
     """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
+    if cfg.get("check"):  # configurations of earlier versions do not have this key
+        from ehr_embed.experiment.outlook import tell_outlook
+
+        return tell_outlook(cfg, Path(cfg.run_dir))
     build = builder(cfg)
     export: Export | None = build(cfg.export) if cfg.get("export") else None
     if export is not None:
@@ -113,7 +117,7 @@ def embed(cfg: DictConfig) -> None:
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def convert(cfg: DictConfig) -> None:
     """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
     source: Source = builder(cfg)(cfg.data.source)

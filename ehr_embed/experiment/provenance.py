@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.moved import renamed
+from ehr_embed.core.programs import as_typed
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.embedding.table import save_table
 from ehr_embed.run_folder.checkpoints import checkpoint_path
@@ -55,7 +56,9 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared, *, i
         is_aligned: whether the table is another than the file of the store's folder.
     """
     with atomic_path(run_dir / CONFIG) as path:
-        path.write_text(CONFIG_HEADER.format(run_dir=run_dir.resolve()) + OmegaConf.to_yaml(config), encoding="utf-8")
+        path.write_text(
+            as_typed(CONFIG_HEADER.format(run_dir=run_dir.resolve())) + OmegaConf.to_yaml(config), encoding="utf-8"
+        )
     write_json(run_dir / ENVIRONMENT, environment())
     vocabulary = prepared.store.vocabulary
     vocabulary.save(run_dir / VOCABULARY)
@@ -80,18 +83,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def made_from(prepared: Prepared, *, init_from: str | Path | None, samples_digest: str) -> dict[str, Any]:
+def digest_of_start(init_from: str | Path | None) -> str | None:
+    """Return the digest of the checkpoint from which the weights start; None where they start anew."""
+    return None if init_from is None else file_sha256(checkpoint_path(init_from))
+
+
+def made_from(prepared: Prepared, *, init_from_sha256: str | None, samples_digest: str) -> dict[str, Any]:
     """Return what a run's manifest says that the run was made from.
 
     Args:
         prepared: the store and the table.
-        init_from: the run or checkpoint that the weights came from; None where this start took none.
+        init_from_sha256: digest of the checkpoint that the weights started from; None = there was none, or it is not known.
         samples_digest: digest of the samples of all splits, with their labels.
     """
     store = prepared.store
     found = {"source": store.manifest["source"], "table_digest": prepared.table_digest, **prepared.identity}
-    if init_from is not None:
-        found["init_from_sha256"] = file_sha256(checkpoint_path(init_from))
+    if init_from_sha256 is not None:
+        found["init_from_sha256"] = init_from_sha256
     return found | {"samples_digest": samples_digest}
 
 

@@ -19,19 +19,23 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import builder, trainable_of
+from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
 from ehr_embed.data.selected import SelectedStore
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import AUTO, AlignmentSettings, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
+from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
-from ehr_embed.experiment.provenance import group_choices, made_from, resolved, write_inputs
+from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
+from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.gbm import GBM
+from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
@@ -45,9 +49,10 @@ from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
@@ -316,21 +321,26 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         identity=prepared.identity,
         sizes=sizes,
         seed=cfg.seed,
+        # A run that goes on keeps what it began with, whatever lies there now; checkpoints of earlier versions do not say it.
+        init_from_sha256=digest_of_start(plan.init_from) if start is None else start.checkpoint.get("init_from_sha256"),
         log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
     )
     if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
         trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
     origins = made_from(
-        prepared,
-        init_from=plan.init_from if found.checkpoint is None else None,
-        samples_digest=trainer.about["samples_digest"],
+        prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
     return Built(
         model=model,
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(plan.settings.teacher, prepared.store.vocabulary, sizes),
+        teacher=teacher_model(
+            plan.settings.teacher,
+            prepared.store.vocabulary,
+            {name: size for name, size in sizes.items() if name != HAZARDS},
+            windows_hours=cfg.model.get("windows_hours"),
+        ),
         start=start,
         made_from=origins,
         is_aligned=inputs.aligned is not None,
@@ -406,6 +416,9 @@ def fit(plan: Plan, built: Built) -> Fitted:
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)
+    elif isinstance(model, Ensemble):
+        runs = blended(plan.cfg, plan.run_dir)
+        facts = blend(trainer, model, embedding, runs, how=plan.cfg.ensemble.weights)
     else:
         if built.teacher is not None:
             trainer.teacher = cross_fitted(trainer, built.teacher, embedding, share=plan.settings.teacher_share)
@@ -421,6 +434,10 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
     Only the first process concludes.
     """
     metrics = measure(plan, inputs, built, fitted)
+    write_predictions(plan, fitted)
+    if isinstance(built.model, Ensemble):
+        runs, n_bootstrap = blended(plan.cfg, plan.run_dir), plan.settings.n_bootstrap
+        metrics["members"] = judged(plan.run_dir, runs, built.model.weights.tolist(), n_bootstrap=n_bootstrap)
     write_results(plan, inputs, built.tracker, fitted, metrics)
     finish(plan.run_dir, metrics, built.made_from)
     print_metrics(metrics, plan.run_dir)
@@ -437,12 +454,12 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         "embedding_seconds": inputs.prepared.embedding_seconds,
         "total_seconds": time.perf_counter() - plan.began + earlier_seconds,
     }
-    if not plan.is_trained and plan.init_from is not None and (share := kept(plan.init_from, metrics["held_out"])):
-        metrics["transfer"] = share
-    if "train" in fitted.outputs and (
-        found := over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
-    ):
-        metrics["all_splits"] = found
+    if not plan.is_trained and plan.init_from is not None:
+        share = kept(plan.init_from, metrics["held_out"], task.metrics)
+        metrics |= {"transfer": share} if share else {}
+    if "train" in fitted.outputs:
+        found = over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
+        metrics |= {"all_splits": found} if found else {}
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics
@@ -465,12 +482,15 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
 
 
 def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
-    """Write predictions, plots and the model card, and give the tracker its summary."""
+    """Write plots and the model card, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
-    for split in fitted.outputs:
-        task.write_predictions(predictions_file(run_dir, split), split, fitted.outputs[split])
-    curves = task.curves({split: fitted.outputs[split] for split in EVALUATED})
+    evaluated = {split: fitted.outputs[split] for split in EVALUATED}
+    curves = task.curves(evaluated)
     plots = write_plots(run_dir / PLOTS, fitted.history, curves)
+    if isinstance(task, DrawsPlots):
+        for name, draw in task.plots(evaluated).items():
+            draw(run_dir / PLOTS / f"{name}.png")
+            plots.append(run_dir / PLOTS / f"{name}.png")
     write_model_card(
         run_dir,
         config=plan.config,
@@ -484,6 +504,12 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))
+
+
+def write_predictions(plan: Plan, fitted: Fitted) -> None:
+    """Write the predictions of the splits that were predicted for."""
+    for split in fitted.outputs:
+        plan.task.write_predictions(predictions_file(plan.run_dir, split), split, fitted.outputs[split])
 
 
 def monitored(metrics: dict[str, Any], task: Task) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,18 +32,19 @@ from ehr_embed.embedding.table import as_stored
 from ehr_embed.inference.aligned_data import AlignedData, read_aligned
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
+    TrainedRun,
     nothing_to_predict,
     open_run,
     samples_to_predict,
     say_static_only,
     times_to_predict,
 )
-from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
+from ehr_embed.models.hazards import hazard_sizes
+from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import logits_of
+from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Predictor:
         run_dir: the run's folder.
         device: torch device on which the model runs.
         trusted_packages: further packages from which the run's `_target_`s may come.
+        needs_classes: whether a run that predicts events, and so has no probabilities, is refused.
+        run: the run, if it is open already.
 
     Attributes:
         class_names: names of the probability columns.
@@ -84,15 +87,21 @@ class Predictor:
         UserError: the folder is not a run's, or the run predicts events instead of classes.
     """
 
-    def __init__(self, run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        device: str = "cpu",
+        trusted_packages: Sequence[str] = (),
+        needs_classes: bool = True,
+        run: TrainedRun | None = None,
+    ) -> None:
         self._trusted = tuple(trusted_packages)
-        self.run, self.device = open_run(run_dir, trusted=self._trusted), torch.device(device)
+        self.run = open_run(run_dir, trusted=self._trusted) if run is None else run
+        self.device = torch.device(device)
         self.class_names = self.run.class_names
-        if not self.class_names:
-            raise UserError(
-                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
-                f"fine-tune it: python train.py task=classification init_from={run_dir}"
-            )
+        if needs_classes:
+            self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
@@ -102,10 +111,23 @@ class Predictor:
         self._texts: NewCodes | None = None
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
+    def _check(self, run_dir: str | Path) -> None:
+        """Refuse a run that this class cannot use."""
+        if not self.class_names and hazard_sizes(self.run.model) is not None:
+            raise UserError(
+                f"{run_dir} predicts times, so it has no classes. Type: python -m ehr_embed.ask run={run_dir} data.root=DIR "
+                "'questions=[WORDS]' output=DIR"
+            )
+        if not self.class_names:
+            raise UserError(
+                f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
+                f"fine-tune it: python train.py task=classification init_from={run_dir}"
+            )
+
     @property
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
-        return isinstance(self._task, Classification)
+        return isinstance(self._task, WeighsSamples)
 
     @overload
     def predict_proba(
@@ -142,8 +164,8 @@ class Predictor:
                 token's vector, and the run's embedder embeds any other text;
                 the root of a MEDS dataset, as str or Path. Codes that the run never saw are embedded by their texts in the
                 dataset's metadata, without numeric values; a run that reads no texts treats them as the unknown event.
-            labels: for a MEDS dataset: name or path of a label set, at whose prediction times to predict; None = at each
-                subject's last event.
+            labels: for a MEDS dataset: name or path of a label set, at whose prediction times to predict; a parquet file of
+                subject_id and prediction_time is enough. None = at each subject's last event.
             split: for a MEDS dataset: split of the subjects; None = all subjects, and the dataset needs no splits.
             lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes take precedence over those of
                 the dataset's metadata and of the lookups that the run was trained with.
@@ -188,39 +210,76 @@ class Predictor:
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
-        source, new = self._open(root, split, lookups)
         aligned = read_aligned(
             self.run,
-            source,
+            MedsSource(root=root, needs_splits=split is not None),
             alignment,
             split=split,
             lookups=[*self._lookups, *lookups],
             embed=self._embedded if self._reads_text else None,
         )
-        asked = None if labels is None else read_labels(labels, source.labels_dir).frame
-        if asked is not None:
-            asked = asked.with_columns(pl.int_range(pl.len()).alias(ROW))
-        frames, unseen, n_subjects = [], UnseenRecords(), 0
-        with self._aligned(aligned, lambda: self._samples(source, new, split, asked, aligned)):
-            for events, times, samples in self._samples(source, new, split, asked, aligned):
-                n_subjects += len(events.subject_ids)
-                if not len(times):
-                    continue
-                unseen.add(events, samples)
-                read = new if aligned is None else aligned
-                found = self._predict(events, samples, read.vocabulary, read.embedding)
+        frames = []
+        with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
+            for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
+                found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
                 columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
-                keys = ["subject_id", "prediction_time", *([] if asked is None else [ROW])]
-                frames.append(times.select(keys).with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
-        if not frames:
-            raise nothing_to_predict()
+                keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
+                frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
+        return result if labels is None else result.sort(ROW).drop(ROW)
+
+    def chunks(
+        self,
+        root: str,
+        *,
+        labels: str | None,
+        split: str | None,
+        lookups: Sequence[str],
+        is_per_subject: bool = False,
+        aligned: AlignedData | None = None,
+    ) -> Iterator[tuple[Dataset, pl.DataFrame]]:
+        """Read a MEDS dataset in chunks of shards; the arguments are those of `predict_proba`.
+
+        Args:
+            is_per_subject: whether only the last prediction time of each subject is wanted.
+            aligned: how the dataset is read if its codes are aligned with the run's.
+
+        Yields:
+            A chunk with its samples, and one row per sample: subject_id and prediction_time; with `labels` also the label in the
+            column that MEDS has for it, where there are labels, and the row of the label set in `ROW`.
+
+        Raises:
+            UserError: no subject has a prediction time, or the dataset cannot be read.
+        """
+        source, new = self._open(root, split, lookups)
+        asked = None
+        if labels is not None:
+            asked = (
+                read_labels(labels, source.labels_dir, needs_values=False)
+                .in_meds()
+                .with_columns(pl.int_range(pl.len()).alias(ROW))
+            )
+            if is_per_subject:
+                asked = asked.unique("subject_id", keep="last", maintain_order=True)  # which is sorted by time
+        unseen, n_subjects, n_samples = UnseenRecords(), 0, 0
+        for events in self._chunks(source, new, split, aligned):
+            times = times_to_predict(events, asked)
+            n_subjects += len(events.subject_ids)
+            n_samples += len(times)
+            if not len(times):
+                continue
+            none = np.zeros(len(times), np.int64)
+            samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+            unseen.add(events, samples)
+            read = new if aligned is None else aligned
+            yield Dataset(read.vocabulary, read.embedding, events, samples), times
+        if not n_samples:
+            raise nothing_to_predict()
         unseen.say(f"labels {labels}")
         if asked is None:
-            say_static_only(n_subjects - len(result), n_subjects)
-        elif len(result) < len(asked):
-            log.info("%d of the %d rows of labels %s are of the subjects asked for", len(result), len(asked), labels)
-        return result if asked is None else result.sort(ROW).drop(ROW)
+            say_static_only(n_subjects - n_samples, n_subjects)
+        elif n_samples < len(asked):
+            log.info("%d of the %d rows of labels %s are of the subjects asked for", n_samples, len(asked), labels)
 
     def _open(self, root: str, split: str | None, lookups: Sequence[str]) -> tuple[MedsSource, NewCodes]:
         """Open a MEDS dataset, together with the new codes that an earlier call found if the dataset has not changed."""
@@ -233,20 +292,6 @@ class Predictor:
             texts = DatasetTexts(source, [*self._lookups, *lookups]) if self._reads_text else None
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
         return source, self._dataset[1]
-
-    def _samples(
-        self,
-        source: MedsSource,
-        new: NewCodes,
-        split: str | None,
-        asked: pl.DataFrame | None,
-        aligned: AlignedData | None,
-    ) -> Iterator[tuple[SplitEvents, pl.DataFrame, Samples]]:
-        """Yield the events of whole shards, the prediction times of their subjects, and the samples."""
-        for events in self._chunks(source, new, split, aligned):
-            times = times_to_predict(events, asked)
-            none = np.zeros(len(times), np.int64)
-            yield events, times, build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
 
     def _chunks(
         self, source: MedsSource, new: NewCodes, split: str | None, aligned: AlignedData | None
@@ -274,36 +319,35 @@ class Predictor:
     ) -> npt.NDArray[np.float64]:
         """Return the probabilities (n, C) of the samples, whose token ids refer to `vocabulary`."""
         result = np.empty((len(samples), len(self.class_names)))
-        precision = autocast_of_run(self.run.config["trainer"]["precision"], self.run.precision, self.device)
-        with self._reading(vocabulary), precision:
-            for rows, inputs in self._inputs(events, samples, embedding):
-                logits = logits_of(self.run.model, inputs)
-                result[rows] = self._task.probabilities(logits).cpu().numpy()
+        for rows, inputs in self.batches(Dataset(vocabulary, embedding, events, samples)):
+            logits = logits_of(self.run.model, inputs)
+            result[rows] = self._task.probabilities(logits).cpu().numpy()
         return result
 
-    def _inputs(
-        self, events: SplitEvents, samples: Samples, embedding: EventEmbedding
-    ) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
-        """Yield the rows and the model's inputs of each batch of the samples."""
-        embedding.to(self.device)
-        dataset, trainer = BatchDataset(events, samples), self.run.config["trainer"]
+    def batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
+        """Yield batches of samples: their rows (B,), and the model's inputs on the predictor's device.
+
+        Between two batches the run's own precision is in force, and a model that reads codes or texts has the data's vocabulary.
+        """
+        embedding = data.embedding.to(self.device)
+        dataset, trainer = BatchDataset(data.events, data.samples), self.run.config["trainer"]
         batches = BucketSampler(
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
-        for rows in batches:
-            yield rows, embedding.inputs(dataset[rows].to(self.device))
+        precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
+        with self._reading(data.vocabulary), precision:
+            for rows in batches:
+                yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
 
     @contextmanager
     def _aligned(
-        self,
-        data: AlignedData | None,
-        samples_of: Callable[[], Iterator[tuple[SplitEvents, pl.DataFrame, Samples]]],
+        self, data: AlignedData | None, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> Iterator[None]:
         """Let a model that reads codes read those of an aligned dataset while inside, with ranks of its records' own numbers.
 
         Args:
             data: the dataset; None = nothing is aligned.
-            samples_of: yields the dataset's samples, from the beginning at each call.
+            root, labels, split, lookups: as in `predict_proba`.
         """
         model = self.run.model
         if data is None or not isinstance(model, ReadsVocabulary):
@@ -314,13 +358,9 @@ class Predictor:
         try:
             if isinstance(model, AlignsCodes):
                 model.align(data.alignment.matches)
+                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
                 with torch.inference_mode():
-                    model.adapt_to_records(
-                        inputs
-                        for events, _, samples in samples_of()
-                        if len(samples)
-                        for _, inputs in self._inputs(events, samples, data.embedding)
-                    )
+                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
             yield
         finally:
             self._present = self.run.vocabulary
@@ -401,7 +441,7 @@ class Predictor:
 
     @property
     def _reads_vectors(self) -> bool:
-        return getattr(self.run.model, "reads_vectors", True)
+        return declarations(self.run.model).reads_vectors
 
     @property
     def _reads_text(self) -> bool:

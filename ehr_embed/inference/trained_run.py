@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import check_stored, instantiate_stored_source, trainable_of
+from ehr_embed.config.instantiate import check_stored, instantiate_stored_source
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
@@ -23,6 +23,7 @@ from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
@@ -160,7 +161,7 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
 
     Args:
         events: events of the subjects.
-        labels: name or path of a label set; None = predict at each subject's last event.
+        labels: name or path of a label set, whose values are not needed; None = predict at each subject's last event.
         labels_dir: folder in which the name of a label set is looked up.
         max_length: largest number of events per sample.
 
@@ -168,7 +169,7 @@ def samples_to_predict(events: SplitEvents, labels: str | None, labels_dir: Path
         UserError: no label belongs to a subject of the split, no subject has a timed event, or (nearly) all prediction times lie
             before every timed event.
     """
-    asked = None if labels is None else read_labels(labels, labels_dir).frame
+    asked = None if labels is None else read_labels(labels, labels_dir, needs_values=False).frame
     frame = times_to_predict(events, asked)
     if asked is None:
         say_static_only(len(events.subject_ids) - len(frame), len(events.subject_ids))

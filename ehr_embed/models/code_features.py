@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from meds import birth_code
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, checked
 from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import MAX_FITTED, CodeMatches
@@ -20,7 +22,6 @@ from ehr_embed.models.quantiles import QuantileNormal
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
 TIME_SUMMARIES = ("years_since_first", "years_since_last")
-SUMMARIES = ("count", *VALUE_SUMMARIES, *TIME_SUMMARIES)
 
 
 class ReadsCodes(nn.Module):
@@ -73,6 +74,9 @@ class CodeFeatures(ReadsCodes):
     number of the token's value bin (`bins`). Without either there are only counts and years. A missing feature is NaN,
     except a count, which is 0. The birth code is always chosen, and its years are the subject's age.
 
+    With `windows_hours` there are also the standard deviation of a code's values, and per window the number of events and the mean
+    value, such as `HR/count_12h` for the events of the 12 hours before the prediction; windows follow each other backwards.
+
     The chosen codes are part of the `state_dict`, by name, so that a model can read another vocabulary: each code keeps
     its column, other codes are ignored, and the features of absent codes are missing. After `align`, the codes of another dataset
     are read as chosen ones: each of their features takes the place that it has among the other dataset's, in train's own numbers,
@@ -82,6 +86,7 @@ class CodeFeatures(ReadsCodes):
         has_values: whether batches carry a numeric value with each event.
         max_codes: number of codes that get features; the most frequent in train are chosen.
         times: whether every code has years since its first and last event; otherwise only the birth code has them.
+        windows_hours: where windows end, in hours back from the prediction; none = no windows and no standard deviation.
 
     Attributes:
         codes: the chosen codes.
@@ -92,10 +97,17 @@ class CodeFeatures(ReadsCodes):
     value_column_of_token: Tensor
     time_column_of_token: Tensor
 
-    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+    @checked("model")
+    def __init__(
+        self, *, has_values: bool, max_codes: Count, times: bool, windows_hours: Sequence[float] | None = None
+    ) -> None:
         super().__init__(has_values=has_values)
-        if max_codes < 1:
-            raise UserError(f"model.max_codes={max_codes}: expected 1 or more codes.")
+        self.ends = [float(hours) for hours in windows_hours or ()]
+        if any(b <= a for a, b in pairwise([0.0, *self.ends])):
+            raise UserError(
+                f"model.windows_hours={windows_hours}: expected ascending numbers of hours above 0, where the windows before the "
+                "prediction end, or null. Type: model.windows_hours=[12,24,36,48]"
+            )
         self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []
         self.valued: list[str] = []
@@ -156,9 +168,13 @@ class CodeFeatures(ReadsCodes):
                 "cannot be compared with them. Train it again, or type: data.aligned_to=none"
             )
         device = self.column_of_token.device
-        found = CodeMatches(self.codes, n_summaries=len(SUMMARIES), counts=(0,))
+        summaries = [summary for summary, _ in self.groups]
+        counts = tuple(i for i, summary in enumerate(summaries) if summary.startswith("count"))
+        found = CodeMatches(self.codes, n_summaries=len(summaries), counts=counts)
         found.match(matches)
-        own = CodeFeatures(has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True).to(device)
+        own = CodeFeatures(
+            has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True, windows_hours=self.ends
+        ).to(device)
         own.token_codes, own.bin_of_token = self.token_codes, self.bin_of_token
         own.codes = own.valued = found.codes
         own._match()
@@ -180,18 +196,21 @@ class CodeFeatures(ReadsCodes):
         return self.codes if self.times else [code for code in self.codes if code == birth_code]
 
     @property
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """Return the summaries in the order of the features, each with the codes that have it."""
+        return [
+            ("count", self.codes),
+            *((summary, self.valued) for summary in VALUE_SUMMARIES),
+            *((summary, self.timed) for summary in TIME_SUMMARIES),
+            *((summary, self.valued) for summary in ("sd",) if self.ends),
+            *((f"count_{hours:g}h", self.codes) for hours in self.ends),
+            *((f"mean_{hours:g}h", self.valued) for hours in self.ends),
+        ]
+
+    @property
     def names(self) -> list[str]:
         """Return the names of the F features, as CODE/SUMMARY."""
-        return [
-            f"{code}/{summary}"
-            for codes, summaries in (
-                (self.codes, ("count",)),
-                (self.valued, VALUE_SUMMARIES),
-                (self.timed, TIME_SUMMARIES),
-            )
-            for summary in summaries
-            for code in codes
-        ]
+        return [f"{code}/{summary}" for summary, codes in self.groups for code in codes]
 
     def choose(self, train: Iterable[dict[str, Tensor]]) -> None:
         """Choose codes by the events of train that are visible at the prediction times; `train` yields each batch once.
@@ -230,7 +249,10 @@ class CodeFeatures(ReadsCodes):
             UserError: no codes were chosen yet.
         """
         if not self.codes:
-            raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
+            raise UserError(
+                "this model was not fitted, so it has no features. Fit it by python train.py with its option of conf/model/, or "
+                "open a finished run. Type: run=RUN_DIR"
+            )
         if self.matches is not None:
             return self._aligned(inputs)
         token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]
@@ -253,12 +275,14 @@ class CodeFeatures(ReadsCodes):
             time.extreme(years_N, "amax"),
             time.extreme(years_N, "amin"),
         ]
+        if self.ends:
+            parts += self._in_windows(inputs, count, value, values_N)
         return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
 
     def _pairs(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the record (G,) and the matched code (G,) of each pair that occurs, and the code's summaries (G, 8)."""
+        """Return the record (G,) and the matched code (G,) of each pair that occurs, and the code's summaries (G, S)."""
         assert self._of_matches is not None
-        found_BSJ = self._of_matches(inputs).view(len(inputs["padding_mask"]), len(SUMMARIES), -1)
+        found_BSJ = self._of_matches(inputs).view(len(inputs["padding_mask"]), len(self.groups), -1)
         row_G, code_G = (found_BSJ[:, 0] > 0).nonzero(as_tuple=True)
         return row_G, code_G, found_BSJ[row_G, :, code_G]
 
@@ -267,19 +291,43 @@ class CodeFeatures(ReadsCodes):
         assert self.matches is not None
         quantiles = self._quantiles[0].to(inputs["padding_mask"].device)
         row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
-        groups = (self.codes, *(self.valued for _ in VALUE_SUMMARIES), *(self.timed for _ in TIME_SUMMARIES))
-        found_BF = scores_KS.new_full((len(inputs["padding_mask"]), sum(map(len, groups))), float("nan"))
-        found_BF[:, : len(self.codes)] = 0.0
+        found_BF = scores_KS.new_full((len(inputs["padding_mask"]), len(self.names)), float("nan"))
         start = 0
-        for number, codes in enumerate(groups):
+        for number, (summary, codes) in enumerate(self.groups):
             column = {code: start + i for i, code in enumerate(codes)}
             column_C = torch.tensor([column.get(code, -1) for code in self.codes], device=row_K.device)
+            is_count = summary.startswith("count")
+            if is_count:
+                found_BF[:, start : start + len(codes)] = 0.0
             start += len(codes)
             column_K, score_K = column_C[code_K], scores_KS[:, number]
             there = (column_K >= 0) & ~score_K.isnan()
             numbers = quantiles.inverse(column_K[there], score_K[there])
-            found_BF[row_K[there], column_K[there]] = numbers.nan_to_num() if number == 0 else numbers
+            found_BF[row_K[there], column_K[there]] = numbers.nan_to_num() if is_count else numbers
         return found_BF
+
+    def _in_windows(self, inputs: dict[str, Tensor], count: Groups, value: Groups, values_N: Tensor) -> list[Tensor]:
+        """Return the standard deviation of each code's values, then per window the counts, then per window the mean values."""
+        n_rows, token_BT = len(inputs["token_ids"]), self.tokens(inputs)
+        window_BT = torch.bucketize(
+            inputs["days"].double() * 24, torch.tensor(self.ends, device=token_BT.device).double()
+        )
+        is_in_BT = inputs["padding_mask"] & (window_BT < len(self.ends))
+        spread_N = (values_N - value.spread(value.mean(values_N))).square()
+        found = [value.mean(spread_N).sqrt()]
+        for column_of_token, groups, is_value in (
+            (self.column_of_token, count, False),
+            (self.value_column_of_token, value, True),
+        ):
+            n_columns = groups.n_groups // n_rows
+            is_there_BT = is_in_BT & ~self.values(inputs).isnan() if is_value else is_in_BT
+            # Windows before columns, so that the features of a window stand together.
+            column_BT = torch.where(
+                column_of_token[token_BT] >= 0, window_BT * n_columns + column_of_token[token_BT], -1
+            )
+            keep_BT, by_window = _columns(column_BT, is_there_BT, len(self.ends) * n_columns)
+            found.append(by_window.mean(self.values(inputs).double()[keep_BT]) if is_value else by_window.count())
+        return found
 
     def _match(self) -> None:
         """Set the column of every token in each group of features, -1 for a token without one."""
@@ -295,12 +343,16 @@ class ReadsCodeFeatures(nn.Module):
     """Mixin: give an estimator the features of `CodeFeatures`.
 
     Args:
-        has_values, max_codes, times: as in `CodeFeatures`.
+        has_values, max_codes, times, windows_hours: as in `CodeFeatures`.
     """
 
-    def __init__(self, *, has_values: bool, max_codes: int, times: bool) -> None:
+    def __init__(
+        self, *, has_values: bool, max_codes: int, times: bool, windows_hours: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
-        self.features = CodeFeatures(has_values=has_values, max_codes=max_codes, times=times)
+        self.features = CodeFeatures(
+            has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours
+        )
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the token ids in coming batches."""

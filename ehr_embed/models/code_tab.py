@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.settings import Count, NotNegative, OneOf, ShareBelow1, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import check_width
 from ehr_embed.models.code_encoder import Subject
 from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.members import MemberHead
-from ehr_embed.models.whitening import Whitening
+from ehr_embed.models.whitening import Shrinkage, Whitening
 
 MEMBER_WEIGHTS = ("codes", "text")
 N_INPUTS = N_SUMMARIES + 1
@@ -244,9 +246,11 @@ class CodeTab(nn.Module):
     """
 
     is_causal = False
+    meaning_keys = ("windows_hours", "feeds_absent")
     learns_vectors = False
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -254,36 +258,24 @@ class CodeTab(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 96,
-        hidden_dim: int = 96,
-        n_gates: int = 16,
-        n_members: int = 8,
-        n_layers: int = 2,
-        dropout: float = 0.05,
+        model_dim: Width = 96,
+        hidden_dim: Count = 96,
+        n_gates: Count = 16,
+        n_members: Count = 8,
+        n_layers: Annotated[int, Field(ge=0, le=1024)] = 2,
+        dropout: DropShare = 0.05,
         max_length: int = 4096,
         windows_hours: Sequence[float] = (12, 24, 36, 48),
-        member_weights: str = "codes",
+        member_weights: Annotated[str, OneOf(*MEMBER_WEIGHTS)] = "codes",
         feeds_absent: bool = True,
         age: bool = True,
-        shrinkage: float = 0.1,
-        code_dropout: float = 0.0,
-        text_noise: float = 0.0,
+        shrinkage: Shrinkage = 0.1,
+        code_dropout: ShareBelow1 = 0.0,
+        text_noise: NotNegative = 0.0,
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=code_tab", num_classes, vocab_size)
-        if member_weights not in MEMBER_WEIGHTS:
-            raise unknown_name("model.member_weights", member_weights, MEMBER_WEIGHTS)
         sizes = {"model_dim": model_dim, "hidden_dim": hidden_dim, "n_gates": n_gates, "n_members": n_members}
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"model.{name}={size}: expected 1 or more.")
-        if n_layers < 0:
-            raise UserError(f"model.n_layers={n_layers}: expected 0 or more.")
-        if not 0 <= code_dropout < 1 or text_noise < 0:
-            raise UserError(
-                f"model.code_dropout={code_dropout}, model.text_noise={text_noise}: expected a probability below 1 and a deviation "
-                "of 0 or more. Type: model.code_dropout=0.3 model.text_noise=0.2"
-            )
         self.body = CodeTabBody(
             embedding_dim=embedding_dim,
             has_values=has_values,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,12 +17,69 @@ from ehr_embed.models.feature_table import FeatureTable
 
 
 class Model(Protocol):
-    """A module built with `embedding_dim`, `has_values`, `num_classes` or `vocab_size`, and options of its own."""
+    """A module built with `embedding_dim`, `has_values`, `num_classes` or `vocab_size`, and options of its own.
+
+    Class attributes say what the module's type does not show; `Declarations` lists them with their defaults.
+    A module that is pretrained for other models, or frozen by `trainer.freeze=body`, has the part that is handed on in its
+    attribute `body`, and the part that is not, such as the head, elsewhere.
+    """
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Return logits (B, num_classes) of what `EventEmbedding.inputs` gives, or (B, M, num_classes) of M members: a task
         takes the mean of the members' losses and the mean of their probabilities."""
         ...
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """The facts about a model that its class may declare, each as a class attribute of the same name.
+
+    Attributes:
+        is_causal: True = an event sees only itself and earlier events, so that the model can predict the next one; False = an event
+            sees the events on both sides, so that the model can predict a masked one; None = neither is certain, and the model does
+            no task that predicts events.
+        reads_vectors: whether the event vectors reach the model; False for a model that reads codes or texts alone.
+        learns_vectors: whether a gradient reaches the event vectors; False for a model that copies them before training.
+        meaning_keys: options of the constructor that change what the weights mean and none of their shapes. A model with another
+            value of such an option takes no weights from a checkpoint. The default names the options of `Body`.
+        token_weights: beginnings of the names of weights that hold a row per token of the vocabulary; with another vocabulary they
+            are refused, even of the same size. The default names those of `EventHead`.
+        reads_values: whether the weights of `body` depend on how the data give numbers (`data.values`) beyond their shapes.
+    """
+
+    is_causal: bool | None = None
+    reads_vectors: bool = True
+    learns_vectors: bool = True
+    meaning_keys: tuple[str, ...] = ("n_heads", "positions")
+    token_weights: tuple[str, ...] = ("head.tokens.",)
+    reads_values: bool = False
+
+
+def declarations(model: nn.Module) -> Declarations:
+    """Return what a model declares; this is the only place that reads these attributes and knows their defaults.
+
+    Raises:
+        UserError: an attribute has another type.
+
+    >>> class Forward(nn.Module):
+    ...     is_causal = True
+    >>> declarations(Forward()).is_causal, declarations(Forward()).meaning_keys
+    (True, ('n_heads', 'positions'))
+    """
+    declared = {field.name: getattr(model, field.name) for field in fields(Declarations) if hasattr(model, field.name)}
+    for name, value in declared.items():
+        if name in ("meaning_keys", "token_weights"):
+            is_right = isinstance(value, tuple) and all(isinstance(key, str) for key in value)
+            expected = "a tuple of names"
+        else:
+            is_right = isinstance(value, bool) or (value is None and name == "is_causal")
+            expected = "True or False"
+        if not is_right:
+            raise UserError(
+                f"{type(model).__name__}.{name}={value!r}: expected {expected}, see Declarations in ehr_embed/models/protocol.py. "
+                "What a model declares decides which tasks and weights it is given."
+            )
+    return Declarations(**declared)
 
 
 @runtime_checkable
@@ -125,12 +182,17 @@ def body_of(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model has no body.
     """
-    body = getattr(model, "body", None)
-    if not isinstance(body, nn.Module):
+    if (body := body_or_none(model)) is None:
         raise UserError(
             f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
         )
     return body
+
+
+def body_or_none(model: nn.Module) -> nn.Module | None:
+    """Return the body of a model, None where it has none."""
+    body = getattr(model, "body", None)
+    return body if isinstance(body, nn.Module) else None
 
 
 def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
@@ -148,12 +210,13 @@ def check_vectors(model: nn.Module, trainable: str) -> None:
     """
     if trainable == "frozen":
         return
-    if not getattr(model, "learns_vectors", True):
+    declared = declarations(model)
+    if not declared.learns_vectors:
         raise UserError(
             f"embedder.trainable={trainable}: {type(model).__name__} copies the vectors of the known codes before training, so "
             "the embedder's own would never be learned. Type: embedder.trainable=frozen"
         )
-    if not getattr(model, "reads_vectors", True):
+    if not declared.reads_vectors:
         raise UserError(
             f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
             "learned. Type: embedder.trainable=frozen"

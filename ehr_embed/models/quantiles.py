@@ -14,7 +14,6 @@ MIN_VALUES = 20
 N_KNOTS = 256
 """Distinct numbers per column whose ranks are kept exactly; between them ranks are interpolated."""
 LEAST_RANK = 0.003
-N_HALVINGS = N_KNOTS.bit_length()
 
 
 class QuantileNormal(nn.Module):
@@ -33,6 +32,7 @@ class QuantileNormal(nn.Module):
     """
 
     knots: Tensor
+    keys: Tensor
     below: Tensor
     upto: Tensor
     offsets: Tensor
@@ -41,6 +41,7 @@ class QuantileNormal(nn.Module):
         super().__init__()
         for name in ("knots", "below", "upto"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
+        self.register_buffer("keys", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("offsets", torch.zeros(n_columns + 1, dtype=torch.int64), persistent=False)
 
     @property
@@ -70,6 +71,7 @@ class QuantileNormal(nn.Module):
             setattr(self, name, torch.from_numpy(array[kept].astype(np.float32)).to(device))
         counts = np.bincount(column_K[kept], minlength=self.n_columns)
         self.offsets = torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])).to(device)
+        self._sort()
 
     @torch.no_grad()
     def forward(self, columns: Tensor, numbers: Tensor) -> Tensor:
@@ -80,13 +82,9 @@ class QuantileNormal(nn.Module):
         if not bool(is_known.any()):
             return torch.zeros_like(x)
         first, stop, x_N = first[is_known], stop[is_known], x[is_known]
-        low, high = first, stop  # the first knot above x lies in [low, high]
-        for _ in range(N_HALVINGS + 1):
-            middle = (low + high) // 2
-            is_above = (middle < stop) & (self.knots[middle.clamp(max=len(self.knots) - 1)] <= x_N)
-            is_open = low < high
-            low = torch.where(is_open & is_above, middle + 1, low)
-            high = torch.where(is_open & ~is_above, middle, high)
+        low = torch.searchsorted(
+            self.keys, _key(columns[is_known], x_N), right=True
+        )  # the first knot above x, or `stop`
         left, right = (low - 1).clamp(min=0), low.clamp(max=len(self.knots) - 1)
         has_left, has_right = low > first, low < stop
         x_left, x_right = self.knots[left], self.knots[right]
@@ -102,8 +100,8 @@ class QuantileNormal(nn.Module):
 
     @torch.no_grad()
     def inverse(self, columns: Tensor, scores: Tensor) -> Tensor:
-        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is, and for columns
-        without a table.
+        """Return the numbers that have these normal scores, in the shape of `scores`; NaN where the score is NaN, and for
+        columns without a table.
 
         >>> normal = QuantileNormal(1)
         >>> normal.fit(torch.zeros(41, dtype=torch.int64), torch.arange(41.0))
@@ -120,7 +118,7 @@ class QuantileNormal(nn.Module):
         rank = torch.special.ndtr(z[is_known])
         middle = (self.below + self.upto) / 2
         low, high = first, stop  # the first knot whose mid-rank exceeds the rank lies in [low, high]
-        for _ in range(N_HALVINGS + 1):
+        for _ in range(N_KNOTS.bit_length() + 1):
             at = (low + high) // 2
             is_below = (at < stop) & (middle[at.clamp(max=len(middle) - 1)] <= rank)
             is_open = low < high
@@ -144,6 +142,27 @@ class QuantileNormal(nn.Module):
         device = self.offsets.device
         for name in ("knots", "below", "upto", "offsets"):
             setattr(self, name, state[name].to(device))
+        self._sort()
+
+    def _sort(self) -> None:
+        """Give each knot its key, by which one search finds a number's place among the knots of its column."""
+        columns = torch.arange(self.n_columns, device=self.offsets.device)
+        self.keys = _key(columns.repeat_interleave(self.offsets.diff()), self.knots)
+
+
+def _key(columns_N: Tensor, x_N: Tensor) -> Tensor:
+    """Return int64 keys that are in the order of columns, and within a column in that of the float32 numbers.
+
+    The bits of a float, read as an integer, are in the order of the numbers; those of negative ones in the reverse order.
+
+    >>> x = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1e-40, 3.0, float("inf")])
+    >>> bool((_key(torch.zeros(7, dtype=torch.int64), x).diff() >= 0).all())
+    True
+    >>> _key(torch.tensor([1]), x[:1]) > _key(torch.tensor([0]), x[-1:])
+    tensor([True])
+    """
+    bits_N = (x_N + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which equals it
+    return (columns_N << 32) + torch.where(bits_N >= 0, bits_N, bits_N ^ 0x7FFFFFFF).long()
 
 
 def _chosen(

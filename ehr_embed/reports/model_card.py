@@ -15,10 +15,12 @@ import numpy as np
 
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.programs import as_typed
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
+from ehr_embed.reports.run_report import difference_text
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
 from ehr_embed.sources.protocol import EVALUATED, SPLITS
 from ehr_embed.tasks.protocol import Curves
@@ -70,6 +72,8 @@ def write_model_card(
         f"## Texts\n\n{_texts(store)}",
         f"## Metrics\n\n{_metrics(metrics)}",
     ]
+    if metrics.get("members"):
+        parts.append(f"## Members\n\n{_members(metrics['members'])}")
     if groups:
         parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups, n_left_out)}")
     if (run_dir / PLOTS / "calibration.png").exists():
@@ -112,7 +116,7 @@ def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
     ]
     if "best_epoch" in train:
         rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
-    again = "To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`."
+    again = as_typed("To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`.")
     return f"{table(['', ''], rows)}\n\n{again}"
 
 
@@ -146,6 +150,19 @@ def _metrics(metrics: dict[str, Any]) -> str:
     rows = [[name, *(with_interval(metrics[split][name]) for split in order)] for name in names]
     told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
     return f"{told}\n\n" + table(["metric", *order], rows)
+
+
+def _members(members: list[dict[str, Any]]) -> str:
+    names = list(members[0]["held_out"])
+    rows = [
+        [member["run"], f"{member['weight']:.3f}", *(difference_text(member["held_out"][name]) for name in names)]
+        for member in members
+    ]
+    told = (
+        "One prediction from the weighted mean of the members' log-probabilities. The columns say how far the ensemble lies above "
+        "each member on held_out, with 95 % intervals and p-values adjusted over the members (Holm), paired over subjects."
+    )
+    return f"{told}\n\n{table(['member', 'weight', *names], rows)}"
 
 
 def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:

@@ -89,6 +89,8 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
             f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
             highlight=False,
         )
+    if metrics.get("members"):
+        console.print(_members(metrics["members"]))
     train = metrics["train"]
     trained = ""
     if "epochs" in train:
@@ -100,3 +102,30 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
         highlight=False,
     )
+
+
+def _members(members: list[dict[str, Any]]) -> Table:
+    """Return the table of an ensemble's members, with how far it lies above each on held_out."""
+    table = Table(
+        title="how far the ensemble lies above each member on held_out, paired over subjects", title_justify="left"
+    )
+    table.add_column("member")
+    table.add_column("weight", justify="right")
+    for metric in members[0]["held_out"]:
+        table.add_column(f"{metric} [95 %], p (Holm)", justify="right")
+    for member in members:
+        table.add_row(member["run"], f"{member['weight']:.3f}", *map(difference_text, member["held_out"].values()))
+    return table
+
+
+def difference_text(found: dict[str, float | None]) -> str:
+    """Return a difference with its interval and adjusted p-value.
+
+    >>> difference_text({"difference": 0.01, "low": 0.002, "high": 0.02, "p": 0.01, "p_holm": 0.02})
+    '+0.0100 [+0.0020, +0.0200], 0.020'
+    >>> difference_text({"difference": 0.01, "low": None, "high": None, "p": None, "p_holm": None})
+    '+0.0100'
+    """
+    if found["low"] is None:
+        return f"{found['difference']:+.4f}"
+    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}], {found['p_holm']:.3f}"

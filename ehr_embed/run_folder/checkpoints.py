@@ -25,15 +25,14 @@ from ehr_embed.data.vocabulary import (
     read_strings,
     vocabulary_sha256,
 )
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.protocol import body_of
+from ehr_embed.models.protocol import Declarations, body_of, declarations
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
 
 log = logging.getLogger(__name__)
 DOS_FOLDER = 0x10
 """Bit of a ZIP entry's external attributes (APPNOTE 6.3.10, section 4.4.15; MS-DOS directory)."""
-SHAPELESS = ("_target_", "n_heads", "positions", "summaries")
-"""Keys of a model that change the meaning of its weights but not their shapes."""
 
 
 @dataclass
@@ -135,8 +134,8 @@ def initialise(
     class_names: list[str] | None = None,
     trained_classes: list[str] | None = None,
 ) -> None:
-    """Initialise `model` from a checkpoint: its body, and its head if that answers with the same classes, or with `class_names` all its
-    weights. Log what was not loaded.
+    """Initialise `model` from a checkpoint: its body, and its head if that answers with the same classes, or with `class_names` all
+    its weights. Log what was not loaded.
 
     If the checkpoint holds learned token vectors, `embedding` receives them. If the vocabularies differ, vectors are matched by
     the tokens' names, and a token without a match gets the vector of the unknown event (trainable=full) or of its own text
@@ -172,12 +171,16 @@ def initialise(
             "not trained again can answer its own question only. Set task.labels as there, or train: trainer=short"
         )
     saved, own = checkpoint["model_state_dict"], model.state_dict()
-    keeps_head = not whole and bool(trained_classes) and trained_classes == checkpoint["class_names"] and _same_head(saved, own)
+    keeps_head = (
+        not whole and bool(trained_classes) and trained_classes == checkpoint["class_names"] and _same_head(saved, own)
+    )
     wanted = {name for name in own if whole or keeps_head or name.startswith("body.")}
     given = {name for name in saved if whole or keeps_head or name.startswith("body.")}
-    _refuse_mismatch(path, {n: saved[n] for n in given}, {n: own[n] for n in wanted}, checkpoint["config"], config)
-    has_token_vectors = any(name.startswith("head.tokens.") for name in given)
-    if whole and has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
+    shapes = {n: saved[n] for n in given}, {n: own[n] for n in wanted}
+    declared = declarations(model)
+    _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declared)
+    has_token_vectors = any(name.startswith(declared.token_weights) for name in given)
+    if has_token_vectors and checkpoint["identity"]["vocab_sha256"] != identity["vocab_sha256"]:
         raise UserError(
             f"{path} has a vector for each token of another vocabulary ({checkpoint['identity']['vocab_sha256'][:12]}, here "
             f"{identity['vocab_sha256'][:12]}). Use its data, or a model pretrained with model.vocabulary_head=text_tied."
@@ -256,7 +259,7 @@ def _names_beside(path: Path, checkpoint: dict[str, Any]) -> list[str]:
 
 
 def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: EventEmbedding) -> None:
-    trainable = checkpoint["config"]["embedder"]["trainable"]
+    trainable = trainable_of(checkpoint["config"]["embedder"])
     if trainable != embedding.trainable:
         raise UserError(
             f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
@@ -265,7 +268,13 @@ def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: Ev
 
 
 def _refuse_mismatch(
-    path: Path, saved: dict[str, Any], own: dict[str, Any], their_config: dict[str, Any], config: dict[str, Any]
+    path: Path,
+    saved: dict[str, Any],
+    own: dict[str, Any],
+    their_config: dict[str, Any],
+    config: dict[str, Any],
+    *,
+    declared: Declarations,
 ) -> None:
     problems = [
         f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
@@ -278,11 +287,11 @@ def _refuse_mismatch(
     there, here = their_config["model"], config["model"]
     problems += [
         f"model.{key} is {there.get(key)} there and {here.get(key)} here"
-        for key in SHAPELESS
+        for key in ("_target_", *declared.meaning_keys)
         if there.get(key) != here.get(key)
     ]
     theirs, ours = their_config["data"]["values"], config["data"]["values"]
-    if theirs != ours and "values" in (here.get("summaries") or ()):
+    if theirs != ours and declared.reads_values:
         problems.append(f"data.values is {theirs} there and {ours} here")
     if not problems:
         return

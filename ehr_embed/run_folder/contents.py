@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import MANIFEST
+from ehr_embed.core.outcome import OUTCOME
 from ehr_embed.run_folder.layout import (
     ALIGNMENT,
     AUDIT,
@@ -18,8 +19,8 @@ from ehr_embed.run_folder.layout import (
     HISTORY,
     LATEST,
     LOCK,
+    MEMBERS,
     MODEL_CARD,
-    OUTCOME,
     PLOTS,
     PREDICTIONS,
     PROFILE,
@@ -33,7 +34,7 @@ RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, MODEL_CARD, WANDB_ID, P
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
-BESIDE_A_RUN = ("pretrain", "explained", "generated", "wandb", "log.txt", "slurm.out")
+BESIDE_A_RUN = ("pretrain", MEMBERS, "explained", "generated", "wandb", "log.txt", "slurm.out")
 """Names that the commands, the trackers and a search write into a run's folder."""
 
 

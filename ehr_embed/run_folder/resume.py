@@ -8,27 +8,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
-from ehr_embed.core.moved import renamed
+from ehr_embed.core.moved import ADAMW, SCHEDULES, renamed
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.samples import Samples, samples_digest
+from ehr_embed.embedders.protocol import SPEED_KEYS
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.finish import read_config
 from ehr_embed.run_folder.layout import FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
 
 log = logging.getLogger(__name__)
-MODES = ("auto", "force", "overwrite")
+Mode = Annotated[str, OneOf("auto", "force", "overwrite")]
 HARMLESS = (
     "run_dir",
     "cache_dir",
     "resume",
     "audit",
+    "check",
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
@@ -42,30 +45,42 @@ HARMLESS = (
     "trainer.data_device",
     "trainer.profile",
     "trainer.threads",
-    "embedder.batch_size",
-    "embedder.device",
+    *(f"embedder.{key}" for key in SPEED_KEYS),
 )
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
-NEW = {
+NEW: dict[str, Any] = {
     "data.aligned_to": "auto",
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",
+    "ensemble.members": {},
+    "ensemble.runs": [],
+    "ensemble.weights": "tuning",
     "model.code_dropout": 0.0,
     "model.text_noise": 0.0,
+    "model.windows_hours": None,
     "task.prefixes": None,
-    "trainer.betas": [0.9, 0.999],
+    "trainer.betas": None,
+    "trainer.bucket_batches": 64,
     "trainer.compile": False,
     "trainer.devices": 1,
     "trainer.ema": None,
     "trainer.keep": "best",
     "trainer.nodes": 1,
+    "trainer.optimizer._target_": ADAMW,
+    "trainer.optimizer.betas": [0.9, 0.999],
+    "trainer.schedule.factor": 0.5,
+    "trainer.schedule.patience": 3,
+    "trainer.scheduler_patience": None,
     "trainer.strategy": "auto",
     "trainer.teacher": None,
     "trainer.teacher_share": 0.5,
 }
 """Keys that configurations of earlier versions lack, with the values that correspond to the behaviour of these versions."""
+TRAINER_GROUPS = ("trainer.schedule", "trainer.optimizer")
+OPTIONS = {target: name for name, target in SCHEDULES.items()} | {ADAMW: "adamw"}
+"""Classes of `TRAINER_GROUPS` that a message can name as options of their group."""
 CLAIM_TIMEOUT_S = 5.0
 """Seconds to wait for the folder's lock: a job whose search was killed ends, and frees its folder, within about a second."""
 
@@ -128,8 +143,7 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         UserError: the folder holds files that no run writes, the run there has other settings and `how` is `auto`, or `how` is
             unknown.
     """
-    if how not in MODES:
-        raise unknown_name("resume", how, MODES)
+    check_setting("resume", how, Mode)
     refuse_other_contents(run_dir)
     is_finished = (run_dir / FINISHED).exists()
     latest = run_dir / LATEST if (run_dir / LATEST).exists() else None
@@ -178,7 +192,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Return two configurations as dotted keys with their values, and the keys in which they differ."""
     old, new = (dict(_flat(renamed(config), str(config.get("cache_dir", "")))) for config in (there, here))
-    for key, value in NEW.items():
+    for key, value in [(f"{stage}{key}", value) for stage in ("", "pretrain.") for key, value in NEW.items()]:
         for config in (old, new):
             if key in old or key in new:
                 config.setdefault(key, value)
@@ -193,12 +207,22 @@ def _overrides(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     'trainer.batch_size=32'
     >>> _overrides({"model": {"times": ["gap"]}}, {"model": {"times": []}})
     ''
+    >>> plateau = {"trainer": {"schedule": {"_target_": SCHEDULES["plateau"], "patience": 5}}}
+    >>> cosine = {"trainer": {"schedule": {"_target_": SCHEDULES["cosine"]}}}
+    >>> _overrides(plateau, cosine), _overrides(cosine, plateau)
+    ('trainer/schedule=plateau trainer.schedule.patience=5', 'trainer/schedule=cosine')
     """
     old, _, changed = _compared(there, here)
-    values = {
-        key: str(old[key]).lower() if isinstance(old[key], bool) else str(old[key]) for key in changed if key in old
-    }
-    if len(values) < len(changed) or not all(re.fullmatch(r"[\w.+-]+", value) for value in values.values()):
+    values: dict[str, Any] = {}
+    for group in TRAINER_GROUPS:  # another member has other keys, so that its option is typed, and all of its keys
+        if f"{group}._target_" in changed:
+            own = {key: value for key, value in _flat(renamed(there), "") if key.startswith(f"{group}.")}
+            values[group.replace(".", "/")] = OPTIONS.get(own.pop(f"{group}._target_", ""), "")
+            values |= own
+            changed = [key for key in changed if not key.startswith(f"{group}.")]
+    values |= {key: old[key] for key in changed if key in old}
+    values = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in values.items()}
+    if any(key not in old for key in changed) or not all(re.fullmatch(r"[\w.+-]+", value) for value in values.values()):
         return ""
     return " ".join(f"{key}={value}" for key, value in values.items())
 

@@ -11,14 +11,21 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from ehr_embed.core.programs import shipped
+from ehr_embed.search.application import Application, register_application
 from ehr_embed.search.sweeper import StudySweeper
 
-SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
+SWEEPS = shipped("sweeps")
 GROUP = "sweeps"
 
 
-def register() -> None:
-    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; a repeated call changes nothing."""
+def register(application: Application) -> None:
+    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; a repeated call changes nothing.
+
+    Args:
+        application: the application whose runs are searched.
+    """
+    register_application(application)
     plugins = Plugins.instance()
     plugins.register(StudySweeper)
     plugins.register(SweepsSource)
@@ -39,7 +46,7 @@ def is_plugin_module(name: str) -> bool:
 
 
 class SweepsSearchPath(SearchPathPlugin):
-    """Hydra plugin that adds the repository's folder sweeps/ to the search path of every application."""
+    """Hydra plugin that adds the folder sweeps/ to the search path of every application."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the folder to the search path."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
+from ehr_embed.data.labels import LabelSet
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.models.protocol import declarations
 
 log = logging.getLogger(__name__)
 Outputs = npt.NDArray[np.float64]
@@ -61,8 +63,11 @@ class Task(Protocol):
     """Whether the task trains the model; otherwise a trained model is only evaluated."""
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Return the size with which a model must be built, `num_classes` or `vocab_size`; known after `setup`."""
+    def sizes(self) -> dict[str, Any]:
+        """Return the size with which a model must be built, `num_classes` or `vocab_size`; known after `setup`.
+
+        A task that asks for times also gives `hazards`, the plain values of `ehr_embed.models.hazards.HazardSizes`.
+        """
         ...
 
     @property
@@ -130,11 +135,29 @@ class WeighsSamples(Protocol):
 
 
 @runtime_checkable
+class ReadsLabels(Protocol):
+    """A task with label sets, which are looked at before the event store is built."""
+
+    def label_sets(self, labels_dir: Path) -> list[LabelSet]:
+        """Return the task's label sets, whose values are the classes, or refuse them; `setup` reads the same."""
+        ...
+
+
+@runtime_checkable
 class HasBaselines(Protocol):
     """A task that has baselines without a model, whose metrics are reported beside the model's."""
 
     def baselines(self, split: str) -> dict[str, dict[str, float]]:
         """Return the metrics of each baseline on a split; called once per run, by the process that writes the results."""
+        ...
+
+
+@runtime_checkable
+class DrawsPlots(Protocol):
+    """A task that has plots of its own beside those of `curves`."""
+
+    def plots(self, outputs: dict[str, Outputs]) -> dict[str, Callable[[Path], None]]:
+        """Return by name a function that writes the plot, given the outputs (n, n_outputs) of each evaluated split."""
         ...
 
 
@@ -144,7 +167,7 @@ def check_causality(task: Task, model: nn.Module) -> None:
     Raises:
         UserError: the model's `is_causal` differs from the task's `needs_causal`.
     """
-    is_causal = getattr(model, "is_causal", None)
+    is_causal = declarations(model).is_causal
     if task.needs_causal is None or is_causal == task.needs_causal:
         return
     name, task_name = type(model).__name__, type(task).__name__

@@ -15,6 +15,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
+from ehr_embed.models.hazards import MakesHazards
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
@@ -63,21 +64,12 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
 
     losses = {}
     for split in ("train", "tuning"):
-        losses[split], outputs = trainer._predict(model, embedding, split)
+        losses[split], outputs = trainer.evaluate(model, embedding, split)
     tuning_metrics = tuning_values(task, outputs)
     row = {"epoch": 1, "step": 1, "train/loss": losses["train"], "train/events_per_s": n_events / seconds}
     row |= {"tuning/loss": losses["tuning"]}
     row |= {f"tuning/{name}": metric for name, metric in tuning_metrics.items()}
-    progress = Progress(epoch=1, step=1, best_value=tuning_metrics[task.monitor], best_epoch=1)
-    # Readers of a checkpoint expect the states of an optimizer and a schedule, and there are none here.
-    write_latest(
-        trainer.run_dir,
-        model.state_dict(),
-        dict(vars(progress)),
-        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
-        rng_state(),
-    )
-    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
+    keep_fitted(trainer, model, tuning_metrics[task.monitor])
     trainer.log(row, 1)
     return {
         "n_parameters": model.n_fitted(),
@@ -91,6 +83,20 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     }
 
 
+def keep_fitted(trainer: Trainer, model: nn.Module, value: float) -> None:
+    """Write the checkpoints of a model that no epochs have changed; `value` is its monitored metric."""
+    progress = Progress(epoch=1, step=1, best_value=value, best_epoch=1)
+    # Readers of a checkpoint expect the states of an optimizer and a schedule, and there are none here.
+    write_latest(
+        trainer.run_dir,
+        model.state_dict(),
+        dict(vars(progress)),
+        trainer.about | {"optimizer_state_dict": {}, "scheduler_state_dict": {}},
+        rng_state(),
+    )
+    link_file(trainer.run_dir / LATEST, trainer.run_dir / BEST)
+
+
 def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -> None:
     name, task = type(model).__name__, trainer.task
     if trainer.settings.freeze is not None:
@@ -101,12 +107,14 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             "vectors would not be learned. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs "
             "nothing"
         )
-    if not isinstance(task, WeighsSamples):
+    if isinstance(model, MakesHazards):
+        pass  # fitted to times: the task gave them to `set_hazards`
+    elif not isinstance(task, WeighsSamples):
         raise UserError(
             f"{name} is fitted to one class per sample, and the samples of {type(task).__name__} have no single class. "
             "Type: task=classification, once for each label set"
         )
-    if task.label_smoothing:
+    elif task.label_smoothing:
         raise UserError(
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
         )
@@ -118,7 +126,7 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
 
 def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
     """Yield what a model is given of a split, batch by batch."""
-    for batch in trainer._loader(split):
+    for batch in trainer.loader(split):
         yield embedding.inputs(batch.to(trainer.fabric.device))
 
 
@@ -126,13 +134,13 @@ def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterat
 def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, split: str) -> FeatureSet:
     """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
-    assert isinstance(task, WeighsSamples)
     labels: npt.NDArray[Any] = task.samples[split].labels
     blocks = (
         (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
-        for batch in trainer._loader(split)
+        for batch in trainer.loader(split)
     )
-    return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, task.sample_weights(split))
+    weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
+    return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 
 @torch.inference_mode()
@@ -163,6 +171,6 @@ def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) 
 
 def _events(trainer: Trainer) -> tuple[int, int]:
     """Return the number of events of train, without and with padding."""
-    sampler = trainer._loader("train").sampler
+    sampler = trainer.loader("train").sampler
     lengths = trainer.task.dataset("train").lengths
     return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())

@@ -1,19 +1,28 @@
-"""Groups the parameters by learning rate and weight decay, and builds the schedules of the learning rate."""
+"""Groups the parameters by learning rate and weight decay, and builds their optimizer."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, ReduceLROnPlateau, SequentialLR
+from torch.optim import Optimizer
 
-from ehr_embed.core.errors import UserError
+from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.protocol import body_or_none
 
 BLOCK = re.compile(r"body\.(?:\w+\.)*?(?:blocks|layers?|h)\.(\d+)\.")
-SCHEDULES = ("plateau", "cosine", "constant")
 LAST_NORMS = ("body.norm.", "body.final_norm.")
+TRAINERS_OWN = {
+    "params": "model=NAME",
+    "lr": "trainer.learning_rate=RATE",
+    "weight_decay": "trainer.weight_decay=DECAY",
+}
+"""Arguments of an optimizer that the trainer gives, with what a user types for them."""
 
 
 def parameter_groups(
@@ -47,7 +56,9 @@ def parameter_groups(
         UserError: `layer_decay` is below 1 and the model has no blocks that learn.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    # With one rate for all, the groups stay those of earlier versions, whose optimizer states are in checkpoints.
+    block_of = blocks_by_name(model) if layer_decay < 1 else {name: _block(name) for name, _ in named}
+    n_layers = 1 + max((block_of[name] for name, _ in named), default=-1)
     if layer_decay < 1 and not n_layers:
         raise UserError(
             f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
@@ -55,7 +66,7 @@ def parameter_groups(
         )
     groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
+        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - block_of[name]
         groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
     # The embedding is a group of its own, because it stays whole when the model is sharded over processes.
     for parameter in embedding.parameters():
@@ -71,35 +82,121 @@ def parameter_groups(
     ]
 
 
-def schedules(
-    optimizer: Any,
-    name: str,
-    *,
-    warmup_steps: int,
-    total_steps: int,
-    min_learning_rate: float,
-    patience: int,
-    is_higher_better: bool,
-) -> tuple[Any, ReduceLROnPlateau | None]:
-    """Return a scheduler per step (warm-up, then cosine or constant), and a scheduler per epoch for plateau, else None.
+def build_optimizer(make: Any, groups: list[dict[str, Any]], *, is_fused: bool) -> Optimizer:
+    """Return the optimizer of parameter groups.
 
     Args:
-        optimizer: optimizer whose learning rates are scheduled.
-        name: one of `SCHEDULES`.
-        warmup_steps: steps of linear warm-up.
-        total_steps: steps of the whole training, at whose end cosine reaches its minimum.
-        min_learning_rate: least learning rate of plateau and cosine.
-        patience: epochs without improvement after which plateau halves the learning rate.
-        is_higher_better: direction of the monitored metric, for plateau.
+        make: an optimizer without its parameters, see `MakesOptimizer`; `functools.partial` holds its options.
+        groups: those of `parameter_groups`.
+        is_fused: whether an optimizer of torch that has a fused form takes it.
     """
-    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
-    if name == "plateau":
-        mode: Any = "max" if is_higher_better else "min"
-        return warmup, ReduceLROnPlateau(optimizer, mode=mode, factor=0.5, patience=patience, min_lr=min_learning_rate)
-    if name == "constant":
-        return warmup, None
-    after = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup_steps), eta_min=min_learning_rate)
-    return SequentialLR(optimizer, [warmup, after], milestones=[warmup_steps]), None
+    kind, options = kind_of(make), options_of(make)
+    if "fused" in _parameters(kind) and kind.__module__.startswith("torch.optim") and "fused" not in options:
+        options["fused"] = is_fused
+    optimizer: Optimizer = kind(groups, **options)
+    return optimizer
+
+
+def kind_of(make: Any) -> Any:
+    """Return the class or function behind an optimizer without its parameters.
+
+    >>> kind_of(partial(torch.optim.SGD, momentum=0.9)).__name__
+    'SGD'
+    """
+    return make.func if isinstance(make, partial) else make
+
+
+def with_options(make: Any, **options: Any) -> Any:
+    """Return an optimizer without its parameters with further options; those given here win."""
+    return partial(kind_of(make), **(options_of(make) | options))
+
+
+def options_of(make: Any) -> dict[str, Any]:
+    """Return the options of an optimizer without its parameters; torch documents pairs of numbers as tuples."""
+    options = dict(make.keywords) if isinstance(make, partial) else {}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def check_optimizer(make: Any, *, weight_decay: float) -> None:
+    """Refuse an optimizer that cannot be built, by building it for one weight.
+
+    Args:
+        make: an optimizer without its parameters.
+        weight_decay: that of the trainer.
+
+    Raises:
+        UserError: it is no optimizer, its options are wrong or the trainer's, or it knows no weight decay and is asked for one.
+    """
+    if not callable(make):
+        raise UserError(
+            f"trainer.optimizer={make}: expected a mapping with _target_, as the files of conf/trainer/optimizer/ are. "
+            "Type: trainer/optimizer=adamw"
+        )
+    kind, options = kind_of(make), options_of(make)
+    name = getattr(kind, "__name__", str(kind))
+    for key, own in TRAINERS_OWN.items():
+        if key in options:
+            raise UserError(
+                f"trainer.optimizer.{key}={options[key]}: the trainer gives each group of parameters its own. Type: {own}"
+            )
+    parameters = _parameters(kind)
+    takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if unknown := [key for key in options if key not in parameters and not takes_all]:
+        raise unknown_name(
+            f"key of trainer.optimizer for {name}:", unknown[0], [key for key in parameters if key != "params"]
+        )
+    group: dict[str, Any] = {"params": [nn.Parameter(torch.zeros(1, 1))], "lr": 1e-4, "weight_decay": 0.0}
+    try:
+        optimizer = kind([group], **options)
+    except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
+        shown = ", ".join(
+            f"{key}={list(value) if isinstance(value, tuple) else value}" for key, value in options.items()
+        )
+        raise UserError(
+            f"trainer.optimizer: {name}({shown}) cannot be built for a weight ({str(error) or type(error).__name__}). Check the "
+            "keys of its YAML under conf/trainer/optimizer/."
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"trainer.optimizer: {name} gives a {type(optimizer).__name__}, expected a torch.optim.Optimizer, whose groups the "
+            "schedule changes and whose state the checkpoints hold. Type: trainer/optimizer=adamw"
+        )
+    if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
+        raise UserError(
+            f"trainer.weight_decay={weight_decay}: {name} knows no weight decay, so it would have no effect. "
+            "Type: trainer.weight_decay=0"
+        )
+
+
+def _parameters(kind: Any) -> dict[str, Parameter]:
+    return dict(signature(kind).parameters)
+
+
+def blocks_by_name(model: nn.Module) -> dict[str, int]:
+    """Return the index of the block of each parameter, -1 for a parameter in no block.
+
+    Blocks are known by the usual names of their list. In a body that has none of these names they are the members of its
+    longest `nn.ModuleList`.
+
+    >>> class Tower(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         floors = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(2))
+    ...         self.body = nn.ModuleDict({"entrance": nn.Linear(1, 1, bias=False), "floors": floors})
+    >>> blocks_by_name(Tower())
+    {'body.entrance.weight': -1, 'body.floors.0.weight': 0, 'body.floors.1.weight': 1}
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = {name: _block(name) for name in names}
+    if (body := body_or_none(model)) is None or max(found.values(), default=-1) >= 0:
+        return found
+    lists = [(name, module) for name, module in body.named_modules() if isinstance(module, nn.ModuleList)]
+    longest, _ = max(lists, key=lambda item: len(item[1]), default=("", None))
+    prefix = f"body.{longest}."
+    inside = {
+        name: name.removeprefix(prefix).partition(".")[0] for name in names if longest and name.startswith(prefix)
+    }
+    return {name: int(inside.get(name, -1)) for name in names}
 
 
 def _block(name: str) -> int:

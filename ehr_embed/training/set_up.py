@@ -16,8 +16,10 @@ from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.training.ema import Ema
-from ehr_embed.training.optimizer import parameter_groups, schedules
+from ehr_embed.training.optimizer import build_optimizer, parameter_groups
 from ehr_embed.training.processes import Processes
+from ehr_embed.training.protocol import Course, Schedule, warmup_steps_of
+from ehr_embed.training.schedules import start
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import blocks_of
 from ehr_embed.training.state import TrainingState, seed_of_rank, set_rng_state
@@ -109,21 +111,21 @@ def set_up_training(
     )
     # A fused optimizer would scale float16's gradients back within its step, after they were clipped.
     optimizer: Any = fabric.setup_optimizers(
-        torch.optim.AdamW(groups, betas=(settings.betas[0], settings.betas[1]), fused=precision != "16-mixed")
+        build_optimizer(settings.optimizer, groups, is_fused=precision != "16-mixed")
     )
-    scheduler, plateau = schedules(
-        optimizer,
-        settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        total_steps=-(-n_batches // settings.accumulate) * settings.epochs,
+    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
+    course = Course(
+        total_steps=total_steps,
+        warmup_steps=warmup_steps_of(settings.warmup_steps, total_steps),
         min_learning_rate=settings.min_learning_rate,
-        patience=settings.scheduler_patience,
         is_higher_better=task.is_higher_better,
     )
+    assert isinstance(settings.schedule, Schedule)
+    scheduler, warmup, plateau = start(settings.schedule, optimizer, course)
     # After the model is on its device, and with the parameters that the optimizer changes.
     ema = None if settings.ema is None else Ema([*model.parameters(), *embedding.parameters()], settings.ema)
     state = TrainingState(
-        model, embedding, optimizer, scheduler, plateau, fabric.strategy.precision, about, processes, ema=ema
+        model, embedding, optimizer, scheduler, warmup, plateau, fabric.strategy.precision, about, processes, ema=ema
     )
     rng = None if run is None else state.restore(run)
     if rng is None and processes.rank:  # else all ranks would drop and mask the same places

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import link_file
+from ehr_embed.core.moved import ADAMW
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.run_folder.checkpoints import Continuation, write_latest
@@ -136,6 +137,7 @@ class TrainingState:
         embedding: token vectors, which may be learned.
         optimizer: the optimizer.
         scheduler: learning-rate schedule that is stepped after every step.
+        warmup: the warm-up inside it.
         plateau: learning-rate schedule that is stepped after every epoch, if there is one.
         precision: Fabric's precision plugin, which has a state if it scales gradients.
         about: other contents of a checkpoint: configuration, identity, sizes, classes and digest of the samples.
@@ -149,6 +151,7 @@ class TrainingState:
     embedding: EventEmbedding
     optimizer: Any
     scheduler: Any
+    warmup: LinearLR
     plateau: ReduceLROnPlateau | None
     precision: Any
     about: dict[str, Any]
@@ -220,6 +223,12 @@ class TrainingState:
             UserError: the weights or the optimizer state do not fit this model.
         """
         saved = run.checkpoint
+        names = [optimizer_of(config) for config in (saved["config"], self.about["config"])]
+        if names[0] != names[1]:  # torch would load the state of another optimizer, and miss its own at the next step
+            raise UserError(
+                f"{run.path} holds the state of {names[0]}, with which {names[1]} cannot go on. "
+                "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
+            )
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             load_weights(self.model, saved["model_state_dict"])
@@ -270,6 +279,15 @@ class TrainingState:
         if self.plateau.last_epoch:
             for group, saved in zip(self.optimizer.param_groups, saved_groups, strict=True):
                 group["lr"] *= saved["lr"] / saved["initial_lr"]
+
+
+def optimizer_of(config: dict[str, Any]) -> str:
+    """Return the dotted name of the optimizer of a configuration; before it could be chosen it was AdamW.
+
+    >>> optimizer_of({"trainer": {"epochs": 3}}), optimizer_of({"trainer": {"optimizer": {"_target_": "my.lion.Lion"}}})
+    ('torch.optim.AdamW', 'my.lion.Lion')
+    """
+    return str(config.get("trainer", {}).get("optimizer", {}).get("_target_", ADAMW))
 
 
 def rng_state() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,18 @@ class Teacher:
         return replace(batch, labels=self.targets.to(batch.labels.device)[batch.sample])
 
 
-def teacher_model(name: str | None, vocabulary: Vocabulary, sizes: dict[str, Any]) -> GBM | None:
-    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` as a model's."""
+def teacher_model(
+    name: str | None,
+    vocabulary: Vocabulary,
+    sizes: dict[str, Any],
+    *,
+    windows_hours: Sequence[float] | None = None,
+) -> GBM | None:
+    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` as a model's. Where the model that it
+    teaches reads windows of hours before the prediction, the teacher reads the same."""
     if name is None:
         return None
-    model = GBM(**sizes, **OPTIONS)
+    model = GBM(**sizes, **OPTIONS, windows_hours=windows_hours)
     model.set_vocabulary(vocabulary)
     return model
 

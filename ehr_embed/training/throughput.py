@@ -13,6 +13,7 @@ from torch import nn
 
 from ehr_embed.models.body import Body
 from ehr_embed.models.heads import EventHead
+from ehr_embed.models.protocol import body_or_none, declarations
 
 log = logging.getLogger(__name__)
 PEAKS = {
@@ -79,13 +80,13 @@ def training_flops(model: nn.Module, n_tokens: int) -> TrainingFlops | None:
         model: the model that is trained.
         n_tokens: size V of the vocabulary, whose tokens a decoder that predicts events scores after every event.
     """
-    body, head = getattr(model, "body", None), getattr(model, "head", None)
+    body, head = body_or_none(model), getattr(model, "head", None)
     if not isinstance(body, Body):
         return None
     matrices = [p for name, p in body.named_parameters() if p.ndim == 2 and not name.startswith("input.project.")]
     passes = 3 if any(p.requires_grad for p in body.parameters()) else 1
     per_event = passes * 2.0 * sum(p.numel() for p in matrices)
-    is_causal, model_dim = bool(getattr(model, "is_causal", False)), len(body.norm.weight)
+    is_causal, model_dim = bool(declarations(model).is_causal), len(body.norm.weight)
     if is_causal and isinstance(head, EventHead):
         per_event += 6.0 * n_tokens * model_dim
     return TrainingFlops(per_event, passes * 4.0 * model_dim * len(body.blocks) / (2 if is_causal else 1))

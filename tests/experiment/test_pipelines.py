@@ -91,5 +91,5 @@ def test_the_sweep_compares_them_in_one_table(tmp_path):
     memory = table["peak_memory_mib"]
     assert memory["text_based"] > memory["token_based"] + 200
     assert memory["text_based"] > memory["embedded_based"]
-    assert "iteration speed, ms a step" in (tmp_path / "multirun" / "pipelines" / "pipelines.md").read_text()
+    assert "iteration speed, ms per step" in (tmp_path / "multirun" / "pipelines" / "pipelines.md").read_text()
     assert "text_based" in output

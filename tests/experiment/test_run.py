@@ -281,8 +281,9 @@ def test_readme_commands_compose(line, tiny, tmp_path, inside):
 
 def test_every_group_and_option_stands_in_the_readme():
     text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "conf").glob("*/*.yaml"):
-        row = re.search(rf"^\| `{path.parent.name}` \|(.*)$", text, flags=re.MULTILINE)
+    for path in [*(ROOT / "conf").glob("*/*.yaml"), *(ROOT / "conf" / "trainer").glob("*/*.yaml")]:
+        group = path.parent.relative_to(ROOT / "conf").as_posix()
+        row = re.search(rf"^\| `{group}` \|(.*)$", text, flags=re.MULTILINE)
         assert row, path
         assert f"`{path.stem}`" in row.group(1), path
 

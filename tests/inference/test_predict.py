@@ -89,6 +89,22 @@ def test_labels_choose_times_and_are_written_along(folder, new):
         predicted(folder, f"data.root={new}", "task.labels=other")
 
 
+def test_unlabelled_times_are_enough(folder, new, tmp_path):
+    times = pl.read_parquet(new / "labels" / "later" / "0.parquet").select("subject_id", "prediction_time")
+    times.write_parquet(tmp_path / "times.parquet")
+    found = predicted(folder, f"data.root={new}", f"task.labels={tmp_path / 'times.parquet'}")
+    assert found.columns == ["subject_id", "prediction_time", "probability_false", "probability_true"]
+    assert found.select("subject_id", "prediction_time").equals(times)
+    labelled = predicted(folder, f"data.root={new}", "task.labels=later")
+    np.testing.assert_allclose(found["probability_true"], labelled["predicted_boolean_probability"], atol=1e-6)
+    nulls = times.with_columns(boolean_value=pl.lit(None, pl.Boolean))  # as MEDS-DEV and ACES write an empty column
+    nulls.write_parquet(tmp_path / "times.parquet")
+    assert predicted(folder, f"data.root={new}", f"task.labels={tmp_path / 'times.parquet'}").equals(found)
+    nulls.with_columns(subject_id=pl.Series([1, None])).write_parquet(tmp_path / "times.parquet")
+    with pytest.raises(UserError, match="row 1: 1 null fields"):
+        predicted(folder, f"data.root={new}", f"task.labels={tmp_path / 'times.parquet'}")
+
+
 def test_a_run_without_its_threshold_gives_probabilities_only(folder, new, tmp_path):
     shutil.copytree(folder / "moved", tmp_path / "moved")
     (tmp_path / "moved" / "metrics.json").unlink()

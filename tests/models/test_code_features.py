@@ -16,6 +16,8 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.code_features import CodeFeatures
 from tests.helpers.code_batches import CODES, NAN, batch, event, vocabulary
 
+WINDOWS = [24.0, 240.0, 24_000.0]
+
 
 def fitted(records, *, words: Vocabulary | None = None, values: bool = True, **options) -> CodeFeatures:
     features = CodeFeatures(**{"has_values": values, "max_codes": 10, "times": True, **options})
@@ -35,8 +37,17 @@ def by_hand(record, name: str) -> float:
         return len(mine)
     if summary.startswith("years"):
         return (days[0] if summary == "years_since_first" else days[-1]) / 365.25 if days else NAN
+    if "_" in summary:
+        what, hours = summary.rsplit("_", 1)
+        end = float(hours.removesuffix("h"))
+        start = max([0.0, *(h for h in WINDOWS if h < end)])
+        inside = [(d, v) for _, d, v in mine if (start < d * 24 <= end) or (start == 0 and d == 0)]
+        there = [v for _, v in inside if not math.isnan(v)]
+        return len(inside) if what == "count" else sum(there) / len(there) if there else NAN
     if not values:
         return NAN
+    if summary == "sd":
+        return math.sqrt(sum((v - sum(values) / len(values)) ** 2 for v in values) / len(values))
     return {
         "first": values[0],
         "last": values[-1],
@@ -70,6 +81,24 @@ def test_features_are_those_of_a_loop(records):
     # Neither padding nor the neighbours change anything, not in the last digit.
     for row, record in enumerate(records):
         assert torch.equal(features(batch([record], 16))[0].nan_to_num(-99), found[row].nan_to_num(-99))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(one_record, min_size=1, max_size=4))
+def test_windows_are_those_of_a_loop(records):
+    if all(token == 1 for record in records for token, _, _ in record):
+        return
+    features = fitted(records, windows_hours=WINDOWS)
+    assert features.names[: len(fitted(records).names)] == fitted(records).names, "windows come on top"
+    found = features(batch(records))
+    expected = [[by_hand(record, name) for name in features.names] for record in records]
+    np.testing.assert_allclose(found.numpy(), np.array(expected, np.float32), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hours", [[24, 12], [0, 12], [12, 12]])
+def test_windows_that_do_not_follow_each_other_are_refused(hours):
+    with pytest.raises(UserError, match=r"model\.windows_hours=\[12,24,36,48\]"):
+        fitted([[(2, 1.0, 1.0)]], windows_hours=hours)
 
 
 def test_static_events_count_and_padding_and_unknown_do_not():

@@ -1,0 +1,1 @@
+"""Members of ehr_embed of this project's own."""

@@ -1,0 +1,344 @@
+"""Ask a run with a hazard head for outcomes: in words, by codes, or those that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.data.batches import BatchDataset, BucketSampler
+from ehr_embed.data.event_set import EventSet
+from ehr_embed.data.outcomes import TokenPlaces, follow_up
+from ehr_embed.data.samples import Samples
+from ehr_embed.data.store import SplitEvents
+from ehr_embed.data.vocabulary import FIRST_TOKEN
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.trained_run import TrainedRun, open_run
+from ehr_embed.models.hazards import HazardSizes, cumulative_incidence, hazard_sizes, outcome_inputs
+from ehr_embed.training.precision import autocast_of_run
+
+N_TIMES = 12
+"""Times up to the horizon at which a risk curve is given."""
+NEAREST_RATES = 3
+"""Events whose mean log rate a literal question starts from."""
+
+
+class FoundEvent(NamedTuple):
+    """An event of the vocabulary that a question was resolved to.
+
+    Attributes:
+        code, text: of the event.
+        cosine: likeness of its text to the question; NaN where the event was named by its code.
+        count: its events in train.
+    """
+
+    code: str
+    text: str
+    cosine: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """An outcome that is asked for.
+
+    Attributes:
+        name: the words, or a name.
+        tokens: the events of the vocabulary that count as the outcome; for a literal question those nearest to the text.
+        events: the same for reading.
+        vector: (E,) the text's own vector, for a literal question; None = the mean of the events' vectors.
+        log_rates: (J,) rate that the head starts from.
+    """
+
+    name: str
+    tokens: list[int]
+    events: list[FoundEvent]
+    vector: Tensor | None
+    log_rates: Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The risks of all subjects for all questions.
+
+    Attributes:
+        questions: the questions, with the events that each was resolved to.
+        days: (G,) times after the prediction, of which the last is the horizon.
+        times: one row per prediction: subject_id, prediction_time.
+        incidence: (n, Q, G) probability that the outcome has happened by each time.
+        has_prior: (n, Q) whether the record has the outcome's events already.
+    """
+
+    questions: list[Question]
+    days: list[float]
+    times: pl.DataFrame
+    incidence: npt.NDArray[np.float64]
+    has_prior: npt.NDArray[np.bool_]
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """Return one row per prediction: subject_id, prediction_time, and per question NAME/risk (at the horizon), NAME/has_prior
+        and NAME/survival, the list of the probabilities that the outcome has not happened by each of `days`."""
+        columns: dict[str, Any] = {}
+        for number, question in enumerate(self.questions):
+            columns[f"{question.name}/risk"] = self.incidence[:, number, -1].astype(np.float32)
+            columns[f"{question.name}/has_prior"] = self.has_prior[:, number]
+            survival = (1 - self.incidence[:, number]).astype(np.float32)
+            columns[f"{question.name}/survival"] = pl.Series(survival.tolist(), dtype=pl.List(pl.Float32))
+        return self.times.with_columns(**{name: pl.Series(name, values) for name, values in columns.items()})
+
+
+class Asker(Predictor):
+    """A finished run of task=time_to_event that is ready to be asked; `ehr_embed.load` returns one for such a run.
+
+    Args:
+        run_dir: the run's folder.
+        device: torch device on which the model runs.
+        trusted_packages: further packages from which the run's `_target_`s may come.
+        run: the run, if it is open already.
+
+    Raises:
+        UserError: the run has no hazard head.
+    """
+
+    def _check(self, run_dir: str | Path) -> None:
+        if hazard_sizes(self.run.model) is None:
+            raise UserError(
+                f"run={run_dir} was not trained on times to events, so it cannot be asked for an outcome. Type: python train.py "
+                "experiment=pretrain_hazards data.root=DIR run_dir=RUN_DIR, and ask that run"
+            )
+
+    @property
+    def sizes(self) -> HazardSizes:
+        """Return the facts of the run's hazard head."""
+        sizes = hazard_sizes(self.run.model)
+        assert sizes is not None
+        return sizes
+
+    def questions(
+        self,
+        asked: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
+        *,
+        literal: bool = False,
+        n_events: int = 8,
+        min_cosine: float = 0.5,
+        margin: float = 0.1,
+    ) -> list[Question]:
+        """Resolve questions to events of the run's vocabulary.
+
+        Args:
+            asked: words, each of which is one outcome; or name -> codes, code_pattern or text_pattern; empty = the outcomes that
+                the run was trained on.
+            literal: whether the head gets the words' own vector in place of that of the nearest events.
+            n_events: most events that words are resolved to.
+            min_cosine: least cosine of an event's text to the words.
+            margin: an event whose cosine is lower than the nearest event's by more than this is left out.
+
+        Raises:
+            UserError: no event is near enough, or there is nothing to ask.
+        """
+        check_range("n_events", n_events, 1)
+        sizes = self.sizes
+        if isinstance(asked, str):
+            raise UserError(f"questions={asked}: expected a list, in brackets: [{asked}].")
+        if sizes.vectors == "learned" and asked:
+            raise UserError(
+                f"this run has a learned vector for each of its outcomes, {', '.join(sizes.names)}, so it can be asked for no "
+                "others. Leave the questions out, or train with task.outcome_vectors=text"
+            )
+        if not asked:
+            if not sizes.names:
+                raise UserError("no question: expected words, such as questions=[osteoarthritis], or codes=[CODE]")
+            return [
+                Question(name, tokens, self._events_of(tokens), None, torch.tensor(rates))
+                for name, tokens, rates in zip(sizes.names, sizes.tokens, sizes.log_rates, strict=False)
+            ]
+        if isinstance(asked, Mapping):
+            return [self._by_code(name, EventSet(**keys)) for name, keys in asked.items()]
+        if empty := [words for words in asked if not str(words).strip()]:
+            raise UserError(
+                f"questions={list(asked)}: {len(empty)} of them are empty, and no words have no meaning to embed."
+            )
+        if repeated := sorted({words for words in asked if list(asked).count(words) > 1}):
+            raise UserError(f"questions={list(asked)}: {repeated[0]} is asked twice. Leave one out")
+        if not self._reads_vectors or not self._embedder.reads_text:
+            raise UserError(
+                "this run's embedder has vectors for its own vocabulary only, so it cannot read a question in words. Type: "
+                "codes=[CODE,CODE]"
+            )
+        vectors = self._vectors(list(asked))
+        chosen = {"n_events": n_events, "min_cosine": min_cosine, "margin": margin}
+        return [
+            self._in_words(words, vector, literal=literal, **chosen)
+            for words, vector in zip(asked, vectors, strict=True)
+        ]
+
+    def _in_words(
+        self, words: str, vector: Tensor, *, literal: bool, n_events: int, min_cosine: float, margin: float
+    ) -> Question:
+        vocabulary, table = self.run.vocabulary, self.run.embedding.table.cpu()
+        counts = torch.from_numpy(vocabulary.tokens["count"].to_numpy().copy())
+        # A code is one event whatever its value: its plain token's text says it.
+        plain = torch.from_numpy(np.unique(vocabulary.plain_tokens[FIRST_TOKEN:]))
+        cosine = F.cosine_similarity(table[plain], vector[None], dim=1)
+        order = cosine.argsort(descending=True, stable=True)
+        best = float(cosine[order[0]])
+        near = [i for i in order[:n_events].tolist() if cosine[i] >= max(min_cosine, best - margin)]
+        if not near and not literal:
+            listed = "; ".join(f"{vocabulary.texts[int(plain[i])]} ({cosine[i]:.2f})" for i in order[:3].tolist())
+            raise UserError(
+                f"question {words!r}: no event of the run's vocabulary has a text with a cosine of min_cosine={min_cosine} or "
+                f"more; the nearest are {listed}. Type: min_cosine=SMALLER if one of them is meant, codes=[CODE], or literal=true "
+                "to give the model the words themselves"
+            )
+        if literal:
+            near = order[:NEAREST_RATES].tolist()
+        own = self._with_bins([int(plain[i]) for i in near])
+        found = [
+            FoundEvent(
+                str(vocabulary.token_codes[int(plain[i])]),
+                vocabulary.texts[int(plain[i])],
+                float(cosine[i]),
+                int(counts[self._with_bins([int(plain[i])])].sum()),
+            )
+            for i in near
+        ]
+        if not literal:
+            return Question(words, own, found, None, self.sizes.rates_of([own])[0])
+        rates = self.sizes.rates_of([self._with_bins([int(plain[i])]) for i in near]).mean(0)
+        return Question(words, own, found, vector, rates)
+
+    def _with_bins(self, plain: list[int]) -> list[int]:
+        """Return the tokens of codes, those of their value bins included."""
+        return np.flatnonzero(np.isin(self.run.vocabulary.plain_tokens, plain)).tolist()
+
+    def _by_code(self, name: str, events: EventSet) -> Question:
+        tokens = list(events.tokens(self.run.vocabulary))
+        if not tokens:
+            raise UserError(
+                f"question {name!r}: no event of the run's vocabulary is in {events}. vocabulary/vocab.csv in the run's folder "
+                "lists the codes and texts."
+            )
+        return Question(name, tokens, self._events_of(tokens), None, self.sizes.rates_of([tokens])[0])
+
+    def _events_of(self, tokens: list[int]) -> list[FoundEvent]:
+        vocabulary = self.run.vocabulary
+        counts, found = vocabulary.tokens["count"].to_numpy(), {}
+        for token in tokens:
+            code = str(vocabulary.token_codes[token])
+            text = vocabulary.texts[int(vocabulary.plain_tokens[token])]
+            n = found[code].count if code in found else 0
+            found[code] = FoundEvent(code, text, float("nan"), n + int(counts[token]))
+        return sorted(found.values(), key=lambda event: -event.count)
+
+    def ask(
+        self,
+        questions: Sequence[str] | Mapping[str, Mapping[str, Any]] | Sequence[Question],
+        root: str | Path | None = None,
+        *,
+        horizon_days: float = 365.0,
+        labels: str | None = None,
+        split: str | None = "held_out",
+        lookups: Sequence[str] = (),
+        **how: Any,
+    ) -> Answers:
+        """Return the risk of each outcome for the subjects of a MEDS dataset.
+
+        Args:
+            questions: as in `questions`, or what it returned.
+            root: root of the dataset; None = that on which the run was trained.
+            horizon_days: days after the prediction; the curve has twelve times up to it.
+            labels: label set (name or path) at whose prediction times to predict; None = at each subject's last event.
+            split: split of the subjects; None = all.
+            lookups: CSV files with texts of codes that the run never saw.
+            how: options of `questions`.
+
+        Raises:
+            UserError: the horizon is not above 0, or as `questions` and `predict_proba`.
+        """
+        if not horizon_days > 0:
+            raise UserError(
+                f"horizon_days={horizon_days}: expected a number of days above 0: within 0 days nothing can happen."
+            )
+        resolved: list[Question] = (
+            list(questions)  # type: ignore[arg-type]
+            if not isinstance(questions, Mapping) and len(questions) and isinstance(questions[0], Question)
+            else self.questions(questions, **how)  # type: ignore[arg-type]
+        )
+        if root is None:
+            root = (self.run.config.get("data") or {}).get("root")
+            if root is None:
+                raise UserError(
+                    "data.root is not set, and the run does not say where its own data lie. Type: data.root=DIR"
+                )
+        data = self.read(str(root), labels=labels, split=split, lookups=lookups)
+        days = (horizon_days * np.arange(1, N_TIMES + 1) / N_TIMES).tolist()
+        incidence = self._incidence(data.events, data.samples, data.embedding, resolved, days)
+        tokens = [question.tokens for question in resolved]
+        places = TokenPlaces(data.events, len(data.vocabulary))
+        prior = follow_up(data.events, data.samples, tokens, places=places, excludes_prior=False).has_prior
+        times = pl.DataFrame(
+            {
+                "subject_id": data.samples.subject_ids,
+                "prediction_time": data.samples.prediction_times.astype("datetime64[us]"),
+            }
+        )
+        return Answers(resolved, days, times, incidence, prior)
+
+    @torch.inference_mode()
+    def _incidence(
+        self,
+        events: SplitEvents,
+        samples: Samples,
+        embedding: EventEmbedding,
+        questions: list[Question],
+        days: list[float],
+    ) -> npt.NDArray[np.float64]:
+        """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
+        embedding.to(self.device)
+        sizes, trainer = self.sizes, self.run.config["trainer"]
+        sets, rates = [question.tokens for question in questions], [question.log_rates for question in questions]
+        rival = None
+        if sizes.competing and not all(set(sizes.competing) <= set(own) for own in sets):
+            rival = len(sets)
+            sets = [*sets, sizes.competing]
+            known = sizes.competing_at
+            own_rates = None if known is None else torch.tensor(sizes.log_rates[known])
+            rates = [*rates, sizes.rates_of([sizes.competing])[0] if own_rates is None else own_rates]
+        ids = sizes.vectors == "learned"
+        asked = outcome_inputs(embedding.table, sets, torch.stack(rates), ids=ids)
+        for number, question in enumerate(questions):
+            if question.vector is not None:
+                asked["outcome_vectors"][number] = question.vector.to(self.device)
+                asked["outcome_sizes"][number] = 1
+        competes = [rival is not None and not set(sizes.competing) <= set(own) for own in sets]
+        dataset = BatchDataset(events, samples)
+        batches = BucketSampler(
+            dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
+        )
+        edges, grid = torch.tensor(sizes.edges, device=self.device), torch.tensor(days, device=self.device)
+        result = np.empty((len(samples), len(questions), len(days)))
+        with autocast_of_run(trainer["precision"], self.run.precision, self.device):
+            for rows in batches:
+                log_hazard = self.run.model(embedding.inputs(dataset[rows].to(self.device)) | asked)
+                members = log_hazard.unsqueeze(1) if log_hazard.ndim == 3 else log_hazard
+                risk = cumulative_incidence(members, grid, edges, competing_at=rival, competes=competes).mean(1)
+                result[rows] = risk[:, : len(questions)].double().cpu().numpy()
+        return result
+
+
+def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> Predictor:
+    """Open a finished run: an `Asker` if it has a hazard head, else a `Predictor`."""
+    run: TrainedRun = open_run(run_dir, trusted=tuple(trusted_packages))
+    kind = Predictor if hazard_sizes(run.model) is None else Asker
+    return kind(run_dir, device=device, trusted_packages=trusted_packages, run=run)

@@ -1,0 +1,1 @@
+"""Installed as `ehr_embed.sweeps`: one YAML per search or grid."""

@@ -1,0 +1,81 @@
+"""`ehr-embed`: every command is found, answers help without torch, and completes in the shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ehr_embed.console import main as console
+from ehr_embed.core.errors import UserError
+from tests.helpers.small_meds import ROOT
+
+
+def type_(*arguments: str, code: int = 0, **variables: str) -> str:
+    command = [sys.executable, "-m", "ehr_embed", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_every_command_at_the_top_is_a_command_of_the_program():
+    modules = {path.stem for path in (ROOT / "ehr_embed").glob("*.py")} - {"__init__", "__main__", "api"}
+    assert modules <= set(console.COMMANDS)
+    assert all(f"  {name} " in console.usage() for name in console.COMMANDS)
+
+
+def test_no_command_loads_torch_before_it_works():
+    modules = ", ".join(command.module for command in console.COMMANDS.values())
+    code = f"import sys, ehr_embed.console.main, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_command_of_the_documents_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "ehr_embed" / "console").rglob("*.md")]
+    named = {
+        (page.name, name) for page in pages for name in re.findall(r"^ehr-embed ([a-z]\S*)", page.read_text(), re.M)
+    }
+    assert len(named) >= 3
+    assert {(page, name) for page, name in named if name not in console.COMMANDS} == set()
+
+
+def test_a_misspelt_command_is_named():
+    assert "did you mean 'predict'" in type_("predit", code=2)
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "compare", "migrate"])
+def test_a_command_has_help(name):
+    assert name in type_(name, "--help")
+
+
+def test_messages_name_what_the_user_typed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["ehr-embed", "migrate", str(tmp_path / "absent.yaml")])
+    with pytest.raises(SystemExit):
+        console.main()
+    assert "Type: ehr-embed migrate OLD.yaml" in capsys.readouterr().err
+    assert str(UserError("Type: python train.py data=meds")) == "Type: python train.py data=meds", "as before"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("ehr-embed tr", "train"),
+        ("ehr-embed train model=encoder_", "model=encoder_small"),
+        ("ehr-embed predict spl", "split="),
+        ("ehr-embed train sweeps=encoder", "sweeps=encoder_tpe"),
+        ("ehr-embed compare ", ""),
+    ],
+)
+def test_the_shell_completes_commands_options_and_keys(line, found):
+    assert type_("-sc", "query=bash", COMP_LINE=line).strip() == found
+
+
+def test_the_completion_is_installed_for_the_program():
+    code = (
+        "import sys; sys.argv = ['ehr-embed', '-sc', 'install=bash']; from ehr_embed.console.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("-F hydra_bash_completion ehr-embed")

@@ -1,0 +1,66 @@
+"""model=cox: planted coefficients are found, tuning chooses the penalty, and only times are fitted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.models.cox import Cox
+from ehr_embed.models.feature_table import FeatureTable
+from ehr_embed.models.hazards import hazard_nll
+from ehr_embed.models.protocol import FeatureSet
+from tests.models.test_hazards import sizes
+
+
+def split(seed: int, n: int = 1500) -> FeatureSet:
+    """Three features, of which the first raises the hazard of outcome a and lowers that of b; the third is missing at times."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 3)).astype(np.float32)
+    rate = np.stack([0.1 * np.exp(x[:, 0]), 0.05 * np.exp(-x[:, 0])], axis=1)
+    event, censor = rng.exponential(1 / rate), rng.uniform(1, 20, (n, 1))
+    days, status = np.minimum(event, censor), event <= censor
+    days[:50, 1], status[:50, 1] = np.nan, 3  # not asked for
+    x[rng.random(n) < 0.2, 2] = np.nan
+    labels = np.concatenate([days, status], axis=1).astype(np.float32)
+    return FeatureSet(FeatureTable.from_blocks([(np.arange(n), x)], n), labels, np.ones(n))
+
+
+def fitted() -> Cox:
+    model = Cox(embedding_dim=8, n_penalties=15)
+    model.set_hazards(sizes())
+    model.fit(split(0), split(1), score=lambda outputs: 0.0, is_higher_better=False, seed=0)
+    return model
+
+
+def test_planted_coefficients_and_baselines_are_found():
+    model = fitted()
+    weight = model.fitted["weight"].numpy()
+    assert weight[0, 0] == pytest.approx(1, abs=0.15)
+    assert weight[1, 0] == pytest.approx(-1, abs=0.15)
+    assert abs(weight[:, 1:]).max() < 0.1
+    # A standardised feature has mean 0, so the baseline is the rate at x = 0.
+    np.testing.assert_allclose(model.fitted["baseline"].exp().numpy(), [[0.1] * 3, [0.05] * 3], rtol=0.25)
+    other = Cox(embedding_dim=8)
+    other.set_extra_state(model.get_extra_state())
+    assert other.n_fitted() == model.n_fitted() >= 8
+
+
+def test_the_likelihood_of_new_subjects_is_near_that_of_the_truth():
+    model, new = fitted(), split(2)
+    x = torch.from_numpy(np.nan_to_num(new.features.dense(slice(None)))).double()
+    state = model.fitted
+    log_hazard = ((x - state["mean"]) / state["scale"] @ state["weight"].T).unsqueeze(-1) + state["baseline"]
+    truth = torch.stack([np.log(0.1) + x[:, 0], np.log(0.05) - x[:, 0]], 1).unsqueeze(-1).expand(-1, 2, 3)
+    days, status = torch.from_numpy(new.labels[:, :2]).double(), torch.from_numpy(new.labels[:, 2:]) == 1
+    edges = torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64)
+    found, best = (float(hazard_nll(own, days, status, edges).sum(1).mean()) for own in (log_hazard, truth))
+    assert best < found < best + 0.02
+
+
+def test_without_times_it_says_what_to_type():
+    with pytest.raises(UserError, match="task=time_to_event"):
+        Cox(embedding_dim=8).fit(split(0, 10), split(1, 10), score=lambda x: 0.0, is_higher_better=False, seed=0)
+    with pytest.raises(UserError, match=r"task\.outcomes"):
+        Cox(embedding_dim=8).set_hazards(sizes(names=[]))

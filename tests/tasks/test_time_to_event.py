@@ -1,0 +1,275 @@
+"""task=time_to_event: targets equal the oracle, a planted risk is found and asked for in words, bad input is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import ehr_embed
+from ehr_embed.ask import ask
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
+from ehr_embed.data.samples import build_samples, window_samples
+from ehr_embed.data.store import EventStore, build_store
+from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.experiment.run import run
+from ehr_embed.inference.asker import Asker
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.tasks.hazards_everywhere import targets
+from ehr_embed.tasks.set_up import set_up
+from ehr_embed.tasks.time_to_event import TimeToEvent
+from tests.helpers.configs import composed
+from tests.helpers.small_meds import Event, write_meds
+
+TEXTS = [
+    ("SMOKE", "Tobacco smoking", None),
+    ("VISIT", "Visit to the clinic", None),
+    ("MI", "Myocardial infarction", None),
+    ("FLU", "Influenza", None),
+    ("MEDS_DEATH", "Death", None),
+    ("END", "End of follow-up", None),
+]
+
+
+def write_smokers(root: Path, *, n: int = 90) -> Path:
+    """Records of 40 to 60 days: smokers have an infarction at a rate of 0.05 a day from day 10 on, others of 0.005; some die."""
+    rng, splits, labels = np.random.default_rng(0), {}, []
+    for number, split in enumerate(SPLITS):
+        splits[split] = []
+        for subject in range(1000 * number, 1000 * number + n):
+            smokes = subject % 2 == 0
+            events: list[Event] = [(subject, 0.0, "VISIT", None)]
+            events += [(subject, float(day), "SMOKE" if smokes else "FLU", None) for day in (2, 5, 9)]
+            events.append((subject, 10.0, "VISIT", None))
+            end = float(rng.uniform(40, 60))
+            infarction = 10 + float(rng.exponential(20 if smokes else 200))
+            death = 10 + float(rng.exponential(300))
+            events += [(subject, day, "VISIT", None) for day in np.arange(15.0, min(end, death), 5.0)]
+            if infarction < min(end, death):
+                events.append((subject, infarction, "MI", None))
+            events.append((subject, death, "MEDS_DEATH", None) if death < end else (subject, end, "END", None))
+            splits[split] += sorted(events, key=lambda event: event[1])
+            labels.append((subject, 10.0, bool(infarction < min(40, end, death))))
+    return write_meds(root, splits, codes=TEXTS, labels={"infarction_30d": labels})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_smokers(tmp_path_factory.mktemp("smokers") / "set")
+
+
+@pytest.fixture(scope="module")
+def store(root) -> EventStore:
+    return build_store(root.parent / "store", MedsSource(root=str(root)), VocabularySettings(values="none"))
+
+
+def small(root: Path, name: str, *overrides: str) -> list[str]:
+    return [
+        "data=meds", f"data.root={root}", f"run_dir={root.parent / name}", f"cache_dir={root.parent / 'cache'}", "data.values=none",
+        "task=time_to_event", "embedder=hashing", "trainer=short", "trainer.n_bootstrap=20", "audit=off",
+        "trainer.precision=32-true", "trainer.warmup_steps=5", *overrides,
+    ]  # fmt: skip
+
+
+INFARCTION = (
+    "task.outcomes={infarction: {text_pattern: infarct}}",
+    "task.times=infarction_30d",
+    "task.horizons_days=[10,30]",
+)
+
+
+@pytest.fixture(scope="module")
+def once(root) -> Path:
+    """A run that was trained on infarctions from day 10 on."""
+    run(composed(*small(root, "once", *INFARCTION, "task.end_of_follow_up=[END]", "model=mean_pool", "trainer.epochs=15",
+                        "trainer.learning_rate=1e-2", "task.n_bins=2", "task.width=4")))  # fmt: skip
+    return root.parent / "once"
+
+
+@pytest.fixture(scope="module")
+def everywhere(root) -> Path:
+    """A run that was pretrained on all codes but infarctions, and on unions of them."""
+    run(composed(*small(root, "everywhere", "task.outcomes=auto", "model=decoder_small", "model.pooling=last", "trainer.epochs=25",
+                        "trainer.learning_rate=5e-3", "task.n_bins=3", "task.width=8", "task.auto.min_events=5",
+                        "model.max_length=64") ))  # fmt: skip
+    return root.parent / "everywhere"
+
+
+def test_a_planted_risk_is_found_and_written(once):
+    metrics = json.loads((once / "metrics.json").read_text())
+    held_out = metrics["held_out"]
+    assert 0.65 < held_out["concordance"]["value"] < 0.9
+    assert held_out["concordance"]["low"] < held_out["concordance"]["value"] < held_out["concordance"]["high"]
+    assert held_out["auroc_t"]["value"] > 0.65
+    assert held_out["n_competing"] > 0
+    at = held_out["at_horizons"]["30"]
+    assert abs(at["predicted"] - at["observed"]) < 0.15
+    found = pl.read_parquet(once / "predictions" / "held_out.parquet")
+    assert found.columns[:2] == ["subject_id", "prediction_time"]
+    assert set(found["infarction/status"]) == {"event", "censored", "competing"}
+    assert (found["infarction/risk_30d"] > found["infarction/risk_10d"]).all()
+    smokes = found["subject_id"] % 2 == 0
+    risks = found["infarction/risk_30d"]
+    assert risks.filter(smokes).mean() > 2 * risks.filter(~smokes).mean()
+    assert (once / "plots" / "risk_groups_infarction.png").is_file()
+
+
+def test_a_run_is_asked_for_its_own_outcome_in_python_and_on_the_command_line(once, root):
+    asker = ehr_embed.load(once)
+    assert isinstance(asker, Asker)
+    answers = asker.ask([], root, horizon_days=30, labels="infarction_30d")
+    written = pl.read_parquet(once / "predictions" / "held_out.parquet")
+    both = written.join(answers.frame, on=["subject_id", "prediction_time"])
+    assert len(both) == len(written)
+    np.testing.assert_allclose(both["infarction/risk"], both["infarction/risk_30d"], atol=1e-5)
+    folder = ask(composed(f"run={once}", f"data.root={root}", "horizon_days=30", "labels=infarction_30d", "n_bootstrap=10",
+                          f"output={once.parent / 'asked'}", name="ask"))  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["held_out"]["auroc"]["value"] > 0.65
+    survival = pl.read_parquet(folder / "answers.parquet")["infarction/survival"]
+    assert (survival.list.len() == 12).all()
+    assert survival.list.diff().list.slice(1).list.max().max() <= 0  # survival never rises
+    assert len(list((folder / "plots").iterdir())) == 1
+
+
+def test_pretraining_beats_constant_rates_and_answers_in_words(everywhere, root):
+    metrics = json.loads((everywhere / "metrics.json").read_text())["held_out"]
+    assert metrics["gain"]["value"] > 0.1
+    asker = ehr_embed.load(everywhere)
+    answers = asker.ask(["Myocardial infarction", "Influenza"], root, horizon_days=30, labels="infarction_30d")
+    assert [event.code for event in answers.questions[0].events] == ["MI"]
+    smokes = (answers.frame["subject_id"] % 2 == 0).to_numpy()
+    risk = answers.incidence[:, 0, -1]
+    assert risk[smokes].mean() > 1.3 * risk[~smokes].mean()
+    assert answers.has_prior[:, 1].mean() == 0.5
+    with pytest.raises(UserError, match="min_cosine"):
+        asker.questions(["zzzz qqqq xxxx"])
+    literal = asker.ask(["zzzz qqqq xxxx"], root, literal=True)
+    assert np.isfinite(literal.incidence).all()
+    by_code = asker.ask({"heart": {"codes": ["MI"]}}, root, horizon_days=30, labels="infarction_30d")
+    np.testing.assert_allclose(by_code.incidence[:, 0], answers.incidence[:, 0], atol=1e-6)
+
+
+def test_a_run_that_predicts_no_times_says_how_to_get_one(root, tmp_path):
+    run(composed("data=meds", f"data.root={root}", f"run_dir={tmp_path / 'classes'}", f"cache_dir={root.parent / 'cache'}",
+                 "data.values=none", "embedder=hashing", "model=mean_pool", "trainer=short", "trainer.epochs=1",
+                 "trainer.n_bootstrap=0", "task.labels=infarction_30d", "audit=off"))  # fmt: skip
+    with pytest.raises(UserError, match="experiment=pretrain_hazards"):
+        Asker(tmp_path / "classes")
+    from ehr_embed.inference.predictor import Predictor
+
+    with pytest.raises(UserError, match=r"ehr_embed\.ask"):
+        Predictor(root.parent / "once") if (root.parent / "once").exists() else Predictor(root.parent / "everywhere")
+
+
+@pytest.mark.parametrize("excludes_prior", [True, False])
+def test_targets_of_whole_records_equal_those_of_single_prediction_times(store, excludes_prior):
+    events, V = store.split("train"), len(store.vocabulary)
+    windows = window_samples(events, max_length=64, which="last")
+    batch = BatchDataset(events, windows)[np.arange(len(windows))]
+    code = {text: token for token, text in enumerate(store.vocabulary.strings)}
+    sets, stops = [[code["MI"]], [code["SMOKE"], code["VISIT"]], [code["FLU"]]], [code["MEDS_DEATH"], code["END"]]
+    member, stops_V = torch.zeros(3, V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
+    for row, tokens in enumerate(sets):
+        member[row, tokens] = True
+    stops_V[stops] = True
+    found = targets(batch, member, stops_V, excludes_prior=excludes_prior)
+    row, place = found.asked_at.nonzero().numpy().T
+    at = events.times[windows.start[row] + place]
+    frame = pl.DataFrame({"subject_id": windows.subject_ids[row], "prediction_time": at.astype("datetime64[us]")})
+    samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=64)
+    expected = follow_up(
+        events, samples, sets, places=TokenPlaces(events, V), competing=[code["MEDS_DEATH"]], end=[code["END"]],
+        excludes_prior=excludes_prior,
+    )  # fmt: skip
+    assert len(frame) > 500
+    np.testing.assert_allclose(found.days.numpy(), expected.days, atol=1e-3)
+    assert ((expected.status == EVENT) == found.is_event.numpy()).all()
+    assert (np.isnan(found.days.numpy()) == (expected.status == EXCLUDED)).all()
+
+
+def task(**options) -> TimeToEvent:
+    given = {"outcomes": {"infarction": {"codes": ["MI"]}}, "times": "infarction_30d", "horizons_days": [30.0]}
+    return TimeToEvent(**(given | options))
+
+
+def test_no_sample_sees_past_its_prediction_time_and_none_vanishes_in_silence(store, root, caplog):
+    own = task(times=None, draws_per_record=3)
+    set_up(own, store, root / "labels", 64)
+    for split in SPLITS:
+        samples, events = own.samples[split], store.split(split)
+        assert (np.asarray(events.times)[samples.stop - 1] <= samples.prediction_times).all()
+    assert "are left out" in caplog.text  # those drawn after an infarction
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outcomes": {"a": {"codes": ["NONE"]}}}, "NONE"),
+        ({"outcomes": {"a": {"text_pattern": "nowhere"}}}, r"task.outcomes.a.*could never be seen"),
+        ({"outcomes": {"flu": {"codes": ["FLU"]}}}, r"already happened.*task.prior=recur"),
+        ({"end_of_follow_up": ["VISIT"]}, "left out"),
+        ({"horizons_days": [4000.0]}, r"look at the unit.*task.horizons_days=\["),
+        ({"times": "infarcton_30d"}, "did you mean 'infarction_30d'"),
+    ],
+)
+def test_what_cannot_be_learned_is_named_before_training(store, root, options, message):
+    with pytest.raises(UserError, match=message):
+        set_up(task(**options), store, root / "labels", 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizons_days": [0.0]}, "task.horizons_days"),
+        ({"outcomes": {}}, "task.outcomes"),
+        ({"outcomes": {"a": {"code": ["MI"]}}}, "did you mean 'codes'"),
+        ({"outcomes": "nowhere.yaml"}, "no such file"),
+        ({"prior": "ignore"}, "task.prior"),
+        ({"monitor": "gain"}, "task.monitor"),
+        ({"outcomes": "auto", "auto": {"unions": 0.9, "neighbours": 0.2}}, "at most 1"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_at_once(options, message):
+    with pytest.raises(UserError, match=message):
+        task(**options)
+
+
+def test_times_in_another_unit_are_named(store, root, tmp_path):
+    frame = pl.DataFrame({"subject_id": [0], "prediction_time": [1_578_614_400]})
+    frame.write_parquet(tmp_path / "seconds.parquet")
+    with pytest.raises(UserError, match="prediction_time"):
+        set_up(task(times=str(tmp_path / "seconds.parquet")), store, root / "labels", 64)
+
+
+def test_outcomes_are_read_from_a_file_and_from_an_aces_configuration(tmp_path):
+    (tmp_path / "o.yaml").write_text("heart: {codes: [MI]}\nflu: {text_pattern: influenza}\n")
+    (tmp_path / "aces.yaml").write_text("predicates:\n  mi: {code: MI}\n  lungs: {code: {any: [FLU, SMOKE]}}\n")
+    assert task(outcomes=str(tmp_path / "o.yaml"))._way.names == ["heart", "flu"]
+    assert task(outcomes=str(tmp_path / "aces.yaml"))._way._sets["lungs"].codes == ("FLU", "SMOKE")
+    (tmp_path / "bad.yaml").write_text("predicates: {both: {expr: 'and(mi, lungs)'}}\n")
+    with pytest.raises(UserError, match="is no set of codes"):
+        task(outcomes=str(tmp_path / "bad.yaml"))
+
+
+def test_drawn_places_are_some_of_all_places_with_the_same_targets(store):
+    events, V = store.split("train"), len(store.vocabulary)
+    windows = window_samples(events, max_length=64, which="last")
+    batch = BatchDataset(events, windows)[np.arange(20)]
+    member, stops = torch.zeros(2, V, dtype=torch.bool), torch.zeros(V, dtype=torch.bool)
+    member[0, 2], member[1, 3:] = True, True
+    every = targets(batch, member, stops, excludes_prior=False)
+    some = targets(batch, member, stops, excludes_prior=False, most_places=7)
+    assert some.asked_at.sum() == 7 < every.asked_at.sum()
+    chosen = some.asked_at[every.asked_at]
+    assert (some.asked_at & ~every.asked_at).sum() == 0
+    torch.testing.assert_close(some.days, every.days[chosen], equal_nan=True)
+    assert torch.equal(some.is_event, every.is_event[chosen])
+    assert targets(batch, member, stops, excludes_prior=False, most_places=10**6).asked_at.equal(every.asked_at)
