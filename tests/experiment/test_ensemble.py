@@ -17,6 +17,7 @@ from ehr_embed.config.targets import check_stored_node
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
 from ehr_embed.models.ensemble import Ensemble, choose_weights, log_probabilities
+from ehr_embed.models.gbm import GBM
 from ehr_embed.models.mean_pool import MeanPool
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.configs import composed
@@ -198,3 +199,20 @@ def test_the_stored_configuration_repeats_the_ensemble(place):
     run(stored)
     assert len(list((place / "repeated" / "members").iterdir())) == 3
     np.testing.assert_allclose(probabilities(place / "repeated"), probabilities(place / "whole"), atol=1e-6)
+
+
+def test_all_members_align_or_none():
+    def ensemble(*members) -> Ensemble:
+        return Ensemble(embedding_dim=4, num_classes=2, members=list(members), max_length=8)
+
+    trees = GBM(embedding_dim=4, num_classes=2)
+    told: list = []
+    trees.align = told.append
+    ensemble(trees, trees).align({"A": ("B", 1.0)})
+    assert told == [{"A": ("B", 1.0)}] * 2
+    mixed = ensemble(trees, MeanPool(embedding_dim=4, num_classes=2))
+    mixed.align(None)
+    assert mixed.reads_vectors
+    assert not ensemble(trees).reads_vectors
+    with pytest.raises(UserError, match=r"MeanPool, does not align.*data\.aligned_to=none"):
+        mixed.align({"A": ("B", 1.0)})
