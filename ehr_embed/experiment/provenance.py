@@ -17,6 +17,7 @@ from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.moved import renamed
 from ehr_embed.core.programs import as_typed
 from ehr_embed.embedding.prepare import Prepared
+from ehr_embed.embedding.table import save_table
 from ehr_embed.run_folder.checkpoints import checkpoint_path
 from ehr_embed.run_folder.layout import CONFIG, ENVIRONMENT, LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.sources.code_texts import read_lookups
@@ -46,13 +47,14 @@ def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     return {"defaults": defaults, **config, "run_dir": str(run_dir), "hydra": hydra}
 
 
-def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
+def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared, *, is_aligned: bool = False) -> None:
     """Write what a run starts from: its configuration, versions and hardware, the vocabulary and the embedding table.
 
     Args:
         run_dir: the run's folder.
         config: what `resolved` returned; `run_folder.finish.read_config` reads the file.
         prepared: the store and the table.
+        is_aligned: whether the table is another than the file of the store's folder.
     """
     with atomic_path(run_dir / CONFIG) as path:
         path.write_text(
@@ -61,7 +63,10 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
     write_json(run_dir / ENVIRONMENT, environment())
     vocabulary = prepared.store.vocabulary
     vocabulary.save(run_dir / VOCABULARY)
-    link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if is_aligned:
+        save_table(run_dir / VOCABULARY / TABLE, prepared.table, prepared.identity)
+    else:
+        link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
     if paths := vocabulary.settings.lookups:  # the new codes of a later dataset need them too
         with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
             read_lookups(paths).write_csv(path)
