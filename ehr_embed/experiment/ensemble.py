@@ -94,7 +94,7 @@ def member_runs(cfg: DictConfig, run_dir: Path) -> dict[Path, DictConfig]:
     for name, member in _runs_of(cfg).items():
         stage = cfg.copy()
         with open_dict(stage):
-            stage.ensemble = {"members": {}, "runs": [], "weights": cfg.ensemble.weights}
+            stage.ensemble = {"members": {}, "runs": [], "weights": "tuning"}  # how they are blended changes no member
             stage.model, stage.trainer, stage.seed = member.model, member.trainer, member.seed
             stage.audit = "off"  # the ensemble's own stage looks at the same samples
             # What the user says of the machine and of the report holds for all.
