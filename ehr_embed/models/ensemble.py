@@ -81,12 +81,13 @@ class Ensemble(nn.Module):
             UserError: a member cannot, and would read the same events otherwise than the others.
         """
         for member in self.members:
-            if not isinstance(member, AlignsCodes):
+            if isinstance(member, AlignsCodes):
+                member.align(matches)
+            elif matches is not None:
                 raise UserError(
-                    f"a member of this ensemble, {type(member).__name__}, does not align codes. Type: data.aligned_to=none, or "
-                    "predict with the other members' own runs"
+                    f"a member of this ensemble, {type(member).__name__}, does not align codes, and would read the same events "
+                    "otherwise than the others. Type: data.aligned_to=none, or predict with the other members' own runs"
                 )
-            member.align(matches)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """After `align`, give the members another dataset's records; they were fitted to train in their own runs."""

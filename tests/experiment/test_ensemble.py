@@ -17,6 +17,7 @@ from ehr_embed.config.targets import check_stored_node
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
 from ehr_embed.models.ensemble import Ensemble, choose_weights, log_probabilities
+from ehr_embed.models.gbm import GBM
 from ehr_embed.models.mean_pool import MeanPool
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.configs import composed
@@ -112,6 +113,17 @@ def test_finished_runs_blend_to_the_same_and_a_finished_ensemble_is_left_as_it_i
     assert [m["weight"] for m in metrics_of(place / "alike")["members"]] == pytest.approx([0.5, 0.25, 0.25])
 
 
+def test_more_seeds_train_the_new_ones_alone(place):
+    shutil.copytree(place / "whole", place / "more")
+    old = {path: path.stat().st_mtime_ns for path in (place / "more" / "members").glob("*/best_checkpoint.pt")}
+    with pytest.raises(UserError, match="resume=force"):
+        run(config(place, "more", *MEMBERS[:-1], "+ensemble.members.pooled.seeds=3"))
+    run(config(place, "more", *MEMBERS[:-1], "+ensemble.members.pooled.seeds=3", "resume=force"))
+    assert len(metrics_of(place / "more")["members"]) == 4
+    assert len(old) == 3
+    assert old == {path: path.stat().st_mtime_ns for path in old}
+
+
 def test_runs_of_other_samples_are_refused(place, tmp_path):
     runs = [str(path) for path in sorted((place / "whole" / "members").iterdir())]
     with pytest.raises(UserError, match=r"the samples or labels.*another's held_out"):
@@ -187,3 +199,20 @@ def test_the_stored_configuration_repeats_the_ensemble(place):
     run(stored)
     assert len(list((place / "repeated" / "members").iterdir())) == 3
     np.testing.assert_allclose(probabilities(place / "repeated"), probabilities(place / "whole"), atol=1e-6)
+
+
+def test_all_members_align_or_none():
+    def ensemble(*members) -> Ensemble:
+        return Ensemble(embedding_dim=4, num_classes=2, members=list(members), max_length=8)
+
+    trees = GBM(embedding_dim=4, num_classes=2)
+    told: list = []
+    trees.align = told.append
+    ensemble(trees, trees).align({"A": ("B", 1.0)})
+    assert told == [{"A": ("B", 1.0)}] * 2
+    mixed = ensemble(trees, MeanPool(embedding_dim=4, num_classes=2))
+    mixed.align(None)
+    assert mixed.reads_vectors
+    assert not ensemble(trees).reads_vectors
+    with pytest.raises(UserError, match=r"MeanPool, does not align.*data\.aligned_to=none"):
+        mixed.align({"A": ("B", 1.0)})
