@@ -1,4 +1,4 @@
-"""Public names for your own model, embedder, task or source: import them from here.
+"""Public names for your own model, embedder, task, schedule, optimizer or source: import them from here.
 
 These names stay in this module, while the modules that define them may move. docs/extending.md builds one example per config
 group from these names alone. The protocols document, with shapes, which members such a class must have and which it may have.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.files import atomic_path, file_sha256
+from ehr_embed.core.settings import Count, OneOf, Seed, Share, Told, Width, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
@@ -23,7 +24,7 @@ from ehr_embed.exports.protocol import Export
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import Body, EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, build_head, check_classifies
-from ehr_embed.models.protocol import AdaptsToVectors, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
+from ehr_embed.models.protocol import AdaptsToVectors, Declarations, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
 from ehr_embed.sources.imported import import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
@@ -31,6 +32,7 @@ from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, Task
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.protocol import Course, FollowsMetric, MakesOptimizer, Schedule
 
 __all__ = [
     "MICROSECONDS_PER_DAY",
@@ -44,7 +46,10 @@ __all__ = [
     "Block",
     "Body",
     "Classification",
+    "Count",
+    "Course",
     "Curves",
+    "Declarations",
     "Embedder",
     "EventEmbedding",
     "EventInput",
@@ -52,29 +57,38 @@ __all__ = [
     "Export",
     "FeatureSet",
     "FitsAtOnce",
+    "FollowsMetric",
     "LabelSet",
     "LogitLinear",
+    "MakesOptimizer",
     "MedsSource",
     "MedsWriter",
     "Metric",
     "Model",
+    "OneOf",
     "Outputs",
     "Pooling",
     "ReadsVocabulary",
     "Samples",
+    "Schedule",
+    "Seed",
+    "Share",
     "Source",
     "SplitEvents",
     "StepResult",
     "SubjectBootstrap",
     "Task",
+    "Told",
     "Tracker",
     "UserError",
     "Vocabulary",
+    "Width",
     "atomic_path",
     "build_head",
     "build_samples",
     "check_classifies",
     "check_range",
+    "checked",
     "file_sha256",
     "import_folder",
     "import_once",

@@ -13,12 +13,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.run_folder.layout import CONFIG, FINISHED, PLOTS
-from ehr_embed.sources.protocol import SPLITS
 
 if TYPE_CHECKING:
     from ehr_embed.inference.asker import Answers, Question
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 ANSWERS, QUESTIONS = "answers.parquet", "questions.json"
 
 
-@checks_config
+@checks_config("AskKeys")
 def ask(cfg: DictConfig) -> Path:
     """Ask as `cfg` (conf/ask.yaml) says, and write the answers.
 
@@ -42,8 +41,6 @@ def ask(cfg: DictConfig) -> Path:
         raise UserError(
             "questions and codes are both given: an outcome is asked for in words or by codes. Leave one out"
         )
-    if cfg.split is not None and cfg.split not in SPLITS:
-        raise unknown_name("split", cfg.split, SPLITS)
     folder = Path(cfg.output).expanduser()
     if (folder / CONFIG).exists():
         raise UserError(

@@ -8,12 +8,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
 
-@checks_config
+@checks_config("ExplainKeys")
 def explain(cfg: DictConfig) -> list[Path]:
     """Explain as `cfg` (conf/explain.yaml) says, and write the tables and plots.
 
@@ -28,9 +27,6 @@ def explain(cfg: DictConfig) -> list[Path]:
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.trained_run import device_named, trained_on
 
-    for key in ("max_samples", "min_samples"):
-        if cfg[key] < 1:
-            raise UserError(f"{key}={cfg[key]}: expected 1 or more.")
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)

@@ -8,12 +8,11 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
 
-@checks_config
+@checks_config("GenerateKeys")
 def generate_trajectories(cfg: DictConfig) -> list[Path]:
     """Sample futures as `cfg` (conf/generate.yaml) says, and write one file per future number, with all prompts in each.
 
@@ -32,10 +31,7 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
     from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
     from ehr_embed.sources.meds import MedsSource
-    from ehr_embed.sources.protocol import SPLITS
 
-    if cfg.split not in SPLITS:
-        raise unknown_name("split", cfg.split, SPLITS)
     trusted, device = tuple(cfg.trusted_packages), device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     run = open_run(cfg.run, trusted=trusted)
@@ -52,8 +48,6 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
     )
     prompt_length = max_length - cfg.max_new_events if cfg.prompt_length is None else cfg.prompt_length
     check_lengths(prompt_length, cfg.max_new_events, max_length)
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size}: expected 1 or more prompts.")
     source = trained_on(run, trusted=trusted) if cfg.data.root is None else MedsSource(root=cfg.data.root)
     events = encode_split(source, run.vocabulary, cfg.split)
     samples = samples_to_predict(events, cfg.labels, source.labels_dir, max_length=prompt_length)

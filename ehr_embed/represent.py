@@ -16,7 +16,7 @@ from ehr_embed.experiment.cli import CONF, run_main
 log = logging.getLogger(__name__)
 
 
-@checks_config
+@checks_config("RepresentKeys")
 def represent(cfg: DictConfig) -> Path:
     """Write the vectors as `cfg` (conf/represent.yaml) says.
 

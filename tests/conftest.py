@@ -16,6 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _searched_application() -> None:
+    """Parts of a search that are tested by themselves know the application, as after `run_main`."""
+    from ehr_embed.experiment.searched import SearchedRuns
+    from ehr_embed.search.application import register_application
+
+    register_application(SearchedRuns())
+
+
 @pytest.fixture(autouse=True)
 def _quiet_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point that ran in this process leaves no switch on for the processes that later tests start."""

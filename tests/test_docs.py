@@ -199,17 +199,22 @@ def test_the_quick_start_runs(follow):
 
 
 @pytest.mark.slow
-def test_bringing_data_runs(follow, tmp_path):
+def test_bringing_data_runs(follow):
+    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
+    toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
+    assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
+    assert (toy["n"], fold["n"]) == (50, 45)
+
+
+@pytest.mark.slow
+def test_the_files_of_the_original_pipeline_are_read(follow, tmp_path):
     timed = [("MEDICAL//asthma", 0.0), ("LAB//CRP", 10.0), ("5.5", 10.0)]
     splits = {
         split: [[record(first + i, timed) for i in range(4)]]
         for first, split in ((1, "train"), (5, "tuning"), (9, "held_out"))
     }
     write_corpus(tmp_path / "DATA", splits, [(subject, subject % 2, "", "") for subject in range(1, 13)])
-    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
-    toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
-    assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
-    assert (toy["n"], fold["n"]) == (50, 45)
+    folder = follow("migration.md", "Its files, read")
     assert metrics_of(folder / "runs" / "tokenized")["held_out"]["n"] == 4
     assert (folder / "converted" / "metadata" / "codes.parquet").is_file()
     assert metrics_of(folder / "runs" / "files")["held_out"]["n"] == DEMO_SIZE * 0.15
@@ -263,6 +268,20 @@ def test_a_task_in_one_file_and_one_yaml(follow):
     )
     known = rows.join(later.group_by("subject_id").len(), on="subject_id", how="left").fill_null(0)
     assert (known["log_count"] - (known["len"] + 1).log()).abs().max() < 1e-5
+
+
+def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):
+    folder = follow("extending.md", "A schedule, an optimizer")
+    checkpoint = torch.load(folder / "runs" / "lion" / "latest_checkpoint.pt", weights_only=True)
+    chosen = checkpoint["config"]["trainer"]
+    assert (chosen["optimizer"]["_target_"], chosen["schedule"]["flat_steps"]) == ("my.lion.Lion", 5)
+    assert {name for state in checkpoint["optimizer_state_dict"]["state"].values() for name in state} == {"average"}
+    steps = checkpoint["progress"]["step"]
+    after = steps - round(0.2 * steps)
+    (rate,) = {group["lr"] for group in checkpoint["optimizer_state_dict"]["param_groups"]}
+    assert rate == pytest.approx(1e-3 * (5 / after) ** 0.5)
+    assert 0 < metrics_of(folder / "runs" / "lion")["held_out"]["auroc"]["value"] <= 1
+    ehr_embed.load(folder / "runs" / "lion")  # which builds neither, so that it need not trust `my`
 
 
 @pytest.mark.slow

@@ -16,17 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
-from ehr_embed.comparison.results import Row, find_runs, read_rows
+from ehr_embed.comparison.results import find_runs, read_rows
 from ehr_embed.comparison.study_plots import write_study_plots
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
+from ehr_embed.core.outcome import Row
 from ehr_embed.core.secrets import MASK, is_secret, masked
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 20
 LOG_WIDTH = 140
 """Width in characters of the printed table where there is no terminal."""
-SHOWN_METRICS = ("auroc", "accuracy", "top1", "loss")
+SHOWN_METRICS = ("held_out/auroc", "held_out/accuracy", "held_out/top1", "held_out/loss")
+"""The metric that is printed is the first of these, or of a task that has none of them the first that it measures."""
 
 
 def report_folder(folder: Path) -> None:
@@ -51,7 +53,7 @@ def write_report(
     """Write summary.csv, study.json and plots/ into `folder`, and print the table.
 
     Args:
-        rows: one row per run, see `ehr_embed.comparison.results.Row`.
+        rows: one row per run, see `ehr_embed.core.outcome.Row`.
         folder: folder for the results.
         directions: `maximize` or `minimize`, one per objective.
         facts: further facts of the study for study.json.
@@ -141,6 +143,7 @@ def override_names(rows: Sequence[Row]) -> list[str]:
 
 def study_of(rows: Sequence[Row], directions: Sequence[str]) -> optuna.Study:
     """Build an in-memory Optuna study from rows, so that Optuna can plot the jobs of any sweeper."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # which would tell of a study that nobody sees
     study = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
     objectives = objective_names(pd.DataFrame(list(rows)))
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}
@@ -180,7 +183,11 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
     """Print the best rows: objectives, first held-out metric with its interval, and the overrides that differ."""
     console = wide_console()
     shown = Table(title=f"{len(table)} runs, best first, {folder / 'summary.csv'}", title_justify="left")
-    metric = next((f"held_out/{name}" for name in SHOWN_METRICS if f"held_out/{name}" in table.columns), None)
+    on_held_out = [
+        str(name) for name in table.columns if str(name).startswith("held_out/") and str(name).count("/") == 1
+    ]
+    usual = [name for name in SHOWN_METRICS if name in on_held_out]
+    metric = next(iter([*usual, *on_held_out]), None)
     for name in ("run", "state"):
         shown.add_column(name)
     for name in [*objectives, *([metric] if metric else []), "s"]:

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.outcome import OUTCOME, Outcome, Row, message_of, objective_columns, read_outcome, split_overrides
 from ehr_embed.run_folder import finish
 from ehr_embed.run_folder.finish import read_metrics
-from ehr_embed.run_folder.layout import FINISHED, OUTCOME
+from ehr_embed.run_folder.layout import FINISHED
 
-Row = dict[str, Any]
-"""One run: run, state, objective; overrides by key; `<split>/<metric>` with /low and /high; seconds, events_per_s, ..."""
 FACTS = {"total_seconds": "seconds", "seconds": "train_seconds"} | {
     name: name
     for name in (
@@ -150,23 +148,6 @@ def read_rows(folders: Sequence[Path], relative_to: Path | None = None) -> tuple
         for row, chosen in zip(rows, varying, strict=True)
     ]
     return rows, "minimize" if higher_is_better == {False} else "maximize"
-
-
-def objective_columns(values: Sequence[float | None]) -> Row:
-    """Return the column `objective`, or with several values the columns `objective_0`, `objective_1`, ..."""
-    if len(values) == 1:
-        return {"objective": values[0]}
-    return {f"objective_{index}": value for index, value in enumerate(values)}
-
-
-def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the key and the value of each override that sets a value.
-
-    >>> split_overrides(["+model.x=1", "task.labels=[a,b]", "~data"])
-    {'model.x': '1', 'task.labels': '[a,b]'}
-    """
-    pairs = (line.lstrip("+").partition("=") for line in overrides if "=" in line)
-    return {key: value for key, _, value in pairs}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import pandas as pd
 from rich.table import Table
 from scipy import stats
 
-from ehr_embed.comparison.outcome import read_outcome
 from ehr_embed.comparison.paired_bootstrap import METRICS, ensemble
 from ehr_embed.comparison.report import wide_console
 from ehr_embed.comparison.results import (
@@ -30,6 +29,7 @@ from ehr_embed.comparison.results import (
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.manifest import checked
+from ehr_embed.core.outcome import read_outcome
 from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, predictions_file
@@ -124,7 +124,7 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     Args:
         paths: folders of runs or of sweeps.
         metrics: `<split>/<metric>`, a fact of training such as events_per_s, any number of metrics.json by its path, or
-            `ensemble/<metric>`; empty = those metrics of `SHOWN` that the runs have.
+            `ensemble/<metric>`; empty = the monitored metrics, and those of `SHOWN` that the runs have.
         by: keys whose values make the rows: configuration keys, overridden groups, or `folder`; empty = every key in which the
             runs differ, except the keys of repetitions (`REPEATS`).
 
@@ -144,13 +144,16 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     grouped: dict[tuple[tuple[str, str], ...], list[Path]] = {}
     for run, keys in zip(runs, _keys(runs, origin, by), strict=True):
         grouped.setdefault(tuple(keys.items()), []).append(run)
-    values = {run: numbers_of(read_metrics(run)) for run in runs}
-    chosen = list(metrics) or [name for name in SHOWN if any(name in row for row in values.values())]
+    found = {run: read_metrics(run) for run in runs}
+    values = {run: numbers_of(row) for run, row in found.items()}
+    monitored = dict.fromkeys(f"held_out/{row['monitor']['name']}" for row in found.values() if "monitor" in row)
+    shown = [*(name for name in monitored if name not in SHOWN), *SHOWN]
+    chosen = list(metrics) or [name for name in shown if any(name in row for row in values.values())]
     known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in METRICS}
     for name in chosen:
         if name not in known:
             raise unknown_name("metric", name, sorted(known))
-    if alone := [str(run) for run in runs if read_metrics(run).get("held_out", {}).get("n_subjects") == 1]:
+    if alone := [str(run) for run in runs if found[run].get("held_out", {}).get("n_subjects") == 1]:
         notes.append(
             f"held_out of {len(alone)} runs is a single subject, which says nothing about other subjects: {', '.join(alone)}"
         )

@@ -1,114 +1,54 @@
-"""Check a composed configuration before anything is opened or built: the types and ranges of the keys that belong to
-no `_target_` (the targets' own are compared with their annotations when they are built), and no value that cannot be meant."""
+"""Check a composed configuration before anything is opened or built.
+
+No rule stands here. A setting's type, range and choices are the annotation of the parameter that takes it
+(`ehr_embed.core.settings`): of the constructor or function that a `_target_` names, or, for keys that belong to no `_target_`, of
+the entry point's `Keys`.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Annotated, Any, Literal, TypeVar
+from importlib import import_module
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
+from ehr_embed.config.targets import is_instruction, looked_up_name, own_object
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.settings import check_setting, check_settings, names_of, shown
 
 Result = TypeVar("Result")
-GROUPS = ("data", "embedder", "model", "task", "trainer", "tracker")
-BUILT = ("data.source", "embedder", "model", "task", "trainer", "tracker")
-"""Nodes that name what is built."""
-A_MEMBER = ("seeds", "model", "trainer")
-"""Keys of a member of an ensemble."""
-MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*", re.ASCII)
-Text = Annotated[str, StringConstraints(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Share = Annotated[float, Field(ge=0, le=1)]
+ONE_KEY = re.compile(r"\$\{([\w.]+)\}")
+"""A value that stands under another key."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of the configuration.
+class Keys:
+    """Base class of the keys that an entry point or a config group has beside those of its `_target_`: annotations, no values."""
 
-    Attributes:
-        kind: its type, as pydantic reads it, strictly.
-        expected: the same in words.
-        example: a value to type.
-    """
-
-    kind: Any
-    expected: str
-    example: str
+    needed: ClassVar[tuple[str, ...]] = ()
+    """Keys that must be there."""
+    has_only_these: ClassVar[bool] = False
+    """Whether other keys are refused."""
+    expected: ClassVar[str] = ""
+    """The valid values in words; empty = a mapping of these keys."""
 
 
-A_SEED = Key(Seed, "a whole number from 0 to 4294967295", "0")
-KEYS = {
-    "seed": A_SEED,
-    "run_dir": Key(Text, "a folder", "runs/first"),
-    "cache_dir": Key(Text, "a folder", "cache"),
-    "resume": Key(str, "auto, force or overwrite", "auto"),
-    "init_from": Key(Text | None, "a run's folder, a checkpoint, or null", "RUN_DIR"),
-    "pretrain": Key(dict[str, Any] | None, "groups of a first stage, or null", "null"),
-    "ensemble.members": Key(dict[str, dict[str, Any]], "a mapping of names to members", "{main: {seeds: 3}}"),
-    "ensemble.runs": Key(list[Text], "a list of finished runs", "[RUN_DIR]"),
-    "ensemble.weights": Key(Literal["tuning", "equal"], "tuning or equal", "tuning"),
-    "integrity": Key(str, "auto, full or size", "auto"),
-    "audit": Key(str, "warn, error or off", "warn"),
-    "trusted_packages": Key(list[Text], "a list of packages", "[PACKAGE]"),
-    "overwrite": Key(bool, "true or false", "true"),
-    "data.values": Key(str, "bins, continuous, both or none", "both"),
-    "data.n_bins": Key(Annotated[int, Field(ge=2, le=10_000)], "2 to 10000 bins", "10"),
-    "data.min_count": Key(Annotated[int, Field(ge=1)], "1 or more events", "5"),
-    "data.lookups": Key(list[Text], "a list of CSV files", "[FILE.csv]"),
-    "data.min_text_coverage": Key(Share, "a share in [0, 1]", "0.8"),
-    "data.describe_unseen": Key(bool, "true or false", "true"),
-    "data.hidden_codes": Key(Annotated[float, Field(ge=0, lt=1)], "a share in [0, 1)", "0"),
-    "data.hidden_seed": A_SEED,
-    "data.renamed": Key(Text | None, "a CSV file, a table that comes with the package, or null", "null"),
-    "data.renamed_missing": Key(Literal["refuse", "keep"], "refuse or keep", "refuse"),
-    "data.root": Key(Text | None, "a folder, or null", "DIR"),
-    "run": Key(Text, "the folder of a finished run", "RUN_DIR"),
-    "output": Key(Text, "a file or folder to write", "OUT"),
-    "device": Key(Text, "auto, cpu or cuda", "auto"),
-    "split": Key(Text | None, "train, tuning, held_out, or null", "held_out"),
-    "labels": Key(Text | None, "the name or path of a label set, or null", "NAME"),
-    "target": Key(Text | None, "a class of the run, or null", "null"),
-    "subject": Key(int | None, "a subject_id, or null", "SUBJECT_ID"),
-    "prediction_time": Key(str | int | None, "a time such as 2020-01-31, or null", "null"),
-    "max_samples": Key(int, "a whole number", "100"),
-    "min_samples": Key(int, "a whole number", "5"),
-    "n_steps": Key(int, "a whole number", "16"),
-    "max_steps": Key(int, "a whole number", "2048"),
-    "tolerance": Key(float, "a number above 0", "0.01"),
-    "n_samples": Key(int, "a whole number", "20"),
-    "horizon_days": Key(float, "a number of days", "365"),
-    "questions": Key(list[Text], "a list of words", "[osteoarthritis]"),
-    "codes": Key(list[Text], "a list of codes", "[CODE]"),
-    "code_pattern": Key(Text | None, "a regular expression, or null", "null"),
-    "literal": Key(bool, "true or false", "true"),
-    "n_events": Key(Annotated[int, Field(ge=1)], "1 or more events", "8"),
-    "min_cosine": Key(Annotated[float, Field(ge=-1, le=1)], "a cosine in [-1, 1]", "0.5"),
-    "margin": Key(Annotated[float, Field(ge=0, le=2)], "a difference of cosines in [0, 2]", "0.1"),
-    "n_bootstrap": Key(Annotated[int, Field(ge=0)], "a whole number", "1000"),
-    "max_new_events": Key(int, "a whole number", "128"),
-    "prompt_length": Key(int | None, "a number of events, or null", "null"),
-    "stop_codes": Key(list[Text], "a list of codes", "[MEDS_DEATH]"),
-    "temperature": Key(float, "a number from 0 on", "1.0"),
-    "top_k": Key(int | None, "a whole number, or null", "null"),
-    "top_p": Key(float | None, "a share, or null", "null"),
-    "per": Key(Text, "prediction_time, event or subject", "event"),
-    "pooling": Key(Text, "auto, mean, max or last", "auto"),
-    "use_cache": Key(bool, "true or false", "true"),
-    "batch_size": Key(int, "a whole number", "32"),
-    "model.max_length": Key(Annotated[int, Field(ge=1, lt=2**31)], "1 or more events", "512"),
-}
+class Built(Keys):
+    """A node of the configuration that names in `_target_` what is built."""
 
 
-def check_config(cfg: DictConfig) -> None:
-    """Refuse a configuration of which something is missing, of another type, or out of its range.
+def check_config(cfg: DictConfig, keys: type[Keys]) -> None:
+    """Refuse a configuration of which something is missing, unknown, of another type, or out of its range.
 
-    Keys that `cfg` does not have are not asked for: entry points differ in what they take.
+    Keys that `cfg` does not have are not asked for: old configurations lack the newer ones.
+
+    Args:
+        cfg: the composed configuration.
+        keys: the keys of the entry point that belong to no `_target_`.
 
     Raises:
         UserError: names the first such key.
@@ -128,96 +68,137 @@ def check_config(cfg: DictConfig) -> None:
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UserError(f"{where}={value}: expected a number of at most 64 bits. Type: {where}=NUMBER")
-    if "run" not in config:  # the commands for a finished run build what its checkpoint says
-        for name in BUILT:
-            _check_built(config, name)
-    for name, key in KEYS.items():
-        _check(config, name, key)
-    _check_stage(config.get("pretrain"))
-    _check_members(config)
+    _check_keys(config, keys)
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    check_targets(config, tuple(config.get("trusted_packages", ())), keys=keys, raw=raw)
 
 
-def checks_config(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
-    """Decorate what does the work of an entry point: its configuration is checked before anything else."""
+def checks_config(keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
+    """Return a decorator for the work of an entry point: its configuration is checked before anything else.
 
-    @wraps(function)
-    def checked(cfg: DictConfig) -> Result:
-        check_config(cfg)
-        return function(cfg)
-
-    return checked
-
-
-def _check(config: dict[str, Any], name: str, key: Key) -> None:
-    found, value = _select(config, name)
-    if not found:
-        return
-    try:
-        TypeAdapter(key.kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise UserError(
-            f"{name}={_shown(value)}: expected {key.expected}, got {type(value).__name__}. Nothing was read or written. "
-            f"Type: {name}={key.example}"
-        ) from error
-
-
-def _check_built(config: dict[str, Any], name: str) -> None:
-    found, node = _select(config, name)
-    if not found:
-        return
-    group = name.split(".")[0] if name in BUILT else name.rpartition(".")[2]
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise UserError(
-            f"{name}={_shown(node)}: expected a mapping with _target_, which names what is built, as the files of "
-            f"conf/{group}/ are. Type: {group}=OPTION"
-        )
-    if group == "model" and "max_length" not in node:
-        raise UserError(
-            f"{name}.max_length is missing: expected the longest sequence, in events. Type: +{name}.max_length=512"
-        )
-
-
-def _check_stage(stage: dict[str, Any] | None) -> None:
-    for group, node in (stage or {}).items():
-        if group not in GROUPS:
-            raise unknown_name("key of pretrain", group, GROUPS)
-        if not isinstance(node, dict):
-            raise UserError(
-                f"pretrain.{group}={_shown(node)}: expected the group's keys. See conf/experiment/pretrain_then_finetune.yaml"
-            )
-
-
-def _check_members(config: dict[str, Any]) -> None:
-    _, members = _select(config, "ensemble.members")
-    for name, member in (members or {}).items():
-        where = f"ensemble.members.{name}"
-        if not MEMBER_NAME.fullmatch(str(name)):
-            raise UserError(
-                f"{where}: expected a name of letters, digits, - and _, since the member's runs have folders of this name. "
-                "Type: ensemble.members={NAME: {seeds: 3}}"
-            )
-        for key in member:
-            if key not in A_MEMBER:
-                raise unknown_name(f"key of {where}", key, A_MEMBER)
-            if key == "seeds":
-                _check(config, f"{where}.seeds", Key(Annotated[int, Field(ge=1, le=1000)], "1 to 1000 runs", "3"))
-            else:
-                _check_built(config, f"{where}.{key}")
-
-
-def _select(config: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Return whether a configuration has a key, and its value; a node that is no mapping has no keys below it.
-
-    >>> _select({"data": {"n_bins": 3}}, "data.n_bins"), _select({"data": 3}, "data.n_bins")
-    ((True, 3), (False, None))
+    Args:
+        keys: name of the entry point's class in `ehr_embed.config.keys`, which is imported at the call, since it loads torch.
     """
-    node: Any = config
-    for part in name.split("."):
-        if not isinstance(node, dict) or part not in node:
-            # A group that is no mapping must not hide that what it should name is missing.
-            return (True, node) if name in BUILT and not isinstance(node, dict) else (False, None)
-        node = node[part]
-    return True, node
+
+    def decorate(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+        @wraps(function)
+        def checked(cfg: DictConfig) -> Result:
+            check_config(cfg, getattr(import_module("ehr_embed.config.keys"), keys))
+            return function(cfg)
+
+        return checked
+
+    return decorate
+
+
+def hints_of(keys: Any) -> dict[str, Any]:
+    """Return the annotations of an entry point's keys, by name."""
+    hints = get_type_hints(keys, include_extras=True)
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+
+
+def keys_of(hint: Any) -> type[Keys] | None:
+    """Return the class of the keys of a node, or of each node of a mapping, None where the annotation is of a value."""
+    kinds = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and issubclass(part, Keys)]
+    return kinds[0] if kinds else None
+
+
+def _check_keys(config: Mapping[str, Any], keys: type[Keys], where: str = "") -> None:
+    """Check the keys of a node, and of the nodes below it, that belong to no `_target_`."""
+    for name, hint in hints_of(keys).items():
+        if name not in config:
+            continue
+        key, value = f"{where}.{name}" if where else name, config[name]
+        below = keys_of(hint)
+        if below is None:
+            check_setting(key, value, hint)
+        elif get_origin(hint) is Mapping:
+            check_setting(key, value, dict[str, Any])
+            for own, node in value.items():
+                check_setting(f"name in {key}", own, get_args(hint)[0])
+                _check_node(f"{key}.{own}", node, below)
+        elif not (value is None and NoneType in get_args(hint)):
+            _check_node(key, value, below)
+
+
+def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
+    is_built = issubclass(keys, Built)
+    if not isinstance(node, dict) or (is_built and not isinstance(node.get("_target_"), str)):
+        group = "data" if key.startswith("data") else key.rpartition(".")[2]
+        what = "a mapping with _target_, which names what is built," if is_built else "a mapping of its keys,"
+        expected = keys.expected or f"{what} as the files of conf/{group}/ are. Type: {group}=OPTION"
+        raise UserError(f"{key}={shown(node)}: expected {expected}")
+    if unknown := [name for name in node if keys.has_only_these and name not in hints_of(keys)]:
+        raise unknown_name(f"key of {key}", unknown[0], hints_of(keys))
+    for name in keys.needed:
+        if name not in node:
+            raise UserError(f"{key}.{name} is missing: every option of {key} has it. Type: +{key}.{name}=VALUE")
+    _check_keys(node, keys, key)
+
+
+def check_targets(node: Any, trusted: tuple[str, ...], *, keys: Any = None, raw: Any = None, where: str = "") -> None:
+    """Check the keys of every node that has a `_target_`, at any depth, by the annotations of what it names.
+
+    Args:
+        node: plain values.
+        trusted: further packages that the user declares.
+        keys: the keys that the node, and nodes below it, have beside those of their targets.
+        raw: the node before its interpolations were resolved: a value that stands elsewhere is told by the key that a user types.
+        where: full name of the node; empty = it stands by itself.
+
+    Raises:
+        UserError: as `check_keys_of_target`, or a target may not be named.
+    """
+    if isinstance(node, list):
+        for number, item in enumerate(node):
+            check_targets(item, trusted, where=f"{where}[{number}]")
+    if not isinstance(node, dict):
+        return
+    raw = raw if isinstance(raw, dict) else {}
+    beside = {} if keys is None else hints_of(keys)
+    if "_target_" in node:
+        target = own_object(looked_up_name(node["_target_"]), trusted)
+        full_names = {name: found.group(1) for name, value in raw.items() if (found := ONE_KEY.fullmatch(str(value)))}
+        check_keys_of_target(node, target, where, beside=tuple(beside), full_names=full_names)
+    for name, value in node.items():
+        below, inner = keys_of(beside.get(name)), f"{where}.{name}" if where else str(name)
+        if below is not None and get_origin(beside[name]) is Mapping:
+            for own, item in value.items():
+                check_targets(item, trusted, keys=below, where=f"{inner}.{own}")
+        else:
+            check_targets(value, trusted, keys=below, raw=raw.get(name), where=inner)
+
+
+def check_keys_of_target(
+    node: Mapping[str, Any],
+    target: Any,
+    where: str,
+    *,
+    beside: Sequence[str] = (),
+    full_names: Mapping[str, str] | None = None,
+) -> None:
+    """Compare the keys of a node with the names and annotations of what its target takes.
+
+    Args:
+        node: plain values; what has a `_target_` of its own below it is not looked at.
+        target: the class or function.
+        where: full name of the node; empty = it stands by itself.
+        beside: further keys that the node may have, which the target does not get.
+        full_names: as for `check_settings`.
+
+    Raises:
+        UserError: a key is unknown, or its value is of another type or out of range.
+    """
+    own = {name: value for name, value in node.items() if name not in beside and not is_instruction(name)}
+    if (valid := names_of(target)) is not None and (unknown := [name for name in own if name not in valid]):
+        raise unknown_name(f"key of {where or node['_target_']}", unknown[0], {*valid, *beside})
+    values = {name: value for name, value in own.items() if not _names_target(value)}
+    check_settings(target, values, where, full_names=full_names)
+
+
+def _names_target(node: Any) -> bool:
+    """Return whether a node, or a node of a list, names what is built: its own type is another one."""
+    return any(map(_names_target, node)) if isinstance(node, list) else isinstance(node, dict) and "_target_" in node
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,13 +210,3 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{key}[{number}]")
     else:
         yield key, node
-
-
-def _shown(value: Any) -> str:
-    """A value as it is typed, on one line and not too long.
-
-    >>> _shown(None), _shown("a\\nb"), len(_shown("x" * 999))
-    ('null', 'a b', 60)
-    """
-    text = "null" if value is None else " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra.utils
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
 
+from ehr_embed.config.check import check_targets
 from ehr_embed.config.targets import (
     STORED,
     check_own,
     check_plain,
     check_stored_node,
     not_found,
-    own_object,
     source_writes,
 )
 from ehr_embed.core.errors import UserError
@@ -96,7 +94,7 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
     if not isinstance(resolved, dict) or "_target_" not in resolved:
         raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
     plain = check_own(resolved, tuple(trusted))
-    _check_types(config, plain, tuple(trusted))
+    check_targets(plain, tuple(trusted), where=config._get_full_key(""))
     # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
     # instantiated too.
     try:
@@ -137,36 +135,3 @@ def instantiate_embedder(config: DictConfig, /, *, trusted: Sequence[str] = ()) 
                 for key in FRAMEWORK_KEYS:
                     node.pop(key, None)
     return instantiate(config, trusted=trusted)
-
-
-def _check_types(config: DictConfig, plain: Mapping[str, Any], trusted: tuple[str, ...]) -> None:
-    """Compare the keys of a config, and of the members inside it, with the annotations of its target, before the target trips over
-    them.
-
-    Args:
-        config: knows its place, which messages name.
-        plain: what `check_own` returned of it.
-        trusted: further packages that the user declares.
-
-    Raises:
-        UserError: naming the first key whose value has another type.
-    """
-    target = own_object(plain["_target_"], trusted)
-    for key, node in plain.items():
-        if isinstance(node, Mapping) and "_target_" in node:
-            _check_types(config[key], node, trusted)
-    try:
-        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)  # type: ignore[misc]
-    except (NameError, TypeError):  # annotations of a foreign target that cannot be resolved here
-        return
-    for key, value in plain.items():
-        if key not in hints or (isinstance(value, dict) and "_target_" in value):
-            continue
-        try:
-            TypeAdapter(hints[key]).validate_python(value, strict=not isinstance(value, list))
-        except PydanticSchemaGenerationError:
-            continue
-        except ValidationError as error:
-            name = config._get_full_key(key)
-            expected = str(getattr(hints[key], "__name__", hints[key]) if isinstance(hints[key], type) else hints[key])
-            raise UserError(f"{name}={value}: expected {expected}, got {type(value).__name__}.") from error

@@ -164,7 +164,7 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
     for key, value in node.items():
         if key == "_target_":
             continue
-        if _is_instruction(key):
+        if is_instruction(key):
             raise _instruction(where, key)
         if key in places and isinstance(value, Mapping):
             checked[key] = check_stored_node(value, places[key], trusted)
@@ -192,7 +192,7 @@ def _stored_value(value: Any, where: str, trusted: tuple[str, ...]) -> Any:
     for key, item in value.items():
         if key == "_target_":
             continue
-        if _is_instruction(key):
+        if is_instruction(key):
             raise _instruction(where, key)
         copy[key] = _stored_value(item, f"{where}.{key}", trusted)
     return copy
@@ -367,7 +367,7 @@ def _is_below(name: str, packages: Sequence[str]) -> bool:
     return any(package.rstrip(".") and name.startswith(f"{package.rstrip('.')}.") for package in packages)
 
 
-def _is_instruction(key: Any) -> bool:
+def is_instruction(key: Any) -> bool:
     """Return whether a key tells Hydra how to build an object, as `_args_` and `_partial_` do."""
     return isinstance(key, str) and key.startswith("_") and key.endswith("_")
 

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import digest, file_sha256, read_json, write_json
+from ehr_embed.core.files import digest, file_sha256, read_json, stamp_of, write_json
 
 log = logging.getLogger(__name__)
 KNOWN = "fingerprints.json"
@@ -130,12 +130,9 @@ def _once(key: str, paths: Sequence[Path], read: Callable[[], str]) -> str:
 
 def _stamp(paths: Sequence[Path]) -> tuple[str, int]:
     """Return a digest of the files' names, inodes, sizes and times, and the latest of these times in nanoseconds."""
-    stats = [path.stat() for path in paths]
-    facts = [
-        [path.name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        for path, stat in zip(paths, stats, strict=True)
-    ]
-    return digest(facts, 32), max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+    stamps = [stamp_of(path) for path in paths]
+    facts = [[path.name, *stamp] for path, stamp in zip(paths, stamps, strict=True)]
+    return digest(facts, 32), max(max(stamp[-2:]) for stamp in stamps)
 
 
 def _read(path: Path) -> Known:

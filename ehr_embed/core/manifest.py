@@ -13,10 +13,11 @@ import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import digest, file_sha256, read_json, write_json
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import digest, file_sha256, read_json, stamp_of, write_json
+from ehr_embed.core.settings import OneOf, check_setting
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -24,7 +25,7 @@ REBUILD = "Type: python embed.py overwrite=true with the same overrides"
 """Remedy for a damaged store, table or import: build it again."""
 FULL_BYTES = 256 << 20
 """Largest folder, in bytes, of which every checksum is compared; this takes a quarter of a second on one core."""
-MODES = ("auto", "full", "size")
+Integrity = Annotated[str, OneOf("auto", "full", "size")]
 CHECKED = ".checked.json"
 """In a large folder: inode, size and times of each file when it was last found whole."""
 RUN_FOLDERS = ("vocabulary", "predictions")
@@ -90,8 +91,7 @@ def check_files(folder: Path, files: Files, remedy: str, *, integrity: str = "au
     Raises:
         UserError: a file is missing, or has another size or checksum; an unknown `integrity`.
     """
-    if integrity not in MODES:
-        raise unknown_name("integrity", integrity, MODES)
+    check_setting("integrity", integrity, Integrity)
     for name, expected in files.items():
         _check_size(folder / name, expected["bytes"], remedy)
     if integrity == "size":
@@ -153,8 +153,7 @@ def _check_sum(path: Path, expected: str, remedy: str) -> None:
 
 
 def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return stamp_of(path)[1:]  # a folder may be mounted from another device
 
 
 def _read_stamps(folder: Path) -> dict[str, list[int]]:

@@ -14,14 +14,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from ehr_embed.core.errors import UserError, check_range
+from pydantic import Field
+
+from ehr_embed.core.settings import Told, check_setting
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user, torchrun or a search may already have chosen the number of threads."""
-MAX_THREADS = 4096
+Threads = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1, le=4096)],
+    Told("auto, or 1 to 4096 threads", example="auto", remedy="auto chooses by what else runs on the machine."),
+]
 FIRST_LOOK_S, SECOND_LOOK_S = 0.2, 0.8
 """Seconds over which the load is measured first, and again before the number of threads is lowered: a load that is over
 within a second must not slow down a run of hours."""
@@ -59,22 +65,6 @@ class Choice:
     n: int
     reason: str
     is_lowered: bool = False
-
-
-def check_threads(key: str, value: object) -> None:
-    """Refuse a value that is neither `auto` nor a number of threads.
-
-    Raises:
-        UserError: names the key and the valid values.
-
-    >>> check_threads("trainer.threads", "auto"), check_threads("trainer.threads", 2)
-    (None, None)
-    """
-    if value == AUTO:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{key}={value}: expected auto or a number of threads. Type: {key}=auto, or {key}=1")
-    check_range(key, value, 1, MAX_THREADS, remedy="auto chooses by what else runs on the machine.")
 
 
 def choose(asked: int | str = AUTO, *, kept: int | None = None, n_processes: int = 1) -> Choice:
@@ -131,7 +121,7 @@ def use_threads(asked: int | str = AUTO, *, key: str = "threads", device: str = 
     Raises:
         UserError: `asked` is neither `auto` nor a valid number.
     """
-    check_threads(key, asked)
+    check_setting(key, asked, Threads)
     if device == "cpu" or asked != AUTO:
         use(choose(asked))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import numpy.typing as npt
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf
 from ehr_embed.data.store import SplitEvents
 
 log = logging.getLogger(__name__)
-DATA_DEVICES = ("auto", "host", "device")
+DataDevice = Annotated[str, OneOf("auto", "host", "device")]
 HELD_SHARE = 0.25
 """Largest share of a GPU's free memory that `auto` gives to the events of all splits; training needs the rest."""
 GIB = 2**30

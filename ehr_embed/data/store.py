@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 from meds import birth_code
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary, vocabulary_sha256
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
@@ -113,10 +114,10 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     """Fit the vocabulary on train, and write every split's events to `folder`, which appears whole or not at all."""
     vocabulary = fit_vocabulary(source, settings, scratch=folder.parent)
     counts = np.zeros(len(vocabulary), np.int64)
-    with atomic_directory(folder) as temporary:
-        writers = {split: _SplitWriter(temporary / split, settings.has_values) for split in SPLITS}
+    with atomic_directory(folder) as temporary, ExitStack() as opened:
+        writers = {split: _SplitWriter(temporary / split, settings.has_values, opened) for split in SPLITS}
         n_by_split: Counter[str] = Counter()
-        for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
+        for shard in ProgressBar(source.shards, desc="event store", unit="shard"):
             events = source.read(shard)
             n_by_split.update(dict(events["split"].value_counts().iter_rows()))
             refuse_near_misses(n_by_split, where=source.name)
@@ -285,13 +286,13 @@ def check_fingerprint(store: EventStore, source: Source) -> None:
 
 
 class _SplitWriter:
-    """Append a split's events to the files of the store."""
+    """Append a split's events to the files of the store, which `opened` closes where the store is not finished."""
 
-    def __init__(self, folder: Path, has_values: bool) -> None:
+    def __init__(self, folder: Path, has_values: bool, opened: ExitStack) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         keys = [key for key in DTYPES if key != "values" or has_values]
-        self.files = {key: open(folder / f"{key}.bin", "wb") for key in keys}  # noqa: SIM115 (closed by finish)
+        self.files = {key: opened.enter_context((folder / f"{key}.bin").open("wb")) for key in keys}
         self.subjects = [pl.DataFrame(schema=dict.fromkeys(("subject_id", "n_events", "birth_time"), pl.Int64))]
         self.n_unknown = self.n_doubled = 0
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+from pydantic import Field
 
-from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path, file_sha256, read_json, write_json
+from ehr_embed.core.settings import OneOf, Switch, Text, Told, check_settings
 from ehr_embed.data.code_statistics import code_statistics
 from ehr_embed.data.value_bins import bin_edges, bin_text, quantile, robust_scale
 from ehr_embed.sources.code_texts import coverage, read_lookups, resolve_texts
@@ -22,7 +23,7 @@ PADDING, UNKNOWN, FIRST_TOKEN = 0, 1, 2
 UNKNOWN_TEXT = "Unknown event"
 TOKENS_FILE = "vocab.csv"
 """The tokens in a vocabulary's folder; the digest of this file is the vocabulary's identity."""
-VALUE_MODES = ("bins", "continuous", "both", "none")
+Values = Annotated[str, OneOf("bins", "continuous", "both", "none")]
 SHARES = (0.1, 0.5, 0.9)
 """Quantiles that are kept of each code's values, for a reader who compares two datasets."""
 VALUE_LIMIT = 10.0
@@ -43,19 +44,18 @@ class VocabularySettings:
             token of its own, without values; if False, such a code has its parent's token or is unknown.
     """
 
-    values: str = "bins"
-    n_bins: int = 10
-    min_count: int = 5
-    lookups: tuple[str, ...] = ()
-    describe_unseen: bool = False
+    values: Values = "bins"
+    n_bins: Annotated[
+        int,
+        Field(ge=2, le=10_000),
+        Told("2 to 10000 bins", example="10", remedy="Use data.values=none to leave values out."),
+    ] = 10
+    min_count: Annotated[int, Field(ge=1), Told("1 or more events", example="5")] = 5
+    lookups: Annotated[tuple[Text, ...], Told("a list of CSV files", example="[FILE.csv]")] = ()
+    describe_unseen: Switch = False
 
     def __post_init__(self) -> None:
-        if self.values not in VALUE_MODES:
-            raise unknown_name("data.values", self.values, VALUE_MODES)
-        if self.n_bins < 2:
-            raise UserError(f"data.n_bins={self.n_bins}: expected 2 or more; use data.values=none to leave values out.")
-        if self.min_count < 1:
-            raise UserError(f"data.min_count={self.min_count}: expected 1 or more events.")
+        check_settings(type(self), vars(self), "data")
 
     @property
     def has_bins(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.core.errors import check_range
+from ehr_embed.core.settings import Count, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
 
 
@@ -26,9 +26,8 @@ class HashingEmbedder:
 
     reads_text = True
 
-    def __init__(self, *, embedding_dim: int = 64, batch_size: int = 4096) -> None:
-        check_range("embedder.embedding_dim", embedding_dim, 1, 65_536)
-        check_range("embedder.batch_size", batch_size, 1)
+    @checked("embedder")
+    def __init__(self, *, embedding_dim: Width = 64, batch_size: Count = 4096) -> None:
         self.embedding_dim, self.batch_size = embedding_dim, batch_size
 
     @property

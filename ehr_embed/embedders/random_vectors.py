@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.core.errors import check_range
+from ehr_embed.core.settings import Count, DrawSeed, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
 
 
@@ -26,10 +26,8 @@ class RandomEmbedder:
 
     reads_text = False
 
-    def __init__(self, *, embedding_dim: int = 256, seed: int = 0, batch_size: int = 4096) -> None:
-        check_range("embedder.embedding_dim", embedding_dim, 1, 65_536)
-        check_range("embedder.batch_size", batch_size, 1)
-        check_range("embedder.seed", seed, 0)
+    @checked("embedder")
+    def __init__(self, *, embedding_dim: Width = 256, seed: DrawSeed = 0, batch_size: Count = 4096) -> None:
         self.embedding_dim, self.seed, self.batch_size = embedding_dim, seed, batch_size
 
     @property

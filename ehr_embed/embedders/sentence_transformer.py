@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers.utils import logging as transformers_logging
 
-from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.core.launchers import end_with_parent
 from ehr_embed.core.pretrained_weights import is_snapshot, load_pretrained, local_folder
+from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
 
 KEY = "embedder.model"
@@ -51,28 +54,21 @@ class SentenceTransformerEmbedder:
 
     reads_text = True
 
+    @checked("embedder")
     def __init__(
         self,
         *,
         model: str,
         revision: str | None = None,
         prompt: str | None = None,
-        pooling: str | None = None,
+        pooling: Annotated[str, OneOf(*POOLINGS), Told(remedy="null takes the model's own.")] | None = None,
         normalize: bool = True,
-        truncate_dim: int | None = None,
+        truncate_dim: Count | None = None,
         embedding_dim: int | None = None,
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
         device: str | list[str] = "auto",
-        dtype: str = "float32",
+        dtype: Annotated[str, OneOf(*DTYPES)] = "float32",
     ) -> None:
-        if pooling is not None and pooling not in POOLINGS:
-            raise unknown_name("embedder.pooling", pooling, POOLINGS, "null takes the model's own.")
-        if dtype not in DTYPES:
-            raise unknown_name("embedder.dtype", dtype, DTYPES)
-        if batch_size is not None:
-            check_range("embedder.batch_size", batch_size, 1)
-        if truncate_dim is not None:
-            check_range("embedder.truncate_dim", truncate_dim, 1)
         self.model, self.revision = model, revision
         self.prompt, self.pooling, self.normalize = prompt, pooling, normalize
         self.truncate_dim, self.expected_dim = truncate_dim, embedding_dim
@@ -170,6 +166,9 @@ class SentenceTransformerEmbedder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     def _load(self, name: str, revision: str | None = None) -> _Encoder:
+        # A bar for weights that take a moment, and where they lie, are nothing that a user waits for.
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
         weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         place: dict[str, Any] = {"device": self.devices[0], "truncate_dim": self.truncate_dim}
         if self.pooling is None:
@@ -193,9 +192,31 @@ class _Encoder(SentenceTransformer):
 
 
 def _devices(device: str | list[str]) -> list[str]:
-    """Return the devices that embed; `auto` is every CUDA GPU, else Apple's GPU, else the CPU."""
+    """Return the devices that embed; `auto` is every CUDA GPU, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: torch does not know a device, or does not find it here.
+    """
     if device != "auto":
-        return [device] if isinstance(device, str) else list(device)
+        chosen = [device] if isinstance(device, str) else list(device)
+        for name in chosen:
+            _check_device(name)
+        return chosen
     if torch.cuda.is_available():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["mps" if torch.backends.mps.is_available() else "cpu"]
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is not there now, and not by a traceback for every batch."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"embedder.device={name}: expected auto, cpu, cuda or a list such as [cuda:0,cuda:1]."
+        ) from error
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise UserError(f"embedder.device={name}: torch finds {n_gpus} GPUs here. Type: embedder.device=auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"embedder.device={name}: torch finds no Apple GPU here. Type: embedder.device=auto")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ehr_embed.core.settings import DrawSeed
 from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 
@@ -26,7 +27,7 @@ class ShuffledTextEmbedder:
 
     reads_text = False
 
-    def __init__(self, *, inner: Embedder, seed: int = 0) -> None:
+    def __init__(self, *, inner: Embedder, seed: DrawSeed = 0) -> None:
         self.inner, self.seed, self.batch_size = inner, seed, inner.batch_size
 
     @property

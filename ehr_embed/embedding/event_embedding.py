@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import unknown_name
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.batches import Batch
 
 TRAINABLE = ("frozen", "residual", "full")
+Trainable = Annotated[str, OneOf(*TRAINABLE)]
 
 
 class EventEmbedding(nn.Module):
@@ -34,10 +36,9 @@ class EventEmbedding(nn.Module):
 
     fixed: Tensor | None
 
-    def __init__(self, table: Tensor, trainable: str = "frozen") -> None:
+    def __init__(self, table: Tensor, trainable: Trainable = "frozen") -> None:
         super().__init__()
-        if trainable not in TRAINABLE:
-            raise unknown_name("embedder.trainable", trainable, TRAINABLE)
+        check_setting("embedder.trainable", trainable, Trainable)
         self.trainable, vectors = trainable, table.float()
         learned = {"frozen": None, "residual": torch.zeros_like(vectors), "full": vectors.clone()}[trainable]
         self.learned = None if learned is None else nn.Parameter(learned)

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from meds import death_code
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.kept import kept_facts
 from ehr_embed.data.samples import Samples, ragged_arange, samples_digest
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
@@ -35,7 +36,7 @@ from ehr_embed.evaluation.code_screening import (
 )
 
 log = logging.getLogger(__name__)
-MODES = ("error", "warn", "off")
+Mode = Annotated[str, OneOf("error", "warn", "off")]
 FORMAT = 1
 """Version of the findings cached in the store's folder. Increase it when a check is added, removed or changed."""
 AUROC_LIMIT = 0.98
@@ -91,8 +92,7 @@ def audit(
     Raises:
         UserError: the mode is unknown, or it is `error` and there is a leak; the message lists all leaks.
     """
-    if mode not in MODES:
-        raise unknown_name("audit", mode, MODES)
+    check_setting("audit", mode, Mode)
     if mode == "off":
         return None
     began = time.perf_counter()

@@ -17,11 +17,14 @@ class Metric:
         name: key of the metric in metrics.json.
         is_higher_better: direction of the metric, by which checkpoints, schedules and searches choose.
         needs: `values` if the metric exists only for events that carry values; None = it always exists.
+        is_ranking: whether the metric depends on the order of the predictions alone, so that its values on two datasets can be
+            compared. A metric with a threshold cannot, since each dataset's tuning split chooses its own.
     """
 
     name: str
     is_higher_better: bool
     needs: Literal["values"] | None = None
+    is_ranking: bool = False
 
 
 def metric_named(name: str, metrics: Iterable[Metric]) -> Metric:

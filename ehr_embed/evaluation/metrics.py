@@ -14,7 +14,8 @@ from ehr_embed.evaluation.cells import MANY_SAMPLES, Cells
 from ehr_embed.evaluation.metric import Metric
 
 CLASS_METRICS = (
-    *(Metric(name, is_higher_better=True) for name in ("auroc", "auprc", "f1", "accuracy", "precision", "recall")),
+    *(Metric(name, is_higher_better=True, is_ranking=True) for name in ("auroc", "auprc")),
+    *(Metric(name, is_higher_better=True) for name in ("f1", "accuracy", "precision", "recall")),
     *(Metric(name, is_higher_better=False) for name in ("brier", "ece", "loss")),
 )
 METRICS = tuple(metric.name for metric in CLASS_METRICS)

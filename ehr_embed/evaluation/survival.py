@@ -22,7 +22,7 @@ from ehr_embed.evaluation.metrics import summaries
 
 log = logging.getLogger(__name__)
 SURVIVAL_METRICS = (
-    *(Metric(name, is_higher_better=True) for name in ("concordance", "concordance_ipcw", "auroc_t")),
+    *(Metric(name, is_higher_better=True, is_ranking=True) for name in ("concordance", "concordance_ipcw", "auroc_t")),
     *(Metric(name, is_higher_better=False) for name in ("integrated_brier", "calibration_error", "loss")),
 )
 PAIRS_PER_INTERVAL = 2e9

@@ -12,6 +12,7 @@ from ehr_embed.comparison.compare import paired_tests
 from ehr_embed.comparison.paired_bootstrap import METRICS, replicates_needed
 from ehr_embed.config.check import check_config
 from ehr_embed.config.instantiate import builder, check_stored
+from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.threads import AUTO
 from ehr_embed.embedders.protocol import trainable_of
@@ -102,7 +103,7 @@ def member_runs(cfg: DictConfig, run_dir: Path) -> dict[Path, DictConfig]:
             for key in ("name", "run_id"):
                 if stage.tracker.get(key):  # a tracker keeps each member as a run
                     stage.tracker[key] = f"{stage.tracker[key]}-{name}"
-        check_config(stage)
+        check_config(stage, RunKeys)
         found[run_dir / MEMBERS / name] = stage
     return found
 

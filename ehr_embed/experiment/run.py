@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.config.check import check_config, checks_config
-from ehr_embed.config.instantiate import builder
+from ehr_embed.config.instantiate import builder, instantiate
+from ehr_embed.config.keys import RunKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO
 from ehr_embed.experiment.ensemble import is_ensemble, member_runs, written_out
+from ehr_embed.experiment.inherit import inherited
+from ehr_embed.experiment.outlook import tell_outlook
+from ehr_embed.experiment.preflight import preflight
 from ehr_embed.experiment.stage import run_stage
+from ehr_embed.run_folder.layout import FINISHED
 from ehr_embed.search.trial import NoTrial, current_trial
 from ehr_embed.training.processes import run_ranks
 from ehr_embed.training.settings import TrainerSettings
 
 
 @stop_requests(is_deferred=False)
-@checks_config
+@checks_config("RunKeys")
 def run(cfg: DictConfig) -> float:
     """Train and evaluate one configuration, and leave everything in the run directory.
 
@@ -36,8 +42,10 @@ def run(cfg: DictConfig) -> float:
     `RUN_DIR/members`, and the last stage blends them.
 
     Returns:
-        The monitored metric on tuning with the best checkpoint: the objective of a search.
+        The monitored metric on tuning with the best checkpoint: the objective of a search. NaN with `check`, which trains nothing.
     """
+    cfg = inherited(cfg)
+    check_config(cfg, RunKeys)
     settings: TrainerSettings = builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()
@@ -51,13 +59,23 @@ def run(cfg: DictConfig) -> float:
     if is_ensemble(cfg):
         cfg = written_out(cfg)
         members = member_runs(cfg, run_dir)
+    stages = {run_dir: cfg, **members}
     if cfg.pretrain is not None:
-        check_config(first := pretraining(cfg))
+        check_config(first := pretraining(cfg), RunKeys)
+        stages = {run_dir / "pretrain": first, **stages}
+    for folder, stage in stages.items():
+        if not (folder / FINISHED).exists():
+            processes.on_first(partial(preflight, stage, folder))
+    if cfg.get("check"):  # configurations of earlier versions do not have this key
+        for folder, stage in stages.items():
+            processes.on_first(partial(tell_outlook, stage, folder))
+        return math.nan
+    if cfg.pretrain is not None:
         run_stage(first, run_dir / "pretrain", init_from=None, trial=NoTrial())
         init_from = run_dir / "pretrain"
     for folder, member in members.items():
         run_stage(member, folder, init_from=init_from, trial=NoTrial())
-    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(cfg.trusted_packages))
+    return run_stage(cfg, run_dir, init_from=init_from, trial=current_trial(instantiate, cfg.trusted_packages))
 
 
 def _run_rank(cfg: DictConfig, singletons: Any) -> float:

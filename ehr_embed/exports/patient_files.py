@@ -10,17 +10,17 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, atomic_path
+from ehr_embed.core.progress import ProgressBar
+from ehr_embed.core.settings import Count
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import SplitEvents
 from ehr_embed.embedding.prepare import Prepared
-from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder
+from ehr_embed.exports.protocol import Dtype, as_stored, export_dtype, export_folder
 from ehr_embed.exports.vocab_pt import write_vocabulary
-from ehr_embed.tasks.classification import Classification
-from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.protocol import Task, WeighsSamples
 from ehr_embed.tasks.set_up import set_up
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class PatientFilesExport:
             the prediction time.
     """
 
-    def __init__(self, *, dir: str | None = None, dtype: str = "float32", max_length: int | None = None) -> None:
+    def __init__(self, *, dir: str | None = None, dtype: Dtype = "float32", max_length: Count | None = None) -> None:
         self.dir, self.dtype, self.max_length = dir, export_dtype(dtype), max_length
 
     def check(self) -> None:
@@ -65,15 +65,15 @@ class PatientFilesExport:
         for split, samples in task.samples.items():
             events = prepared.store.split(split)
             with atomic_directory(folder / split) as target:
-                for number in tqdm(range(len(samples)), desc=f"export {split}", unit="file", disable=None):
+                for number in ProgressBar(range(len(samples)), desc=f"export {split}", unit="file"):
                     record = sample_record(events, samples, number, table)
                     torch.save(record, target / f"patient_{number}.pt")
             rows.append(_sample_rows(split, samples))
         with atomic_path(folder / "samples.csv") as path:
             pl.concat(rows).write_csv(path)
-        if isinstance(task, Classification):
+        if isinstance(task, WeighsSamples):
             with atomic_path(folder / "classes.csv") as path:
-                pl.DataFrame({"label": range(task.num_classes), "class": task.class_names}).write_csv(path)
+                pl.DataFrame({"label": range(len(task.class_names)), "class": task.class_names}).write_csv(path)
         write_vocabulary(folder, prepared, self.dtype)
         log.info("wrote %d files to %s", sum(map(len, task.samples.values())), folder)
 

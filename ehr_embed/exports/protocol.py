@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.tasks.protocol import Task
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+Dtype = Annotated[str, OneOf(*DTYPES)]
 
 
 class Export(Protocol):
@@ -62,8 +64,7 @@ def export_dtype(name: str) -> torch.dtype:
     >>> export_dtype("float16")
     torch.float16
     """
-    if name not in DTYPES:
-        raise unknown_name("export.dtype", name, DTYPES)
+    check_setting("export.dtype", name, Dtype)
     return DTYPES[name]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ehr_embed.core.files import atomic_path
 from ehr_embed.embedding.prepare import Prepared
-from ehr_embed.exports.protocol import as_stored, export_dtype, export_folder, token_strings
+from ehr_embed.exports.protocol import Dtype, as_stored, export_dtype, export_folder, token_strings
 from ehr_embed.tasks.protocol import Task
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class VocabularyExport:
         dtype: type of the vectors, `float32` or `float16`.
     """
 
-    def __init__(self, *, dir: str | None = None, dtype: str = "float32") -> None:
+    def __init__(self, *, dir: str | None = None, dtype: Dtype = "float32") -> None:
         self.dir, self.dtype = dir, export_dtype(dtype)
 
     def check(self) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.progress import ProgressBar
+from ehr_embed.core.settings import Count, Positive, Seed, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.evaluation.code_screening import visible_events
@@ -38,17 +39,15 @@ class Explainer:
         UserError: the run has no such class.
     """
 
+    @checked("")
     def __init__(
-        self, predictor: Predictor, *, target: str | None, n_steps: int, max_steps: int, tolerance: float
+        self, predictor: Predictor, *, target: str | None, n_steps: Count, max_steps: Count, tolerance: Positive
     ) -> None:
         names = predictor.class_names
         if target is not None and target not in names:
             raise unknown_name("target", target, names)
-        if not (1 <= n_steps <= max_steps and tolerance > 0):
-            raise UserError(
-                f"n_steps={n_steps}, max_steps={max_steps}, tolerance={tolerance}: expected 1 <= n_steps <= max_steps and a "
-                "tolerance above 0."
-            )
+        if n_steps > max_steps:
+            raise UserError(f"n_steps={n_steps}: expected at most max_steps={max_steps}. Type: max_steps={n_steps}")
         self.predictor, self.target = predictor, names[-1] if target is None else target
         self._index = names.index(self.target)
         self._steps: dict[str, Any] = {"n_steps": n_steps, "max_steps": max_steps, "tolerance": tolerance}
@@ -158,7 +157,7 @@ def explain_subject(
 
 
 def explain_split(
-    explainer: Explainer, data: Dataset, *, max_samples: int, min_samples: int, seed: int, folder: Path
+    explainer: Explainer, data: Dataset, *, max_samples: Count, min_samples: Count, seed: Seed, folder: Path
 ) -> list[Path]:
     """Explain samples of a split, write texts.csv with all their texts, and texts.png with the 20 texts per direction that
     raise and lower the prediction most.
@@ -180,7 +179,7 @@ def explain_split(
     n = len(data.samples)
     drawn = np.sort(np.random.default_rng(seed).permutation(n)[:max_samples])
     parts, gaps, steps = [], [], []
-    for row in tqdm(drawn.tolist(), desc="explain", unit="sample", disable=None):
+    for row in ProgressBar(drawn.tolist(), desc="explain", unit="sample"):
         found = explainer.attribute(data, row)
         gaps.append(found.gap)
         steps.append(found.n_steps)

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
 from ehr_embed.data.batches import LENGTH_MULTIPLE
-from ehr_embed.models.blocks import Block, sinusoids, time_features
+from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
 
 ROTARY = ("rope", "rope_time")
 """Rotary positions: attention sees the number of events, or the time, between two events."""
-TIMES = ("gap", "elapsed", "age")
-VALUES = ("film", "add", "none")
-MAX_WIDTH, MAX_LAYERS = 65_536, 1024
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Times = Sequence[Annotated[str, OneOf("gap", "elapsed", "age"), Told(remedy="[] leaves times out.")]]
+Values = Annotated[str, OneOf("film", "add", "none")]
 
 
 class EventInput(nn.Module):
@@ -34,11 +37,9 @@ class EventInput(nn.Module):
     values.
     """
 
-    def __init__(self, *, embedding_dim: int, model_dim: int, has_values: bool, values: str = "film") -> None:
+    @checked("model")
+    def __init__(self, *, embedding_dim: int, model_dim: Width, has_values: bool, values: Values = "film") -> None:
         super().__init__()
-        check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
-        if values not in VALUES:
-            raise unknown_name("model.values", values, VALUES)
         self.norm = nn.LayerNorm(embedding_dim)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
@@ -79,11 +80,9 @@ class TimeInput(nn.Module):
     causal model cannot learn from them how long the record continues.
     """
 
-    def __init__(self, *, kinds: Sequence[str], model_dim: int) -> None:
+    def __init__(self, *, kinds: Times, model_dim: Width) -> None:
         super().__init__()
-        for kind in kinds:
-            if kind not in TIMES:
-                raise unknown_name("model.times", kind, TIMES, "[] leaves times out.")
+        check_setting("model.times", kinds, Times)
         self.kinds, self.model_dim = tuple(kinds), model_dim
         self.project = nn.Linear(len(kinds) * model_dim, model_dim)
 
@@ -119,10 +118,9 @@ class Body(nn.Module):
         n_layers: number of transformer blocks.
         dropout: dropout probability on the residual branches of each block.
         max_length: longest sequence, in events.
-        positions: one of `valid_positions`.
-        valid_positions: positions that the model of this body supports.
-        times: the members of `TIMES` that are added to each event.
-        values: one of `VALUES`, how a numeric value changes its event vector.
+        positions: how the order or the times of the events enter; the constructor of the model says which it supports.
+        times: the time features that are added to each event.
+        values: how a numeric value changes its event vector.
 
     Attributes:
         packs: whether the blocks compute without padding, for inputs that hold `places`; None = only where torch has a
@@ -131,23 +129,23 @@ class Body(nn.Module):
 
     packs: bool | None = None
 
+    @checked("model")
     def __init__(
         self,
         *,
         embedding_dim: int,
         has_values: bool,
-        model_dim: int,
-        n_heads: int,
-        n_layers: int,
-        dropout: float,
+        model_dim: Width,
+        n_heads: Count,
+        n_layers: Layers,
+        dropout: DropShare,
         max_length: int,
-        positions: str,
-        valid_positions: tuple[str, ...],
-        times: Sequence[str],
-        values: str,
+        positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
+        times: Times,
+        values: Values,
     ) -> None:
         super().__init__()
-        check_sizes(model_dim, n_heads, n_layers, positions, valid_positions)
+        check_heads(model_dim, n_heads, positions)
         self.max_length, self.positions, self.n_heads = max_length, positions, n_heads
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, values=values)
         self.time = nn.Linear(model_dim, model_dim) if positions == "time" else None
@@ -247,18 +245,13 @@ def event_index(inputs: dict[str, Tensor]) -> Tensor:
     return torch.arange(mask_BT.shape[1], device=mask_BT.device).expand(mask_BT.shape)
 
 
-def check_sizes(model_dim: int, n_heads: int, n_layers: int, positions: str, valid_positions: tuple[str, ...]) -> None:
-    """Refuse sizes that no transformer block can have.
+def check_heads(model_dim: int, n_heads: int, positions: str = "none") -> None:
+    """Refuse heads that no transformer block can have.
 
     Raises:
-        UserError: `model_dim` or `n_layers` is out of range, `n_heads` does not divide `model_dim`, the head width is
-            odd with rotary positions, or `positions` is unknown.
+        UserError: `n_heads` does not divide `model_dim`, or the head width is odd with rotary positions.
     """
-    check_range("model.model_dim", model_dim, 1, MAX_WIDTH)
-    check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
-    if positions not in valid_positions:
-        raise unknown_name("model.positions", positions, valid_positions)
-    if n_heads < 1 or model_dim % n_heads:
+    if model_dim % n_heads:
         good = [n for n in range(1, model_dim + 1) if model_dim % n == 0 and n <= 64]
         raise UserError(
             f"model.n_heads={n_heads} does not divide model.model_dim={model_dim}; every head needs the same width. "

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import unknown_name
+from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.blocks import Block
-from ehr_embed.models.body import check_sizes, check_width
+from ehr_embed.models.blocks import Block, DropShare
+from ehr_embed.models.body import Layers, check_heads, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import PooledHead, check_classifies
-from ehr_embed.models.whitening import Whitening
+from ehr_embed.models.whitening import Shrinkage, Whitening
 
 POOLINGS = ("max", "mean", "attention")
 SUMMARIES = {"count": 1, "values": 7, "times": 2}
+Summaries = Sequence[Annotated[str, OneOf(*SUMMARIES), Told(remedy="[] leaves all of them out.")]]
 """Summaries of a code's events, with the number of features of each.
 
 `count` is the number of events; `values` are the first, last, mean, least and greatest value, their standard deviation,
@@ -48,14 +49,12 @@ class CodeInput(ReadsCodes):
         embedding_dim: int,
         model_dim: int,
         has_values: bool,
-        summaries: Sequence[str],
+        summaries: Summaries,
         whiten: bool,
         shrinkage: float,
     ) -> None:
         super().__init__(has_values=has_values)
-        for name in summaries:
-            if name not in SUMMARIES:
-                raise unknown_name("model.summaries", name, SUMMARIES, "[] leaves all of them out.")
+        check_setting("model.summaries", summaries, Summaries)
         self.summaries, self.embedding_dim = tuple(summaries), embedding_dim
         self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
         self.project = nn.Linear(embedding_dim, model_dim)
@@ -166,7 +165,7 @@ class CodeBody(nn.Module):
         self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
     ) -> None:
         super().__init__()
-        check_sizes(model_dim, n_heads, n_layers, "none", ("none",))
+        check_heads(model_dim, n_heads)
         self.input = CodeInput(model_dim=model_dim, **options)
         self.subject = Subject(model_dim) if age else None
         self.blocks = nn.ModuleList(
@@ -215,6 +214,7 @@ class CodeEncoder(nn.Module):
     is_causal = False
     meaning_keys = ("n_heads", "summaries")
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -222,21 +222,19 @@ class CodeEncoder(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 64,
-        n_heads: int = 4,
-        n_layers: int = 1,
-        dropout: float = 0.1,
+        model_dim: Width = 64,
+        n_heads: Count = 4,
+        n_layers: Layers = 1,
+        dropout: DropShare = 0.1,
         max_length: int = 4096,
-        summaries: Sequence[str] = tuple(SUMMARIES),
+        summaries: Summaries = tuple(SUMMARIES),
         age: bool = True,
         whiten: bool = True,
-        shrinkage: float = 0.1,
-        pooling: str = "max",
+        shrinkage: Shrinkage = 0.1,
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "max",
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
-        if pooling not in POOLINGS:
-            raise unknown_name("model.pooling", pooling, POOLINGS)
         self.reads_values = "values" in summaries
         self.body = CodeBody(
             model_dim=model_dim,

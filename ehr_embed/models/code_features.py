@@ -12,6 +12,7 @@ from meds import birth_code
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, checked
 from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import MAX_FITTED, CodeMatches
@@ -96,8 +97,9 @@ class CodeFeatures(ReadsCodes):
     value_column_of_token: Tensor
     time_column_of_token: Tensor
 
+    @checked("model")
     def __init__(
-        self, *, has_values: bool, max_codes: int, times: bool, windows_hours: Sequence[float] | None = None
+        self, *, has_values: bool, max_codes: Count, times: bool, windows_hours: Sequence[float] | None = None
     ) -> None:
         super().__init__(has_values=has_values)
         self.ends = [float(hours) for hours in windows_hours or ()]
@@ -106,8 +108,6 @@ class CodeFeatures(ReadsCodes):
                 f"model.windows_hours={windows_hours}: expected ascending numbers of hours above 0, where the windows before the "
                 "prediction end, or null. Type: model.windows_hours=[12,24,36,48]"
             )
-        if max_codes < 1:
-            raise UserError(f"model.max_codes={max_codes}: expected 1 or more codes.")
         self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []
         self.valued: list[str] = []
@@ -249,7 +249,10 @@ class CodeFeatures(ReadsCodes):
             UserError: no codes were chosen yet.
         """
         if not self.codes:
-            raise UserError("this model was not fitted, so it has no features. Type: python train.py model=gbm ...")
+            raise UserError(
+                "this model was not fitted, so it has no features. Fit it by python train.py with its option of conf/model/, or "
+                "open a finished run. Type: run=RUN_DIR"
+            )
         if self.matches is not None:
             return self._aligned(inputs)
         token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.settings import Count, NotNegative, OneOf, ShareBelow1, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import check_width
 from ehr_embed.models.code_encoder import Subject
 from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.members import MemberHead
-from ehr_embed.models.whitening import Whitening
+from ehr_embed.models.whitening import Shrinkage, Whitening
 
 MEMBER_WEIGHTS = ("codes", "text")
 N_INPUTS = N_SUMMARIES + 1
@@ -48,8 +50,11 @@ class CodeTabBody(nn.Module):
         feeds_absent: bool,
         age: bool,
         shrinkage: float,
+        code_dropout: float,
+        text_noise: float,
     ) -> None:
         super().__init__()
+        self.code_dropout, self.text_noise = code_dropout, text_noise
         self.embedding_dim, self.n_members, self.n_gates = embedding_dim, n_members, n_gates
         self.feeds_absent, self.hidden_dim = feeds_absent, hidden_dim
         self.input = CodeSummaries(has_values=has_values, windows_hours=windows_hours)
@@ -65,6 +70,7 @@ class CodeTabBody(nn.Module):
         self.from_text = _reads_text(embedding_dim, n_members) if member_weights == "text" else None
         self.register_buffer("vectors", torch.zeros(0, embedding_dim), persistent=False)
         self.register_parameter("signs", None)
+        self.register_load_state_dict_pre_hook(_as_many_signs)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The known codes' vectors; not a buffer of the `state_dict`, since their number is the data's."""
@@ -105,7 +111,12 @@ class CodeTabBody(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, M, D) of what `EventEmbedding.inputs` gives."""
         pairs = self.input(inputs)
+        if self.training and self.code_dropout:
+            is_kept_G = torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout
+            pairs = Pairs(*(x[is_kept_G] for x in pairs))
         e_CE = self._texts(inputs, pairs)
+        if self.training and self.text_noise:
+            e_CE = e_CE + self.text_noise * torch.randn_like(e_CE)
         n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
         g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
         a_CM = self._member_weights(e_CE)
@@ -227,6 +238,8 @@ class CodeTab(nn.Module):
         feeds_absent: whether a known code that a record lacks is an input too; else it adds nothing.
         age: whether the age at the prediction is one more element.
         shrinkage: of the whitening.
+        code_dropout: probability with which each code that a record has is left out of it, in training.
+        text_noise: standard deviation of what is added to the whitened text vectors, of variance 1, in training.
 
     Raises:
         UserError: a task that predicts events, an unknown `member_weights`, a number out of range.
@@ -237,6 +250,7 @@ class CodeTab(nn.Module):
     learns_vectors = False
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -244,29 +258,24 @@ class CodeTab(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 96,
-        hidden_dim: int = 96,
-        n_gates: int = 16,
-        n_members: int = 8,
-        n_layers: int = 2,
-        dropout: float = 0.05,
+        model_dim: Width = 96,
+        hidden_dim: Count = 96,
+        n_gates: Count = 16,
+        n_members: Count = 8,
+        n_layers: Annotated[int, Field(ge=0, le=1024)] = 2,
+        dropout: DropShare = 0.05,
         max_length: int = 4096,
         windows_hours: Sequence[float] = (12, 24, 36, 48),
-        member_weights: str = "codes",
+        member_weights: Annotated[str, OneOf(*MEMBER_WEIGHTS)] = "codes",
         feeds_absent: bool = True,
         age: bool = True,
-        shrinkage: float = 0.1,
+        shrinkage: Shrinkage = 0.1,
+        code_dropout: ShareBelow1 = 0.0,
+        text_noise: NotNegative = 0.0,
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=code_tab", num_classes, vocab_size)
-        if member_weights not in MEMBER_WEIGHTS:
-            raise unknown_name("model.member_weights", member_weights, MEMBER_WEIGHTS)
         sizes = {"model_dim": model_dim, "hidden_dim": hidden_dim, "n_gates": n_gates, "n_members": n_members}
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"model.{name}={size}: expected 1 or more.")
-        if n_layers < 0:
-            raise UserError(f"model.n_layers={n_layers}: expected 0 or more.")
         self.body = CodeTabBody(
             embedding_dim=embedding_dim,
             has_values=has_values,
@@ -277,6 +286,8 @@ class CodeTab(nn.Module):
             feeds_absent=feeds_absent,
             age=age,
             shrinkage=shrinkage,
+            code_dropout=code_dropout,
+            text_noise=text_noise,
         )
         self.head = MemberHead(
             model_dim=model_dim, num_classes=n_outputs, n_members=n_members, n_layers=n_layers, dropout=dropout
@@ -307,6 +318,13 @@ class CodeTab(nn.Module):
         `age_days` (B, T), NaN = unknown, and a model that carries values takes `values` (B, T), NaN = none.
         """
         return self.head(self.body(inputs))
+
+
+def _as_many_signs(body: CodeTabBody, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Make room for the signs of another number of codes: a run that is aligned with another has the other's codes."""
+    saved = state.get(f"{prefix}signs")
+    if saved is not None and body.signs is not None and saved.shape != body.signs.shape:
+        body.register_parameter("signs", nn.Parameter(torch.empty_like(saved, device=body.signs.device)))
 
 
 def _signs(n_members: int, n_codes: int) -> Tensor:

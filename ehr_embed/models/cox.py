@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, checked
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.hazards import HazardSizes, bin_of, exposure, hazard_nll
@@ -44,6 +46,7 @@ class Cox(ReadsCodeFeatures):
         UserError: the task predicts events, or a number is out of range.
     """
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -54,13 +57,11 @@ class Cox(ReadsCodeFeatures):
         max_length: int = 4096,
         max_codes: int = 500,
         times: bool = True,
-        l1_ratio: float = 0.5,
-        n_penalties: int = 30,
+        l1_ratio: Annotated[float, Field(ge=1e-3, le=1)] = 0.5,
+        n_penalties: Count = 30,
     ) -> None:
         super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         check_classifies("model=cox", num_classes, vocab_size)
-        check_range("model.l1_ratio", l1_ratio, 1e-3, 1)
-        check_range("model.n_penalties", n_penalties, 1)
         self.l1_ratio, self.n_penalties = l1_ratio, n_penalties
         self.sizes: HazardSizes | None = None
         self.fitted: dict[str, Tensor] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from ehr_embed.models.body import ROTARY, Body
+from ehr_embed.core.settings import Count, OneOf, Width, checked
+from ehr_embed.models.blocks import DropShare
+from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
-from ehr_embed.models.heads import EventScores, build_head
+from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
 from ehr_embed.models.packing import Packing, product_dtype
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
@@ -41,6 +43,7 @@ class Decoder(nn.Module):
 
     is_causal = True
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -48,16 +51,16 @@ class Decoder(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 256,
-        n_heads: int = 8,
-        n_layers: int = 6,
-        dropout: float = 0.1,
+        model_dim: Width = 256,
+        n_heads: Count = 8,
+        n_layers: Layers = 6,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
-        positions: str = "sinusoidal",
-        times: Sequence[str] = ("gap", "elapsed"),
-        values: str = "film",
-        pooling: str = "last",
-        vocabulary_head: str = "text_tied",
+        positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
+        times: Times = ("gap", "elapsed"),
+        values: Values = "film",
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
+        vocabulary_head: VocabularyHead = "text_tied",
     ) -> None:
         super().__init__()
         self.body = Body(
@@ -69,7 +72,6 @@ class Decoder(nn.Module):
             dropout=dropout,
             max_length=max_length,
             positions=positions,
-            valid_positions=POSITIONS,
             times=times,
             values=values,
         )
@@ -80,7 +82,6 @@ class Decoder(nn.Module):
             embedding_dim=embedding_dim,
             model_dim=model_dim,
             pooling=pooling,
-            valid_poolings=POOLINGS,
             vocabulary_head=vocabulary_head,
             dropout=dropout,
         )

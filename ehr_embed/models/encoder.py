@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.models.body import ROTARY, Body
-from ehr_embed.models.heads import POOLINGS, EventScores, build_head
+from ehr_embed.core.settings import Count, OneOf, Width, checked
+from ehr_embed.models.blocks import DropShare
+from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
+from ehr_embed.models.heads import POOLINGS, EventScores, VocabularyHead, build_head
 
 POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
@@ -39,6 +41,7 @@ class Encoder(nn.Module):
 
     is_causal = False
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -46,16 +49,16 @@ class Encoder(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 256,
-        n_heads: int = 8,
-        n_layers: int = 6,
-        dropout: float = 0.1,
+        model_dim: Width = 256,
+        n_heads: Count = 8,
+        n_layers: Layers = 6,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
-        positions: str = "sinusoidal",
-        times: Sequence[str] = (),
-        values: str = "film",
-        pooling: str = "mean",
-        vocabulary_head: str = "text_tied",
+        positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
+        times: Times = (),
+        values: Values = "film",
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
+        vocabulary_head: VocabularyHead = "text_tied",
     ) -> None:
         super().__init__()
         self.body = Body(
@@ -67,7 +70,6 @@ class Encoder(nn.Module):
             dropout=dropout,
             max_length=max_length,
             positions=positions,
-            valid_positions=POSITIONS,
             times=times,
             values=values,
         )
@@ -78,7 +80,6 @@ class Encoder(nn.Module):
             embedding_dim=embedding_dim,
             model_dim=model_dim,
             pooling=pooling,
-            valid_poolings=POOLINGS,
             vocabulary_head=vocabulary_head,
             dropout=dropout,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,12 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import Model, ReadsVocabulary, declarations
+from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations
 
-WEIGHTS = ("tuning", "equal")
+Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
 
 
@@ -71,6 +73,27 @@ class Ensemble(nn.Module):
         for member in self.members:
             if isinstance(member, ReadsVocabulary):
                 member.set_vocabulary(vocabulary)
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+        """Read the codes of the present vocabulary as the known ones that `matches` names, in every member.
+
+        Raises:
+            UserError: a member cannot, and would read the same events otherwise than the others.
+        """
+        for member in self.members:
+            if not isinstance(member, AlignsCodes):
+                raise UserError(
+                    f"a member of this ensemble, {type(member).__name__}, does not align codes. Type: data.aligned_to=none, or "
+                    "predict with the other members' own runs"
+                )
+            member.align(matches)
+
+    def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
+        """After `align`, give the members another dataset's records; they were fitted to train in their own runs."""
+        batches = list(train)
+        for member in self.members:
+            if isinstance(member, AlignsCodes):
+                member.adapt_to_records(batches)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, C) float64, from what `EventEmbedding.inputs` gives."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, OneOf, ShareAbove0, checked
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.heads import check_classifies
@@ -49,6 +51,7 @@ class GBM(ReadsCodeFeatures):
         UserError: the task predicts events, or a number is out of range.
     """
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -57,29 +60,21 @@ class GBM(ReadsCodeFeatures):
         vocab_size: int | None = None,
         has_values: bool = False,
         max_length: int = 4096,
-        max_codes: int = 2000,
+        max_codes: Count = 2000,
         times: bool = True,
         windows_hours: Sequence[float] | None = None,
-        n_trees: int = 1000,
-        stop_on: str = "loss",
-        patience: int = 50,
+        n_trees: Count = 1000,
+        stop_on: Annotated[str, OneOf(*STOPS)] = "loss",
+        patience: Count = 50,
         learning_rate: float = 0.02,
-        n_leaves: int = 8,
+        n_leaves: Annotated[int, Field(ge=2)] = 8,
         min_leaf_samples: int = 40,
-        feature_share: float = 0.3,
-        sample_share: float = 0.7,
+        feature_share: ShareAbove0 = 0.3,
+        sample_share: ShareAbove0 = 0.7,
         l2: float = 5.0,
     ) -> None:
         super().__init__(has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours)
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
-        for name, count, least in (("n_trees", n_trees, 1), ("patience", patience, 1), ("n_leaves", n_leaves, 2)):
-            if count < least:
-                raise UserError(f"model.{name}={count}: expected {least} or more.")
-        for name, share in (("feature_share", feature_share), ("sample_share", sample_share)):
-            if not 0 < share <= 1:
-                raise UserError(f"model.{name}={share}: expected a share in (0, 1].")
-        if stop_on not in STOPS:
-            raise unknown_name("model.stop_on", stop_on, STOPS)
         self.n_trees, self.stop_on, self.patience = n_trees, stop_on, patience
         self.parameters_of_trees = {
             "learning_rate": learning_rate,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ehr_embed.core.errors import check_range, unknown_name
-from ehr_embed.models.body import MAX_LAYERS, EventInput, TimeInput
+from ehr_embed.core.settings import OneOf, Width, checked
+from ehr_embed.models.blocks import DropShare
+from ehr_embed.models.body import EventInput, Layers, TimeInput, Times
 from ehr_embed.models.heads import PooledHead, check_classifies
 
 POOLINGS = ("last", "mean", "max", "attention")
@@ -30,7 +32,6 @@ class GRUBody(nn.Module):
         super().__init__()
         self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
-        check_range("model.n_layers", n_layers, 1, MAX_LAYERS)
         # torch applies dropout between layers only, and warns if there is just one layer.
         between = dropout if n_layers > 1 else 0.0
         self.gru = nn.GRU(model_dim, model_dim, num_layers=n_layers, dropout=between, batch_first=True)
@@ -65,6 +66,7 @@ class GRU(nn.Module):
 
     is_causal = True
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -72,17 +74,15 @@ class GRU(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 256,
-        n_layers: int = 2,
-        dropout: float = 0.1,
+        model_dim: Width = 256,
+        n_layers: Layers = 2,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
-        times: Sequence[str] = ("gap", "elapsed", "age"),
-        pooling: str = "last",
+        times: Times = ("gap", "elapsed", "age"),
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=gru", num_classes, vocab_size)
-        if pooling not in POOLINGS:
-            raise unknown_name("model.pooling", pooling, POOLINGS)
         self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
         self.body = GRUBody(
             embedding_dim=embedding_dim,

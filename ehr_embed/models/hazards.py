@@ -14,19 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.models.heads import without_autocast
 from ehr_embed.models.protocol import FitsAtOnce, declarations
 
 HAZARDS = "hazards"
 """Key of `HazardSizes` among the sizes that a task gives a model."""
-OUTCOME_VECTORS = ("text", "learned")
+OutcomeVectors = Annotated[str, OneOf("text", "learned")]
 LIMIT = 15.0
 """Largest deviation of a log hazard from the outcome's log rate: a factor of three million."""
 
@@ -103,8 +104,7 @@ class HazardHead(nn.Module):
 
     def __init__(self, sizes: HazardSizes, *, embedding_dim: int) -> None:
         super().__init__()
-        if sizes.vectors not in OUTCOME_VECTORS:
-            raise unknown_name("task.outcome_vectors", sizes.vectors, OUTCOME_VECTORS)
+        check_setting("task.outcome_vectors", sizes.vectors, OutcomeVectors)
         if sizes.vectors == "learned" and not sizes.names:
             raise UserError(
                 "task.outcome_vectors=learned: each outcome has a vector of its own, and task.outcomes=auto draws outcomes "

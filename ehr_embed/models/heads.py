@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.models.blocks import Dropout
 
 POOLINGS = ("mean", "cls", "max", "last", "attention")
 VOCABULARY_HEADS = ("text_tied", "linear")
+VocabularyHead = Annotated[str, OneOf(*VOCABULARY_HEADS)]
 N_SPECIAL = 2
 """Number of special tokens, 0 (padding) and 1 (unknown); they are no events, so no model predicts them."""
 LOGITS_AT_ONCE = 2**24
@@ -56,6 +58,7 @@ class Pooling(nn.Module):
 
     def __init__(self, kind: str, *, model_dim: int) -> None:
         super().__init__()
+        check_setting("model.pooling", kind, Annotated[str, OneOf(*POOLINGS)])
         self.kind = kind
         self.score = nn.Linear(model_dim, 1) if kind == "attention" else None
 
@@ -142,8 +145,7 @@ class EventHead(nn.Module):
 
     def __init__(self, *, kind: str, model_dim: int, embedding_dim: int, vocab_size: int, has_values: bool) -> None:
         super().__init__()
-        if kind not in VOCABULARY_HEADS:
-            raise unknown_name("model.vocabulary_head", kind, VOCABULARY_HEADS)
+        check_setting("model.vocabulary_head", kind, VocabularyHead)
         self.kind = kind
         if kind == "linear":
             self.tokens = nn.Linear(model_dim, vocab_size)
@@ -305,7 +307,6 @@ def build_head(
     embedding_dim: int,
     model_dim: int,
     pooling: str,
-    valid_poolings: tuple[str, ...],
     vocabulary_head: str,
     dropout: float,
 ) -> PooledHead | EventHead:
@@ -314,10 +315,6 @@ def build_head(
     Raises:
         UserError: the pooling or the vocabulary head is unknown, or not exactly one of the two sizes is given.
     """
-    if pooling not in valid_poolings:
-        raise unknown_name("model.pooling", pooling, valid_poolings)
-    if vocabulary_head not in VOCABULARY_HEADS:
-        raise unknown_name("model.vocabulary_head", vocabulary_head, VOCABULARY_HEADS)
     if num_classes is not None and vocab_size is None:
         return PooledHead(pooling=pooling, model_dim=model_dim, num_classes=num_classes, dropout=dropout)
     if vocab_size is not None and num_classes is None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import MinLen
+from pydantic import Field
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, Told, checked
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.heads import check_classifies
@@ -44,6 +46,7 @@ class Logistic(ReadsCodeFeatures):
         UserError: the task predicts events, or a number is out of range.
     """
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -52,17 +55,15 @@ class Logistic(ReadsCodeFeatures):
         vocab_size: int | None = None,
         has_values: bool = False,
         max_length: int = 4096,
-        max_codes: int = 2000,
+        max_codes: Count = 2000,
         times: bool = True,
-        penalties: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
-        max_iterations: int = 200,
+        penalties: Annotated[
+            Sequence[Annotated[float, Field(gt=0)]], MinLen(1), Told("one or more positive numbers")
+        ] = (1.0, 0.1, 0.01, 0.001),
+        max_iterations: Count = 200,
     ) -> None:
         super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         self.num_classes = check_classifies("model=logistic", num_classes, vocab_size)
-        if not penalties or min(penalties) <= 0:
-            raise UserError(f"model.penalties={list(penalties)}: expected one or more positive numbers.")
-        if max_iterations < 1:
-            raise UserError(f"model.max_iterations={max_iterations}: expected 1 or more.")
         self.penalties, self.max_iterations = tuple(penalties), max_iterations
         self.fitted: dict[str, Tensor] = {}
 

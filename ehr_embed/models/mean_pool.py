@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import unknown_name
-from ehr_embed.models.blocks import Dropout
+from ehr_embed.core.settings import OneOf, Width, checked
+from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, check_classifies
 
@@ -29,6 +31,7 @@ class MeanPool(nn.Module):
         UserError: the task predicts events, or the pooling is unknown.
     """
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -36,15 +39,13 @@ class MeanPool(nn.Module):
         num_classes: int | None = None,
         vocab_size: int | None = None,
         has_values: bool = False,
-        model_dim: int = 256,
-        dropout: float = 0.1,
+        model_dim: Width = 256,
+        dropout: DropShare = 0.1,
         max_length: int = 512,
-        pooling: str = "mean",
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=mean_pool", num_classes, vocab_size)
-        if pooling not in POOLINGS:
-            raise unknown_name("model.pooling", pooling, POOLINGS)
         event_input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
         self.body = nn.ModuleDict({"input": event_input})
         self.pooling = Pooling(pooling, model_dim=model_dim)

@@ -42,6 +42,8 @@ class Declarations:
         learns_vectors: whether a gradient reaches the event vectors; False for a model that copies them before training.
         meaning_keys: options of the constructor that change what the weights mean and none of their shapes. A model with another
             value of such an option takes no weights from a checkpoint. The default names the options of `Body`.
+        token_weights: beginnings of the names of weights that hold a row per token of the vocabulary; with another vocabulary they
+            are refused, even of the same size. The default names those of `EventHead`.
         reads_values: whether the weights of `body` depend on how the data give numbers (`data.values`) beyond their shapes.
     """
 
@@ -49,31 +51,36 @@ class Declarations:
     reads_vectors: bool = True
     learns_vectors: bool = True
     meaning_keys: tuple[str, ...] = ("n_heads", "positions")
+    token_weights: tuple[str, ...] = ("head.tokens.",)
     reads_values: bool = False
 
 
-def declarations(model: nn.Module) -> Declarations:
-    """Return what a model declares; this is the only place that reads these attributes and knows their defaults.
+def declarations(model: nn.Module | type) -> Declarations:
+    """Return what a model, or its class, declares; this is the only place that reads these attributes and knows their defaults.
+
+    What a model says only when it is built, by a property, has its default in the class.
 
     Raises:
         UserError: an attribute has another type.
 
     >>> class Forward(nn.Module):
     ...     is_causal = True
-    >>> declarations(Forward())
-    Declarations(is_causal=True, reads_vectors=True, learns_vectors=True, meaning_keys=('n_heads', 'positions'), reads_values=False)
+    >>> declarations(Forward()).is_causal, declarations(Forward()).meaning_keys
+    (True, ('n_heads', 'positions'))
     """
-    declared = {field.name: getattr(model, field.name) for field in fields(Declarations) if hasattr(model, field.name)}
+    kind = model if isinstance(model, type) else type(model)
+    found = {field.name: getattr(model, field.name) for field in fields(Declarations) if hasattr(model, field.name)}
+    declared = {name: value for name, value in found.items() if not isinstance(value, property)}
     for name, value in declared.items():
-        if name == "meaning_keys":
-            is_right = isinstance(value, tuple | list) and all(isinstance(key, str) for key in value)
-            expected = "a tuple of names of options"
+        if name in ("meaning_keys", "token_weights"):
+            is_right = isinstance(value, tuple) and all(isinstance(key, str) for key in value)
+            expected = "a tuple of names"
         else:
             is_right = isinstance(value, bool) or (value is None and name == "is_causal")
             expected = "True or False"
         if not is_right:
             raise UserError(
-                f"{type(model).__name__}.{name}={value!r}: expected {expected}, see Declarations in ehr_embed/models/protocol.py. "
+                f"{kind.__name__}.{name}={value!r}: expected {expected}, see Declarations in ehr_embed/models/protocol.py. "
                 "What a model declares decides which tasks and weights it is given."
             )
     return Declarations(**declared)

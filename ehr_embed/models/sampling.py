@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, ShareAbove0, Told, check_settings
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
@@ -23,6 +26,14 @@ from ehr_embed.models.heads import (
 
 SHORTEST_WAIT_DAYS = 1 / 86_400
 """One second: least time between the prediction time and the first event of a future."""
+
+
+HorizonDays = Annotated[
+    float, Field(gt=0), Told("a time above 0, in days", example="365", remedy="A future of no length has no events.")
+]
+Temperature = Annotated[float, Field(ge=0), Told("0 (greedy) or more", example="1.0")]
+TopK = Annotated[Count | None, Told("1 or more tokens, or null for all", example="null")]
+TopP = Annotated[ShareAbove0 | None, Told("a probability in (0, 1], or null for all", example="null")]
 
 
 @dataclass(frozen=True)
@@ -43,28 +54,16 @@ class Sampling:
         UserError: a number is out of range.
     """
 
-    n_samples: int = 1
-    horizon_days: float = 365.0
-    max_new_events: int = 128
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    n_samples: Count = 1
+    horizon_days: HorizonDays = 365.0
+    max_new_events: Count = 128
+    temperature: Temperature = 1.0
+    top_k: TopK = None
+    top_p: TopP = None
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.horizon_days > 0:
-            raise UserError(
-                f"horizon_days={self.horizon_days}: expected a time above 0; a future of no length has no events."
-            )
-        for name in ("n_samples", "max_new_events"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k}: expected 1 or more tokens, or null for all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: expected a probability in (0, 1], or null for all.")
+        check_settings(type(self), vars(self), only_rules=True)
 
 
 @dataclass(frozen=True)

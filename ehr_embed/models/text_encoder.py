@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.pretrained_weights import load_pretrained
+from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
+from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.heads import PooledHead, check_classifies
 from ehr_embed.models.record_text import RecordText
 
@@ -50,6 +52,7 @@ class TextEncoder(nn.Module):
     is_causal = False
     reads_vectors = False
 
+    @checked("model")
     def __init__(
         self,
         *,
@@ -62,14 +65,12 @@ class TextEncoder(nn.Module):
         max_pieces: int = 256,
         max_length: int = 128,
         times: bool = True,
-        pooling: str = "mean",
-        dropout: float = 0.1,
-        lora_rank: int | None = None,
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
+        dropout: DropShare = 0.1,
+        lora_rank: Annotated[Count | None, Told(remedy="null = train the whole backbone.")] = None,
     ) -> None:
         super().__init__()
         n_classes = check_classifies("model=text_encoder", num_classes, vocab_size)
-        if pooling not in POOLINGS:
-            raise unknown_name("model.pooling", pooling, POOLINGS)
         tokenizer, body = load_pretrained(
             _load, backbone, revision, key="model.backbone", offline="model.backbone=bundled"
         )
@@ -100,10 +101,8 @@ def with_lora(body: nn.Module, rank: int) -> nn.Module:
     """Add trainable low-rank updates to the linear maps of `body`, and freeze everything else.
 
     Raises:
-        UserError: the rank is below 1, or peft is not installed.
+        UserError: peft is not installed.
     """
-    if rank < 1:
-        raise UserError(f"model.lora_rank={rank}: expected 1 or more; null = train the whole backbone.")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Told, checked
+
+Shrinkage = Annotated[float, Field(ge=0), Told("0 or more, a share of the mean variance")]
 
 
 class Whitening(nn.Module):
@@ -25,10 +30,9 @@ class Whitening(nn.Module):
     mean: Tensor
     matrix: Tensor
 
-    def __init__(self, dim: int, shrinkage: float = 0.1) -> None:
+    @checked("model")
+    def __init__(self, dim: int, shrinkage: Shrinkage = 0.1) -> None:
         super().__init__()
-        if shrinkage < 0:
-            raise UserError(f"model.shrinkage={shrinkage}: expected 0 or more, a share of the mean variance.")
         self.shrinkage = shrinkage
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(dim))

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import cannot_write, remove_leftovers
 from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.moved import ADAMW, SCHEDULES, renamed
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.embedders.protocol import SPEED_KEYS
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
@@ -24,12 +25,13 @@ from ehr_embed.run_folder.finish import read_config
 from ehr_embed.run_folder.layout import FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
 
 log = logging.getLogger(__name__)
-MODES = ("auto", "force", "overwrite")
+Mode = Annotated[str, OneOf("auto", "force", "overwrite")]
 HARMLESS = (
     "run_dir",
     "cache_dir",
     "resume",
     "audit",
+    "check",
     "trusted_packages",
     "integrity",
     "data.source.overwrite",
@@ -48,9 +50,15 @@ HARMLESS = (
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
 NEW: dict[str, Any] = {
+    "data.aligned_to": "auto",
+    "data.alignment_pairs": None,
+    "data.alignment_rules": None,
+    "data.alignment_texts": "own",
     "ensemble.members": {},
     "ensemble.runs": [],
     "ensemble.weights": "tuning",
+    "model.code_dropout": 0.0,
+    "model.text_noise": 0.0,
     "model.windows_hours": None,
     "task.prefixes": None,
     "trainer.betas": None,
@@ -135,8 +143,7 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         UserError: the folder holds files that no run writes, the run there has other settings and `how` is `auto`, or `how` is
             unknown.
     """
-    if how not in MODES:
-        raise unknown_name("resume", how, MODES)
+    check_setting("resume", how, Mode)
     refuse_other_contents(run_dir)
     is_finished = (run_dir / FINISHED).exists()
     latest = run_dir / LATEST if (run_dir / LATEST).exists() else None

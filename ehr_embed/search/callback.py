@@ -12,6 +12,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ehr_embed.core.outcome import OUTCOME, outcome_of, write_outcome
+from ehr_embed.search.application import application
+
 log = logging.getLogger(__name__)
 STUDY_SWEEPER = "ehr_embed.search.sweeper.StudySweeper"
 
@@ -26,8 +29,6 @@ class SearchCallback(Callback):
         """Remove the outcome that an earlier job left in this folder, and start the clock."""
         self._began = time.perf_counter()
         if config.hydra.mode == RunMode.MULTIRUN:
-            from ehr_embed.run_folder.layout import OUTCOME
-
             (Path(config.hydra.runtime.output_dir) / OUTCOME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -36,8 +37,6 @@ class SearchCallback(Callback):
             return
         # Imported here because single runs do not need Optuna.
         from optuna import TrialPruned
-
-        from ehr_embed.comparison.outcome import outcome_of, write_outcome
 
         returned = job_return._return_value
         is_trial = config.hydra.sweeper.get("_target_") == STUDY_SWEEPER
@@ -52,6 +51,4 @@ class SearchCallback(Callback):
         """Write the summary of the jobs; the study sweeper writes its own, also when the search is interrupted."""
         if config.hydra.sweeper.get("_target_") == STUDY_SWEEPER:
             return
-        from ehr_embed.comparison.report import report_folder
-
-        report_folder(Path(config.hydra.sweep.dir))
+        application().report_folder(Path(config.hydra.sweep.dir))

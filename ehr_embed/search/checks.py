@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 
-from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import digest
-from ehr_embed.core.fingerprints import known_fingerprints, without_content
+from ehr_embed.search.application import application
 from ehr_embed.search.space import Space
-from ehr_embed.sources.meds import MedsSource
-
-MEDS_SOURCE = "ehr_embed.sources.meds.MedsSource"
 
 
 def check_jobs(space: Space, fixed: Sequence[str], loader: ConfigLoader, config: DictConfig) -> list[DictConfig]:
@@ -43,20 +37,6 @@ def example_overrides(space: Space) -> Iterator[list[str]]:
             if (key := " ".join(overrides)) not in seen:
                 seen.add(key)
                 yield overrides
-
-
-def data_identity(example: DictConfig) -> str | None:
-    """Return two digests of the dataset's files, joined by a colon; they do not depend on the folder that holds the dataset.
-
-    The first digest is the one that studies of earlier versions store, the second is the present one. Return None for data
-    that are generated or imported: their overrides, which the study stores too, identify them.
-    """
-    root = OmegaConf.select(example, "data.root")
-    if root is None or OmegaConf.select(example, "data.source._target_") != MEDS_SOURCE:
-        return None
-    with known_fingerprints(Path(OmegaConf.select(example, "cache_dir", default="cache"))):
-        found = MedsSource(root=root).fingerprint()
-    return f"{digest({file: without_content(value) for file, value in found.items()})}:{digest(found)}"
 
 
 def chosen_directions(direction: Any, objectives: Sequence[str], examples: Sequence[DictConfig]) -> list[str]:
@@ -122,7 +102,7 @@ def _tasks(examples: Sequence[DictConfig]) -> list[Any]:
             continue
         key = str(OmegaConf.to_container(example.task, resolve=True))
         if key not in built:
-            built[key] = instantiate(example.task, trusted=list(example.get("trusted_packages") or []))
+            built[key] = application().build(example.task, trusted=list(example.get("trusted_packages") or []))
     return list(built.values())
 
 

@@ -18,8 +18,8 @@ from hydra.core.singleton import Singleton
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from ehr_embed.comparison.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
 from ehr_embed.core.launchers import alone
+from ehr_embed.core.outcome import MAX_MESSAGE_LENGTH, Outcome, read_outcome
 from ehr_embed.core.threads import usable_cores
 
 LOG_NAME = "log.txt"

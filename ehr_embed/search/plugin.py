@@ -12,14 +12,20 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from ehr_embed.core.programs import shipped
+from ehr_embed.search.application import Application, register_application
 from ehr_embed.search.sweeper import StudySweeper
 
 SWEEPS = shipped("sweeps")
 GROUP = "sweeps"
 
 
-def register() -> None:
-    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; a repeated call changes nothing."""
+def register(application: Application) -> None:
+    """Make `hydra/sweeper=study` and `sweeps=NAME` known to Hydra; a repeated call changes nothing.
+
+    Args:
+        application: the application whose runs are searched.
+    """
+    register_application(application)
     plugins = Plugins.instance()
     plugins.register(StudySweeper)
     plugins.register(SweepsSource)

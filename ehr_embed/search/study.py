@@ -15,11 +15,11 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from ehr_embed.comparison.outcome import Outcome, read_outcome
-from ehr_embed.comparison.results import with_results
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.fingerprints import is_same
+from ehr_embed.core.outcome import Outcome, read_outcome
 from ehr_embed.core.secrets import masked
+from ehr_embed.search.application import application
 from ehr_embed.search.grid import GridSampler
 from ehr_embed.search.space import Space, point_key
 from ehr_embed.search.storage import StudyStorage
@@ -161,7 +161,7 @@ class SharedStudy:
             return None
         folder = Path(trial.user_attrs["folder"])
         outcome = read_outcome(folder)
-        return outcome and with_results(outcome, folder, self.objectives, len(self.study.directions))
+        return outcome and application().with_results(outcome, folder, self.objectives, len(self.study.directions))
 
     def _give_back(self, trial: FrozenTrial) -> None:
         """Mark a trial as interrupted, and put its point back into the queue."""

@@ -8,9 +8,9 @@ import optuna
 import pandas as pd
 from optuna.study import StudyDirection
 
-from ehr_embed.comparison.report import write_report
-from ehr_embed.comparison.results import Row, objective_columns, split_overrides
+from ehr_embed.core.outcome import Row, objective_columns, split_overrides
 from ehr_embed.core.secrets import masked
+from ehr_embed.search.application import application
 from ehr_embed.search.study import DISCARDED, SharedStudy
 
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
@@ -42,7 +42,9 @@ def report_study(shared: SharedStudy, folder: Path, *, command: str, has_plots: 
         "fixed": [masked(line) for line in study.user_attrs.get("fixed", [])],
         "command": masked(command),
     }
-    return write_report(rows, folder, directions=directions, facts=facts, study=study, has_plots=has_plots)
+    return application().write_report(
+        rows, folder, directions=directions, facts=facts, study=study, has_plots=has_plots
+    )
 
 
 def trial_row(trial: optuna.trial.FrozenTrial, n_objectives: int) -> Row:

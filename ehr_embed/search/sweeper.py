@@ -19,12 +19,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from ehr_embed.comparison.outcome import Outcome, message_of, read_outcome
-from ehr_embed.comparison.results import split_overrides
-from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.outcome import Outcome, message_of, read_outcome, split_overrides
 from ehr_embed.core.programs import command_line
-from ehr_embed.search.checks import check_jobs, chosen_directions, data_identity
+from ehr_embed.search.application import application
+from ehr_embed.search.checks import check_jobs, chosen_directions
 from ehr_embed.search.jobs import Job, JobProcess, JobRunner, end_all
 from ehr_embed.search.space import parse_space
 from ehr_embed.search.storage import open_storage, storage_url
@@ -122,12 +121,8 @@ class StudySweeper(Sweeper):
 
     def _tabulate(self) -> None:
         """Write and print the table with one row per trial, and means over the trial's seeds."""
-        from ehr_embed.comparison.tabulate import print_table, tabulate, write_table
-
         names = [parameter.name for parameter in self.shared.space.parameters]
-        tabulated = tabulate([self.folder], metrics=self.columns, by=names)
-        write_table(tabulated, self.folder / self.study_name)
-        print_table(tabulated)
+        application().tabulate(self.folder, metrics=self.columns, by=names, stem=self.folder / self.study_name)
 
     def _prepare(self, arguments: list[str]) -> None:
         """Check all settings and open the study, before any job starts."""
@@ -148,10 +143,14 @@ class StudySweeper(Sweeper):
             space=space,
             fixed=self.fixed,
             directions=directions,
-            facts={"objectives": self.objectives, "seeds": self.seeds, "data": data_identity(self.example)},
+            facts={
+                "objectives": self.objectives,
+                "seeds": self.seeds,
+                "data": application().data_identity(self.example),
+            },
             n_trials=self.n_trials,
-            sampler=instantiate(self.sampler_config, trusted=trusted),
-            pruner=instantiate(self.pruner_config, trusted=trusted),
+            sampler=application().build(self.sampler_config, trusted=trusted),
+            pruner=application().build(self.pruner_config, trusted=trusted),
         )
 
     def _run_processes(self) -> None:

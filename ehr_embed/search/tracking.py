@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from omegaconf import DictConfig
 
-from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.files import read_json
+from ehr_embed.search.application import application
 from ehr_embed.search.space import choice_text
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
     )
     facts = read_json(folder / "study.json")
     told = {key: value for key, value in facts.items() if key not in PRIVATE}
-    tracker = instantiate(config, run_dir=folder, config=told, tags=["search"], table_digest=None, table_path=None)
+    tracker = application().build(
+        config, run_dir=folder, config=told, tags=["search"], table_digest=None, table_path=None
+    )
     with tracker:
         # An error message may quote a path or a record, and a host name is private, so neither column is sent.
         tracker.add_table("trials", table.drop(columns=["error", "host"], errors="ignore"))

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import optuna
 from hydra.core.hydra_config import HydraConfig
 
-from ehr_embed.config.instantiate import instantiate
 from ehr_embed.search.storage import open_storage, storage_url
 
 TRIAL_VARIABLE = "EHR_EMBED_TRIAL"
@@ -67,10 +66,11 @@ class StudyTrial:
             raise optuna.TrialPruned(f"pruned at step {step}")
 
 
-def current_trial(trusted: Sequence[str] = ()) -> TrialHandle:
+def current_trial(build: Callable[..., Any], trusted: Sequence[str] = ()) -> TrialHandle:
     """Return the trial handle of the job that runs in this process; a `NoTrial` outside a search.
 
     Args:
+        build: builds the pruner that a configuration names, as `Application.build` does.
         trusted: further packages from which a pruner's `_target_` may come.
     """
     number = os.environ.get(TRIAL_VARIABLE)
@@ -83,7 +83,7 @@ def current_trial(trusted: Sequence[str] = ()) -> TrialHandle:
     def load() -> optuna.Trial:
         storage = open_storage(url).storage
         # A storage does not hold the pruner; without this argument Optuna would use its default pruner.
-        study = optuna.load_study(study_name=name, storage=storage, pruner=instantiate(pruner_config, trusted=trusted))
+        study = optuna.load_study(study_name=name, storage=storage, pruner=build(pruner_config, trusted=trusted))
         study_id = storage.get_study_id_from_name(name)
         return optuna.Trial(study, storage.get_trial_id_from_study_id_trial_number(study_id, int(number)))
 

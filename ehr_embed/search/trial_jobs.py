@@ -8,8 +8,8 @@ from typing import Any
 
 import optuna
 
-from ehr_embed.comparison.outcome import Outcome
-from ehr_embed.comparison.results import with_results
+from ehr_embed.core.outcome import Outcome
+from ehr_embed.search.application import application
 from ehr_embed.search.jobs import Job
 
 
@@ -37,7 +37,7 @@ class TrialRun:
 
     def add(self, outcome: Outcome) -> None:
         """Add the outcome of the next job. With several jobs, report its value to the pruner as one step of the trial."""
-        outcome = with_results(outcome, self.next_job().folder, self._objectives, self._n_objectives)
+        outcome = application().with_results(outcome, self.next_job().folder, self._objectives, self._n_objectives)
         self._outcomes.append(outcome)
         if len(self.jobs) > 1 and self._n_objectives == 1 and outcome.state == "finished":
             assert outcome.values is not None

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
+from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
-from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.settings import DrawSeed, Told, check_setting
 from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 
 LABELS = "hospitalisation_1y"
 SPLIT_SHARES = (0.7, 0.15, 0.15)
-MAX_SUBJECTS = 8_000_000
+Subjects = Annotated[
+    int, Field(ge=100, le=8_000_000), Told("100 to 8000000", remedy="Fewer would leave a split without an outcome.")
+]
 """Largest cohort: the subjects' ids are drawn from 9 million numbers."""
 PREVALENCE = 0.25
 START = np.datetime64("2015-01-01", "us")
@@ -221,10 +225,8 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
         raise UserError(
             f"{root} is not empty, and the demo cohort would mix with what it holds. Choose another folder."
         )
-    if n_subjects < 100:
-        raise UserError(f"data.n_subjects={n_subjects}: expected 100 or more, so that every split has both outcomes.")
-    check_range("data.n_subjects", n_subjects, 100, MAX_SUBJECTS)
-    check_range("data.cohort_seed", seed, 0)
+    check_setting("data.n_subjects", n_subjects, Subjects)
+    check_setting("data.cohort_seed", seed, DrawSeed)
     rng = np.random.default_rng(seed)
     events, prediction_S, log_odds_S, subject_S = _draw(rng, n_subjects)
     risk_S = _with_prevalence(log_odds_S)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ehr_embed.core.files import read_json
-from ehr_embed.sources.cohort import write_demo_cohort
+from ehr_embed.core.settings import DrawSeed
+from ehr_embed.sources.cohort import Subjects, write_demo_cohort
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
 
@@ -13,8 +14,8 @@ from ehr_embed.sources.meds import MedsSource
 def demo_source(
     *,
     root: str,
-    n_subjects: int,
-    seed: int,
+    n_subjects: Subjects,
+    seed: DrawSeed,
     splits: str | None = None,
     split_column: str = "split",
     overwrite: bool = False,

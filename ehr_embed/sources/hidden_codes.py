@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
+from pydantic import Field
 
-from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Seed, Told, check_setting
 from ehr_embed.sources.protocol import Source
+
+HiddenShare = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)", example="0", remedy="0 hides no code.")]
 
 
 class HiddenCodes:
@@ -19,16 +22,16 @@ class HiddenCodes:
 
     Args:
         inner: the other source.
-        share: share of the codes to hide, in (0, 1); every code is drawn independently.
+        share: share of the codes to hide; every code is drawn independently.
         seed: seed of the draw.
 
     Raises:
-        UserError: the share is not in (0, 1).
+        UserError: the share is not in [0, 1).
     """
 
-    def __init__(self, inner: Source, *, share: float, seed: int = 0) -> None:
-        if not 0 < share < 1:
-            raise UserError(f"data.hidden_codes={share}: expected a share of the codes in (0, 1), or 0 to hide none.")
+    def __init__(self, inner: Source, *, share: HiddenShare, seed: Seed = 0) -> None:
+        check_setting("data.hidden_codes", share, HiddenShare)
+        check_setting("data.hidden_seed", seed, Seed)
         self.inner, self.share, self.seed = inner, share, seed
         self.name = f"{inner.name}-hidden-{share:g}-{seed}"
         self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes

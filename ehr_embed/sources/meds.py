@@ -126,6 +126,36 @@ class MedsSource:
         check_split_names(dict(sizes.iter_rows()), where=str(path), column=column)
         return splits
 
+    def split_of_subjects(self, *, max_events: int) -> pl.DataFrame | None:
+        """Return subject_id and split (String) of every subject, as far as this is known without reading much.
+
+        Args:
+            max_events: largest number of events of which the subjects are read where folders define the splits.
+
+        Returns:
+            One row per subject; None where the splits are not known, or only with more work.
+        """
+        if self.subject_splits is not None:
+            return self.subject_splits.with_columns(pl.col("split").cast(pl.String))
+        folders = {shard: shard.relative_to(self.root / "data").parts[0] for shard in self.shards}
+        if not set(folders.values()) <= set(SPLITS) or self.n_events > max_events:
+            return None
+        found = []
+        for shard, split in folders.items():
+            with readable(shard):
+                subjects = pl.scan_parquet(shard).select(pl.col("subject_id").cast(pl.Int64)).unique().collect()
+            found.append(subjects.with_columns(split=pl.lit(split)))
+        return pl.concat(found)
+
+    @cached_property
+    def n_events(self) -> int:
+        """Return the number of events, which the files say at their ends."""
+        n_events = 0
+        for shard in self.shards:
+            with readable(shard):
+                n_events += pl.scan_parquet(shard).select(pl.len()).collect().item()
+        return n_events
+
     def read(self, shard: Path) -> pl.DataFrame:
         events = _read(shard, COLUMNS)
         _validate(events, shard)

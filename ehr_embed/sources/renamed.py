@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
+from ehr_embed.core.settings import OneOf, Text, Told, check_setting
 from ehr_embed.sources.code_texts import read_lookups
 from ehr_embed.sources.protocol import Source
 
 SHIPPED = Path(__file__).parent / "paraphrases"
-MISSING = ("refuse", "keep")
+Missing = Annotated[str, OneOf("refuse", "keep")]
+Table = Annotated[Text | None, Told("a CSV file, a table that comes with the package, or null", example="null")]
 
 
 class RenamedSource:
@@ -34,9 +36,8 @@ class RenamedSource:
         UserError: there is no such table, the source has none of its codes, or a code has no paraphrase.
     """
 
-    def __init__(self, inner: Source, *, table: str, missing: str = "refuse") -> None:
-        if missing not in MISSING:
-            raise unknown_name("data.renamed_missing", missing, MISSING)
+    def __init__(self, inner: Source, *, table: str, missing: Missing = "refuse") -> None:
+        check_setting("data.renamed_missing", missing, Missing)
         self.inner, self.missing, self.path = inner, missing, find_table(table)
         self.name = f"{inner.name}-renamed-{self.path.stem}"
         self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import DrawSeed, ShareBelow1, Told, checked
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
@@ -45,28 +47,23 @@ class Classification:
             on; None = never.
     """
 
+    @checked("task")
     def __init__(
         self,
         *,
         labels: str | None = None,
         class_weights: str | Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: ShareBelow1 = 0.0,
         monitor: str = "auroc",
-        shuffle_labels: int | None = None,
-        label_fraction: float = 1.0,
-        fraction_seed: int = 0,
+        shuffle_labels: DrawSeed | None = None,
+        label_fraction: Annotated[float, Field(gt=0, le=1), Told("a share of train's subjects in (0, 1]")] = 1.0,
+        fraction_seed: DrawSeed = 0,
         prefixes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.labels, self.class_weights, self.monitor = labels, class_weights, monitor
         self.is_higher_better = metric_named(monitor, self.metrics).is_higher_better
         self.shuffle_labels = shuffle_labels
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1).")
         self.label_smoothing = label_smoothing
-        if not 0 < label_fraction <= 1:
-            raise UserError(f"task.label_fraction={label_fraction}: expected a share of train's subjects in (0, 1].")
-        for name, seed in (("shuffle_labels", shuffle_labels), ("fraction_seed", fraction_seed)):
-            check_range(f"task.{name}", seed or 0, 0)
         check_class_weights(class_weights)
         self.label_fraction, self.fraction_seed = label_fraction, fraction_seed
         self.prefixes = None if prefixes is None else Prefixes(**prefixes)
@@ -90,9 +87,13 @@ class Classification:
     needs_causal: bool | None = None
     metrics: Sequence[Metric] = CLASS_METRICS
 
+    def label_sets(self, labels_dir: Path) -> list[LabelSet]:
+        """Return the label set."""
+        return [read_labels(self.labels, labels_dir)]
+
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length
-        label_set = read_labels(self.labels, labels_dir)
+        (label_set,) = self.label_sets(labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Told, checked
 from ehr_embed.data.batches import Batch
 from ehr_embed.data.vocabulary import FIRST_TOKEN, PADDING
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.tasks.next_event import NextEvent
+
+MaskShare = Annotated[float, Field(gt=0, lt=1), Told("a share in (0, 1)")]
 
 
 class MaskedEvent(NextEvent):
@@ -29,10 +33,9 @@ class MaskedEvent(NextEvent):
 
     needs_causal = False
 
-    def __init__(self, *, mask_share: float = 0.15, **options: Any) -> None:
+    @checked("task")
+    def __init__(self, *, mask_share: MaskShare = 0.15, **options: Any) -> None:
         super().__init__(**options)
-        if not 0 < mask_share < 1:
-            raise UserError(f"task.mask_share={mask_share}: expected a share in (0, 1).")
         if self.windows == "packed":
             raise UserError("task.windows=packed needs a causal model. Type: task.windows=random")
         self.mask_share = mask_share

@@ -78,8 +78,12 @@ class Multilabel:
     def n_outputs(self) -> int:
         return self.num_classes
 
-    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
-        self._max_length = max_length
+    def label_sets(self, labels_dir: Path) -> list[LabelSet]:
+        """Return the label sets.
+
+        Raises:
+            UserError: there are fewer than two, or one is not boolean.
+        """
         names = available_labels(labels_dir) if self.labels is None else list(self.labels)
         if len(names) < 2:
             raise UserError(f"task=multilabel needs two label sets or more, got {names}. Type: task.labels=[NAME,NAME]")
@@ -88,6 +92,11 @@ class Multilabel:
             raise UserError(
                 f"task=multilabel takes boolean label sets; {', '.join(others)} are not. Use task=classification."
             )
+        return label_sets
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        self._max_length = max_length
+        label_sets = self.label_sets(labels_dir)
         joined = join_labels(label_sets)
         self.label_names = [label_set.name for label_set in label_sets]
         self._events = {split: store.split(split) for split in SPLITS}

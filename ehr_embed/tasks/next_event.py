@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.settings import NotNegative, OneOf, checked
 from ehr_embed.data.batches import Batch, BatchDataset, EventDataset, PackedDataset
 from ehr_embed.data.samples import Samples, packed_samples, window_samples
 from ehr_embed.data.store import EventStore, SplitEvents
@@ -56,22 +57,16 @@ class NextEvent:
     needs_causal = True
     metrics: Sequence[Metric] = EVENT_METRICS
 
+    @checked("task")
     def __init__(
         self,
         *,
-        windows: str = "random",
-        evaluated_windows: str = "last",
-        time_weight: float = 0.1,
-        value_weight: float = 0.1,
+        windows: Annotated[str, OneOf("random", "packed")] = "random",
+        evaluated_windows: Annotated[str, OneOf("last", "all")] = "last",
+        time_weight: NotNegative = 0.1,
+        value_weight: NotNegative = 0.1,
         monitor: str = "perplexity",
     ) -> None:
-        if windows not in WINDOWS:
-            raise unknown_name("task.windows", windows, WINDOWS)
-        if evaluated_windows not in EVALUATED_WINDOWS:
-            raise unknown_name("task.evaluated_windows", evaluated_windows, EVALUATED_WINDOWS)
-        for name, weight in (("time_weight", time_weight), ("value_weight", value_weight)):
-            if weight < 0:
-                raise UserError(f"task.{name}={weight}: expected 0 or more.")
         self.windows, self.evaluated_windows = windows, evaluated_windows
         self.time_weight, self.value_weight = time_weight, value_weight
         self.monitor, self._monitored = monitor, metric_named(monitor, self.metrics)

@@ -12,11 +12,11 @@ from ehr_embed.data.kept import kept_arrays
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.evaluation.code_screening import CHUNK_EVENTS, chunks
+from ehr_embed.tasks.event_outputs import TOP
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 FORMAT = 1
-TOP = (1, 5, 10)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
+from ehr_embed.data.labels import LabelSet
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -130,6 +131,15 @@ class WeighsSamples(Protocol):
 
     def sample_weights(self, split: str) -> npt.NDArray[np.float64]:
         """Return the weight of each sample of a split in the loss, (n,); their mean over train is 1."""
+        ...
+
+
+@runtime_checkable
+class ReadsLabels(Protocol):
+    """A task with label sets, which are looked at before the event store is built."""
+
+    def label_sets(self, labels_dir: Path) -> list[LabelSet]:
+        """Return the task's label sets, whose values are the classes, or refuse them; `setup` reads the same."""
         ...
 
 

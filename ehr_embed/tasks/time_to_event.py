@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
 from meds import death_code
+from pydantic import Field
 from torch import nn
 
-from ehr_embed.core.errors import UserError, check_range, unknown_name
+from ehr_embed.core.settings import Count, DrawSeed, OneOf, Told, checked
 from ehr_embed.data.batches import Batch, EventDataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.survival import SURVIVAL_METRICS
-from ehr_embed.models.hazards import HAZARDS, HazardSizes
+from ehr_embed.models.hazards import HAZARDS, HazardSizes, OutcomeVectors
 from ehr_embed.tasks.hazards_everywhere import EVERYWHERE_METRICS, AskEverywhere
 from ehr_embed.tasks.hazards_once import AskOnce, TimeSettings
 from ehr_embed.tasks.outcome_sets import AUTO, named_sets
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult
 
-PRIOR = ("exclude", "recur")
+Prior = Annotated[str, OneOf("exclude", "recur")]
+HorizonsDays = Annotated[
+    Sequence[Annotated[float, Field(gt=0)]],
+    MinLen(1),
+    Told("one or more numbers of days above 0", example="[365]", remedy="Within 0 days nothing can happen."),
+]
 
 
 class TimeToEvent:
@@ -56,36 +63,29 @@ class TimeToEvent:
     is_trained = True
     metrics: Sequence[Metric] = (*SURVIVAL_METRICS, *EVERYWHERE_METRICS)
 
+    @checked("task")
     def __init__(
         self,
         *,
         outcomes: str | Mapping[str, Any] | None = None,
         times: str | None = None,
-        draws_per_record: int = 1,
-        horizons_days: Sequence[float] = (365.0,),
-        prior: str = "exclude",
+        draws_per_record: Count = 1,
+        horizons_days: HorizonsDays = (365.0,),
+        prior: Prior = "exclude",
         competing: Sequence[str] = (death_code,),
         end_of_follow_up: Sequence[str] = (),
-        n_bins: int = 8,
-        width: int = 32,
-        outcome_vectors: str = "text",
+        n_bins: Annotated[int, Field(ge=1, le=64)] = 8,
+        width: Annotated[int, Field(ge=1, le=1024)] = 32,
+        outcome_vectors: OutcomeVectors = "text",
         auto: Mapping[str, Any] | None = None,
-        draw_seed: int = 0,
+        draw_seed: DrawSeed = 0,
         monitor: str = "loss",
     ) -> None:
-        check_range("task.draws_per_record", draws_per_record, 1)
-        check_range("task.n_bins", n_bins, 1, 64)
-        check_range("task.width", width, 1, 1024)
-        if not horizons_days or min(horizons_days) <= 0:
-            raise UserError(
-                f"task.horizons_days={list(horizons_days)}: expected one or more numbers of days above 0: within 0 days nothing "
-                "can happen. Type: task.horizons_days=[365]"
-            )
         settings = TimeSettings(
             times=times,
             draws_per_record=draws_per_record,
             horizons_days=tuple(sorted(set(map(float, horizons_days)))),
-            excludes_prior=_is_excluded(prior),
+            excludes_prior=prior == "exclude",
             competing=tuple(competing),
             end=tuple(end_of_follow_up),
             n_bins=n_bins,
@@ -151,9 +151,3 @@ class TimeToEvent:
     def plots(self, outputs: dict[str, Outputs]) -> dict[str, Callable[[Path], None]]:
         """Return the task's own plots by name, each a function that writes a PNG file."""
         return {name: partial(draw, outputs) for name, draw in self._way.plots().items()}
-
-
-def _is_excluded(prior: str) -> bool:
-    if prior not in PRIOR:
-        raise unknown_name("task.prior", prior, PRIOR)
-    return prior == "exclude"

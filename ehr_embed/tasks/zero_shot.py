@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import Count, DrawSeed, checked
 from ehr_embed.data.batches import Batch
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.sampling import Sampling, check_lengths, generate
+from ehr_embed.models.sampling import HorizonDays, Sampling, Temperature, TopK, TopP, check_lengths, generate
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Outputs, StepResult
 
@@ -46,6 +47,7 @@ class ZeroShot(Classification):
     is_trained = False
     needs_causal = True
 
+    @checked("task")
     def __init__(
         self,
         *,
@@ -53,14 +55,14 @@ class ZeroShot(Classification):
         code_pattern: str | None = None,
         text_pattern: str | None = None,
         definition: str | None = None,
-        n_samples: int = 20,
-        horizon_days: float = 365.0,
-        max_new_events: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        n_samples: Count = 20,
+        horizon_days: HorizonDays = 365.0,
+        max_new_events: Count = 64,
+        temperature: Temperature = 1.0,
+        top_k: TopK = None,
+        top_p: TopP = None,
         stop_codes: Sequence[str] = (),
-        sampling_seed: int = 0,
+        sampling_seed: DrawSeed = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)

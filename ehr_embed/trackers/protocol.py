@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import optuna
 import pandas as pd
@@ -41,6 +41,19 @@ class Tracker(Protocol):
 
         Call `make` only if the user asked this tracker to keep patient text.
         """
+
+
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A tracker that can tell, before anything is computed, that it will refuse to start."""
+
+    def check(self) -> None:
+        """Refuse now what would be refused when the tracker is entered.
+
+        Raises:
+            UserError: the tracker cannot start as it is configured.
+        """
+        ...
 
 
 def state_of(exc_type: type[BaseException] | None) -> str:

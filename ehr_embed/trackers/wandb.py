@@ -8,14 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pandas as pd
 import wandb
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.secrets import MASK, is_secret, masked
+from ehr_embed.core.settings import OneOf, Told, checked
 from ehr_embed.run_folder.layout import WANDB_ID
 from ehr_embed.trackers.jsonl import JsonlTracker
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
@@ -55,6 +56,7 @@ class WandbTracker:
         UserError: the mode is unknown, `log_table` is set without `table_path`, or, on entering, mode=online without an API key.
     """
 
+    @checked("tracker")
     def __init__(
         self,
         *,
@@ -67,14 +69,12 @@ class WandbTracker:
         entity: str | None = None,
         group: str | None = None,
         job_type: str = "train",
-        mode: str = "auto",
+        mode: Annotated[str, OneOf("auto", *MODES), Told(example="auto")] = "auto",
         table_digest: str | None = None,
         log_table: bool = False,
         table_path: Path | None = None,
         log_examples: bool = False,
     ) -> None:
-        if mode not in ("auto", *MODES):
-            raise unknown_name("tracker mode", mode, ("auto", *MODES), "Type: tracker=wandb tracker.mode=auto")
         if log_table and table_path is None:
             raise UserError("log_table=true needs the table's file, but table_path is empty. Type: log_table=false")
         self._jsonl = JsonlTracker(run_dir=run_dir, tags=tags, table_digest=table_digest)
@@ -94,6 +94,15 @@ class WandbTracker:
             "job_type": job_type,
         }
         self._run: wandb.Run
+
+    def check(self) -> None:
+        """Refuse mode=online without an API key.
+
+        Raises:
+            UserError: there is no key.
+        """
+        if self._mode == "online" or (self._mode == "auto" and os.environ.get("WANDB_MODE") == "online"):
+            self._wanted_mode()
 
     def __enter__(self) -> Self:
         self._jsonl.__enter__()

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import check_setting
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.ensemble import WEIGHTS, Ensemble, choose_weights
+from ehr_embed.models.ensemble import Ensemble, Weights, choose_weights
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.finish import read_metrics
@@ -56,8 +57,7 @@ def blend(
             without one class per sample; several processes; or an unknown `how`.
     """
     task = trainer.task
-    if how not in WEIGHTS:
-        raise unknown_name("ensemble.weights", how, WEIGHTS)
+    check_setting("ensemble.weights", how, Weights)
     refuse_task(task)
     assert isinstance(task, WeighsSamples)
     if trainer.processes.size > 1:
@@ -84,7 +84,7 @@ def blend(
         counts = np.bincount(of)
         weights = 1 / (len(counts) * counts[of])
     model.weights.copy_(model.weights.new_tensor(weights))
-    tuning_loss, outputs = trainer._predict(model, embedding, "tuning")
+    tuning_loss, outputs = trainer.evaluate(model, embedding, "tuning")
     metrics = tuning_values(task, outputs)
     keep_fitted(trainer, model, metrics[task.monitor])
     seconds += time.perf_counter() - began

@@ -64,7 +64,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
 
     losses = {}
     for split in ("train", "tuning"):
-        losses[split], outputs = trainer._predict(model, embedding, split)
+        losses[split], outputs = trainer.evaluate(model, embedding, split)
     tuning_metrics = tuning_values(task, outputs)
     row = {"epoch": 1, "step": 1, "train/loss": losses["train"], "train/events_per_s": n_events / seconds}
     row |= {"tuning/loss": losses["tuning"]}
@@ -126,7 +126,7 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
 
 def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
     """Yield what a model is given of a split, batch by batch."""
-    for batch in trainer._loader(split):
+    for batch in trainer.loader(split):
         yield embedding.inputs(batch.to(trainer.fabric.device))
 
 
@@ -137,7 +137,7 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
     labels: npt.NDArray[Any] = task.samples[split].labels
     blocks = (
         (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
-        for batch in trainer._loader(split)
+        for batch in trainer.loader(split)
     )
     weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
     return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
@@ -171,6 +171,6 @@ def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) 
 
 def _events(trainer: Trainer) -> tuple[int, int]:
     """Return the number of events of train, without and with padding."""
-    sampler = trainer._loader("train").sampler
+    sampler = trainer.loader("train").sampler
     lengths = trainer.task.dataset("train").lengths
     return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())

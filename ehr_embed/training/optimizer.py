@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.protocol import body_or_none
 
 BLOCK = re.compile(r"body\.(?:\w+\.)*?(?:blocks|layers?|h)\.(\d+)\.")
 LAST_NORMS = ("body.norm.", "body.final_norm.")
@@ -55,7 +56,9 @@ def parameter_groups(
         UserError: `layer_decay` is below 1 and the model has no blocks that learn.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    n_layers = 1 + max((_block(name) for name, _ in named), default=-1)
+    # With one rate for all, the groups stay those of earlier versions, whose optimizer states are in checkpoints.
+    block_of = blocks_by_name(model) if layer_decay < 1 else {name: _block(name) for name, _ in named}
+    n_layers = 1 + max((block_of[name] for name, _ in named), default=-1)
     if layer_decay < 1 and not n_layers:
         raise UserError(
             f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
@@ -63,7 +66,7 @@ def parameter_groups(
         )
     groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - _block(name)
+        depth = 0 if not name.startswith("body.") or name.startswith(LAST_NORMS) else n_layers - block_of[name]
         groups.setdefault((depth, parameter.ndim >= 2, False), []).append(parameter)
     # The embedding is a group of its own, because it stays whole when the model is sharded over processes.
     for parameter in embedding.parameters():
@@ -167,6 +170,33 @@ def check_optimizer(make: Any, *, weight_decay: float) -> None:
 
 def _parameters(kind: Any) -> dict[str, Parameter]:
     return dict(signature(kind).parameters)
+
+
+def blocks_by_name(model: nn.Module) -> dict[str, int]:
+    """Return the index of the block of each parameter, -1 for a parameter in no block.
+
+    Blocks are known by the usual names of their list. In a body that has none of these names they are the members of its
+    longest `nn.ModuleList`.
+
+    >>> class Tower(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         floors = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(2))
+    ...         self.body = nn.ModuleDict({"entrance": nn.Linear(1, 1, bias=False), "floors": floors})
+    >>> blocks_by_name(Tower())
+    {'body.entrance.weight': -1, 'body.floors.0.weight': 0, 'body.floors.1.weight': 1}
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = {name: _block(name) for name in names}
+    if (body := body_or_none(model)) is None or max(found.values(), default=-1) >= 0:
+        return found
+    lists = [(name, module) for name, module in body.named_modules() if isinstance(module, nn.ModuleList)]
+    longest, _ = max(lists, key=lambda item: len(item[1]), default=("", None))
+    prefix = f"body.{longest}."
+    inside = {
+        name: name.removeprefix(prefix).partition(".")[0] for name in names if longest and name.startswith(prefix)
+    }
+    return {name: int(inside.get(name, -1)) for name in names}
 
 
 def _block(name: str) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning_fabric.plugins.precision import MixedPrecision
 
-from ehr_embed.core.errors import unknown_name
+from ehr_embed.core.settings import OneOf, check_setting
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+Precision = Annotated[str, OneOf("auto", "32-true", "bf16-mixed", "16-mixed")]
 
 
 def choose_precision(wanted: str, accelerator: str) -> str:
@@ -19,10 +19,9 @@ def choose_precision(wanted: str, accelerator: str) -> str:
     Such hardware includes CPUs with AVX512-BF16 or AMX.
 
     Raises:
-        UserError: `wanted` is not one of `PRECISIONS`.
+        UserError: `wanted` is no `Precision`.
     """
-    if wanted not in PRECISIONS:
-        raise unknown_name("trainer.precision", wanted, PRECISIONS)
+    check_setting("trainer.precision", wanted, Precision)
     if wanted != "auto":
         return wanted
     on_cuda = accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()

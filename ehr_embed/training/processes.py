@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import cloudpickle
 import torch
@@ -22,18 +22,21 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from lightning_fabric.strategies import DDPStrategy, Strategy
+from pydantic import Field
 from torch import Tensor, distributed, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import end_with_parent, is_torchrun, n_launched
+from ehr_embed.core.settings import OneOf
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests, stopped_by
 from ehr_embed.training.precision import precision_plugin
 from ehr_embed.training.sharding import FullyShardedStrategy
 
 T = TypeVar("T")
-STRATEGIES = ("auto", "ddp", "fsdp")
-ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
-MAX_DEVICES, MAX_NODES = 1024, 65_536
+StrategyName = Annotated[str, OneOf("auto", "ddp", "fsdp")]
+Accelerator = Annotated[str, OneOf("auto", "cpu", "cuda", "gpu")]
+Devices = Annotated[int, Field(ge=1, le=1024)]
+Nodes = Annotated[int, Field(ge=1, le=65_536)]
 POLL_S = 0.5
 GRACE_S = 60.0
 """Seconds between the failure of the first process and the end of the others, in which a tracker can be closed."""

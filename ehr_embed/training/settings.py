@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Len
+from pydantic import Field
 
-from ehr_embed.core.errors import UserError, check_range, unknown_name
-from ehr_embed.core.threads import AUTO, check_threads
+from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.settings import Count, NotNegative, OneOf, Share, ShareBelow1, Told, check_settings
+from ehr_embed.core.threads import Threads
 from ehr_embed.data.batches import BUCKET_BATCHES
-from ehr_embed.data.device_events import DATA_DEVICES
+from ehr_embed.data.device_events import DataDevice
 from ehr_embed.training.optimizer import check_optimizer, with_options
-from ehr_embed.training.precision import choose_precision
-from ehr_embed.training.processes import ACCELERATORS, MAX_DEVICES, MAX_NODES, STRATEGIES, Processes, launch
+from ehr_embed.training.precision import Precision, choose_precision
+from ehr_embed.training.processes import (
+    Accelerator,
+    Devices,
+    Nodes,
+    Processes,
+    StrategyName,
+    launch,
+)
 from ehr_embed.training.protocol import MakesOptimizer, Schedule
 from ehr_embed.training.schedules import BY_NAME, Plateau
-
-KEPT = ("best", "last")
-TEACHERS = ("gbm",)
-MAX_BOOTSTRAP, MAX_WORKERS = 1_000_000, 1024
 
 
 @dataclass(frozen=True)
@@ -33,42 +40,48 @@ class TrainerSettings:
         UserError: a setting is unknown or out of range.
     """
 
-    epochs: int = 50
-    batch_size: int | None = 32
-    batch_tokens: int = 16_384
-    bucket_batches: int = BUCKET_BATCHES
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 0.01
+    epochs: Annotated[int, Field(ge=0), Told("0 (only evaluate what init_from names) or more", example="50")] = 50
+    batch_size: Count | None = 32
+    batch_tokens: Count = 16_384
+    bucket_batches: Count = BUCKET_BATCHES
+    accumulate: Count = 1
+    learning_rate: NotNegative = 1e-4
+    min_learning_rate: NotNegative = 1e-6
+    weight_decay: NotNegative = 0.01
     optimizer: MakesOptimizer = torch.optim.AdamW
-    betas: Sequence[float] | None = None
-    ema: float | None = None
-    teacher: str | None = None
-    teacher_share: float = 0.5
-    warmup_steps: float = 100
+    betas: (
+        Annotated[
+            Sequence[ShareBelow1], Len(2, 2), Told("two numbers in [0, 1), as in [0.9,0.999]", example="[0.9,0.999]")
+        ]
+        | None
+    ) = None
+    ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
+    teacher: Annotated[str, OneOf("gbm")] | None = None
+    teacher_share: Share = 0.5
+    warmup_steps: NotNegative = 100
     schedule: Schedule | str = field(default_factory=Plateau)
-    scheduler_patience: int | None = None
-    clip_norm: float = 1.0
-    patience: int | None = 10
-    keep: str = "best"
-    save_every: int = 10
-    checkpoint_every: int | None = 500
-    n_bootstrap: int = 1000
-    num_workers: int = 0
-    data_device: str = "auto"
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    strategy: str = "auto"
-    precision: str = "auto"
-    freeze: str | None = None
-    layer_decay: float = 1.0
+    scheduler_patience: Annotated[int, Field(ge=0)] | None = None
+    clip_norm: NotNegative = 1.0
+    patience: Count | None = 10
+    keep: Annotated[str, OneOf("best", "last")] = "best"
+    save_every: Count = 10
+    checkpoint_every: Annotated[Count | None, Told("1 or more steps, or null", example="500")] = 500
+    n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+    num_workers: Annotated[int, Field(ge=0, le=1024), Told(remedy="0 builds batches in this process.")] = 0
+    data_device: DataDevice = "auto"
+    accelerator: Accelerator = "auto"
+    devices: Devices = 1
+    nodes: Nodes = 1
+    strategy: StrategyName = "auto"
+    precision: Precision = "auto"
+    freeze: Annotated[str, OneOf("body")] | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1), Told("a factor in (0, 1]; 1 = one rate for all")] = 1.0
     compile: bool = False
     profile: bool = False
-    threads: int | str = AUTO
+    threads: Threads = "auto"
 
     def __post_init__(self) -> None:
+        check_settings(type(self), vars(self), "trainer", only_rules=True)
         self._take_older_keys()
         if not isinstance(self.schedule, Schedule):
             raise UserError(
@@ -76,66 +89,25 @@ class TrainerSettings:
                 "the files of conf/trainer/schedule/ are. Type: trainer/schedule=cosine"
             )
         check_optimizer(self.optimizer, weight_decay=self.weight_decay)
-        choose_precision(self.precision, self.accelerator)
-        if self.keep not in KEPT:
-            raise unknown_name("trainer.keep", self.keep, KEPT)
         if self.keep == "last" and self.patience is not None:
             raise UserError(
                 f"trainer.keep=last with trainer.patience={self.patience}: where tuning chooses no epoch, it does not end training "
                 "either. Type: trainer.patience=null"
             )
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise UserError(f"trainer.ema={self.ema}: expected a decay in [0, 1) such as 0.99, or null.")
         if self.ema is not None and self.strategy == "fsdp":
             raise UserError(
                 "trainer.ema with trainer.strategy=fsdp: averages of weights that are spread are not supported. "
                 "Type: trainer.ema=null or trainer.strategy=ddp"
             )
-        if self.teacher not in (None, *TEACHERS):
-            raise unknown_name("trainer.teacher", self.teacher, ["null", *TEACHERS])
-        if not 0 <= self.teacher_share <= 1:
-            raise UserError(f"trainer.teacher_share={self.teacher_share}: expected a share in [0, 1].")
-        if self.freeze not in (None, "body"):
-            raise unknown_name("trainer.freeze", self.freeze, ["null", "body"])
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(
-                f"trainer.layer_decay={self.layer_decay}: expected a factor in (0, 1]; 1 = one rate for all."
-            )
-        for name in (
-            "warmup_steps",
-            "learning_rate",
-            "min_learning_rate",
-            "weight_decay",
-            "clip_norm",
-        ):
-            check_range(f"trainer.{name}", getattr(self, name), 0)
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             raise UserError(
                 f"trainer.warmup_steps={self.warmup_steps}: expected a whole number of steps, or a share of all steps below 1."
             )
-        check_threads("trainer.threads", self.threads)
-        check_range("trainer.n_bootstrap", self.n_bootstrap, 0, MAX_BOOTSTRAP)
-        check_range("trainer.num_workers", self.num_workers, 0, MAX_WORKERS, remedy="0 builds batches in this process.")
-        if self.data_device not in DATA_DEVICES:
-            raise unknown_name("trainer.data_device", self.data_device, DATA_DEVICES)
-        if self.accelerator not in ACCELERATORS:
-            raise unknown_name("trainer.accelerator", self.accelerator, ACCELERATORS)
-        check_range("trainer.devices", self.devices, 1, MAX_DEVICES)
-        check_range("trainer.nodes", self.nodes, 1, MAX_NODES)
-        if self.strategy not in STRATEGIES:
-            raise unknown_name("trainer.strategy", self.strategy, STRATEGIES)
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise UserError(
                 "trainer.strategy=fsdp with trainer.precision=16-mixed: the gradient scaling of float16 does not work "
                 "with sharded gradients. Type: trainer.precision=bf16-mixed"
             )
-        if self.epochs < 0:
-            raise UserError(f"trainer.epochs={self.epochs}: expected 0 (only evaluate what init_from names) or more.")
-        for name in ("batch_size", "batch_tokens", "bucket_batches", "accumulate", "patience", "save_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)}: expected 1 or more.")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise UserError(f"trainer.checkpoint_every={self.checkpoint_every}: expected 1 or more steps, or null.")
 
     def _take_older_keys(self) -> None:
         """Put the values of the keys of earlier versions where they belong; `core.moved` does the same for configurations."""
@@ -149,13 +121,9 @@ class TrainerSettings:
                     f"Any other by its YAML in trainer/schedule/: trainer/schedule={schedule}",
                 )
             schedule = BY_NAME[schedule]()
-        if self.scheduler_patience is not None:
-            check_range("trainer.scheduler_patience", self.scheduler_patience, 0)
-            if isinstance(schedule, Plateau):
-                schedule = replace(schedule, patience=self.scheduler_patience)
+        if self.scheduler_patience is not None and isinstance(schedule, Plateau):
+            schedule = replace(schedule, patience=self.scheduler_patience)
         if self.betas is not None and callable(optimizer):
-            if len(self.betas) != 2 or any(not 0 <= beta < 1 for beta in self.betas):
-                raise UserError(f"trainer.betas={list(self.betas)}: expected two numbers in [0, 1), as in [0.9,0.999].")
             optimizer = with_options(optimizer, betas=tuple(self.betas))
         for name, value in (
             ("schedule", schedule),

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
 from ehr_embed.data.samples import samples_digest
@@ -66,6 +66,7 @@ class Trainer:
         identity: dict[str, str],
         sizes: dict[str, Any],
         seed: int,
+        init_from_sha256: str | None = None,
         log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
@@ -78,6 +79,7 @@ class Trainer:
             "sizes": sizes,
             "class_names": task.class_names,
             "samples_digest": samples_digest(task.samples),
+            "init_from_sha256": init_from_sha256,
             "precision": self.precision,
             "threads": torch.get_num_threads(),
         }
@@ -171,7 +173,7 @@ class Trainer:
         rng = rng_state()
         try:
             with state.averaged():
-                tuning_loss, outputs = self._predict(state.model, state.embedding, "tuning", stop)
+                tuning_loss, outputs = self.evaluate(state.model, state.embedding, "tuning", stop)
         except Stopped:
             state.save(self.run_dir, rng)
             self._leave_if_asked(stop, progress)
@@ -216,7 +218,7 @@ class Trainer:
     def predict(self, model: nn.Module, embedding: EventEmbedding, split: str) -> Outputs:
         """Return the task's outputs (n, n_outputs) of all samples of a split, in sample order."""
         embedding.to(self.fabric.device)
-        return self._predict(model.to(self.fabric.device), embedding, split)[1]
+        return self.evaluate(model.to(self.fabric.device), embedding, split)[1]
 
     def _train_epoch(self, training: Training, stop: StopRequest, after_batch: Callable[[], None]) -> float:
         """Train one more pass over train, or the rest of a pass that an earlier start began.
@@ -238,7 +240,7 @@ class Trainer:
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
-        loader = self._loader("train", progress.epoch, progress.batch)
+        loader = self.loader("train", progress.epoch, progress.batch)
         first, n_batches = progress.batch, len(loader.sampler)
         if not n_batches:
             raise UserError(
@@ -250,13 +252,13 @@ class Trainer:
         losses = torch.tensor([progress.loss_sum, progress.loss_count], dtype=torch.float64, device=device)
         step_mean = StepMean(self.processes, device)
         began = time.perf_counter() - progress.seconds
-        bar = tqdm(
+        bar = ProgressBar(
             training.begin(loader, is_new=not first),
             total=n_batches,
             initial=first,
             desc=f"epoch {progress.epoch}",
             leave=False,
-            disable=None if self.processes.is_first else True,
+            is_shown=self.processes.is_first,
             unit="batch",
         )
         for number, batch in enumerate(bar, first):
@@ -265,7 +267,7 @@ class Trainer:
             own = self._backward(training, step_mean, batch, ends_step=ends_step)
             losses += own
             after_batch()
-            if number % PROGRESS_EVERY == 0 and not bar.disable:
+            if number % PROGRESS_EVERY == 0 and bar.is_bar:  # reading the loss waits for the device
                 rate = progress.n_events / (time.perf_counter() - began)
                 mean_loss = float(own[0] / own[1].clamp(min=1))
                 bar.set_postfix(loss=f"{mean_loss:.4f}", events_per_s=f"{rate:,.0f}")
@@ -347,13 +349,13 @@ class Trainer:
                 "the same command with this run_dir continues"
             )
 
-    def _predict(
+    def evaluate(
         self, model: nn.Module, embedding: EventEmbedding, split: str, stop: StopRequest | None = None
     ) -> tuple[float, Outputs]:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
-        loader = self._loader(split)
+        loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         losses = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
@@ -385,7 +387,7 @@ class Trainer:
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
+    def loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
         """Return the batches of a split: of a training epoch in random order from batch `first` on, else in order of length."""
         dataset = self._dataset(split, epoch)
         return batch_loader(
@@ -401,7 +403,7 @@ class Trainer:
         return self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
 
     def _sampler(self, dataset: EventDataset, epoch: int | None, first: int) -> BucketSampler:
-        """Return the rows of each batch of this process; `epoch` and `first` are those of `_loader`."""
+        """Return the rows of each batch of this process; `epoch` and `first` are those of `loader`."""
         sampler = BucketSampler(
             dataset.lengths,
             batch_size=self.settings.batch_size,

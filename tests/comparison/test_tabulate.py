@@ -12,12 +12,13 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from ehr_embed.comparison.outcome import Outcome, write_outcome
 from ehr_embed.comparison.tabulate import markdown, statistic, table_frame, tabulate, write_table
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.outcome import Outcome, write_outcome
 from ehr_embed.evaluation.predictions import write_predictions
 from ehr_embed.tabulate import main
+from tests.helpers.refusals import refused
 
 LABELS = (0, 1, 0, 1)
 
@@ -118,7 +119,7 @@ def test_means_over_other_subjects_are_refused_and_rows_of_them_say_so(tmp_path)
     config = {"task": {"labels": "a"}}
     write_run(tmp_path / "0", auroc=0.7, config=config | {"seed": 0, "model": "x"})
     write_run(tmp_path / "1", auroc=0.7, config=config | {"seed": 1, "model": "x"}, labels=(1, 0, 1, 0))
-    with pytest.raises(UserError, match=r"stand in one row but predict for different subjects.*--by folder"):
+    with refused("different subjects", "--by folder"):
         tabulate([tmp_path])
     found = tabulate([tmp_path / "0", tmp_path / "1"], by=["folder"])
     assert found.notes == [
@@ -144,7 +145,7 @@ def test_a_metric_that_some_runs_lack_is_refused_and_one_that_a_row_lacks_is_bla
         write_run(tmp_path / str(number), auroc=0.7, config={"model": "ab"[number // 2]}, facts=facts)
     found = tabulate([tmp_path], metrics=["ms_per_step"])
     assert ["ms_per_step" in group.statistics for group in found.groups] == [True, False]
-    with pytest.raises(UserError, match=r"has no ms_per_step, but other runs of its row have"):
+    with refused("ms_per_step"):
         tabulate([tmp_path], metrics=["ms_per_step"], by=["folder"])
     with pytest.raises(UserError, match=r"unknown metric 'held_out/aurok': did you mean 'held_out/auroc'"):
         tabulate([tmp_path], metrics=["held_out/aurok"])
@@ -155,7 +156,7 @@ def test_failed_runs_are_left_out_and_named(tmp_path):
     (tmp_path / "2").mkdir()
     write_outcome(tmp_path / "2", Outcome("failed", error="out of memory"))
     assert tabulate([tmp_path]).notes == [f"1 runs have no metrics.json and are left out: {tmp_path / '2'}"]
-    with pytest.raises(UserError, match=r"none of 1 runs has a metrics\.json"):
+    with refused("metrics.json"):
         tabulate([tmp_path / "2"])
 
 

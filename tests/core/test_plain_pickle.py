@@ -17,6 +17,7 @@ import torch
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.plain_pickle import load_pickle
 from tests.helpers.pickles import Call
+from tests.helpers.refusals import refused
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -100,7 +101,7 @@ def test_a_pickle_cannot_change_what_it_names(tmp_path):
 def test_an_array_whose_bytes_do_not_fit_is_refused(tmp_path):
     data = pickle.dumps(np.arange(4, dtype=np.int64), 2).replace(b"K\x04\x85", b"K\x05\x85")
     (tmp_path / "a.pkl").write_bytes(data)
-    with pytest.raises(UserError, match=r"not the 40 bytes that its shape and type need"):
+    with refused("40 bytes"):
         load_pickle(tmp_path / "a.pkl")
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
 from ehr_embed.data.samples import build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
+from tests.helpers.refusals import refused
 
 DAY = MICROSECONDS_PER_DAY
 
@@ -176,5 +176,5 @@ def test_events_alone_bound_a_batch_and_fill_it():
 
 
 def test_a_sample_over_the_budget_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.batch_tokens=64 is less than the longest sample, 104 events"):
+    with refused("trainer.batch_tokens=64", "104 events"):
         BucketSampler(np.array([100]), batch_size=2, batch_tokens=64, shuffle=True)

@@ -86,13 +86,13 @@ def test_it_is_opened_and_compared_like_any_run(place, tmp_path):
 
 def test_weights_are_chosen_without_held_out_or_train(place, tmp_path, monkeypatch):
     seen: list[str] = []
-    predict = Trainer._predict
+    predict = Trainer.evaluate
 
     def watched(self, model, embedding, split, *rest):
         seen.append(split)
         return predict(self, model, embedding, split, *rest)
 
-    monkeypatch.setattr(Trainer, "_predict", watched)
+    monkeypatch.setattr(Trainer, "evaluate", watched)
     monkeypatch.setattr(
         "ehr_embed.training.blend.keep_fitted", lambda *_: pytest.fail("stop here") if set(seen) == {"tuning"} else None
     )
@@ -129,7 +129,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
     [
         (["+ensemble.members.a.seed=3"], "key of ensemble.members.a"),
         (["+ensemble.members.a.seeds=0"], r"ensemble\.members\.a\.seeds=0"),
-        (["ensemble.weights=best"], "tuning or equal"),
+        (["ensemble.weights=best"], r"ensemble\.weights 'best': Valid: equal, tuning"),
         (["+ensemble.members.a.seeds=1", "embedder.trainable=residual"], r"embedder\.trainable=frozen"),
         (["+ensemble.members.a.seeds=1", "+model@ensemble.members.b.model=gbm"], r"512, 4096 events"),
         (["+ensemble.members.a.seeds=1", "task=next_event", "model=decoder_small"], "one class per sample"),

@@ -18,6 +18,7 @@ from ehr_embed.run_folder.checkpoints import initialise, read_checkpoint
 from ehr_embed.training.optimizer import parameter_groups
 from ehr_embed.training.settings import TrainerSettings
 from tests.helpers.planted import planted, train
+from tests.helpers.refusals import refused
 
 __all__ = ["planted"]  # the fixture
 SIZES = {"model_dim": 16, "n_heads": 2, "n_layers": 2}
@@ -61,6 +62,29 @@ def test_the_body_is_loaded_by_name_and_the_head_is_new(tmp_path, caplog):
     start(decoder(num_classes=2), tmp_path / "best_checkpoint.pt")
 
 
+def test_a_head_with_the_same_classes_is_kept(tmp_path, caplog):
+    first = decoder(num_classes=2)
+    folder = saved(first, tmp_path, class_names=["false", "true"])
+
+    def started(classes: list[str], **options) -> Decoder:
+        model = decoder(**options)
+        initialise(
+            model, FROZEN, folder, config=CONFIG, identity=IDENTITY, vocabulary=NO_VOCABULARY, trained_classes=classes
+        )
+        return model
+
+    with caplog.at_level(logging.INFO):
+        kept = started(["false", "true"], num_classes=2)
+    assert torch.equal(kept.head.classes.weight, first.head.classes.weight)
+    assert "the head is kept, since it answers with the same classes: false, true" in caplog.text
+    for classes in (["bone", "heart"], ["a", "b", "c"]):
+        new = started(classes, num_classes=len(classes))
+        assert torch.equal(next(new.body.parameters()), next(first.body.parameters()))
+        assert new.head.classes.weight.shape != first.head.classes.weight.shape or not torch.equal(
+            new.head.classes.weight, first.head.classes.weight
+        )
+
+
 def test_a_task_that_does_not_train_takes_the_head_too(tmp_path):
     pretrained, model = (
         decoder(vocab_size=30, vocabulary_head="linear"),
@@ -68,26 +92,24 @@ def test_a_task_that_does_not_train_takes_the_head_too(tmp_path):
     )
     start(model, saved(pretrained, tmp_path), whole=True)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), pretrained.parameters(), strict=True))
-    with pytest.raises(UserError, match=r"a vector for each token of another vocabulary \(v1, here v2\)"):
+    with refused("another vocabulary", "v1", "v2"):
         start(model, tmp_path, whole=True, identity={**IDENTITY, "vocab_sha256": "v2"})
 
 
 def test_what_does_not_fit_is_refused_with_both_values(tmp_path):
     folder = saved(decoder(vocab_size=30), tmp_path)
     other = {**CONFIG, "embedder": {"_target_": "x.Y", "model": "m"}}
-    with pytest.raises(
-        UserError, match=r"vectors of HashingEmbedder \(digest e1\), this run embeds with m \(digest e2\)"
-    ):
+    with refused("HashingEmbedder (digest e1)", "m (digest e2)"):
         start(decoder(num_classes=2), folder, config=other, identity={**IDENTITY, "embedder": "e2"})
     wide = {**CONFIG, "model": {**CONFIG["model"], "model_dim": 32}}
-    with pytest.raises(UserError, match=r"is \(16,\) there and \(32,\) here.*model\.model_dim=16 there, 32 here"):
+    with refused("(16,) there", "(32,) here", "model.model_dim=16 there, 32 here"):
         start(decoder(num_classes=2, model_dim=32), folder, config=wide)
     for key, value in (("n_heads", 4), ("positions", "rope")):
         other = {**CONFIG, "model": {**CONFIG["model"], key: value}}
         with pytest.raises(UserError, match=rf"model\.{key} is \S+ there and {value} here"):
             start(decoder(num_classes=2, **{key: value}), folder, config=other)
     encoder = {**CONFIG, "model": {"_target_": "ehr_embed.models.encoder.Encoder", **SIZES}}
-    with pytest.raises(UserError, match=r"body\.times\.project\.bias is only there.*Decoder there, .*Encoder here"):
+    with refused("body.times.project.bias", "Decoder there", "Encoder here"):
         start(Encoder(embedding_dim=12, num_classes=2, **SIZES), folder, config=encoder)
 
 
@@ -102,7 +124,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
         UserError, match=r"best_checkpoint\.pt: (not a readable checkpoint|expected a checkpoint with class_names)"
     ):
         read_checkpoint(tmp_path)
-    with pytest.raises(UserError, match=r"init_from=.*nowhere: expected a run's folder with best_checkpoint\.pt"):
+    with refused("init_from=", "nowhere", "best_checkpoint.pt"):
         read_checkpoint(tmp_path / "nowhere")
 
 

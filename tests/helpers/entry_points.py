@@ -28,6 +28,8 @@ def inside(monkeypatch, capfd):
         is_module = arguments[0] == "-m"
         monkeypatch.setattr(sys, "argv", list(arguments[1:]) if is_module else command(*arguments)[1:])
         returned = 0
+        if is_module:  # as in a new process, where nothing has imported it yet
+            monkeypatch.delitem(sys.modules, sys.argv[0], raising=False)
         try:
             (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
         except SystemExit as stop:

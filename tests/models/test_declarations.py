@@ -12,7 +12,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.models.code_encoder import CodeEncoder
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.protocol import Declarations, body_of, check_vectors, declarations
-from tests.experiment.test_finetune import CONFIG, saved, start
+from tests.experiment.test_finetune import CONFIG, IDENTITY, saved, start
 from tests.helpers.small_meds import ROOT
 
 
@@ -28,7 +28,7 @@ class Rhythm(nn.Module):
 
 def test_what_is_not_declared_has_a_default_and_what_is_wrong_is_refused():
     assert declarations(nn.Linear(1, 1)) == Declarations()
-    assert declarations(Rhythm()) == Declarations(meaning_keys=("beats",))
+    assert declarations(Rhythm()) == declarations(Rhythm) == Declarations(meaning_keys=("beats",))
     for name, wrong in (("is_causal", "no"), ("reads_vectors", None), ("meaning_keys", "beats"), ("reads_values", 1)):
         model = Rhythm()
         setattr(model, name, wrong)
@@ -61,6 +61,17 @@ def test_numbers_that_the_data_give_otherwise_are_refused_where_a_model_reads_th
     for summaries in (["count"], ["count", "values"]):
         model = CodeEncoder(embedding_dim=4, num_classes=2, model_dim=8, n_heads=2, summaries=summaries)
         assert declarations(model).reads_values == ("values" in summaries)
+
+
+def test_rows_of_tokens_are_refused_with_another_vocabulary(tmp_path):
+    model = Rhythm()
+    model.body = nn.Embedding(3, 3)
+    folder = saved(model, tmp_path)
+    start(model, folder, identity={**IDENTITY, "vocab_sha256": "v2"})
+    model.token_weights = ("body.",)
+    start(model, folder)
+    with pytest.raises(UserError, match=r"a vector for each token of another vocabulary \(v1, here v2\)"):
+        start(model, folder, identity={**IDENTITY, "vocab_sha256": "v2"})
 
 
 def test_learned_vectors_are_refused_where_they_reach_no_gradient():

@@ -11,6 +11,7 @@ from ehr_embed.models import heads
 from ehr_embed.models.decoder import POOLINGS, POSITIONS, Decoder
 from ehr_embed.models.heads import EventHead, time_bin, token_scores
 from ehr_embed.models.sampling import Sampling, draw_gap
+from tests.helpers.refusals import refused
 
 
 def decoder(**options) -> Decoder:
@@ -94,12 +95,12 @@ def test_time_is_seen_and_may_be_left_out():
     assert not torch.allclose(decoder()(batch), decoder()(later), atol=1e-4)
     timeless = {name: x for name, x in batch.items() if not name.endswith("_days")}
     torch.testing.assert_close(decoder(times=[])(batch), decoder(times=[])(timeless))
-    with pytest.raises(UserError, match=r"model\.times=\[gap,elapsed\] needs the inputs gap_days and elapsed_days"):
+    with refused("model.times=[gap,elapsed]", "gap_days", "elapsed_days"):
         decoder()(timeless)
 
 
 def test_what_a_causal_model_cannot_do_is_refused():
-    with pytest.raises(UserError, match=r"unknown model\.positions 'time'.*none, rope, rope_time, sinusoidal"):
+    with refused("model.positions 'time'", "none, rope, rope_time, sinusoidal"):
         decoder(positions="time")
     with pytest.raises(UserError, match=r"unknown model\.pooling 'cls'"):
         decoder(pooling="cls")
@@ -168,7 +169,7 @@ def test_the_tied_head_scores_codes_it_never_saw_and_has_no_parameter_of_its_own
     assert longer.shape == (3, 43)
     torch.testing.assert_close(longer[:, 42], longer[:, 7], msg="the same text has the same score")
     assert not torch.allclose(longer[:, 40], longer[:, 41], atol=1e-3)
-    with pytest.raises(UserError, match="a linear vocabulary head of 40 tokens cannot score 43"):
+    with refused("40 tokens", "43"):
         event_head("linear").logits(x, torch.cat([table, new, table[7:8]]))
 
 

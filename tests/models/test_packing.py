@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.models import decoder as decoders
 from ehr_embed.models import encoder as encoders
 from ehr_embed.models import packing
@@ -20,6 +19,7 @@ from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.heads import POOLINGS, EventScores
 from ehr_embed.models.packing import Packing, attend_at_once, attend_one_by_one, kernel_takes
+from tests.helpers.refusals import refused
 
 LENGTHS = (3, 8, 5, 1)
 WIDTH, VOCAB, E = 8, 30, 12
@@ -272,9 +272,9 @@ def test_places_of_other_rows_are_refused():
     batch = rows()
     repeated = {name: x.repeat(2, *(1,) * (x.ndim - 1)) if len(x) == len(LENGTHS) else x for name, x in batch.items()}
     for model in (build(Encoder, num_classes=3), build(Decoder, num_classes=3)):
-        with pytest.raises(UserError, match="sequence_starts of 4 sequences, but the batch has 8 rows"):
+        with refused("sequence_starts", "4 sequences", "8 rows"):
             model(repeated)
-    with pytest.raises(UserError, match="of 5 sequences, but the batch has 2 rows of one sequence each"):
+    with refused("5 sequences", "2 rows"):
         build(Encoder, vocab_size=VOCAB)(packed_rows())
 
 

@@ -207,7 +207,7 @@ def test_a_misspelt_key_at_length(key, place, letter, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("seed", -1, "seed=-1: expected a whole number from 0 to 4294967295, got int"),
+        ("seed", -1, "seed=-1: expected a whole number from 0 to 4294967295"),
         ("seed", 1.5, "seed=1.5: expected a whole number"),
         ("run_dir", None, "run_dir=null: expected a folder, got NoneType"),
         ("cache_dir", 3, "cache_dir=3: expected a folder, got int"),
@@ -217,7 +217,7 @@ def test_a_misspelt_key_at_length(key, place, letter, value):
         ("trusted_packages", "a", r"trusted_packages=a: expected a list of packages, got str"),
         ("embedder", None, "embedder=null: expected a mapping with _target_"),
         ("model", 3, "model=3: expected a mapping with _target_"),
-        ("data", "abc", "data.source=abc: expected a mapping with _target_"),
+        ("data", "abc", "data=abc: expected a mapping"),
         ("model.max_length", 0, "model.max_length=0: expected 1 or more events"),
         ("model.max_length", "x", "model.max_length=x: expected 1 or more events"),
         ("model.model_dim", 0, "model.model_dim=0: expected 1 to 65536"),
@@ -246,7 +246,7 @@ def test_a_misspelt_key_at_length(key, place, letter, value):
         ("data.hidden_codes", "abc", r"data.hidden_codes=abc: expected a share in \[0, 1\)"),
         ("data.hidden_seed", None, "data.hidden_seed=null: expected a whole number"),
         ("data.renamed", 5, "data.renamed=5: expected a CSV file"),
-        ("data.renamed_missing", "abc", "data.renamed_missing=abc: expected refuse or keep"),
+        ("data.renamed_missing", "abc", "unknown data.renamed_missing 'abc': Valid: keep, refuse"),
         ("task.labels", "${nope}", r"task.labels: Interpolation key 'nope' not found\. Type: python train.py --cfg job"),
     ],
 )  # fmt: skip
@@ -274,7 +274,7 @@ CASES = [
     (["model=encodr"], "unknown option of model 'encodr': did you mean 'encoder'"),
     (["seed=[1,2]"], "seed=[1, 2]: expected a whole number"),
     (["data.root=${nope}", "data=meds"], "Interpolation key 'nope' not found"),
-    (["model.n_layers=2", "model.n_layers=x"], "model.n_layers=x: expected int"),
+    (["model.n_layers=2", "model.n_layers=x"], "model.n_layers=x: expected 1 to 1024"),
     (["model=encoder", "model.n_layers=0", "model.n_layers=-1"], "model.n_layers=-1: expected 1 to 1024"),
     (["trainer.epochs="], "trainer.epochs"),
     (["a b"], "a b"),

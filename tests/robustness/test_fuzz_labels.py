@@ -20,6 +20,7 @@ from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
 from tests.helpers import fuzz
 from tests.helpers.fuzz import DAY, large, small
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_meds
 
 START = 18_262 * DAY
@@ -246,7 +247,7 @@ def test_each_wrong_file_is_refused_by_name(tmp_path, damage):
 def test_a_prediction_time_beyond_the_calendar_is_refused(store, tmp_path):
     """Python cannot print the year 10000, so that the refusal itself failed."""
     path = write(tmp_path / "set", "boolean_value", [(0, fuzz.YEAR_9999 + 1, True)], None)
-    with pytest.raises(UserError, match=r"row 0: prediction_time lies outside the years 1 to 9999 \(1 such rows\)"):
+    with refused("row 0", "prediction_time", "1 to 9999", "1 such rows"):
         read_labels(str(path), tmp_path)
 
 

@@ -20,10 +20,10 @@ import wandb
 from omegaconf import OmegaConf
 
 import ehr_embed
-from ehr_embed.comparison.outcome import message_of, outcome_of
 from ehr_embed.comparison.report import write_report
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.outcome import message_of, outcome_of
 from ehr_embed.core.secrets import masked
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.files import read_json
+from ehr_embed.core.files import file_sha256, read_json
 from ehr_embed.core.stopping import REQUEUE, Stopped, stop_requests
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedders.hashing import HashingEmbedder
@@ -29,6 +29,7 @@ from ehr_embed.run_folder.resume import differences
 from ehr_embed.training import state as training_state
 from tests.helpers.configs import composed
 from tests.helpers.overrides import last_of_each
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT
 from tests.helpers.stopped_runs import (
     SHORT,
@@ -136,20 +137,36 @@ def test_stopped_in_the_evaluation_of_an_epoch(dataset, uninterrupted, tmp_path,
     cfg = settings(dataset, tmp_path / "run", *KINDS["next event"], "trainer.checkpoint_every=null")
     from ehr_embed.training.trainer import Trainer
 
-    predict = Trainer._predict
+    predict = Trainer.evaluate
 
     def interrupted(self, model, embedding, split, stop=None):
         terminate()
         return predict(self, model, embedding, split, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_predict", interrupted)
+        patch.setattr(Trainer, "evaluate", interrupted)
         with pytest.raises(Stopped, match=r"stopped by SIGTERM in epoch 1, step \d+, and saved in .*run"):
             run(cfg)
     progress = torch.load(tmp_path / "run" / "latest_checkpoint.pt", weights_only=True)["progress"]
     assert progress["batch"] == progress["step"] > 0
     run(cfg)
     assert what_is_left(tmp_path / "run") == expected
+
+
+def test_a_resumed_run_still_says_what_its_weights_started_from(dataset, tmp_path, monkeypatch):
+    first = settings(dataset, tmp_path / "first", "trainer.epochs=1")
+    run(first)
+    start = tmp_path / "start.pt"
+    start.write_bytes((tmp_path / "first" / "best_checkpoint.pt").read_bytes())
+    cfg = settings(dataset, tmp_path / "run", f"init_from={start}")
+    with monkeypatch.context() as patch:
+        after_steps(patch, 3, terminate)
+        with pytest.raises(Stopped):
+            run(cfg)
+    expected = file_sha256(start)
+    start.unlink()
+    run(cfg)
+    assert read_json(tmp_path / "run" / "manifest.json")["made_from"]["init_from_sha256"] == expected
 
 
 def test_a_run_that_an_earlier_version_stopped_goes_on(dataset, uninterrupted, tmp_path, monkeypatch):
@@ -265,7 +282,7 @@ def test_force_goes_on_with_the_new_settings(dataset, stopped):
 
 
 def test_force_cannot_change_what_the_weights_are(dataset, stopped):
-    with pytest.raises(UserError, match=r"latest_checkpoint\.pt does not fit this model.*resume=overwrite"):
+    with refused("latest_checkpoint.pt", "resume=overwrite"):
         run(settings(dataset, stopped, "resume=force", "model.model_dim=32"))
 
 

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ehr_embed.config.check import check_config
+from ehr_embed.config.keys import ExplainKeys, GenerateKeys, PredictKeys
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.cli import refuse_repeated
 from ehr_embed.experiment.run import run
@@ -17,6 +18,7 @@ from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.resume import claimed, find_run
 from tests.helpers.configs import composed
 from tests.helpers.entry_points import inside  # noqa: F401 (fixture)
+from tests.helpers.refusals import refused
 from tests.helpers.ward import SMALL, trained, ward  # noqa: F401 (fixtures)
 
 
@@ -89,7 +91,7 @@ def test_sampled_futures_replace_no_shards(tmp_path):
     pl.DataFrame({"subject_id": [1], "code": ["A"]}).write_parquet(tmp_path / "0.parquet")
     (tmp_path / "2020_notes.parquet").write_text("mine")
     before = files(tmp_path)
-    with pytest.raises(UserError, match=r"0\.parquet is no file of sampled futures.*output=ANOTHER_FOLDER"):
+    with refused("0.parquet", "output=ANOTHER_FOLDER"):
         write_futures(pl.DataFrame(), tmp_path, n_samples=1)
     assert files(tmp_path) == before
 
@@ -130,7 +132,7 @@ def test_two_models_are_refused_by_the_command_line(tmp_path, inside):
         ("predict", "data.lookups=a.csv", r"data\.lookups=a\.csv: expected a list"),
         ("explain", "tolerance=nan", r"tolerance=nan: expected a finite number"),
         ("explain", "subject=first", r"subject=first: expected a subject_id"),
-        ("explain", "max_samples=few", r"max_samples=few: expected a whole number"),
+        ("explain", "max_samples=few", r"max_samples=few: expected 1 or more, got str"),
         ("generate", "horizon_days=inf", r"horizon_days=inf: expected a finite number"),
         ("generate", "stop_codes=MEDS_DEATH", r"stop_codes=MEDS_DEATH: expected a list"),
         ("generate", "seed=-1", r"seed=-1: expected a whole number"),
@@ -146,9 +148,9 @@ def test_commands_for_a_finished_run_check_their_keys(tmp_path, monkeypatch, ins
 
 
 def test_shipped_configurations_of_the_commands_pass():
-    for name, needed in (
-        ("predict", ("run=x", "data.root=x", "output=x")),
-        ("explain", ("run=x",)),
-        ("generate", ("run=x",)),
+    for name, keys, needed in (
+        ("predict", PredictKeys, ("run=x", "data.root=x", "output=x")),
+        ("explain", ExplainKeys, ("run=x",)),
+        ("generate", GenerateKeys, ("run=x",)),
     ):
-        check_config(OmegaConf.create(composed(*needed, name=name)))
+        check_config(OmegaConf.create(composed(*needed, name=name)), keys)

@@ -13,6 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.search.space import Space, choice_text, parse_space, point_key
+from tests.helpers.refusals import refused
 
 
 def space_of(*arguments: str, **params: Any) -> Space:
@@ -71,7 +72,7 @@ def test_bad_spaces_are_refused(argument, message):
 
 
 def test_a_condition_names_a_value_that_is_searched():
-    with pytest.raises(UserError, match=r"unknown value of b in the condition of a: 'z'.*Valid: x, y"):
+    with refused("'z'", "Valid: x, y"):
         space_of("b=x,y", 'a=tag("b=z",choice(1,2))')
     with pytest.raises(UserError, match="depend on each other"):
         space_of('b=tag("a=1",choice(1,2))', 'a=tag("b=1",choice(1,2))')

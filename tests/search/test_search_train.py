@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from ehr_embed.compare import compare
 from ehr_embed.compare import main as compare_main
+from ehr_embed.experiment.searched import SearchedRuns
 from ehr_embed.search.checks import chosen_directions, example_overrides
 from ehr_embed.search.plugin import SWEEPS, register
 from ehr_embed.search.space import parse_space
@@ -155,7 +156,7 @@ SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 def test_every_sweep_says_what_it_asks_and_every_trial_composes(name):
     head = "".join(line for line in (SWEEPS / f"{name}.yaml").open() if line.startswith("#"))
     assert all(word in head for word in ("# Question:", f"#   python train.py sweeps={name}", "# Cost:", "# Result:"))
-    register()
+    register(SearchedRuns())
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=[f"sweeps={name}"], return_hydra_config=True)
         assert cfg.hydra.mode.name == "MULTIRUN"
@@ -176,7 +177,7 @@ def search_commands() -> list[str]:
 @pytest.mark.parametrize("line", search_commands())
 def test_documented_searches_compose(line, tmp_path):
     arguments = [argument for argument in shlex.split(line)[2:] if argument != "-m"]
-    register()
+    register(SearchedRuns())
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         chosen = [a for a in arguments if a.startswith(("hydra.", "hydra/", "sweeps="))]
         cfg = compose("train", overrides=chosen, return_hydra_config=True)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 
+from ehr_embed.config.instantiate import instantiate
 from ehr_embed.search.trial import NoTrial, StudyTrial, current_trial
 
 
@@ -20,7 +21,7 @@ def bad_trial() -> optuna.Trial:
 
 def test_outside_a_search_nothing_happens(monkeypatch):
     monkeypatch.delenv("EHR_EMBED_TRIAL", raising=False)
-    trial = current_trial()
+    trial = current_trial(instantiate)
     assert isinstance(trial, NoTrial)
     trial.report(float("nan"), step=1)
 

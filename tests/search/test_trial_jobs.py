@@ -9,7 +9,8 @@ import polars as pl
 from omegaconf import OmegaConf
 
 from ehr_embed.comparison.results import find_runs
-from ehr_embed.search.checks import MEDS_SOURCE, data_identity
+from ehr_embed.config.instantiate import MEDS
+from ehr_embed.experiment.searched import SearchedRuns
 
 
 def test_the_run_of_an_earlier_stage_is_no_rival_of_its_own(tmp_path):
@@ -22,11 +23,16 @@ def test_the_run_of_an_earlier_stage_is_no_rival_of_its_own(tmp_path):
 
 def test_a_study_knows_its_dataset_wherever_it_lies(tiny, tmp_path):
     def identity(root: Path) -> str | None:
-        return data_identity(OmegaConf.create({"data": {"root": str(root), "source": {"_target_": MEDS_SOURCE}}}))
+        return SearchedRuns().data_identity(
+            OmegaConf.create({"data": {"root": str(root), "source": {"_target_": MEDS}}})
+        )
 
     elsewhere = shutil.copytree(tiny, tmp_path / "elsewhere" / "under_another_name")
     assert identity(tiny) == identity(elsewhere)
     shard = next((elsewhere / "data" / "train").glob("*.parquet"))
     pl.read_parquet(shard).head(-1).write_parquet(shard)
     assert identity(tiny) != identity(elsewhere)
-    assert data_identity(OmegaConf.create({"data": {"root": "demo", "source": {"_target_": "x.demo"}}})) is None
+    assert (
+        SearchedRuns().data_identity(OmegaConf.create({"data": {"root": "demo", "source": {"_target_": "x.demo"}}}))
+        is None
+    )

@@ -23,6 +23,7 @@ from ehr_embed.experiment.run import run
 from ehr_embed.sources.patient_files import TOLERANCE, patient_files_source
 from tests.helpers.configs import composed
 from tests.helpers.pickles import Call
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_meds
 
 SPLITS = ("train", "tuning", "held_out")
@@ -158,7 +159,7 @@ def test_size_is_told_before_and_dtype_and_length_are_chosen(place, caplog, monk
     assert {record["embeddings"].dtype for record in records} == {torch.float16}
     assert max(len(record["token_ids"]) for record in records) > 16
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    with pytest.raises(UserError, match=r"100\.0 B are free, the export needs .*export\.dtype=float16"):
+    with refused("100.0 B", "export.dtype=float16"):
         embed(composed(*table_path(place), "export=patient_files", f"export.dir={place}/full", name="embed"))
     assert not (place / "full").exists()
 
@@ -235,7 +236,7 @@ def test_tokens_become_codes_in_their_order_and_vectors_become_rows(tmp_path):
     vectors = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)).numpy()
     np.testing.assert_array_equal(embedder.embed(["TOKEN//59", "TOKEN//4"]), vectors[[59, 4]])
     np.testing.assert_array_equal(embedder.embed(["Unknown event"]), np.zeros((1, 8)))
-    with pytest.raises(UserError, match=r"has no vector for 'fever'.*embedder=minilm_l6"):
+    with refused("'fever'", "embedder=minilm_l6"):
         embedder.embed(["fever"])
 
 
@@ -250,7 +251,7 @@ def test_a_vocabulary_names_the_tokens_and_knows_the_unknown_one(tmp_path):
     pl.DataFrame({"token": [4], "str": ["A"]}).write_csv(folder / "vocab.csv")
     with pytest.raises(UserError, match=r"vocab_filepath was \w+, now \w+.*overwrite=true"):
         imported(folder)
-    with pytest.raises(UserError, match=r"patient_0\.pt: token 7 is not in vocab\.csv"):
+    with refused("patient_0.pt", "token 7", "vocab.csv"):
         imported(folder, overwrite=True)
 
 
@@ -310,10 +311,10 @@ def test_other_files_are_refused_until_imported_again(tmp_path):
     folder = write_files(tmp_path / "files")
     imported(folder)
     torch.save(torch.load(folder / "train" / "patient_0.pt"), folder / "train" / "patient_11.pt")
-    with pytest.raises(UserError, match=r"train was 3 files, .*, now 4 files.*overwrite=true"):
+    with refused("3 files", "4 files", "overwrite=true"):
         imported(folder)
     assert len(imported(folder, overwrite=True).read(imported(folder).shards[0])) > 0
-    with pytest.raises(UserError, match=r"nowhere/train: no such folder\. Expected \{train,tuning,held_out\}/\*\.pt"):
+    with refused("nowhere/train", "{train,tuning,held_out}/*.pt"):
         patient_files_source(data_dir="nowhere")
     with pytest.raises(UserError, match=r"no such file.*data=patient_files"):
         FilesEmbedder(root=str(tmp_path)).embed(["x"])

@@ -17,6 +17,7 @@ from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.masked_event import MaskedEvent
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.ngrams import NgramCounts, count_distinct
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_meds
 
 TOP = (1, 5, 10)
@@ -122,7 +123,7 @@ def test_counts_that_were_changed_are_refused(store):
     (kept,) = store.folder.glob("ngrams-*")
     counts = np.load(kept / "counts.npy")
     np.save(kept / "counts.npy", counts + 1)
-    with pytest.raises(UserError, match=r"counts\.npy was changed.*Remove the folder"):
+    with refused("counts.npy", "changed", "Remove the folder"):
         NgramCounts.of(store)
 
 

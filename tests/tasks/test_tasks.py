@@ -16,6 +16,7 @@ from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.multilabel import Multilabel
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_labels
 
 SUBJECTS = [10, 11, 12, 20, 21, 22, 30, 31, 32]
@@ -61,7 +62,7 @@ def test_class_weights_and_smoothing_enter_the_loss(prepared):
     assert listed.sample_weights("train").mean() == 1
     smoothed = setup(prepared, Classification(label_smoothing=0.2)).loss(logits, labels)
     assert not torch.isclose(plain, smoothed).any()
-    with pytest.raises(UserError, match="3 numbers, but there are 2 classes: false, true"):
+    with refused("3 numbers", "2 classes: false, true"):
         setup(prepared, Classification(class_weights=[1, 2, 3]))
 
 
@@ -78,7 +79,7 @@ def test_unknown_label_set_lists_those_present(prepared):
     with pytest.raises(UserError, match=r"unknown task\.labels 'outcme': did you mean 'outcome'"):
         setup(prepared, Classification(labels="outcme"))
     write_labels(prepared[1] / "second", [(10, 2.0, True)])
-    with pytest.raises(UserError, match="holds 2 label sets: outcome, second"):
+    with refused("outcome, second"):
         setup(prepared, Classification())
 
 
@@ -116,7 +117,7 @@ def test_prediction_before_any_event_is_refused(prepared, tiny):
 def test_label_files_are_checked(tmp_path):
     file = tmp_path / "l.parquet"
     pl.DataFrame({"subject_id": [1], "boolean_value": [True]}).write_parquet(file)
-    with pytest.raises(UserError, match="column `prediction_time` is missing, found subject_id, boolean_value"):
+    with refused("`prediction_time`", "subject_id, boolean_value"):
         read_labels(str(file), tmp_path)
     pl.DataFrame({"subject_id": [1.5], "prediction_time": ["x"], "boolean_value": [True]}).write_parquet(file)
     with pytest.raises(UserError, match="column `subject_id` has dtype Float64"):

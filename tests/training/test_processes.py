@@ -30,6 +30,7 @@ from ehr_embed.training.state import seed_of_rank
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.configs import composed
 from tests.helpers.overrides import last_of_each
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
 SMALL = (
@@ -292,7 +293,7 @@ def test_processes_and_devices_that_do_not_fit_are_refused(monkeypatch):
         launch(devices=2, nodes=2, **sizes)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert n_launched() == 8
-    with pytest.raises(UserError, match=r"one of 8 processes, but trainer.devices=1 x trainer.nodes=1 is 1"):
+    with refused("8 processes", "trainer.devices=1", "trainer.nodes=1"):
         launch(devices=1, nodes=1, **sizes)
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "device_count", lambda: 2)
@@ -354,14 +355,14 @@ def test_a_spread_model_goes_on_from_a_stop_in_evaluation(dataset, monkeypatch):
 
 def stop_in_evaluation(cfg: Any) -> None:
     """A run in whose first evaluation rank 1 gets a signal."""
-    predict = Trainer._predict
+    predict = Trainer.evaluate
 
     def after_signal(self: Trainer, *arguments: Any) -> Any:
         if self.processes.rank == 1:
             signal.raise_signal(signal.SIGTERM)
         return predict(self, *arguments)
 
-    Trainer._predict = after_signal  # type: ignore[method-assign]
+    Trainer.evaluate = after_signal  # type: ignore[method-assign]
     run(cfg)
 
 
@@ -413,7 +414,7 @@ def test_a_trial_is_alone_however_its_search_was_started(dataset, tmp_path):
 
 
 def test_fewer_batches_than_processes_are_refused(dataset, tmp_path):
-    with pytest.raises(UserError, match=r"fewer batches than this run has processes \(2\)"):
+    with refused("(2)", "fewer batches"):
         run(composed(*overrides(dataset, tmp_path / "run", "trainer.batch_size=64", "trainer.devices=2")))
 
 

@@ -141,7 +141,7 @@ def test_each_of_several_steps_has_that_of_its_own_mean(planted, tmp_path):
     expected, _ = of_mean(planted, tmp_path, "classes")
     found, _ = of_steps(planted, tmp_path, "classes", batch_size=8, accumulate=5)
     trainer, *_ = built(*planted, tmp_path, TASKS["classes"](), batch_size=8)
-    sizes = [len(rows) for rows in trainer._loader("train", 1).sampler]
+    sizes = [len(rows) for rows in trainer.loader("train", 1).sampler]
     counts = sum(sizes[:5]), sum(sizes[5:])
     assert len(found) == 2
     assert sum(counts) == 60
@@ -162,7 +162,7 @@ def test_two_processes_have_the_gradient_of_the_mean_over_both(
 ):
     place = (rounds[0], rounds[1] / "labels") if "events" in name else planted
     trainer, *_ = built(*place, tmp_path, TASKS[name](), batch_size=batch_size)
-    assert len(trainer._loader("train", 1).sampler) == n_batches  # an even number, so that none is dropped
+    assert len(trainer.loader("train", 1).sampler) == n_batches  # an even number, so that none is dropped
     expected, mean = of_mean(place, tmp_path, name)
     found, loss = run_ranks(partial(on_rank, place, tmp_path, name, batch_size=batch_size, strategy=strategy), 2)
     same({key: torch.from_numpy(gradient) for key, gradient in found.items()}, expected)
@@ -178,7 +178,7 @@ def test_the_loss_of_a_split_is_the_mean_over_its_events(rounds, tmp_path, kind,
     trainer, model, embedding = built(
         store, root / "labels", tmp_path, task, batch_size=None, batch_tokens=batch_tokens
     )
-    loss, outputs = trainer._predict(model, embedding, "tuning")
+    loss, outputs = trainer.evaluate(model, embedding, "tuning")
     metrics = task.evaluate("tuning", outputs, n_bootstrap=0)
     terms = [metrics[name]["value"] for name in ("loss", "time_loss", "value_loss")]
     assert loss == pytest.approx(terms[0] + 0.1 * terms[1] + 0.1 * terms[2], rel=1e-5)

@@ -60,12 +60,12 @@ def quick(monkeypatch):
     for_split = teachers.cross_fitted.__globals__
 
     def cross_fitted(trainer, model, embedding, *, share):
-        loader = trainer._loader
-        trainer._loader = lambda split, *rest: splits.append(split) or loader(split, *rest)
+        loader = trainer.loader
+        trainer.loader = lambda split, *rest: splits.append(split) or loader(split, *rest)
         try:
             return teachers_cross_fitted(trainer, model, embedding, share=share)
         finally:
-            trainer._loader = loader
+            trainer.loader = loader
 
     teachers_cross_fitted = for_split["cross_fitted"]
     monkeypatch.setattr(teachers, "cross_fitted", cross_fitted)

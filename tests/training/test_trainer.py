@@ -22,6 +22,7 @@ from tests.helpers.planted import (
     train,
     without_times,
 )
+from tests.helpers.refusals import refused
 
 
 def test_a_planted_signal_is_learned(planted, tmp_path):
@@ -65,7 +66,7 @@ def test_compiled_blocks_learn_the_same(planted, tmp_path, monkeypatch):
 
 
 def test_a_model_without_blocks_is_not_compiled():
-    with pytest.raises(UserError, match=r"Linear has no blocks to compile.*trainer\.compile=false"):
+    with refused("Linear", "trainer.compile=false"):
         compile_blocks(nn.Linear(2, 2))
 
 
@@ -160,9 +161,9 @@ def test_dropout_keeps_the_mean_and_its_share():
     torch.manual_seed(0)
     dropout, x = Dropout(0.1), torch.ones(1000, 100)
     y = dropout(x)
-    assert (y == 0).float().mean().item() == pytest.approx(26 / 256, abs=0.005)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
     assert y.mean().item() == pytest.approx(1.0, abs=0.005)
-    assert math.isclose(y.max().item(), 256 / 230, rel_tol=1e-6)
+    assert math.isclose(y.max().item(), 1 / 0.9, rel_tol=1e-5)
     assert torch.equal(dropout.eval()(x), x)
     with pytest.raises(UserError, match=r"model\.dropout=1"):
         Dropout(1.0)

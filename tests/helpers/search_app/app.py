@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ehr_embed.config.instantiate import instantiate
 from ehr_embed.experiment.cli import run_main
 from ehr_embed.search.trial import current_trial
 
@@ -22,7 +23,7 @@ def main(cfg: DictConfig) -> float | tuple[float, float]:
         with open(cfg.started, "a") as file:
             file.write(json.dumps(record) + "\n")
     value = (cfg.x - (cfg.kind.name == "shifted")) ** 2 + cfg.y**2 + 0.01 * cfg.seed
-    trial = current_trial()
+    trial = current_trial(instantiate)
     for epoch in range(1, cfg.epochs + 1):
         time.sleep(cfg.seconds)
         trial.report(value + 1 / epoch, step=epoch)

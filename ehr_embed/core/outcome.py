@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import optuna
-
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json, write_json
 from ehr_embed.core.secrets import masked
-from ehr_embed.run_folder.layout import OUTCOME
 
+OUTCOME = "outcome.json"
+"""How a job of a multirun ended; in the job's folder."""
+Row = dict[str, Any]
+"""One run: run, state, objective; overrides by key; `<split>/<metric>` with /low and /high; seconds, events_per_s, ..."""
 MAX_MESSAGE_LENGTH = 1000  # characters; a text field of Optuna's SQL storage holds 2048
 
 
@@ -45,6 +46,8 @@ def outcome_of(returned: Any, *, seconds: float, overrides: Sequence[str]) -> Ou
     >>> outcome_of(0.5, seconds=1.0, overrides=[]).values, outcome_of(float("nan"), seconds=1.0, overrides=[]).error
     ([0.5], 'the objective is nan')
     """
+    import optuna  # here, because most readers of outcomes do not need it
+
     common: dict[str, Any] = {"seconds": seconds, "overrides": [masked(line) for line in overrides]}
     if isinstance(returned, optuna.TrialPruned):
         return Outcome("pruned", **common)
@@ -82,3 +85,20 @@ def read_outcome(folder: Path) -> Outcome | None:
     """Return the outcome in a job's folder; None if the job was killed before it wrote one."""
     path = folder / OUTCOME
     return Outcome(**read_json(path)) if path.exists() else None
+
+
+def objective_columns(values: Sequence[float | None]) -> Row:
+    """Return the column `objective`, or with several values the columns `objective_0`, `objective_1`, ..."""
+    if len(values) == 1:
+        return {"objective": values[0]}
+    return {f"objective_{index}": value for index, value in enumerate(values)}
+
+
+def split_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the key and the value of each override that sets a value.
+
+    >>> split_overrides(["+model.x=1", "task.labels=[a,b]", "~data"])
+    {'model.x': '1', 'task.labels': '[a,b]'}
+    """
+    pairs = (line.lstrip("+").partition("=") for line in overrides if "=" in line)
+    return {key: value for key, _, value in pairs}
