@@ -69,12 +69,12 @@ class AutoOutcomes:
             for outcomes that it was never trained on.
     """
 
-    per_batch: int = 256
-    places: int = 512
+    per_batch: int = 64
+    places: int = 4096
     min_events: int = 20
     neighbours: float = 0.2
     unions: float = 0.2
-    rarity: float = 0.5
+    rarity: float = 0.0
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
