@@ -81,6 +81,13 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     console.print(table)
     for note in intervals_missing(metrics):
         console.print(note, highlight=False, soft_wrap=True)
+    if found := metrics.get("all_splits"):
+        said = ", ".join(f"{name} {with_interval(found[name])}" for name in found if name != "n")
+        console.print(
+            f"all {found['n']:,} labels of all splits, none of which the model learned from: {said}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, of in metrics.get("transfer", {}).items():
         console.print(
             f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
