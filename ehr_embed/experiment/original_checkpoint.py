@@ -88,7 +88,7 @@ def read_original(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"checkpoint={path}: no such file. {REMEDY}")
     numbers = [
         np.dtype,
-        np._core.multiarray.scalar,
+        np.float64(0).__reduce__()[0],
         *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
     ]
     try:
