@@ -95,8 +95,8 @@ MemberName = Annotated[
     str,
     StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-]*$"),
     Told(
-        "a mapping of names to members, in names letters, digits, - and _, since a member's runs have folders of this name",
-        example="{NAME: {seeds: 3}}",
+        "letters, digits, - and _, since the member's runs have folders of this name",
+        remedy="Type: ensemble.members={NAME: {seeds: 3}}",
     ),
 ]
 

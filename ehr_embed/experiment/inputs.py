@@ -107,7 +107,8 @@ def embed(cfg: DictConfig) -> None:
     )  # configurations of earlier versions do not have this key
     use_threads(threads, key="trainer.threads", device=device_named("auto").type)
     source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
-    report(prepared.store, cfg.data.min_text_coverage)
+    if not prepared.is_new:
+        report(prepared.store, cfg.data.min_text_coverage)
     n_tokens, width = prepared.table.shape
     print(
         f"store {prepared.store.folder}\ntable {prepared.table_path} ({n_tokens} x {width}, digest {prepared.table_digest})"

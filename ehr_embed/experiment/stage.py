@@ -308,7 +308,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         cfg.tracker,
         run_dir=plan.run_dir,
         config=plan.config,
-        tags=group_choices(),
+        tags=group_choices(cfg),
         table_digest=prepared.table_digest,
         table_path=prepared.table_path,
     )
