@@ -108,8 +108,10 @@ class Alignment:
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
-                "%d matches have numbers that disagree, such as %s -> %s (%s). Their numbers are ranked among the new data's own, so "
-                "another unit does no harm, but another quantity does. Correct alignment.csv, and type: data.alignment_pairs=FILE.csv",
+                "%d matches have numbers that disagree, such as %s -> %s (%s). Their numbers are ranked among the new "
+                "data's own, so "
+                "another unit does no harm, but another quantity does. Correct alignment.csv, and type: "
+                "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
             )  # fmt: skip
 
@@ -273,7 +275,8 @@ def _override(
                 near = difflib.get_close_matches(name, list(known), n=1)
                 raise UserError(
                     f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
-                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the codes "
+                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv "
+                    "lists the codes "
                     "of both. Correct or remove the row."
                 )
         place = place_of[code]
