@@ -246,8 +246,8 @@ def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: Ev
     trainable = trainable_of(checkpoint["config"]["embedder"])
     if trainable != embedding.trainable:
         raise UserError(
-            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
-            f"for its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
+            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which cannot hold "
+            f"its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
         )
 
 
