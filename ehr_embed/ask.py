@@ -17,7 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
-from ehr_embed.run_folder.layout import FINISHED, PLOTS
+from ehr_embed.run_folder.layout import CONFIG, FINISHED, PLOTS
 
 if TYPE_CHECKING:
     from ehr_embed.inference.asker import Answers, Question
@@ -42,7 +42,7 @@ def ask(cfg: DictConfig) -> Path:
             "questions and codes are both given: an outcome is asked for in words or by codes. Leave one out"
         )
     folder = Path(cfg.output).expanduser()
-    if (folder / "config.yaml").exists():
+    if (folder / CONFIG).exists():
         raise UserError(
             f"output={folder} is the folder of a run, whose metrics.json would be lost. Type: output=ANOTHER"
         )

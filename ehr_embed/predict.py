@@ -38,15 +38,20 @@ def predict(cfg: DictConfig) -> Path:
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
     from ehr_embed.data.labels import read_labels
+    from ehr_embed.experiment.inputs import alignment_settings
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.trained_run import device_named
 
-    device = device_named(cfg.device)
+    device, alignment = device_named(cfg.device), alignment_settings(cfg)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     began = time.perf_counter()
     found = predictor.predict_proba(
-        cfg.data.root, labels=cfg.task.labels, split=cfg.split, lookups=list(cfg.data.lookups)
+        cfg.data.root,
+        labels=cfg.task.labels,
+        split=cfg.split,
+        lookups=list(cfg.data.lookups),
+        alignment=alignment,
     )
     log.info(
         "%d predictions for %d subjects in %.1f s",

@@ -143,6 +143,7 @@ def override_names(rows: Sequence[Row]) -> list[str]:
 
 def study_of(rows: Sequence[Row], directions: Sequence[str]) -> optuna.Study:
     """Build an in-memory Optuna study from rows, so that Optuna can plot the jobs of any sweeper."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # which would tell of a study that nobody sees
     study = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
     objectives = objective_names(pd.DataFrame(list(rows)))
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}

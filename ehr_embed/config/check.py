@@ -113,8 +113,9 @@ def _check_keys(config: Mapping[str, Any], keys: type[Keys], where: str = "") ->
         if below is None:
             check_setting(key, value, hint)
         elif get_origin(hint) is Mapping:
-            check_setting(key, value, Mapping[get_args(hint)[0], dict[str, Any]])  # type: ignore[misc]
+            check_setting(key, value, dict[str, Any])
             for own, node in value.items():
+                check_setting(f"name in {key}", own, get_args(hint)[0])
                 _check_node(f"{key}.{own}", node, below)
         elif not (value is None and NoneType in get_args(hint)):
             _check_node(key, value, below)

@@ -14,6 +14,7 @@ from ehr_embed.core.settings import Count, Files, Folder, OneOf, Positive, Seed,
 from ehr_embed.core.threads import Threads
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import Trainable
+from ehr_embed.embedding.match_table import Texts
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
@@ -38,6 +39,10 @@ class DataKeys(Keys, VocabularySettings):
     hidden_seed: Seed
     renamed: Table
     renamed_missing: Missing
+    aligned_to: Annotated[Text, Told("auto, none, or the folder of the run of init_from", example="auto")]
+    alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
+    alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
+    alignment_texts: Texts
 
 
 class EmbedderKeys(Built):
@@ -90,8 +95,8 @@ MemberName = Annotated[
     str,
     StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-]*$"),
     Told(
-        "a mapping of names to members, in names letters, digits, - and _, since a member's runs have folders of this name",
-        example="{NAME: {seeds: 3}}",
+        "letters, digits, - and _, since the member's runs have folders of this name",
+        remedy="Type: ensemble.members={NAME: {seeds: 3}}",
     ),
 ]
 
@@ -145,10 +150,19 @@ class LabelsKeys(Keys):
     labels: LabelsName
 
 
+class AlignedDatasetKeys(DatasetKeys):
+    """Keys of `data` of a command that may align the dataset's codes with those of the run."""
+
+    aligned_to: Annotated[Text, Told("auto, none, or the run's folder", example="auto")]
+    alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
+    alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
+    alignment_texts: Texts
+
+
 class PredictKeys(DeviceKeys):
     """Keys of conf/predict.yaml."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
 

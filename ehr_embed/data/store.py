@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 from meds import birth_code
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.core.fingerprints import EARLIER_VERSION, is_of_earlier_version, is_same
 from ehr_embed.core.manifest import REBUILD, check_files, describe, read_manifest, remember, write_manifest
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary, VocabularySettings, fit_vocabulary, vocabulary_sha256
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.sources.split_names import check_split_names, refuse_near_misses
@@ -117,7 +117,7 @@ def build_store(folder: Path, source: Source, settings: VocabularySettings) -> E
     with atomic_directory(folder) as temporary, ExitStack() as opened:
         writers = {split: _SplitWriter(temporary / split, settings.has_values, opened) for split in SPLITS}
         n_by_split: Counter[str] = Counter()
-        for shard in tqdm(source.shards, desc="event store", unit="shard", disable=None):
+        for shard in ProgressBar(source.shards, desc="event store", unit="shard"):
             events = source.read(shard)
             n_by_split.update(dict(events["split"].value_counts().iter_rows()))
             refuse_near_misses(n_by_split, where=source.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers.utils import logging as transformers_logging
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
@@ -165,6 +167,9 @@ class SentenceTransformerEmbedder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     def _load(self, name: str, revision: str | None = None) -> _Encoder:
+        # A bar for weights that take a moment, and where they lie, are nothing that a user waits for.
+        transformers_logging.disable_progress_bar()
+        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
         weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         place: dict[str, Any] = {"device": self.devices[0], "truncate_dim": self.truncate_dim}
         if self.pooling is None:

@@ -11,26 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, digest
+from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary
 from ehr_embed.embedders.shuffled_text import deranged
 from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
 
 log = logging.getLogger(__name__)
-TEXTS = ("true", "shuffled")
+Texts = Annotated[str, OneOf("own", "shuffled")]
+"""Texts by which codes are aligned: their own, or, as a control, those of others."""
 QUANTILES = ("q10", "q50", "q90")
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
 FAR = 3.0
 """Medians that differ by this factor, both positive, are warned of."""
-ALIGNED_FROM = 0.5
-"""Share of events with codes that the run never saw from which on `auto` aligns."""
 SHOWN = 40
 
 
@@ -108,9 +109,8 @@ class Alignment:
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
-                "%d matches have numbers that disagree, such as %s -> %s (%s). Their numbers are ranked among the new "
-                "data's own, so "
-                "another unit does no harm, but another quantity does. Correct alignment.csv, and type: "
+                "%d matches have numbers that disagree, such as %s -> %s (%s). Numbers are ranked among the new data's own, so "
+                "another unit does no harm, but another quantity does: correct alignment.csv, and type: "
                 "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
             )  # fmt: skip
@@ -123,7 +123,7 @@ def align(
     embed: Callable[[list[str]], npt.NDArray[np.float32]],
     rules: Rules,
     pairs: pl.DataFrame | None = None,
-    texts: str = "true",
+    texts: str = "own",
     seed: int = 0,
 ) -> Alignment:
     """Return which code of a run stands for each code of a dataset.
@@ -137,29 +137,29 @@ def align(
         embed: returns the vectors (n, E) of n texts.
         rules: how texts are cleaned and compared.
         pairs: columns code, matched_code (null = none) and perhaps gate.
-        texts: `true`, or `shuffled` for the control in which each code has the text of another of its kind.
+        texts: `own`, or `shuffled` for the control in which each code has the text of another of its kind.
         seed: of the shuffling.
 
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
     """
-    if texts not in TEXTS:
-        raise unknown_name("data.alignment_texts", texts, TEXTS)
+    check_setting("data.alignment_texts", texts, Texts)
     source, target = _codes(run), _codes(vocabulary)
     text_S, text_T = source["text"].to_list(), target["text"].to_list()
     is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()
     if texts == "shuffled":
         for kind in (True, False):
-            places = np.flatnonzero(is_number_T == kind)
+            places = np.flatnonzero(is_number_T == kind).tolist()
             for place, text in zip(places, deranged([text_T[i] for i in places], seed), strict=True):
                 text_T[place] = text
-    found = nearest(*_vectors([text_S, text_T], embed, rules), is_number_S, is_number_T)
+    of_S, of_T = _vectors([text_S, text_T], embed, rules)
+    found = nearest(of_S, of_T, is_number_S, is_number_T)
     matched, cosine = found.source.copy(), found.cosine.copy()
-    weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "true" else "shuffled text", object)
+    weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "own" else "shuffled text", object)
     number_of = {code: i for i, code in enumerate(source["code"])}
     for place, code in enumerate(target["code"]):
         own = number_of.get(code)
-        if texts == "true" and own is not None and is_number_S[own] == is_number_T[place]:
+        if texts == "own" and own is not None and is_number_S[own] == is_number_T[place]:
             matched[place], cosine[place], weight[place], origin[place] = own, 1.0, 1.0, "same code"
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
@@ -275,9 +275,8 @@ def _override(
                 near = difflib.get_close_matches(name, list(known), n=1)
                 raise UserError(
                     f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
-                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv "
-                    "lists the codes "
-                    "of both. Correct or remove the row."
+                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the "
+                    "codes of both. Correct or remove the row."
                 )
         place = place_of[code]
         now = -1 if to is None else number_of[to]
@@ -324,16 +323,16 @@ def disagreement(here: Sequence[float | None], there: Sequence[float | None]) ->
     >>> disagreement((88.0, 97.0, 100.0), (8.0, 10.0, 13.0)), disagreement((None, None, None), (1.0, 2.0, 3.0))
     ('median 97 here, 10 there: 9.7 times as large', '')
     """
-    if any(x is None or x != x for x in (*here, *there)):
+    numbers = [x for x in (*here, *there) if x is not None and x == x]
+    if len(numbers) < 2 * len(QUANTILES):
         return ""
-    (low, median, high), (their_low, their_median, their_high) = here, there  # type: ignore[misc]
-    is_apart = low > their_high or high < their_low  # type: ignore[operator]
+    low, median, high, their_low, their_median, their_high = numbers
     said = f"median {median:.4g} here, {their_median:.4g} there"
-    if median > 0 and their_median > 0:  # type: ignore[operator]
-        factor = median / their_median  # type: ignore[operator]
+    if median > 0 and their_median > 0:
+        factor = median / their_median
         if factor > FAR or factor < 1 / FAR:
             return f"{said}: {f'{factor:.2g} times as large' if factor > 1 else f'{1 / factor:.2g} times as small'}"
-    return f"{said}: the middle 80 % do not overlap" if is_apart else ""
+    return f"{said}: the middle 80 % do not overlap" if low > their_high or high < their_low else ""
 
 
 def _nearest_said(table: pl.DataFrame) -> str:

@@ -32,6 +32,7 @@ class Prepared:
         table_digest: digest of the table's file, which changes with the texts or the embedder.
         identity: digests of the embedder and the vocabulary, on which trained weights depend.
         embedding_seconds: seconds spent on building the table; 0 if it existed.
+        is_new: whether the store was built now, and its texts and sizes were told.
     """
 
     store: EventStore
@@ -40,6 +41,7 @@ class Prepared:
     table_digest: str
     identity: dict[str, str]
     embedding_seconds: float
+    is_new: bool = False
 
 
 def prepare(
@@ -70,7 +72,8 @@ def prepare(
     with locked(folder.with_suffix(".lock"), f"building {folder}"), known_fingerprints(cache_dir):
         remove_leftovers(folder.parent, f"{folder.name}.")
         remove_leftovers(folder)
-        if overwrite or not (folder / "manifest.json").exists():
+        is_new = overwrite or not (folder / "manifest.json").exists()
+        if is_new:
             log.info("building the event store %s", folder)
             store = build_store(folder, source, settings)
             report(store, min_text_coverage)
@@ -90,7 +93,7 @@ def prepare(
             save_table(path, table, about)
         embedding_seconds = 0.0 if is_there else time.perf_counter() - began
     table, _ = load_table(path, expected=about)
-    return Prepared(store, table, path, file_sha256(path)[:16], about, embedding_seconds)
+    return Prepared(store, table, path, file_sha256(path)[:16], about, embedding_seconds, is_new)
 
 
 def report(store: EventStore, min_text_coverage: float) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import cannot_write, digest, locked, write_failure
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.embedders.protocol import Embedder
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
 
 def _embed(database: sqlite3.Connection, path: Path, texts: Sequence[str], embedder: Embedder) -> Vectors:
     found: Vectors = {}
-    with tqdm(total=len(texts), desc="embedding texts", unit="text", disable=None if texts else True) as bar:
+    with ProgressBar(total=len(texts), desc="embedding texts", unit="text", is_shown=bool(texts)) as bar:
         for start in range(0, len(texts), embedder.batch_size):
             batch = texts[start : start + embedder.batch_size]
             vectors = np.ascontiguousarray(embedder.embed(batch), np.float32)

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +33,8 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
     register(SearchedRuns())
+    # Hydra would write "Error executing job with overrides", and all of them, above a message of one line.
+    JobReturn.return_value = property(_value_or_raise, JobReturn.return_value.fset)  # type: ignore[method-assign,assignment,attr-defined]
     try:
         refuse_repeated(sys.argv[1:])
         main()
@@ -51,6 +54,14 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             raise
         print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _value_or_raise(job: JobReturn) -> Any:
+    """Return what a job of Hydra returned, or raise what it raised."""
+    assert job.status != JobStatus.UNKNOWN, "the job has not ended"
+    if job.status == JobStatus.COMPLETED:
+        return job._return_value
+    raise job._return_value
 
 
 def refuse_repeated(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.aligning import NONE, AlignmentSettings
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.exports.protocol import Export
 from ehr_embed.inference.trained_run import device_named
@@ -28,6 +29,31 @@ def open_source(cfg: DictConfig) -> Source:
     if cfg.data.renamed is not None:
         source = RenamedSource(source, table=cfg.data.renamed, missing=cfg.data.renamed_missing)
     return source
+
+
+def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
+    """Return how a configuration aligns codes; those of earlier versions do not.
+
+    Raises:
+        UserError: a file that the configuration names cannot be read.
+    """
+    data = cfg.data
+    return AlignmentSettings(
+        aligned_to=data.get("aligned_to", NONE),
+        rules=data.get("alignment_rules"),
+        pairs=data.get("alignment_pairs"),
+        texts=data.get("alignment_texts", "own"),
+        seed=cfg.get("seed", 0),
+    )
+
+
+def reads_text(cfg: DictConfig) -> bool:
+    """Return whether the vectors of a configuration's embedder are those of texts."""
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
+    try:
+        return bool(embedder.reads_text)
+    finally:
+        embedder.close()
 
 
 def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
@@ -81,7 +107,8 @@ def embed(cfg: DictConfig) -> None:
     )  # configurations of earlier versions do not have this key
     use_threads(threads, key="trainer.threads", device=device_named("auto").type)
     source, prepared = prepare_from(cfg, overwrite=cfg.overwrite)
-    report(prepared.store, cfg.data.min_text_coverage)
+    if not prepared.is_new:
+        report(prepared.store, cfg.data.min_text_coverage)
     n_tokens, width = prepared.table.shape
     print(
         f"store {prepared.store.folder}\ntable {prepared.table_path} ({n_tokens} x {width}, digest {prepared.table_digest})"

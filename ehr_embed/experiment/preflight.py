@@ -14,6 +14,7 @@ from ehr_embed.config.targets import looked_up_name, own_object
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.experiment.provenance import group_choices
+from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import refuse_missing_classes
@@ -58,7 +59,7 @@ def check_model(cfg: DictConfig) -> None:
     """
     trusted = tuple(cfg.trusted_packages)
     target = own_object(looked_up_name(cfg.model.get("_target_")), trusted)
-    if not getattr(target, "reads_vectors", True) or OmegaConf.is_list(cfg.model.get("members")):
+    if not declarations(target).reads_vectors or OmegaConf.is_list(cfg.model.get("members")):
         return
     sizes: dict[str, Any] = {"embedding_dim": WIDTH, "has_values": cfg.data["values"] in ("continuous", "both")}
     try:
@@ -81,7 +82,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
         UserError: the tracker cannot start.
     """
     tracker: Tracker = builder(cfg)(
-        cfg.tracker, run_dir=run_dir, config={}, tags=group_choices(), table_digest="", table_path=run_dir / "table"
+        cfg.tracker, run_dir=run_dir, config={}, tags=group_choices(cfg), table_digest="", table_path=run_dir / "table"
     )
     if isinstance(tracker, ChecksFirst):
         tracker.check()

@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed import __version__
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.moved import renamed
 from ehr_embed.core.programs import as_typed
 from ehr_embed.embedding.prepare import Prepared
+from ehr_embed.embedding.table import save_table
 from ehr_embed.run_folder.checkpoints import checkpoint_path
 from ehr_embed.run_folder.layout import CONFIG, ENVIRONMENT, LOOKUPS, TABLE, VOCABULARY
 from ehr_embed.sources.code_texts import read_lookups
@@ -45,13 +47,14 @@ def resolved(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     return {"defaults": defaults, **config, "run_dir": str(run_dir), "hydra": hydra}
 
 
-def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> None:
+def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared, *, is_aligned: bool = False) -> None:
     """Write what a run starts from: its configuration, versions and hardware, the vocabulary and the embedding table.
 
     Args:
         run_dir: the run's folder.
         config: what `resolved` returned; `run_folder.finish.read_config` reads the file.
         prepared: the store and the table.
+        is_aligned: whether the table is another than the file of the store's folder.
     """
     with atomic_path(run_dir / CONFIG) as path:
         path.write_text(
@@ -60,7 +63,10 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared) -> N
     write_json(run_dir / ENVIRONMENT, environment())
     vocabulary = prepared.store.vocabulary
     vocabulary.save(run_dir / VOCABULARY)
-    link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
+    if is_aligned:
+        save_table(run_dir / VOCABULARY / TABLE, prepared.table, prepared.identity)
+    else:
+        link_file(prepared.table_path, run_dir / VOCABULARY / TABLE)
     if paths := vocabulary.settings.lookups:  # the new codes of a later dataset need them too
         with atomic_path(run_dir / VOCABULARY / LOOKUPS) as path:
             read_lookups(paths).write_csv(path)
@@ -98,11 +104,27 @@ def made_from(prepared: Prepared, *, init_from_sha256: str | None, samples_diges
     return found | {"samples_digest": samples_digest}
 
 
-def group_choices() -> list[str]:
-    """Return `group=option` for every config group, as tags for the tracker; no tags outside a Hydra application."""
+def group_choices(cfg: DictConfig) -> list[str]:
+    """Return `group=option` for every config group, as tags for the tracker; no tags outside a Hydra application.
+
+    A name in place of a group, as in `trainer.schedule=cosine`, is what was chosen.
+
+    Raises:
+        UserError: an option was typed for a group in whose place the configuration has another name.
+    """
     if not HydraConfig.initialized():
         return []
-    choices = HydraConfig.get().runtime.choices
-    return [
-        f"{group}={choice}" for group, choice in sorted(choices.items()) if choice and not group.startswith("hydra/")
-    ]
+    choices = {group: choice for group, choice in HydraConfig.get().runtime.choices.items() if choice}
+    typed = {text.lstrip("+").partition("=")[0] for text in HydraConfig.get().overrides.task}
+    for group, choice in choices.items():
+        key = group.replace("/", ".")
+        is_inner = "/" in group and "@" not in group and not group.startswith("hydra/")
+        if not is_inner or not isinstance(name := OmegaConf.select(cfg, key), str):
+            continue
+        if group in typed and not {key, f"pretrain.{key}"} & typed and name != choice:
+            raise UserError(
+                f"{group}={choice} was typed, and {key}={name} of a YAML, such as that of the experiment, would replace it. "
+                f"Write in the defaults of that YAML, in place of its key: - override /{group}: {name}"
+            )
+        choices[group] = name
+    return [f"{group}={choice}" for group, choice in sorted(choices.items()) if not group.startswith("hydra/")]

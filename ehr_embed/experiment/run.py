@@ -22,6 +22,7 @@ from ehr_embed.core.launchers import n_launched
 from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO
 from ehr_embed.experiment.ensemble import is_ensemble, member_runs, written_out
+from ehr_embed.experiment.inherit import inherited
 from ehr_embed.experiment.outlook import tell_outlook
 from ehr_embed.experiment.preflight import preflight
 from ehr_embed.experiment.stage import run_stage
@@ -43,6 +44,8 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The monitored metric on tuning with the best checkpoint: the objective of a search. NaN with `check`, which trains nothing.
     """
+    cfg = inherited(cfg)
+    check_config(cfg, RunKeys)
     settings: TrainerSettings = builder(cfg)(cfg.trainer)
     if settings.devices > 1 and settings.nodes == 1 and n_launched() == 1:
         chosen = cfg.copy()

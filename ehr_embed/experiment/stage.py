@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,38 @@ from ehr_embed.config.build_model import build_model
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.data.selected import SelectedStore
+from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import trainable_of
+from ehr_embed.embedding.aligning import AUTO, AlignmentSettings, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import prepare_from
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.hazards import HAZARDS
-from ehr_embed.models.protocol import FitsAtOnce, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
-from ehr_embed.reports.transfer_metrics import kept
+from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import Continuation, initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
-from ehr_embed.sources.protocol import EVALUATED, Source
+from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.blend import blend
-from ehr_embed.training.fit_table import fit_at_once
+from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.teacher import cross_fitted, teacher_model
@@ -71,6 +76,7 @@ class Plan:
         settings: how to train.
         processes: those that train together.
         task: before `setup`.
+        alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
         began: `time.perf_counter()` at the start of the stage.
     """
 
@@ -82,6 +88,7 @@ class Plan:
     settings: TrainerSettings
     processes: Processes
     task: Task
+    alignment: AlignmentSettings
     began: float
 
     @property
@@ -96,12 +103,15 @@ class Inputs:
 
     Attributes:
         source: where the events come from.
-        prepared: the event store and the embedding table.
+        prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
+            vectors of what they match.
+        aligned: the run that the weights start from and the match table; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
     """
 
     source: Source
     prepared: Prepared
+    aligned: tuple[Origin, Alignment] | None
     audited: dict[str, Any] | None
 
 
@@ -116,6 +126,8 @@ class Built:
         teacher: the unfitted model behind `trainer.teacher`; None = there is none.
         start: the checkpoint of an earlier start to go on from; None = from the beginning.
         made_from: what the run's manifest says that the run was made from.
+        is_aligned: whether codes are read as those of the run that the weights start from.
+        predicted: the splits that are predicted for.
     """
 
     model: nn.Module
@@ -125,6 +137,8 @@ class Built:
     teacher: GBM | None
     start: Continuation | None
     made_from: dict[str, Any]
+    is_aligned: bool
+    predicted: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +148,7 @@ class Fitted:
     Attributes:
         facts: of the training, for metrics.json.
         history: one row of metrics per epoch.
-        outputs: the task's outputs (n, n_outputs) of each evaluated split.
+        outputs: the task's outputs (n, n_outputs) of each evaluated split, and of train where nothing was trained on it.
     """
 
     facts: dict[str, Any]
@@ -210,6 +224,7 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         settings=settings,
         processes=processes,
         task=construct(cfg.task),
+        alignment=alignment_settings(cfg),
         began=began,
     )
     if init_from is None and not plan.is_trained:
@@ -230,14 +245,43 @@ def tell_finished(plan: Plan) -> float:
 
 
 def open_inputs(plan: Plan, found: FoundRun) -> Inputs:
-    """Open the source, the store and the table, build the task's samples, and audit them for leaks."""
+    """Open the source, the store and the table, align their codes with those of the run that the weights start from, build the
+    task's samples, and audit them for leaks."""
     # Threads come first, since the embedding takes a CPU too.
     use_threads_of_run(plan.settings, plan.processes, found.threads)
     source, prepared = plan.processes.first(lambda: prepare_from(plan.cfg))
+    prepared, aligned = plan.processes.first(lambda: align_inputs(plan, prepared))
     task, store = plan.task, prepared.store
     set_up(task, store, source.labels_dir, plan.cfg.model.max_length)
     audited = plan.processes.on_first(lambda: audit(store, task.samples, task.class_names, mode=plan.cfg.audit))
-    return Inputs(source=source, prepared=prepared, audited=audited)
+    return Inputs(source=source, prepared=prepared, aligned=aligned, audited=audited)
+
+
+def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin, Alignment] | None]:
+    """Return the inputs as the run of `init_from` reads them, if its codes shall stand for theirs, and else as they are.
+
+    Raises:
+        UserError: the alignment is asked for, and there is no run to align with or its task predicts events; or nothing matches.
+    """
+    asked, init_from = plan.alignment, plan.init_from
+    if asked.is_off:
+        return prepared, None
+    predicts_classes = plan.task.needs_causal is None
+    if init_from is None or not has_vocabulary(init_from) or not predicts_classes:
+        if asked.aligned_to == AUTO:
+            return prepared, None
+        raise UserError(
+            f"data.aligned_to={asked.aligned_to}: expected a model that predicts classes and comes from a run's folder, with whose "
+            f"codes to align; init_from is {init_from or 'null'} and the task {type(plan.task).__name__}. Type: init_from=RUN_DIR"
+        )
+    origin, store = read_origin(init_from), prepared.store
+    alignment = wanted_alignment(asked, origin.vocabulary, store.vocabulary, cache_dir=Path(plan.cfg.cache_dir))
+    if alignment is None:
+        return prepared, None
+    own = prepared.table if reads_text(plan.cfg) else None
+    table = aligned_table(alignment, origin.vocabulary, store.vocabulary, origin.vectors, own)
+    selected = SelectedStore(store, alignment.keeps(store.vocabulary), why=alignment.digest)
+    return replace(prepared, store=selected, table=table), (origin, alignment)
 
 
 def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
@@ -247,20 +291,24 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         UserError: the model does not suit the task or the embedder, or a checkpoint does not suit this run.
     """
     cfg, task, prepared = plan.cfg, plan.task, inputs.prepared
-    vocabulary, trainable = prepared.store.vocabulary, trainable_of(cfg.embedder)
+    trainable = trainable_of(cfg.embedder)
+    # A model that is aligned keeps the codes that it knows.
+    vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     check_causality(task, model)
     check_vectors(model, trainable)
     embedding = EventEmbedding(prepared.table, trainable)
     if found.checkpoint is None:
-        give_first_weights(plan, prepared, model, embedding)
+        give_first_weights(plan, inputs, model, embedding)
+    if inputs.aligned is not None:
+        read_aligned(model, prepared.store.vocabulary, inputs.aligned[1])
     start = found.load(prepared.identity, task.samples)
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
         run_dir=plan.run_dir,
         config=plan.config,
-        tags=group_choices(),
+        tags=group_choices(cfg),
         table_digest=prepared.table_digest,
         table_path=prepared.table_path,
     )
@@ -277,6 +325,8 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         init_from_sha256=digest_of_start(plan.init_from) if start is None else start.checkpoint.get("init_from_sha256"),
         log=EpochLog(tracker=tracker, trial=plan.trial, monitor=task.monitor, is_first=plan.processes.is_first),
     )
+    if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
+        trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
     origins = made_from(
         prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
@@ -287,19 +337,32 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         tracker=tracker,
         teacher=teacher_model(
             plan.settings.teacher,
-            vocabulary,
+            prepared.store.vocabulary,
             {name: size for name, size in sizes.items() if name != HAZARDS},
             windows_hours=cfg.model.get("windows_hours"),
         ),
         start=start,
         made_from=origins,
+        is_aligned=inputs.aligned is not None,
+        predicted=predicted_splits(plan, prepared),
     )
 
 
-def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embedding: EventEmbedding) -> None:
+def predicted_splits(plan: Plan, prepared: Prepared) -> tuple[str, ...]:
+    """Return the evaluated splits, and train too where a model of other data meets its labels for the first time."""
+    meets_labels = plan.task.is_trained and not plan.is_trained and plan.init_from is not None
+    is_new = meets_labels and is_of_other_data(str(plan.init_from), prepared.store.manifest["source"])
+    return SPLITS if is_new else EVALUATED
+
+
+def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: EventEmbedding) -> None:
     """Fit the model to the vectors of the vocabulary, and load what `init_from` names: the body, or for a model that is only
-    evaluated all of it."""
-    vocabulary = prepared.store.vocabulary
+    evaluated all of it. An aligned dataset's vectors are the run's already."""
+    vocabulary, identity = inputs.prepared.store.vocabulary, inputs.prepared.identity
+    if inputs.aligned is not None:
+        origin = inputs.aligned[0]
+        vocabulary, identity = origin.vocabulary, identity | {"vocab_sha256": origin.identity["vocab_sha256"]}
+        embedding = EventEmbedding(origin.texts, origin.trainable)
     adapt(model, embedding.table, vocabulary)
     if plan.init_from is not None:
         initialise(
@@ -307,10 +370,19 @@ def give_first_weights(plan: Plan, prepared: Prepared, model: nn.Module, embeddi
             embedding,
             plan.init_from,
             config=plan.config,
-            identity=prepared.identity,
+            identity=identity,
             vocabulary=vocabulary,
             class_names=None if plan.is_trained else plan.task.class_names,
+            trained_classes=plan.task.class_names,
         )
+
+
+def read_aligned(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) -> None:
+    """Let a model that reads codes or texts read those of `vocabulary` as `alignment` says."""
+    if isinstance(model, ReadsVocabulary):
+        model.set_vocabulary(vocabulary)
+    if isinstance(model, AlignsCodes):
+        model.align(alignment.matches)
 
 
 @contextmanager
@@ -327,7 +399,9 @@ def opened_folder(plan: Plan, inputs: Inputs, tracker: Tracker) -> Iterator[None
 def _enter_folder(stack: ExitStack, plan: Plan, inputs: Inputs, tracker: Tracker) -> None:
     stack.enter_context(claimed(plan.run_dir, is_new=plan.cfg.resume == "overwrite"))
     stack.enter_context(tracker)
-    write_inputs(plan.run_dir, plan.config, inputs.prepared)
+    write_inputs(plan.run_dir, plan.config, inputs.prepared, is_aligned=inputs.aligned is not None)
+    if inputs.aligned is not None:
+        inputs.aligned[1].write(plan.run_dir / ALIGNMENT)
     if inputs.audited is not None:
         write_json(plan.run_dir / AUDIT, inputs.audited)
 
@@ -336,6 +410,9 @@ def fit(plan: Plan, built: Built) -> Fitted:
     """Train the model where there is something to train, and predict the evaluated splits with the best weights."""
     model, embedding, trainer = built.model, built.embedding, built.trainer
     if not plan.is_trained:
+        if built.is_aligned and isinstance(model, AlignsCodes):  # ranks of numbers need no labels
+            embedding.to(trainer.fabric.device)
+            model.to(trainer.fabric.device).adapt_to_records(inputs_of(trainer, embedding, "train"))
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)
@@ -347,7 +424,7 @@ def fit(plan: Plan, built: Built) -> Fitted:
             trainer.teacher = cross_fitted(trainer, built.teacher, embedding, share=plan.settings.teacher_share)
         facts = trainer.fit(model, embedding, built.start)
     history = facts.pop("history")
-    outputs = {split: trainer.predict(model, embedding, split) for split in EVALUATED}
+    outputs = {split: trainer.predict(model, embedding, split) for split in built.predicted}
     return Fitted(facts=facts, history=history, outputs=outputs)
 
 
@@ -380,6 +457,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
     if not plan.is_trained and plan.init_from is not None:
         share = kept(plan.init_from, metrics["held_out"], task.metrics)
         metrics |= {"transfer": share} if share else {}
+    if "train" in fitted.outputs:
+        found = over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
+        metrics |= {"all_splits": found} if found else {}
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics
@@ -404,10 +484,11 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
 def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
     """Write plots and the model card, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
-    curves = task.curves(fitted.outputs)
+    evaluated = {split: fitted.outputs[split] for split in EVALUATED}
+    curves = task.curves(evaluated)
     plots = write_plots(run_dir / PLOTS, fitted.history, curves)
     if isinstance(task, DrawsPlots):
-        for name, draw in task.plots(fitted.outputs).items():
+        for name, draw in task.plots(evaluated).items():
             draw(run_dir / PLOTS / f"{name}.png")
             plots.append(run_dir / PLOTS / f"{name}.png")
     write_model_card(
@@ -426,8 +507,8 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
 
 
 def write_predictions(plan: Plan, fitted: Fitted) -> None:
-    """Write the predictions of the evaluated splits."""
-    for split in EVALUATED:
+    """Write the predictions of the splits that were predicted for."""
+    for split in fitted.outputs:
         plan.task.write_predictions(predictions_file(plan.run_dir, split), split, fitted.outputs[split])
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_directory, atomic_path
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.settings import Count
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import SplitEvents
@@ -65,7 +65,7 @@ class PatientFilesExport:
         for split, samples in task.samples.items():
             events = prepared.store.split(split)
             with atomic_directory(folder / split) as target:
-                for number in tqdm(range(len(samples)), desc=f"export {split}", unit="file", disable=None):
+                for number in ProgressBar(range(len(samples)), desc=f"export {split}", unit="file"):
                     record = sample_record(events, samples, number, table)
                     torch.save(record, target / f"patient_{number}.pt")
             rows.append(_sample_rows(split, samples))

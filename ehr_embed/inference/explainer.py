@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.settings import Count, Positive, Seed, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.store import STATIC_TIME
@@ -181,7 +181,7 @@ def explain_split(
     n = len(data.samples)
     drawn = np.sort(np.random.default_rng(seed).permutation(n)[:max_samples])
     parts, gaps, steps = [], [], []
-    for row in tqdm(drawn.tolist(), desc="explain", unit="sample", disable=None):
+    for row in ProgressBar(drawn.tolist(), desc="explain", unit="sample"):
         found = explainer.attribute(data, row)
         gaps.append(found.gap)
         steps.append(found.n_steps)

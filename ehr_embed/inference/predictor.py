@@ -22,11 +22,14 @@ from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSam
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
+from ehr_embed.data.selected import without_others
 from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
+from ehr_embed.inference.aligned_data import AlignedData, read_aligned
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
     TrainedRun,
@@ -37,7 +40,7 @@ from ehr_embed.inference.trained_run import (
     times_to_predict,
 )
 from ehr_embed.models.hazards import hazard_sizes
-from ehr_embed.models.protocol import ReadsVocabulary, declarations
+from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
@@ -104,6 +107,7 @@ class Predictor:
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
         self._vectors = KeptVectors(self._embedded)
+        self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
         self._texts: NewCodes | None = None
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
@@ -127,7 +131,13 @@ class Predictor:
 
     @overload
     def predict_proba(
-        self, records: str | Path, *, labels: str | None = ..., split: str | None = ..., lookups: Sequence[str] = ...
+        self,
+        records: str | Path,
+        *,
+        labels: str | None = ...,
+        split: str | None = ...,
+        lookups: Sequence[str] = ...,
+        alignment: AlignmentSettings | None = ...,
     ) -> pl.DataFrame: ...
 
     @overload
@@ -140,6 +150,7 @@ class Predictor:
         labels: str | None = None,
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
+        alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
         """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
 
@@ -158,6 +169,8 @@ class Predictor:
             split: for a MEDS dataset: split of the subjects; None = all subjects, and the dataset needs no splits.
             lookups: for a MEDS dataset: CSV files with columns code,term; their texts of new codes take precedence over those of
                 the dataset's metadata and of the lookups that the run was trained with.
+            alignment: for a MEDS dataset: whether and how codes that the run never saw are read as its own; None = where most
+                events have such codes.
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
@@ -168,7 +181,7 @@ class Predictor:
                 codes or texts instead of vectors; a text cannot be embedded; or the dataset cannot be read.
         """
         if isinstance(records, str | Path):
-            return self._predict_dataset(str(records), labels, split, lookups)
+            return self._predict_dataset(str(records), labels, split, lookups, alignment or AlignmentSettings())
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
         if isinstance(records, list | tuple) and _has_texts(records):
@@ -195,15 +208,24 @@ class Predictor:
         return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _predict_dataset(
-        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str]
+        self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
+        aligned = read_aligned(
+            self.run,
+            MedsSource(root=root, needs_splits=split is not None),
+            alignment,
+            split=split,
+            lookups=[*self._lookups, *lookups],
+            embed=self._embedded if self._reads_text else None,
+        )
         frames = []
-        for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups):
-            found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
-            columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
-            keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
-            frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
+        with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
+            for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
+                found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
+                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
+                frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
         return result if labels is None else result.sort(ROW).drop(ROW)
 
@@ -215,11 +237,13 @@ class Predictor:
         split: str | None,
         lookups: Sequence[str],
         is_per_subject: bool = False,
+        aligned: AlignedData | None = None,
     ) -> Iterator[tuple[Dataset, pl.DataFrame]]:
         """Read a MEDS dataset in chunks of shards; the arguments are those of `predict_proba`.
 
         Args:
             is_per_subject: whether only the last prediction time of each subject is wanted.
+            aligned: how the dataset is read if its codes are aligned with the run's.
 
         Yields:
             A chunk with its samples, and one row per sample: subject_id and prediction_time; with `labels` also the label in the
@@ -239,7 +263,7 @@ class Predictor:
             if is_per_subject:
                 asked = asked.unique("subject_id", keep="last", maintain_order=True)  # which is sorted by time
         unseen, n_subjects, n_samples = UnseenRecords(), 0, 0
-        for events in self._chunks(source, new, split):
+        for events in self._chunks(source, new, split, aligned):
             times = times_to_predict(events, asked)
             n_subjects += len(events.subject_ids)
             n_samples += len(times)
@@ -248,7 +272,8 @@ class Predictor:
             none = np.zeros(len(times), np.int64)
             samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
             unseen.add(events, samples)
-            yield Dataset(new.vocabulary, new.embedding, events, samples), times
+            read = new if aligned is None else aligned
+            yield Dataset(read.vocabulary, read.embedding, events, samples), times
         if not n_samples:
             raise nothing_to_predict()
         unseen.say(f"labels {labels}")
@@ -269,10 +294,19 @@ class Predictor:
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
         return source, self._dataset[1]
 
-    def _chunks(self, source: MedsSource, new: NewCodes, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches."""
+    def _chunks(
+        self, source: MedsSource, new: NewCodes, split: str | None, aligned: AlignedData | None
+    ) -> Iterator[SplitEvents]:
+        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
+        aligned dataset only the events whose codes have a match."""
         parts: list[SplitEvents] = []
-        for events in encode_shards(source, new.vocabulary_for, split):
+        vocabulary_for = new.vocabulary_for if aligned is None else (lambda _: aligned.vocabulary)
+        for events in encode_shards(source, vocabulary_for, split):
+            if aligned is not None:
+                events = without_others(events, aligned.keeps)
+            elif self.run.matches is not None:  # the run itself was trained on such events only
+                codes = new.vocabulary.token_codes
+                events = without_others(events, np.array([code in self.run.matches for code in codes]))
             parts.append(events)
             if sum(len(part.token_ids) for part in parts) >= CHUNK_EVENTS:
                 del events
@@ -307,10 +341,39 @@ class Predictor:
                 yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
 
     @contextmanager
+    def _aligned(
+        self, data: AlignedData | None, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]
+    ) -> Iterator[None]:
+        """Let a model that reads codes read those of an aligned dataset while inside, with ranks of its records' own numbers.
+
+        Args:
+            data: the dataset; None = nothing is aligned.
+            root, labels, split, lookups: as in `predict_proba`.
+        """
+        model = self.run.model
+        if data is None or not isinstance(model, ReadsVocabulary):
+            yield
+            return
+        model.set_vocabulary(data.vocabulary)
+        self._present = data.vocabulary
+        try:
+            if isinstance(model, AlignsCodes):
+                model.align(data.alignment.matches)
+                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
+                with torch.inference_mode():
+                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
+            yield
+        finally:
+            self._present = self.run.vocabulary
+            if isinstance(model, AlignsCodes):
+                model.align(self.run.matches)
+            model.set_vocabulary(self.run.vocabulary)
+
+    @contextmanager
     def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
         """Give a model that reads codes or texts the vocabulary of the token ids, and restore the run's own one at the end."""
         model = self.run.model
-        if not isinstance(model, ReadsVocabulary) or vocabulary is self.run.vocabulary:
+        if not isinstance(model, ReadsVocabulary) or vocabulary is self._present:
             yield
             return
         model.set_vocabulary(vocabulary)

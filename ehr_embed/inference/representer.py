@@ -19,6 +19,7 @@ from ehr_embed.data.samples import ragged_arange
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.inference.predictor import ROW, Dataset, Predictor
 from ehr_embed.models.heads import LogitLinear, Pooling
+from ehr_embed.models.protocol import declarations
 
 PER = ("prediction_time", "event", "subject")
 POOLINGS = ("auto", "mean", "max", "last")
@@ -134,8 +135,7 @@ class Representer:
         if self.pooling == "auto" and isinstance(own, Pooling):
             pooled: Tensor = own(x, mask)
             return pooled
-        is_causal = getattr(self._model, "is_causal", False)
-        kind = ("last" if is_causal else "mean") if self.pooling == "auto" else self.pooling
+        kind = ("last" if declarations(self._model).is_causal else "mean") if self.pooling == "auto" else self.pooling
         return Pooling(kind, model_dim=x.shape[-1])(x, mask)
 
     def _of_events(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -12,10 +12,10 @@ import polars as pl
 import pyarrow.parquet as pq
 import torch
 from meds import DataSchema
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.vocabulary import Vocabulary
@@ -60,7 +60,9 @@ def sample_futures(
     """
     samples, model, embedding = prompts.samples, run.model.to(device), run.embedding.to(device)
     generator, frames, began = torch.Generator(device).manual_seed(seed), [], time.perf_counter()
-    for rows in tqdm(np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size)), disable=None):
+    for rows in ProgressBar(
+        np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size)), desc="futures", unit="batch"
+    ):
         trajectories = generate(model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache)
         frames.append(as_events(trajectories, samples.take(rows), run.vocabulary))
     futures = pl.concat(frames)

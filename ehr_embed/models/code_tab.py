@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Count, OneOf, Width, checked
+from ehr_embed.core.settings import Count, NotNegative, OneOf, ShareBelow1, Width, checked
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import check_width
@@ -50,8 +50,11 @@ class CodeTabBody(nn.Module):
         feeds_absent: bool,
         age: bool,
         shrinkage: float,
+        code_dropout: float,
+        text_noise: float,
     ) -> None:
         super().__init__()
+        self.code_dropout, self.text_noise = code_dropout, text_noise
         self.embedding_dim, self.n_members, self.n_gates = embedding_dim, n_members, n_gates
         self.feeds_absent, self.hidden_dim = feeds_absent, hidden_dim
         self.input = CodeSummaries(has_values=has_values, windows_hours=windows_hours)
@@ -67,6 +70,7 @@ class CodeTabBody(nn.Module):
         self.from_text = _reads_text(embedding_dim, n_members) if member_weights == "text" else None
         self.register_buffer("vectors", torch.zeros(0, embedding_dim), persistent=False)
         self.register_parameter("signs", None)
+        self.register_load_state_dict_pre_hook(_as_many_signs)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The known codes' vectors; not a buffer of the `state_dict`, since their number is the data's."""
@@ -107,7 +111,12 @@ class CodeTabBody(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """(B, M, D) of what `EventEmbedding.inputs` gives."""
         pairs = self.input(inputs)
+        if self.training and self.code_dropout:
+            is_kept_G = torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout
+            pairs = Pairs(*(x[is_kept_G] for x in pairs))
         e_CE = self._texts(inputs, pairs)
+        if self.training and self.text_noise:
+            e_CE = e_CE + self.text_noise * torch.randn_like(e_CE)
         n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
         g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
         a_CM = self._member_weights(e_CE)
@@ -229,6 +238,8 @@ class CodeTab(nn.Module):
         feeds_absent: whether a known code that a record lacks is an input too; else it adds nothing.
         age: whether the age at the prediction is one more element.
         shrinkage: of the whitening.
+        code_dropout: probability with which each code that a record has is left out of it, in training.
+        text_noise: standard deviation of what is added to the whitened text vectors, of variance 1, in training.
 
     Raises:
         UserError: a task that predicts events, an unknown `member_weights`, a number out of range.
@@ -259,6 +270,8 @@ class CodeTab(nn.Module):
         feeds_absent: bool = True,
         age: bool = True,
         shrinkage: Shrinkage = 0.1,
+        code_dropout: ShareBelow1 = 0.0,
+        text_noise: NotNegative = 0.0,
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=code_tab", num_classes, vocab_size)
@@ -273,6 +286,8 @@ class CodeTab(nn.Module):
             feeds_absent=feeds_absent,
             age=age,
             shrinkage=shrinkage,
+            code_dropout=code_dropout,
+            text_noise=text_noise,
         )
         self.head = MemberHead(
             model_dim=model_dim, num_classes=n_outputs, n_members=n_members, n_layers=n_layers, dropout=dropout
@@ -303,6 +318,13 @@ class CodeTab(nn.Module):
         `age_days` (B, T), NaN = unknown, and a model that carries values takes `values` (B, T), NaN = none.
         """
         return self.head(self.body(inputs))
+
+
+def _as_many_signs(body: CodeTabBody, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Make room for the signs of another number of codes: a run that is aligned with another has the other's codes."""
+    saved = state.get(f"{prefix}signs")
+    if saved is not None and body.signs is not None and saved.shape != body.signs.shape:
+        body.register_parameter("signs", nn.Parameter(torch.empty_like(saved, device=body.signs.device)))
 
 
 def _signs(n_members: int, n_codes: int) -> Tensor:

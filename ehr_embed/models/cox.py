@@ -16,6 +16,7 @@ from ehr_embed.core.settings import Count, checked
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.hazards import HazardSizes, bin_of, exposure, hazard_nll
+from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
 LIMIT = 10.0
@@ -33,8 +34,8 @@ class Cox(ReadsCodeFeatures):
 
     Args:
         embedding_dim: width of the event vectors, which are not read.
-        num_classes: outputs of a model that gives queries, which are not needed.
-        vocab_size: must be None.
+        num_classes: number of outputs, set by the task; a Cox model gives hazards instead.
+        vocab_size: must be None, because this model predicts no events.
         has_values: whether batches carry a numeric value with each event, set by the data.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         max_codes, times: as in `CodeFeatures`.
@@ -42,7 +43,7 @@ class Cox(ReadsCodeFeatures):
         n_penalties: number of penalties on the path, from the least that leaves no feature down to a hundredth of it.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: the task predicts events, or a number is out of range.
     """
 
     @checked("model")
@@ -60,6 +61,7 @@ class Cox(ReadsCodeFeatures):
         n_penalties: Count = 30,
     ) -> None:
         super().__init__(has_values=has_values, max_codes=max_codes, times=times)
+        check_classifies("model=cox", num_classes, vocab_size)
         self.l1_ratio, self.n_penalties = l1_ratio, n_penalties
         self.sizes: HazardSizes | None = None
         self.fitted: dict[str, Tensor] = {}

@@ -55,8 +55,10 @@ class Declarations:
     reads_values: bool = False
 
 
-def declarations(model: nn.Module) -> Declarations:
-    """Return what a model declares; this is the only place that reads these attributes and knows their defaults.
+def declarations(model: nn.Module | type) -> Declarations:
+    """Return what a model, or its class, declares; this is the only place that reads these attributes and knows their defaults.
+
+    What a model says only when it is built, by a property, has its default in the class.
 
     Raises:
         UserError: an attribute has another type.
@@ -66,7 +68,9 @@ def declarations(model: nn.Module) -> Declarations:
     >>> declarations(Forward()).is_causal, declarations(Forward()).meaning_keys
     (True, ('n_heads', 'positions'))
     """
-    declared = {field.name: getattr(model, field.name) for field in fields(Declarations) if hasattr(model, field.name)}
+    kind = model if isinstance(model, type) else type(model)
+    found = {field.name: getattr(model, field.name) for field in fields(Declarations) if hasattr(model, field.name)}
+    declared = {name: value for name, value in found.items() if not isinstance(value, property)}
     for name, value in declared.items():
         if name in ("meaning_keys", "token_weights"):
             is_right = isinstance(value, tuple) and all(isinstance(key, str) for key in value)
@@ -76,7 +80,7 @@ def declarations(model: nn.Module) -> Declarations:
             expected = "True or False"
         if not is_right:
             raise UserError(
-                f"{type(model).__name__}.{name}={value!r}: expected {expected}, see Declarations in ehr_embed/models/protocol.py. "
+                f"{kind.__name__}.{name}={value!r}: expected {expected}, see Declarations in ehr_embed/models/protocol.py. "
                 "What a model declares decides which tasks and weights it is given."
             )
     return Declarations(**declared)

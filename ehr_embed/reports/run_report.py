@@ -61,7 +61,7 @@ def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str,
 
 def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     """Print the table of metrics with which a run ends, and the facts of its training."""
-    table = Table(title=f"held-out and tuning metrics with 95 % intervals, {run_dir}", title_justify="left")
+    table = Table()
     table.add_column("metric")
     for split in reversed(EVALUATED):
         table.add_column(f"{split} (n={metrics[split]['n']})", justify="right")
@@ -76,13 +76,23 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     if bayes := metrics.get("bayes_auroc"):
         table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
+    # A path, or a sentence in a log, is not cut at the width of a terminal that is not there.
+    console.print(f"held-out and tuning metrics with 95 % intervals, {run_dir}", highlight=False, soft_wrap=True)
     console.print(table)
     for note in intervals_missing(metrics):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
+    if found := metrics.get("all_splits"):
+        said = ", ".join(f"{name} {with_interval(found[name])}" for name in found if name != "n")
+        console.print(
+            f"all {found['n']:,} labels of all splits, none of which the model learned from: {said}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for name, of in metrics.get("transfer", {}).items():
         console.print(
             f"held-out {name}: {of['before']:.3f} where it was trained, {of['here']:.3f} here, {of['kept']:.1%} kept",
             highlight=False,
+            soft_wrap=True,
         )
     if metrics.get("members"):
         console.print(_members(metrics["members"]))
@@ -96,6 +106,7 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     console.print(
         f"{train['n_parameters']:,} parameters, {trained}{train['precision']}, {train['total_seconds']:.0f} s in all",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -132,8 +132,10 @@ def initialise(
     identity: dict[str, str],
     vocabulary: Vocabulary,
     class_names: list[str] | None = None,
+    trained_classes: list[str] | None = None,
 ) -> None:
-    """Initialise `model` from a checkpoint: its body, or with `class_names` all its weights. Log what was not loaded.
+    """Initialise `model` from a checkpoint: its body, and its head if that answers with the same classes, or with `class_names` all
+    its weights. Log what was not loaded.
 
     If the checkpoint holds learned token vectors, `embedding` receives them. If the vocabularies differ, vectors are matched by
     the tokens' names, and a token without a match gets the vector of the unknown event (trainable=full) or of its own text
@@ -169,8 +171,11 @@ def initialise(
             "not trained again can only predict its own classes. Set task.labels as in that run, or train the head: trainer=short"
         )
     saved, own = checkpoint["model_state_dict"], model.state_dict()
-    wanted = {name for name in own if whole or name.startswith("body.")}
-    given = {name for name in saved if whole or name.startswith("body.")}
+    keeps_head = (
+        not whole and bool(trained_classes) and trained_classes == checkpoint["class_names"] and _same_head(saved, own)
+    )
+    wanted = {name for name in own if whole or keeps_head or name.startswith("body.")}
+    given = {name for name in saved if whole or keeps_head or name.startswith("body.")}
     shapes = {n: saved[n] for n in given}, {n: own[n] for n in wanted}
     declared = declarations(model)
     _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declared)
@@ -191,7 +196,18 @@ def initialise(
     model.load_state_dict({name: saved[name] for name in wanted}, strict=whole)
     new, left_out = sorted(set(own) - wanted), sorted(set(saved) - given)
     log.info("init_from %s (epoch %d): %d tensors loaded", path, checkpoint["epoch"], len(wanted))
+    if keeps_head and trained_classes:
+        log.info("the head is kept, since it answers with the same classes: %s", ", ".join(trained_classes))
     log.info("new, to be learned: %s; left out: %s", ", ".join(new) or "nothing", ", ".join(left_out) or "nothing")
+
+
+def _same_head(saved: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Return whether two models have the same tensors outside their bodies."""
+
+    def shapes(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: getattr(x, "shape", None) for name, x in state.items() if not name.startswith("body.")}
+
+    return shapes(saved) == shapes(own)
 
 
 def by_name(learned: Tensor, names: list[str], vocabulary: Vocabulary, *, unknown_as_known: bool) -> Tensor:

@@ -10,6 +10,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import MANIFEST
 from ehr_embed.core.outcome import OUTCOME
 from ehr_embed.run_folder.layout import (
+    ALIGNMENT,
     AUDIT,
     BEST,
     CONFIG,
@@ -29,7 +30,7 @@ from ehr_embed.run_folder.layout import (
 )
 from ehr_embed.sources.protocol import SPLITS
 
-RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
+RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration")
 """The plots of a run, as `reports.run_report.write_plots` names them."""

@@ -15,6 +15,7 @@ from ehr_embed.core.manifest import checked, describe, write_manifest
 from ehr_embed.core.moved import renamed
 from ehr_embed.core.plain_yaml import read_yaml
 from ehr_embed.run_folder.layout import (
+    ALIGNMENT,
     AUDIT,
     CHECKPOINTS,
     CONFIG,
@@ -30,6 +31,7 @@ LISTED = (
     CONFIG,
     ENVIRONMENT,
     AUDIT,
+    ALIGNMENT,
     MODEL_CARD,
     HISTORY,
     CHECKPOINTS,

@@ -7,6 +7,8 @@ from pathlib import Path
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 AUDIT = "audit.json"
+ALIGNMENT = "alignment.csv"
+"""The match table of a run whose codes are aligned with those of another."""
 FINISHED = "metrics.json"
 """The file that a run writes last: a run with this file is finished."""
 HISTORY = "metrics.jsonl"

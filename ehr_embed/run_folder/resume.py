@@ -50,9 +50,15 @@ HARMLESS = (
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
 NEW: dict[str, Any] = {
+    "data.aligned_to": "auto",
+    "data.alignment_pairs": None,
+    "data.alignment_rules": None,
+    "data.alignment_texts": "own",
     "ensemble.members": {},
     "ensemble.runs": [],
     "ensemble.weights": "tuning",
+    "model.code_dropout": 0.0,
+    "model.text_noise": 0.0,
     "model.windows_hours": None,
     "task.prefixes": None,
     "trainer.betas": None,

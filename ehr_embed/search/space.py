@@ -133,6 +133,7 @@ class Space:
         if points is not None:
             left = [point for point in points if point_key(point) not in tried]
             return random.choice(left) if left else None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # which would tell of a study that nobody sees
         draws = optuna.create_study(sampler=optuna.samplers.RandomSampler())
         while True:
             point = self.suggest(draws.ask())

@@ -24,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.fingerprints import fingerprint_of_many, known_fingerprints
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
@@ -135,7 +135,7 @@ class _Import:
         """Read every file once, and write the dataset."""
         pending: list[tuple[int, npt.NDArray[np.int64]]] = []
         n_empty = 0
-        with tqdm(total=sum(map(len, files.values())), desc="import", unit="file", disable=None) as bar:
+        with ProgressBar(total=sum(map(len, files.values())), desc="import", unit="file") as bar:
             for split in SPLITS:
                 for path in files[split]:
                     ids, vectors, label = read_patient_file(path)

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.core.fingerprints import fingerprint, known_fingerprints
 from ehr_embed.core.plain_pickle import load_pickle
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
@@ -96,7 +96,7 @@ def tokenized_source(
             pl.DataFrame({"code": list(texts), "description": list(texts.values())}, schema_overrides=CODES)
         )
         corpus = Corpus(strings, cases, cutoff_months)
-        for split, path in tqdm([(s, p) for s in SPLITS for p in shards[s]], desc="import", unit="shard", disable=None):
+        for split, path in ProgressBar([(s, p) for s in SPLITS for p in shards[s]], desc="import", unit="shard"):
             writer.add_shard(split, corpus.events(path))
         corpus.tell_left_out(cutoff_months)
         for name, labels in cases.label_sets(corpus.last_times(), cutoff_months).items():

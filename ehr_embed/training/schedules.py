@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.settings import ShareAbove0, Told, check_settings
 from ehr_embed.training.protocol import Course, FollowsMetric, Schedule
 
 
@@ -27,13 +28,11 @@ class Plateau:
         UserError: `patience` is below 0, or `factor` is not between 0 and 1.
     """
 
-    patience: int = 3
-    factor: float = 0.5
+    patience: Annotated[int, Field(ge=0)] = 3
+    factor: Annotated[float, Field(gt=0, lt=1), Told("a factor between 0 and 1", example="0.5")] = 0.5
 
     def __post_init__(self) -> None:
-        check_range("trainer.schedule.patience", self.patience, 0)
-        if not 0 < self.factor < 1:
-            raise UserError(f"trainer.schedule.factor={self.factor}: expected a factor between 0 and 1, such as 0.5.")
+        check_settings(type(self), vars(self), "trainer.schedule", only_rules=True)
 
     def after_warmup(self, optimizer: Optimizer, course: Course) -> None:
         """Leave the rates alone between epochs."""
@@ -71,13 +70,10 @@ class Linear:
         UserError: `decay_share` is not in (0, 1].
     """
 
-    decay_share: float = 1.0
+    decay_share: ShareAbove0 = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay_share <= 1:
-            raise UserError(
-                f"trainer.schedule.decay_share={self.decay_share}: expected a share of the steps in (0, 1]; 1 = from the peak on."
-            )
+        check_settings(type(self), vars(self), "trainer.schedule", only_rules=True)
 
     def after_warmup(self, optimizer: Optimizer, course: Course) -> LRScheduler:
         """Return a scheduler with a closed form per group, since the least rate is the same for all and the peaks are not."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from tqdm import tqdm
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
 from ehr_embed.data.samples import samples_digest
@@ -252,13 +252,13 @@ class Trainer:
         losses = torch.tensor([progress.loss_sum, progress.loss_count], dtype=torch.float64, device=device)
         step_mean = StepMean(self.processes, device)
         began = time.perf_counter() - progress.seconds
-        bar = tqdm(
+        bar = ProgressBar(
             training.begin(loader, is_new=not first),
             total=n_batches,
             initial=first,
             desc=f"epoch {progress.epoch}",
             leave=False,
-            disable=None if self.processes.is_first else True,
+            is_shown=self.processes.is_first,
             unit="batch",
         )
         for number, batch in enumerate(bar, first):
@@ -267,7 +267,7 @@ class Trainer:
             own = self._backward(training, step_mean, batch, ends_step=ends_step)
             losses += own
             after_batch()
-            if number % PROGRESS_EVERY == 0 and not bar.disable:
+            if number % PROGRESS_EVERY == 0 and bar.is_bar:  # reading the loss waits for the device
                 rate = progress.n_events / (time.perf_counter() - began)
                 mean_loss = float(own[0] / own[1].clamp(min=1))
                 bar.set_postfix(loss=f"{mean_loss:.4f}", events_per_s=f"{rate:,.0f}")

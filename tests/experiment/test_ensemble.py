@@ -129,7 +129,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
     [
         (["+ensemble.members.a.seed=3"], "key of ensemble.members.a"),
         (["+ensemble.members.a.seeds=0"], r"ensemble\.members\.a\.seeds=0"),
-        (["ensemble.weights=best"], "tuning or equal"),
+        (["ensemble.weights=best"], r"ensemble\.weights 'best': Valid: equal, tuning"),
         (["+ensemble.members.a.seeds=1", "embedder.trainable=residual"], r"embedder\.trainable=frozen"),
         (["+ensemble.members.a.seeds=1", "+model@ensemble.members.b.model=gbm"], r"512, 4096 events"),
         (["+ensemble.members.a.seeds=1", "task=next_event", "model=decoder_small"], "one class per sample"),

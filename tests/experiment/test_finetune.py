@@ -62,6 +62,29 @@ def test_the_body_is_loaded_by_name_and_the_head_is_new(tmp_path, caplog):
     start(decoder(num_classes=2), tmp_path / "best_checkpoint.pt")
 
 
+def test_a_head_with_the_same_classes_is_kept(tmp_path, caplog):
+    first = decoder(num_classes=2)
+    folder = saved(first, tmp_path, class_names=["false", "true"])
+
+    def started(classes: list[str], **options) -> Decoder:
+        model = decoder(**options)
+        initialise(
+            model, FROZEN, folder, config=CONFIG, identity=IDENTITY, vocabulary=NO_VOCABULARY, trained_classes=classes
+        )
+        return model
+
+    with caplog.at_level(logging.INFO):
+        kept = started(["false", "true"], num_classes=2)
+    assert torch.equal(kept.head.classes.weight, first.head.classes.weight)
+    assert "the head is kept, since it answers with the same classes: false, true" in caplog.text
+    for classes in (["bone", "heart"], ["a", "b", "c"]):
+        new = started(classes, num_classes=len(classes))
+        assert torch.equal(next(new.body.parameters()), next(first.body.parameters()))
+        assert new.head.classes.weight.shape != first.head.classes.weight.shape or not torch.equal(
+            new.head.classes.weight, first.head.classes.weight
+        )
+
+
 def test_a_task_that_does_not_train_takes_the_head_too(tmp_path):
     pretrained, model = (
         decoder(vocab_size=30, vocabulary_head="linear"),

@@ -116,7 +116,8 @@ def test_multirun_gives_each_job_a_folder(place, inside):
 def test_help_lists_groups_and_commands(tmp_path):
     output = call("train.py", "--help", cwd=tmp_path)
     assert "data: demo, meds" in output
-    assert "python train.py data=meds data.root=DIR task.labels=NAME" in output
+    assert "ehr-embed train data=meds data.root=DIR task.labels=NAME" in output
+    assert "python train.py" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -152,11 +153,11 @@ def test_a_refused_dataset_leaves_nothing(tmp_path, inside):
     root = write_meds(
         tmp_path / "bad",
         {
-            "train": [(1, 0.0, "A", float("inf")), (1, 1.0, "A", 1.0)],
-            "tuning": [(2, 0.0, "A", 1.0)],
-            "held_out": [(3, 0.0, "A", 1.0)],
+            "train": [(1, 0.0, "A", float("inf")), (2, 1.0, "A", 1.0)],
+            "tuning": [(3, 0.0, "A", 1.0), (4, 0.0, "A", 1.0)],
+            "held_out": [(5, 0.0, "A", 1.0), (6, 0.0, "A", 1.0)],
         },
-        labels={"outcome": [(1, 1.0, True), (2, 1.0, False)]},
+        labels={"outcome": [(subject, 1.0, subject % 2 == 0) for subject in range(1, 7)]},
     )
     folder = tmp_path / "cwd"
     folder.mkdir()

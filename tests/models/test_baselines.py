@@ -149,7 +149,7 @@ def test_a_seed_repeats_the_trees(root, tmp_path):
     ("overrides", "message"),
     [
         (["task.label_smoothing=0.1"], r"label_smoothing=0\.1.*labels that are not smoothed"),
-        (["trainer.freeze=body"], r"GBM has no body to freeze"),
+        (["trainer.freeze=body"], r"GBM has no body that could be frozen"),
         (["embedder.trainable=residual"], r"embedder\.trainable=residual: GBM reads the codes"),
         (["init_from=RUN"], r"GBM has no body that could be frozen or could start another model"),
         (["model.feature_share=0"], r"model\.feature_share=0"),

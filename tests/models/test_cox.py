@@ -28,7 +28,7 @@ def split(seed: int, n: int = 1500) -> FeatureSet:
 
 
 def fitted() -> Cox:
-    model = Cox(embedding_dim=8, n_penalties=15)
+    model = Cox(embedding_dim=8, num_classes=12, n_penalties=15)
     model.set_hazards(sizes())
     model.fit(split(0), split(1), score=lambda outputs: 0.0, is_higher_better=False, seed=0)
     return model
@@ -42,7 +42,7 @@ def test_planted_coefficients_and_baselines_are_found():
     assert abs(weight[:, 1:]).max() < 0.1
     # A standardised feature has mean 0, so the baseline is the rate at x = 0.
     np.testing.assert_allclose(model.fitted["baseline"].exp().numpy(), [[0.1] * 3, [0.05] * 3], rtol=0.25)
-    other = Cox(embedding_dim=8)
+    other = Cox(embedding_dim=8, num_classes=12)
     other.set_extra_state(model.get_extra_state())
     assert other.n_fitted() == model.n_fitted() >= 8
 
@@ -61,6 +61,8 @@ def test_the_likelihood_of_new_subjects_is_near_that_of_the_truth():
 
 def test_without_times_it_says_what_to_type():
     with pytest.raises(UserError, match="task=time_to_event"):
-        Cox(embedding_dim=8).fit(split(0, 10), split(1, 10), score=lambda x: 0.0, is_higher_better=False, seed=0)
+        Cox(embedding_dim=8, num_classes=12).fit(
+            split(0, 10), split(1, 10), score=lambda x: 0.0, is_higher_better=False, seed=0
+        )
     with pytest.raises(UserError, match=r"task\.outcomes"):
-        Cox(embedding_dim=8).set_hazards(sizes(names=[]))
+        Cox(embedding_dim=8, num_classes=12).set_hazards(sizes(names=[]))

@@ -28,7 +28,7 @@ class Rhythm(nn.Module):
 
 def test_what_is_not_declared_has_a_default_and_what_is_wrong_is_refused():
     assert declarations(nn.Linear(1, 1)) == Declarations()
-    assert declarations(Rhythm()) == Declarations(meaning_keys=("beats",))
+    assert declarations(Rhythm()) == declarations(Rhythm) == Declarations(meaning_keys=("beats",))
     for name, wrong in (("is_causal", "no"), ("reads_vectors", None), ("meaning_keys", "beats"), ("reads_values", 1)):
         model = Rhythm()
         setattr(model, name, wrong)

@@ -1,0 +1,144 @@
+"""Settings of an alignment, and what follows from one: whether it is wanted, the match table, and the vectors of tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import check_setting
+from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
+from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
+from ehr_embed.embedding.alignment import SHIPPED_RULES, Rules
+from ehr_embed.embedding.match_table import Alignment, Texts, align, read_pairs, share_of_new
+from ehr_embed.embedding.vector_cache import embed_texts
+
+log = logging.getLogger(__name__)
+AUTO, NONE = "auto", "none"
+ALIGNED_FROM = 0.5
+"""Share of events with codes that the run never saw above which `auto` aligns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """How codes that a run never saw are aligned with its own.
+
+    Attributes:
+        aligned_to: `auto` (where most events have codes that the run never saw), `none`, or the run's folder (always).
+        rules: YAML file of the rules by which texts are cleaned; None = those of the package.
+        pairs: CSV file of one's own pairs, which override what texts say.
+        texts: `own`, or `shuffled`, the control in which each code has another one's text.
+        seed: of the shuffling.
+
+    Raises:
+        UserError: a file cannot be read, or `texts` is unknown.
+    """
+
+    aligned_to: str = AUTO
+    rules: str | None = None
+    pairs: str | None = None
+    texts: str = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_setting("data.alignment_texts", self.texts, Texts)
+        if self.aligned_to != NONE:  # read now, before any work, what may be wrong
+            self.read()
+
+    def read(self) -> Rules:
+        """Return the rules, and refuse pairs that cannot be read."""
+        if self.pairs is not None:
+            read_pairs(self.pairs)
+        return Rules.read(SHIPPED_RULES if self.rules is None else Path(self.rules).expanduser())
+
+    @property
+    def is_off(self) -> bool:
+        """Return whether nothing is ever aligned."""
+        return self.aligned_to == NONE
+
+    def is_wanted(self, share_new: float) -> bool:
+        """Return whether to align where this share of the events has codes that the run never saw; say so in the log.
+
+        >>> AlignmentSettings().is_wanted(0.2), AlignmentSettings(aligned_to="none").is_wanted(1.0)
+        (False, False)
+        """
+        if self.aligned_to == AUTO and share_new > ALIGNED_FROM:
+            log.info(
+                "%.1f%% of the events have codes that the run never saw: its codes stand for them, by text (data.aligned_to=none "
+                "leaves them as they are)",
+                100 * share_new,
+            )
+        return self.aligned_to not in (AUTO, NONE) or (self.aligned_to == AUTO and share_new > ALIGNED_FROM)
+
+    def alignment(self, run: Vocabulary, vocabulary: Vocabulary, *, cache_dir: Path | None = None) -> Alignment:
+        """Return which codes of a run stand for those of a dataset, and log it.
+
+        Texts are compared by the sentence transformer that comes with the package, whatever vectors the run reads.
+
+        Args:
+            run: vocabulary of the run.
+            vocabulary: vocabulary that was fitted on the dataset.
+            cache_dir: folder of the cache of text vectors; None = vectors are not cached.
+
+        Raises:
+            UserError: as `align`.
+        """
+        embedder = SentenceTransformerEmbedder(model="bundled")
+
+        def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+            if cache_dir is None:
+                return embedder.embed(texts)
+            return embed_texts(embedder, texts, cache_dir=cache_dir)
+
+        pairs = None if self.pairs is None else read_pairs(self.pairs)
+        try:
+            found = align(
+                run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed
+            )
+        finally:
+            embedder.close()
+        found.say()
+        return found
+
+
+def wanted_alignment(
+    settings: AlignmentSettings, run: Vocabulary, vocabulary: Vocabulary, *, cache_dir: Path | None = None
+) -> Alignment | None:
+    """Return the alignment of a dataset with a run; None where the settings want none."""
+    if settings.is_off or not settings.is_wanted(share_of_new(run, vocabulary)):
+        return None
+    return settings.alignment(run, vocabulary, cache_dir=cache_dir)
+
+
+def aligned_table(
+    alignment: Alignment, run: Vocabulary, vocabulary: Vocabulary, theirs: Tensor, own: Tensor | None
+) -> Tensor:
+    """Return the vector of each token of a dataset, (V, E): that of the run's token that stands for it, as far as the gate says,
+    and else the token's own.
+
+    Args:
+        alignment: of the dataset with the run.
+        run: vocabulary of the run.
+        vocabulary: vocabulary of the dataset.
+        theirs: (V_run, E) the run's vectors.
+        own: (V, E) vectors of the dataset's tokens; None = there are none, and the unknown event's is used.
+
+    Raises:
+        UserError: the vectors have other widths.
+    """
+    rows, gates = alignment.rows(run, vocabulary)
+    if own is None:
+        own = theirs[UNKNOWN].expand(len(vocabulary), -1)
+    if own.shape[1] != theirs.shape[1]:
+        raise UserError(
+            f"the run's vectors are {theirs.shape[1]} wide and this dataset's {own.shape[1]}: another embedder made them. Set "
+            "embedder as the run has it."
+        )
+    gate_V1 = torch.from_numpy(gates).float().unsqueeze(1)
+    return gate_V1 * theirs[torch.from_numpy(rows)].cpu() + (1 - gate_V1) * own.cpu()

@@ -1,0 +1,85 @@
+"""The run that another starts from: its vocabulary, and the vectors that its model read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.manifest import MANIFEST, checked, read_manifest
+from ehr_embed.data.vocabulary import Vocabulary, vocabulary_sha256
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.embedding.table import load_table
+from ehr_embed.run_folder.checkpoints import read_checkpoint
+from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The parts of a run that say what its model has learned to read.
+
+    Attributes:
+        vocabulary: of its training.
+        identity: digests of its embedder and vocabulary.
+        texts: (V, E) vectors of its tokens' texts.
+        vectors: (V, E) vectors of its tokens as trained, the same where they are frozen.
+        trainable: how they were trained.
+    """
+
+    vocabulary: Vocabulary
+    identity: dict[str, str]
+    texts: Tensor
+    vectors: Tensor
+    trainable: str
+
+
+def is_of_other_data(where: str | Path, source: dict[str, Any]) -> bool:
+    """Return whether the manifest of a finished run says that no file of `source`, the fingerprints of a dataset, was its own.
+
+    Without a manifest nothing is known, and False is returned.
+    """
+    folder = Path(where).expanduser()
+    path = (folder if folder.is_dir() else folder.parent) / MANIFEST
+    if not path.is_file():
+        return False
+    theirs = read_manifest(path, "Restore the run's folder, or train again").get("made_from", {}).get("source")
+    if not isinstance(theirs, dict) or not theirs:
+        return False
+    data = {str(value) for name, value in theirs.items() if not name.startswith("metadata/")}
+    return not data & {str(value) for name, value in source.items() if not name.startswith("metadata/")}
+
+
+def has_vocabulary(where: str | Path) -> bool:
+    """Return whether `where` is a run's folder with its vocabulary, in contrast to a lone checkpoint."""
+    return vocabulary_sha256(Path(where).expanduser() / VOCABULARY) is not None
+
+
+def read_origin(where: str | Path) -> Origin:
+    """Read what a run's folder says of the codes that its model reads.
+
+    Raises:
+        UserError: there is no vocabulary or no checkpoint in the folder, or they do not belong together.
+    """
+    folder = Path(where).expanduser()
+    path, checkpoint = read_checkpoint(folder)
+    identity: dict[str, str] = checkpoint["identity"]
+    if checkpoint.get("alignment") is not None:
+        raise UserError(
+            f"{path} reads its dataset's codes as those of the run that it started from, and a third dataset cannot be aligned "
+            "with it. Type: init_from= that run, or data.aligned_to=none"
+        )
+    if (found := vocabulary_sha256(folder / VOCABULARY)) != identity["vocab_sha256"]:
+        raise UserError(
+            f"{folder / VOCABULARY}: expected the vocabulary with which {path.name} was trained (sha256 "
+            f"{identity['vocab_sha256'][:12]}), found {'none' if found is None else found[:12]}. Codes are aligned with those of "
+            "the run, so its whole folder is needed. Type: init_from=RUN_DIR, or data.aligned_to=none"
+        )
+    for file in (folder / VOCABULARY).iterdir():
+        checked(file)
+    texts, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
+    embedding = EventEmbedding(texts, trainable := str(checkpoint["config"]["embedder"].get("trainable", "frozen")))
+    embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
+    return Origin(Vocabulary.load(folder / VOCABULARY), identity, texts, embedding.table.detach(), trainable)

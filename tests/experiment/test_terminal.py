@@ -1,0 +1,90 @@
+"""What a user sees: on a terminal whole bars, elsewhere whole lines, and nothing that Hydra, torch or Optuna say by the way."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.entry_points import inside  # noqa: F401 (a fixture)
+from tests.helpers.small_meds import ROOT
+
+SMALL = ("data.n_subjects=200", "trainer.epochs=2", "trainer.n_bootstrap=20", "trainer.threads=1", "cache_dir=cache")
+STRANGE = ("Warning", "Traceback", "requires_grad", "Loading weights", "Loading SentenceTransformer", "A new study",
+           "Error executing job")  # fmt: skip
+
+
+def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Run a command in a pseudo-terminal of 120 columns, and return its exit code and what it wrote there."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    parts = []
+    while True:
+        if not select.select([master], [], [], 120)[0]:
+            process.kill()
+            raise AssertionError("it hangs")
+        try:
+            part = os.read(master, 65_536)
+        except OSError:  # the other end was closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(master)
+    return process.wait(), b"".join(parts).decode()
+
+
+def test_no_bar_is_torn(tmp_path):
+    code, output = on_a_terminal(*SMALL, "run_dir=run", cwd=tmp_path)
+    assert code == 0, output
+    assert [word for word in STRANGE if word in output] == []
+    assert "embedding texts: " in output
+    assert "epoch 1: " in output, "there are bars"
+    # A bar is written over itself (\r); a line that follows it begins on a line of its own.
+    for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output).replace("\r\n", "\n").split("\n"):
+        shown = line.split("\r")[-1]
+        assert not re.search(r"\d+%\|.*\|.*(?:train loss|metrics|Warning)", shown), shown
+
+
+def test_a_mistake_is_one_line_on_a_terminal(tmp_path):
+    code, output = on_a_terminal(*SMALL, "task.labels=absent", "run_dir=run", cwd=tmp_path)
+    assert code == 2
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: unknown task.labels 'absent'")
+    assert not any(word in output for word in STRANGE)
+
+
+def test_a_log_has_whole_sentences_and_nothing_twice(tmp_path, inside):
+    where = (f"run_dir={tmp_path / 'a folder with a rather long name, as logs of a cluster have them' / ('run' * 20)}",)
+    output = inside("train.py", *SMALL, *where, "embedder=hashing", cwd=tmp_path)
+    assert re.search(r"^held-out and tuning metrics with 95 % intervals, \S+.*runrun$", output, re.MULTILINE)
+    assert re.search(r"^[\d,]+ parameters, best epoch .* s in all$", output, re.MULTILINE)
+    assert [word for word in STRANGE if word in output] == []
+    embedded = inside("embed.py", "data.n_subjects=201", "embedder=hashing", "cache_dir=cache", cwd=tmp_path)
+    told = [line for line in embedded.splitlines() if line.startswith("text of ")]
+    assert told
+    assert len(told) == len(set(told)), "the coverage stands there once"
+    again = inside("embed.py", "data.n_subjects=201", "embedder=hashing", "cache_dir=cache", cwd=tmp_path)
+    assert [line for line in again.splitlines() if line.startswith("text of ")] == told
+
+
+@pytest.mark.slow
+def test_many_runs_say_nothing_of_a_study_in_memory(tmp_path, inside):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "embedder=hashing", "seed=0,1"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "A new study" not in done.stdout + done.stderr

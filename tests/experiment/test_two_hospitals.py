@@ -1,0 +1,208 @@
+"""One model across two hospitals whose codes, units and habits differ, by `train.py` and by `predict` alike."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from omegaconf import DictConfig
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import read_json
+from ehr_embed.embedding.aligning import AlignmentSettings
+from ehr_embed.experiment.run import run
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.trained_run import open_run
+from ehr_embed.predict import predict
+from ehr_embed.sources.protocol import SPLITS
+from tests.helpers.configs import composed
+from tests.helpers.small_meds import Event, write_meds
+
+HOME = {
+    "HR": "Heart rate (beats per minute)",
+    "NA": "Sodium in serum (mEq/L)",
+    "GLU": "Glucose in serum (mg/dL)",
+    "FEVER": "Fever",
+    "WARD": "Ward: surgery",
+}
+AWAY = {
+    "v//1": "Vital signs > HR",
+    "l//2": "Labs: Sodium [mmol/L], hourly",
+    "l//3": "Labs: Glucose [mmol/L], hourly",
+    "d//4": "Diagnosis: fever",
+    "w//5": "Care plan: bed rails raised",
+    "w//6": "Care plan: call light within reach",
+}
+
+
+def write_hospital(root: Path, codes: dict[str, str], *, heart_unit: float, noise: int, seed: int, first: int) -> Path:
+    """A fast heart means the label; sodium, glucose and fever mean nothing; `noise` events of care codes fill the record."""
+    rng = np.random.default_rng(seed)
+    heart, sodium, glucose, fever, *care = codes
+    splits: dict[str, list[Event]] = {}
+    labels = []
+    for n, split in enumerate(SPLITS):
+        splits[split] = []
+        for subject in range(first + 1000 * n, first + 1000 * n + 90):
+            is_case = bool(rng.random() < 0.5)
+            for step in range(4):
+                at = float(step)
+                beats = rng.normal(120 if is_case else 80, 12)
+                splits[split].append((subject, at, heart, float(beats * heart_unit)))
+                splits[split].append((subject, at, sodium, float(rng.normal(139, 4))))
+                splits[split].append((subject, at, glucose, float(rng.normal(7, 2))))
+            splits[split].append((subject, 4.0, fever, None))
+            splits[split] += [(subject, 4.0, str(rng.choice(care)), None) for _ in range(noise)]
+            labels.append((subject, 9.0, is_case))
+    rows = [(code, text, None) for code, text in codes.items()]
+    return write_meds(root, splits, codes=rows, labels={"case": labels})
+
+
+MODELS = {
+    "gbm": ["model=gbm", "model.min_leaf_samples=5"],
+    "code_tab": [
+        "model=code_tab", "model.model_dim=16", "model.hidden_dim=16", "model.n_gates=4", "model.n_members=2",
+        "model.member_weights=text", "model.feeds_absent=false", "model.code_dropout=0.2", "model.text_noise=0.1",
+    ],
+    "encoder": ["model=encoder_small", "model.model_dim=32", "model.n_layers=1", "model.n_heads=2", "model.max_length=32"],
+    "code_encoder": ["model=code_encoder", "model.model_dim=32", "model.n_layers=1", "model.n_heads=2"],
+}  # fmt: skip
+TRAINER = (
+    "trainer.epochs=8", "trainer.batch_size=16", "trainer.learning_rate=5e-3", "trainer.warmup_steps=2", "trainer.n_bootstrap=0",
+    "trainer.precision=32-true", "trainer.threads=1", "audit=off",
+)  # fmt: skip
+
+
+def config(folder: Path, hospital: str, kind: str, run_dir: str, *overrides: str) -> DictConfig:
+    return composed(
+        "data=meds", f"data.root={folder / hospital}", "data.values=continuous", "data.min_count=1", *MODELS[kind], *TRAINER[1:],
+        f"run_dir={folder / run_dir}", f"cache_dir={folder / 'cache'}", *overrides,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hospitals(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hospitals")
+    write_hospital(folder / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    write_hospital(folder / "away", AWAY, heart_unit=1 / 60, noise=6, seed=1, first=50_000)
+    for kind in MODELS:
+        run(config(folder, "home", kind, f"{kind}-home", TRAINER[0]))
+    return folder
+
+
+def auroc(folder: Path, run_dir: str, part: str = "held_out") -> float:
+    return float(read_json(folder / run_dir / "metrics.json")[part]["auroc"]["value"])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_texts_carry_a_model_to_another_hospital_and_wrong_ones_do_not(hospitals, kind, caplog):
+    start = [f"init_from={hospitals / f'{kind}-home'}", "trainer.epochs=0"]
+    with caplog.at_level(logging.INFO):
+        run(config(hospitals, "away", kind, f"{kind}-away", *start))
+    assert "100.0% of the events have codes that the run never saw" in caplog.text
+    assert "Vital signs > HR -> Heart rate (beats per minute)" in caplog.text
+    assert auroc(hospitals, f"{kind}-home") > 0.95
+    assert auroc(hospitals, f"{kind}-away") > 0.95
+    metrics = read_json(hospitals / f"{kind}-away" / "metrics.json")
+    assert metrics["all_splits"]["n"] == 270, "train's labels are new to this model too"
+    table = pl.read_csv(hospitals / f"{kind}-away" / "alignment.csv")
+    assert dict(table.filter(pl.col("gate") > 0).select("code", "matched_code").iter_rows()) == {
+        "v//1": "HR", "l//2": "NA", "l//3": "GLU", "d//4": "FEVER",
+    }  # fmt: skip
+    assert (
+        "1.3 here, " not in table.filter(code="l//2")["warning"][0] if table.filter(code="l//2")["warning"][0] else True
+    )
+    assert "times as small" in table.filter(code="v//1")["warning"][0]
+    run(config(hospitals, "away", kind, f"{kind}-wrong", *start, "data.alignment_texts=shuffled"))
+    assert auroc(hospitals, f"{kind}-wrong", "all_splits") < 0.65
+
+
+@pytest.mark.parametrize("kind", ["gbm", "encoder"])
+def test_predict_says_what_the_evaluation_says(hospitals, kind):
+    start = [f"init_from={hospitals / f'{kind}-home'}", "trainer.epochs=0"]
+    run(config(hospitals, "away", kind, f"{kind}-evaluated", *start))
+    predictor = Predictor(hospitals / f"{kind}-home")
+    found = predictor.predict_proba(hospitals / "away", labels="case", split="train")
+    evaluated = pl.read_parquet(hospitals / f"{kind}-evaluated" / "predictions" / "train.parquet")
+    both = found.join(evaluated, on=["subject_id", "prediction_time"])
+    assert len(both) == len(found) == 90
+    np.testing.assert_allclose(both["probability_true"], both["predicted_boolean_probability"], atol=2e-3)
+    again = predictor.predict_proba(hospitals / "home", labels="case", split="held_out")
+    own = pl.read_parquet(hospitals / f"{kind}-home" / "predictions" / "held_out.parquet")
+    np.testing.assert_allclose(again["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["code_tab", "encoder"])
+def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, kind):
+    name = f"{kind}-tuned"
+    start = [f"init_from={hospitals / f'{kind}-home'}", "trainer.epochs=1"]
+    run(config(hospitals, "away", kind, name, *start, "trainer.learning_rate=1e-4"))
+    assert auroc(hospitals, name) > 0.95
+    assert open_run(hospitals / name).matches is not None
+    found = Predictor(hospitals / name).predict_proba(hospitals / "away", labels="case", split="held_out")
+    own = pl.read_parquet(hospitals / name / "predictions" / "held_out.parquet")
+    np.testing.assert_allclose(found["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
+    with pytest.raises(UserError, match=r"a third dataset cannot be aligned with it"):
+        run(config(hospitals, "home", kind, f"{kind}-third", f"init_from={hospitals / name}", "trainer.epochs=0"))
+
+
+def test_own_pairs_and_none(hospitals, tmp_path):
+    start = [f"init_from={hospitals / 'gbm-home'}", "trainer.epochs=0"]
+    (tmp_path / "swap.csv").write_text("code,matched_code\nv//1,NA\nl//2,HR\n")
+    run(config(hospitals, "away", "gbm", "gbm-swapped", *start, f"data.alignment_pairs={tmp_path / 'swap.csv'}"))
+    assert auroc(hospitals, "gbm-swapped", "all_splits") < 0.65, "a person's word counts more than a text's"
+    run(config(hospitals, "away", "gbm", "gbm-none", *start, "data.aligned_to=none"))
+    assert not (hospitals / "gbm-none" / "alignment.csv").exists()
+    assert auroc(hospitals, "gbm-none", "all_splits") == 0.5, "boosting knows no code of the other hospital"
+
+
+def test_what_cannot_be_aligned_is_refused_before_the_run_begins(hospitals, tmp_path):
+    start = [f"init_from={hospitals / 'gbm-home'}", "trainer.epochs=0"]
+    (tmp_path / "p.csv").write_text("code,matched_code\nv//9,HR\n")
+    for overrides, match in (
+        ([*start, f"data.alignment_pairs={tmp_path / 'p.csv'}"], r"names v//9, which is no code of this dataset"),
+        ([*start, f"data.alignment_pairs={tmp_path / 'none.csv'}"], r"no such file"),
+        (
+            ["data.aligned_to=somewhere", "trainer.epochs=1"],
+            r"data\.aligned_to=somewhere: expected a model .*init_from=RUN_DIR",
+        ),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(config(hospitals, "away", "gbm", "refused", *overrides))
+    assert not (hospitals / "refused").exists()
+    with pytest.raises(UserError, match=r"no such file"):
+        predict(composed(
+            f"run={hospitals / 'gbm-home'}", f"data.root={hospitals / 'away'}", f"output={tmp_path / 'o.parquet'}",
+            f"data.alignment_pairs={tmp_path / 'none.csv'}", name="predict",
+        ))  # fmt: skip
+
+
+def test_numbers_are_ranked_without_labels_and_without_other_splits(hospitals):
+    """Held-out numbers, however wild, change no probability of train's subjects."""
+    predictor = Predictor(hospitals / "gbm-home")
+    before = predictor.predict_proba(hospitals / "away", labels="case", split="train")
+    path = hospitals / "away" / "data" / "held_out" / "0.parquet"
+    kept = pl.read_parquet(path)
+    try:
+        kept.with_columns(pl.col("numeric_value") * 1e6).write_parquet(path)
+        start = [f"init_from={hospitals / 'gbm-home'}", "trainer.epochs=0", f"cache_dir={hospitals / 'other'}"]
+        run(composed(*[o for o in _overrides(hospitals) if not o.startswith("cache_dir")], *start))
+    finally:
+        kept.write_parquet(path)
+    after = pl.read_parquet(hospitals / "wild" / "predictions" / "train.parquet")
+    both = before.join(after, on=["subject_id", "prediction_time"])
+    np.testing.assert_allclose(both["probability_true"], both["predicted_boolean_probability"], atol=2e-3)
+
+
+def _overrides(folder: Path) -> list[str]:
+    return [
+        "data=meds", f"data.root={folder / 'away'}", "data.values=continuous", "data.min_count=1", *MODELS["gbm"], *TRAINER[1:],
+        f"run_dir={folder / 'wild'}",
+    ]  # fmt: skip
+
+
+def test_settings_say_when():
+    assert AlignmentSettings(aligned_to="runs/a").is_wanted(0.0)
+    assert AlignmentSettings().is_wanted(0.6)
+    assert not AlignmentSettings(aligned_to="none").is_wanted(1.0)

@@ -1,0 +1,176 @@
+"""Models that read another dataset's codes as their own."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
+from ehr_embed.models.aligned import CodeMatches
+from ehr_embed.models.code_features import CodeFeatures
+from ehr_embed.models.code_summaries import CodeSummaries
+from ehr_embed.models.code_tab import CodeTab
+from ehr_embed.models.feature_table import FeatureTable
+
+
+def vocabulary(codes: list[str]) -> Vocabulary:
+    """One token per code, without value bins."""
+    n = len(codes) + 2
+    counts = [0, 0] + [9] * len(codes)
+    tokens = pl.DataFrame(
+        {"token": range(n), "str": ["<p>", "<u>", *codes], "text": ["", "?", *codes], "count": counts}
+    )
+    schema = {"code": pl.String, "plain_token": pl.Int32, "bin_token": pl.Int32, "edges": pl.List(pl.Float32)}
+    rows = pl.DataFrame(
+        [(code, i + 2, -1, [], 0.0, 1.0) for i, code in enumerate(codes)],
+        schema=schema | {"loc": pl.Float64, "scale": pl.Float64},
+        orient="row",
+    )
+    return Vocabulary(VocabularySettings(values="continuous"), tokens, rows, {})
+
+
+def batch(*, n: int = 60, tokens=(2, 3, 4), seed: int = 0, unit=lambda x: x) -> dict[str, torch.Tensor]:
+    """Records of up to 12 events of some tokens, with numbers; the last position is padding."""
+    rng = torch.Generator().manual_seed(seed)
+    token_BT = torch.tensor(tokens)[torch.randint(len(tokens), (n, 13), generator=rng)]
+    mask_BT = torch.rand(n, 13, generator=rng) < 0.7
+    mask_BT[:, 0], mask_BT[:, -1] = True, False
+    values_BT = unit(torch.randn(n, 13, generator=rng))
+    days_BT = torch.rand(n, 13, generator=rng).sort(1, descending=True).values
+    return {
+        "token_ids": token_BT, "padding_mask": mask_BT, "values": values_BT, "days": days_BT,
+        "age_days": torch.full((n, 13), float("nan")), "rows": torch.randn(9, 6, generator=rng), "row_ids": token_BT,
+    }  # fmt: skip
+
+
+KNOWN, HERE = ["A", "B", "C"], ["x", "y", "z"]
+ONE_TO_ONE = {"x": ("A", 1.0), "y": ("B", 1.0), "z": ("C", 1.0)}
+
+
+def trained_tab() -> CodeTab:
+    torch.manual_seed(0)
+    model = CodeTab(embedding_dim=6, num_classes=2, has_values=True, model_dim=8, hidden_dim=8, n_gates=4, n_members=2)
+    model.set_vocabulary(vocabulary(KNOWN))
+    model.adapt_to_vectors(torch.randn(3, 6))
+    model.adapt_to_records([batch()])
+    return model.eval()
+
+
+def fitted_features() -> CodeFeatures:
+    features = CodeFeatures(has_values=True, max_codes=9, times=True)
+    features.set_vocabulary(vocabulary(KNOWN))
+    features.choose([batch()])
+    dense = features(batch()).numpy()
+    features.remember(FeatureTable.from_blocks([(np.arange(len(dense)), dense)], len(dense)))
+    return features
+
+
+def test_other_names_and_units_change_nothing():
+    model = trained_tab()
+    before = model(batch())
+    model.set_vocabulary(vocabulary(HERE))
+    model.align(ONE_TO_ONE)
+    there = batch(unit=lambda x: 50 + 9 * x)
+    model.adapt_to_records([there])
+    torch.testing.assert_close(model(there), before, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_trees_are_in_trains_own_numbers():
+    features = fitted_features()
+    before = features(batch())
+    features.set_vocabulary(vocabulary(HERE))
+    features.align(ONE_TO_ONE)
+    there = batch(unit=lambda x: 50 + 9 * x)
+    features.fit_to_records([there])
+    torch.testing.assert_close(features(there), before, rtol=1e-3, atol=2e-2, equal_nan=True)
+
+
+def test_what_has_no_match_contributes_nothing():
+    for model in (trained_tab(), fitted_features()):
+        model.set_vocabulary(vocabulary([*HERE, "noise"]))
+        model.align(ONE_TO_ONE)
+        fit = model.adapt_to_records if isinstance(model, CodeTab) else model.fit_to_records
+        fit([batch()])
+        one = batch(tokens=(2, 3, 5), seed=3)
+        other = {**one, "values": torch.where(one["token_ids"] == 5, 1e6, one["values"])}
+        torch.testing.assert_close(model(one), model(other), equal_nan=True)
+        hidden = {**one, "padding_mask": one["padding_mask"] & (one["token_ids"] != 5)}
+        torch.testing.assert_close(model(one), model(hidden), equal_nan=True)
+
+
+def test_several_codes_of_one_share_its_place_by_their_gates():
+    matches = CodeMatches(["A", "B"], n_summaries=2, counts=(0,))
+    matches.match({"x": ("A", 1.0), "y": ("A", 0.25), "z": ("B", 0.5), "w": ("gone", 1.0), "v": ("B", 0.0)})
+    assert matches.codes == ["x", "y", "z"]
+    row = torch.arange(41).repeat(3)
+    code = torch.arange(3).repeat_interleave(41)
+    numbers = torch.arange(41.0).repeat(3)[:, None].repeat(1, 2)
+    numbers[code == 1, 1] = float("nan")
+    matches.fit([(row, code, numbers, 41)])
+    nan = float("nan")
+    numbers = torch.tensor([[40.0, 40], [0, nan], [20, 20], [20, nan]])
+    found = matches.merged(torch.tensor([7, 7, 7, 8]), torch.tensor([0, 1, 2, 1]), numbers)
+    rows, known, z, part = found
+    assert rows.tolist() == [7, 7, 8]
+    assert known.tolist() == [0, 1, 0]
+    assert part.tolist() == [0, 0, 1, 2]
+    top = 2.25  # Phi^-1 of the mid-rank of the greatest of 41
+    torch.testing.assert_close(z[0], torch.tensor([(1 - 0.25) / 1.25 * top, top]), atol=0.01, rtol=0)
+    torch.testing.assert_close(z[1], torch.zeros(2), atol=1e-5, rtol=0)
+    assert z[2].isnan().tolist() == [False, True]
+
+
+def test_aligned_and_back():
+    model = trained_tab()
+    before = model(batch(seed=5))
+    model.set_vocabulary(vocabulary(HERE))
+    model.align({"x": ("A", 0.5)})
+    model.adapt_to_records([batch()])
+    assert not torch.allclose(model(batch(seed=5)), before)
+    model.align(None)
+    model.set_vocabulary(vocabulary(KNOWN))
+    torch.testing.assert_close(model(batch(seed=5)), before)
+
+
+def test_an_aligned_model_is_loaded_as_it_was():
+    model = trained_tab()
+    model.set_vocabulary(vocabulary([*HERE, "more", "codes"]))
+    model.align(ONE_TO_ONE)
+    model.adapt_to_records([batch(unit=lambda x: 3 * x)])
+    expected = model(batch(seed=4))
+    again = CodeTab(embedding_dim=6, num_classes=2, has_values=True, model_dim=8, hidden_dim=8, n_gates=4, n_members=2)
+    again.set_vocabulary(vocabulary([*HERE, "more", "codes"]))
+    again.align(ONE_TO_ONE)
+    again.load_state_dict(model.state_dict())
+    again.set_vocabulary(vocabulary([*HERE, "more", "codes"]))
+    torch.testing.assert_close(again.eval()(batch(seed=4)), expected)
+
+
+def test_dropped_codes_and_noise_are_of_training_alone():
+    model = trained_tab()
+    model.body.code_dropout, model.body.text_noise = 0.5, 0.2
+    torch.testing.assert_close(model(batch()), model(batch()))
+    model.train()
+    model.body.dropout.p = 0.0
+    assert not torch.allclose(model(batch()), model(batch()))
+    with pytest.raises(UserError, match=r"model\.code_dropout=1"):
+        CodeTab(embedding_dim=6, num_classes=2, code_dropout=1.0)
+
+
+def test_boosting_of_an_earlier_version_is_refused_in_words():
+    features = CodeFeatures(has_values=True, max_codes=9, times=True)
+    features.set_vocabulary(vocabulary(KNOWN))
+    features.set_extra_state({"codes": KNOWN, "valued": KNOWN})
+    with pytest.raises(UserError, match=r"earlier version.*data\.aligned_to=none"):
+        features.align(ONE_TO_ONE)
+
+
+def test_summaries_know_which_codes_are_matched():
+    summaries = CodeSummaries(has_values=True, windows_hours=(12, 24, 36, 48))
+    summaries.set_vocabulary(vocabulary(KNOWN))
+    summaries.set_vocabulary(vocabulary(HERE))
+    summaries.align({"y": ("C", 0.5)})
+    assert summaries.code_of_token.tolist() == [-1, -1, -1, 0, -1]
+    pairs = summaries(batch())
+    assert set(pairs.code.tolist()) == {2}
