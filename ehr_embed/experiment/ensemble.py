@@ -29,7 +29,8 @@ OWN, SHARED = ("model", "trainer"), ("data", "embedder", "task")
 
 def is_ensemble(cfg: DictConfig) -> bool:
     """Return whether a configuration asks for an ensemble."""
-    return bool(cfg.ensemble.members or cfg.ensemble.runs)
+    found = OmegaConf.select(cfg, "ensemble")  # a configuration of an earlier version has none
+    return found is not None and bool(found.members or found.runs)
 
 
 def written_out(cfg: DictConfig) -> DictConfig:
