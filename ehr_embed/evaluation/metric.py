@@ -46,7 +46,8 @@ no longer be judged on it. Type: task.monitor=auroc
         if name.startswith("held_out"):
             plain = name.removeprefix("held_out").lstrip("./")
             raise UserError(
-                f"task.monitor={name}: expected a metric on tuning. Whatever is chosen by held_out can no longer be judged on it. "
+                f"task.monitor={name}: expected a metric on tuning. A model that held_out has chosen can no longer be "
+                "judged on held_out. "
                 f"Type: task.monitor={plain if plain in by_name else next(iter(by_name))}"
             )
         raise unknown_name("task.monitor", name, tuple(by_name))

@@ -229,7 +229,7 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     )
     if init_from is None and not plan.is_trained:
         raise UserError(
-            "this run evaluates a trained model (a task or trainer that trains nothing) and there is none. "
+            "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
         )
     return plan

@@ -167,7 +167,8 @@ class Asker(Predictor):
             return [self._by_code(name, EventSet(**keys)) for name, keys in asked.items()]
         if empty := [words for words in asked if not str(words).strip()]:
             raise UserError(
-                f"questions={list(asked)}: {len(empty)} of them are empty, and no words have no meaning to embed."
+                f"questions={list(asked)}: {len(empty)} of them are empty, and an empty question has no meaning to "
+                "embed. Leave them out."
             )
         if repeated := sorted({words for words in asked if list(asked).count(words) > 1}):
             raise UserError(f"questions={list(asked)}: {repeated[0]} is asked twice. Leave one out")

@@ -174,7 +174,7 @@ class AskEverywhere:
         """Choose the codes that are asked for, and fit time bins and rates to train."""
         if max_length < 3:
             raise UserError(
-                f"model.max_length={max_length}: expected 3 or more events, of which one is asked for others."
+                f"model.max_length={max_length}: expected 3 or more events, so that one can be predicted from the others."
             )
         vocabulary, settings = store.vocabulary, self.settings
         self._max_length, V = max_length, len(vocabulary)

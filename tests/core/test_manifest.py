@@ -310,7 +310,9 @@ def test_a_truncated_cache_is_named(tmp_path):
     embed_texts(embedder, TEXTS, cache_dir=tmp_path)
     path = cache_file(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=rf"{path}: not a readable vector cache .* Delete it; texts are embedded again"):
+    with pytest.raises(
+        UserError, match=rf"{path}: not a readable vector cache .* Delete this file; the texts are then embedded again"
+    ):
         embed_texts(embedder, TEXTS, cache_dir=tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_labels_of_subjects_without_events_are_left_out_and_said(prepared, caplo
 def test_labels_that_cannot_be_used_are_refused(prepared):
     good = [(s, 2.0, s % 2 == 1) for s in SUBJECTS]
     refused_labels(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
-    refused_labels(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: one class only")
+    refused_labels(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: only one class")
     refused_labels(prepared, good[:6], "no labels for the held_out split")
     refused_labels(prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* Drop the other rows")
     refused_labels(
