@@ -213,6 +213,7 @@ def test_all_members_align_or_none():
     mixed = ensemble(trees, MeanPool(embedding_dim=4, num_classes=2))
     mixed.align(None)
     assert mixed.reads_vectors
+    trees.reads_vectors = False
     assert not ensemble(trees).reads_vectors
     with pytest.raises(UserError, match=r"MeanPool, does not align.*data\.aligned_to=none"):
         mixed.align({"A": ("B", 1.0)})
