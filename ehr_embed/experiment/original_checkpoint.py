@@ -86,7 +86,7 @@ def read_original(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file. {REMEDY}")
-    numbers = [
+    numbers: list[Any] = [
         np.dtype,
         np.float64(0).__reduce__()[0],
         *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
