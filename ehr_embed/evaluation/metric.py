@@ -38,8 +38,8 @@ def metric_named(name: str, metrics: Iterable[Metric]) -> Metric:
     False
     >>> metric_named("held_out.auroc", own)
     Traceback (most recent call last):
-    ehr_embed.core.errors.UserError: task.monitor=held_out.auroc: expected a metric on tuning. Whatever is chosen by held_out can \
-no longer be judged on it. Type: task.monitor=auroc
+    ehr_embed.core.errors.UserError: task.monitor=held_out.auroc: expected a metric on tuning. A model that held_out has chosen \
+can no longer be judged on held_out. Type: task.monitor=auroc
     """
     by_name = {metric.name: metric for metric in metrics}
     if name not in by_name:

@@ -291,7 +291,7 @@ def test_no_flipped_bit_changes_a_cached_vector_unnoticed(tmp_path):
     with closing(sqlite3.connect(path)) as database:
         vector = database.execute("SELECT vector FROM vectors").fetchone()[0]
     flip(path, kept.index(vector), 3)
-    with refused("sqlite", "'finding ", "checksum", "Delete it"):
+    with refused("sqlite", "'finding ", "checksum", "Delete this file"):
         embed_texts(embedder, TEXTS, cache_dir=tmp_path)
 
 
