@@ -138,7 +138,7 @@ def _shown(question: Question) -> str:
     ]
     for event in question.events:
         cosine = "" if math.isnan(event.cosine) else f"cosine {event.cosine:.3f}, "
-        lines.append(f"  {event.text} ({event.code}; {cosine}{event.count:,} events in train)")
+        lines.append(f"  {event.text} ({event.code}; {cosine}{event.n_train:,} events in train)")
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ def predict(cfg: DictConfig) -> Path:
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.trained_run import device_named
 
-    device, alignment = device_named(cfg.device), alignment_settings(cfg)
+    device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
     predictor = Predictor(cfg.run, device=str(device), trusted_packages=cfg.trusted_packages)
     began = time.perf_counter()
@@ -51,7 +51,7 @@ def predict(cfg: DictConfig) -> Path:
         labels=cfg.task.labels,
         split=cfg.split,
         lookups=list(cfg.data.lookups),
-        alignment=alignment,
+        alignment=alignment_settings(cfg),
     )
     log.info(
         "%d predictions for %d subjects in %.1f s",

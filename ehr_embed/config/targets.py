@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra.utils
 
@@ -166,10 +166,11 @@ def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dic
             continue
         if is_instruction(key):
             raise _instruction(where, key)
-        if key in places and isinstance(value, Mapping):
-            checked[key] = check_stored_node(value, places[key], trusted)
-        elif key in places and isinstance(value, list):
-            checked[key] = [check_stored_node(member, places[key], trusted) for member in value]
+        of, is_several = places.get(key, ("", False))
+        if of and is_several and isinstance(value, list):
+            checked[key] = [check_stored_node(member, of, trusted) for member in value]
+        elif of and not is_several and isinstance(value, Mapping):
+            checked[key] = check_stored_node(value, of, trusted)
         else:
             checked[key] = _stored_value(value, f"{where}.{key}", tuple(trusted))
     return checked
@@ -255,15 +256,16 @@ def _makes_source(found: Any) -> bool:
     return isinstance(made, type) and _offers(made, STORED["source"])
 
 
-def _places_for_members(found: Any) -> dict[str, str]:
-    """Return the parameters of a constructor that take a member of a group, by the protocol that annotates them."""
+def _places_for_members(found: Any) -> dict[str, tuple[str, bool]]:
+    """Return the parameters of a constructor that take members of a group, by the protocol that annotates them: the group, and
+    whether several are taken."""
     by_protocol = {(f"{group.package}.protocol", group.protocol): name for name, group in STORED.items()}
     places = {}
     for key, hint in _hints(found.__init__ if isinstance(found, type) else found).items():  # type: ignore[misc]
         for kind in (hint, *get_args(hint)):
             name = by_protocol.get((getattr(kind, "__module__", ""), getattr(kind, "__qualname__", "")))
             if name is not None and key != "return":
-                places[key] = name
+                places[key] = name, get_origin(hint) in (list, tuple, Sequence)
     return places
 
 

@@ -43,7 +43,7 @@ COMMANDS = {
     "ask": Command("ehr_embed.ask", "ask", "risks of outcomes in words, from a run that predicts times"),
     "compare": Command("ehr_embed.compare", None, "several runs: one table, plots, paired bootstrap tests"),
     "tabulate": Command("ehr_embed.tabulate", None, "many runs: one row per setting, with means over seeds"),
-    "convert": Command("ehr_embed.convert", "embed", "a corpus of the original pipeline to MEDS"),
+    "convert": Command("ehr_embed.convert", "convert", "a corpus or a checkpoint of the original pipeline"),
     "migrate": Command("ehr_embed.migrate", None, "a configuration of the original pipeline to an experiment"),
     "new": Command("ehr_embed.console.new", None, "a project of your own: a model, an experiment, a test"),
 }

@@ -118,5 +118,5 @@ def _check_hub(name: str, revision: str | None, key: str, offline: str) -> None:
     except Exception as error:  # the errors of the hub client's HTTP library, which differs between versions
         reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else type(error).__name__
         raise UserError(
-            f"{key}={name}: its weights are not here and the hub cannot be reached ({reason}). {remedy}"
+            f"{key}={name}: its weights are not on this machine and the hub cannot be reached ({reason}). {remedy}"
         ) from error

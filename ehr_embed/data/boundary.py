@@ -13,8 +13,8 @@ from ehr_embed.data.samples import Samples, ragged_searchsorted
 from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
 REMEDY = (
-    "Build the samples with ehr_embed.data.samples.build_samples, or end each one at the first event after its "
-    "prediction time, in the record of its own subject"
+    "Build the samples with ehr_embed.api.build_samples, or let `stop` of each be the index of the first event later than its "
+    "prediction time, in the record of its own subject, so that this event is left out"
 )
 
 

@@ -115,7 +115,7 @@ def read_labels(labels: str | None, labels_dir: Path, *, needs_values: bool = Tr
         read for file in files if (read := _read_file(file, values="needed" if needs_values else "wanted")) is not None
     ]
     if not found:
-        raise UserError(f"{path}: the files hold no labels, not one row. {remedy}")
+        raise UserError(f"{path}: the label files have no rows. {remedy}")
     frames, value_columns = zip(*found, strict=True)
     if len(set(value_columns)) > 1:
         raise UserError(
@@ -173,7 +173,7 @@ def read_times(times: str, labels_dir: Path) -> pl.DataFrame:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     found = [read[0] for file in files if (read := _read_file(file, values="ignored")) is not None]
     if not found:
-        raise UserError(f"task.times={times}: {path} holds no prediction times, not one row.")
+        raise UserError(f"task.times={times}: {path} holds no prediction times: it has no rows.")
     return pl.concat(found).select("subject_id", "prediction_time").unique().sort("subject_id", "prediction_time")
 
 
@@ -212,7 +212,7 @@ def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str
         column, dtype in (pl.String, pl.Categorical)
     )
     if not right:
-        raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype its name says.")
+        raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype that its name states.")
     return _checked(file, frame, pl.col(column).cast(pl.String)), column
 
 

@@ -157,7 +157,8 @@ class SentenceTransformerEmbedder:
             codes = ", ".join(str(process.exitcode) for process in dead)
             raise UserError(
                 f"{len(dead)} of {len(self.devices)} processes that embed on {', '.join(self.devices)} ended (exit code {codes}; "
-                "-9 is what the system does where memory runs out). What was embedded before is kept. Type the same command "
+                "-9: the system killed the process, usually because memory ran out). The vectors that were embedded "
+                "before are kept. Type the same command "
                 "again, or with a smaller embedder.batch_size, or with embedder.device=" + self.devices[0]
             ) from error
 

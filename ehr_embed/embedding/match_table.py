@@ -54,6 +54,18 @@ class Alignment:
         return {code: (matched, float(g)) for code, matched, g in rows.iter_rows()}
 
     @property
+    def facts(self) -> dict[str, float]:
+        """Numbers of codes and of those with a match, and the share of the events, as they are and weighted by gate."""
+        found = self.table.filter(pl.col("gate") > 0)
+        return {
+            "n_codes": len(self.table),
+            "n_matched": len(found),
+            "n_warned": len(found.filter(pl.col("warning") != "")),
+            "event_share": float(found["share"].sum()),
+            "gated_share": float((found["share"] * found["gate"]).sum()),
+        }
+
+    @property
     def digest(self) -> str:
         """Digest of what a model is told."""
         return digest({code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()})

@@ -91,7 +91,7 @@ def _opened(path: Path, embedder: Embedder) -> Iterator[sqlite3.Connection]:
         if write_failure(error):
             raise cannot_write(path, error) from error
         raise UserError(
-            f"{path}: not a readable vector cache ({error}). Delete it; texts are embedded again."
+            f"{path}: not a readable vector cache ({error}). Delete this file; the texts are then embedded again."
         ) from error
 
 
@@ -109,7 +109,7 @@ def _open(database: sqlite3.Connection, path: Path, embedder: Embedder) -> None:
     if known and known != [fingerprint]:
         raise UserError(
             f"{path} holds the vectors of another embedder: expected {fingerprint}, found {' and '.join(known)}. Texts would get "
-            "another model's vectors. Delete it; texts are embedded again."
+            "another model's vectors. Delete this file; the texts are then embedded again."
         )
 
 
@@ -138,7 +138,7 @@ def _look_up(database: sqlite3.Connection, path: Path, texts: Sequence[str]) -> 
             if not is_whole:
                 raise UserError(
                     f"{path}: the vector of {text_of.get(key, 'a text')!r} does not have the checksum written with it: the "
-                    "file is damaged, and other texts may be. Delete it; texts are embedded again."
+                    "file is damaged, and other texts may be. Delete this file; the texts are then embedded again."
                 )
             found[text_of[key]] = np.frombuffer(vector, np.float32)
     return found

@@ -38,15 +38,16 @@ def metric_named(name: str, metrics: Iterable[Metric]) -> Metric:
     False
     >>> metric_named("held_out.auroc", own)
     Traceback (most recent call last):
-    ehr_embed.core.errors.UserError: task.monitor=held_out.auroc: expected a metric on tuning. Whatever is chosen by held_out can \
-no longer be judged on it. Type: task.monitor=auroc
+    ehr_embed.core.errors.UserError: task.monitor=held_out.auroc: expected a metric on tuning. A model that held_out has chosen \
+can no longer be judged on held_out. Type: task.monitor=auroc
     """
     by_name = {metric.name: metric for metric in metrics}
     if name not in by_name:
         if name.startswith("held_out"):
             plain = name.removeprefix("held_out").lstrip("./")
             raise UserError(
-                f"task.monitor={name}: expected a metric on tuning. Whatever is chosen by held_out can no longer be judged on it. "
+                f"task.monitor={name}: expected a metric on tuning. A model that held_out has chosen can no longer be "
+                "judged on held_out. "
                 f"Type: task.monitor={plain if plain in by_name else next(iter(by_name))}"
             )
         raise unknown_name("task.monitor", name, tuple(by_name))

@@ -6,6 +6,7 @@ processes.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -36,8 +37,18 @@ _MORE_COLOURS = ("#CC79A7", "#56B4E9", "#D55E00", "#000000", "#888888")
 _MAX_POINTS = 2000
 
 
-def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
-    """Plot the loss by epoch and, in a second panel, the other metrics on tuning if there are any.
+class ShownFigure(Figure):
+    """A figure that a notebook shows although pyplot, with its global state, has no part in it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self)
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def draw_loss(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the loss by epoch and, in a second panel, the other metrics on tuning if there are any.
 
     Args:
         history: one dict per epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
@@ -52,7 +63,7 @@ def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]
         and not key.endswith(("loss", "perplexity"))  # another scale would flatten the rest
         and _series(history, key)[0]
     ]
-    figure = Figure(figsize=(10.5 if metrics else 5.6, 4.2), layout="constrained")
+    figure = ShownFigure(figsize=(10.5 if metrics else 5.6, 4.2), layout="constrained")
     panels = figure.subplots(1, 2 if metrics else 1, squeeze=False)[0]
     for index, key in enumerate(losses):
         split = key.removesuffix("/loss")
@@ -73,11 +84,11 @@ def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]
         _finish(panels[1], "Tuning metrics", "epoch", "value")
     for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, path)
+    return figure
 
 
-def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
-    """Plot ROC curves with the AUROC in the legend.
+def draw_roc(curves: Curves) -> Figure:
+    """Draw ROC curves with the AUROC in the legend.
 
     Args:
         curves: split name -> (labels (n,) 0/1, probabilities (n,)).
@@ -85,7 +96,7 @@ def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
     Raises:
         UserError: a split has one class only, or bad probabilities.
     """
-    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+    figure = ShownFigure(figsize=(5.4, 5.2), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="chance (0.500)")
     for index, (name, (labels, probabilities)) in enumerate(curves.items()):
@@ -96,11 +107,11 @@ def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
         axes.plot(false_positive_rate[kept], true_positive_rate[kept], color=_colour(name, index), lw=1.8, label=label)
     _unit_square(axes)
     _finish(axes, "Receiver operating characteristic", "false positive rate", "true positive rate", place="lower right")
-    _save(figure, path)
+    return figure
 
 
-def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
-    """Plot precision against recall, with the average precision in the legend and the prevalence as a dashed baseline.
+def draw_precision_recall(curves: Curves) -> Figure:
+    """Draw precision against recall, with the average precision in the legend and the prevalence as a dashed baseline.
 
     Args:
         curves: split name -> (labels (n,) 0/1, probabilities (n,)).
@@ -108,7 +119,7 @@ def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
     Raises:
         UserError: a split has one class only, or bad probabilities.
     """
-    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+    figure = ShownFigure(figsize=(5.4, 5.2), layout="constrained")
     axes = figure.subplots()
     for index, (name, (labels, probabilities)) in enumerate(curves.items()):
         y, p = check_binary(labels, probabilities, split_name=name)
@@ -125,11 +136,11 @@ def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     # A precision-recall curve may run through any corner, so the legend goes below the axes.
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    _save(figure, path)
+    return figure
 
 
-def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
-    """Plot a reliability diagram over 10 bins of equal width, with the number of samples in each bin below it.
+def draw_calibration(curves: Curves) -> Figure:
+    """Draw a reliability diagram over 10 bins of equal width, with the number of samples in each bin below it.
 
     The bins are those of the ECE in `ehr_embed.evaluation.metrics`. The error bars are 95% Wilson intervals, which
     treat samples as independent.
@@ -140,7 +151,7 @@ def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
     Raises:
         UserError: a split has one class only, or bad probabilities.
     """
-    figure = Figure(figsize=(5.4, 6.4), layout="constrained")
+    figure = ShownFigure(figsize=(5.4, 6.4), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     axes.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--", label="perfect calibration")
     edges = np.linspace(0, 1, N_CALIBRATION_BINS + 1)
@@ -178,7 +189,27 @@ def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
     below.set_xticks(edges[::2])
     _finish(below, "", "predicted probability", "samples (log)", place=None)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    _save(figure, path)
+    return figure
+
+
+def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
+    """Write what `draw_loss` draws as PNG."""
+    _save(draw_loss(history), path)
+
+
+def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:
+    """Write what `draw_roc` draws as PNG."""
+    _save(draw_roc(curves), path)
+
+
+def plot_precision_recall(path: str | os.PathLike[str], curves: Curves) -> None:
+    """Write what `draw_precision_recall` draws as PNG."""
+    _save(draw_precision_recall(curves), path)
+
+
+def plot_calibration(path: str | os.PathLike[str], curves: Curves) -> None:
+    """Write what `draw_calibration` draws as PNG."""
+    _save(draw_calibration(curves), path)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

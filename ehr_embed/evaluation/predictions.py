@@ -152,7 +152,10 @@ class Predictions:
                 "predictions), so their difference is no effect of the model. Compare runs on the same dataset and labels."
             )
         if self.labels.shape != other.labels.shape or (self.labels != other.labels).any():
-            raise UserError(f"{name} and {other_name} have different labels for the same subjects: different tasks.")
+            raise UserError(
+                f"{name} and {other_name} have different labels for the same subjects, so they are runs of different "
+                "tasks. Compare runs on the same labels."
+            )
 
 
 def read_predictions(path: Path) -> Predictions:

@@ -28,9 +28,8 @@ OWN, SHARED = ("model", "trainer"), ("data", "embedder", "task")
 
 
 def is_ensemble(cfg: DictConfig) -> bool:
-    """Return whether a configuration asks for an ensemble."""
-    found = OmegaConf.select(cfg, "ensemble")  # a configuration of an earlier version has none
-    return found is not None and bool(found.members or found.runs)
+    """Return whether a configuration asks for an ensemble; those of earlier versions have no such key."""
+    return any(OmegaConf.select(cfg, f"ensemble.{key}") for key in ("members", "runs"))
 
 
 def written_out(cfg: DictConfig) -> DictConfig:

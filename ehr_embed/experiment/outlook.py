@@ -280,7 +280,7 @@ def in_words(seconds: float) -> str:
     """Return a duration as a person says it.
 
     >>> in_words(0.2), in_words(75), in_words(7300), in_words(200_000)
-    ('1 s', '1 min 15 s', '2 h 2 min', '2 d 7 h')
+    ('1 s', '1 min 15 s', '2 h 1 min', '2 d 7 h')
     """
     s = max(1, round(seconds))
     for size, name, below, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):

@@ -229,7 +229,7 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     )
     if init_from is None and not plan.is_trained:
         raise UserError(
-            "this run evaluates a trained model (a task or trainer that trains nothing) and there is none. "
+            "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
         )
     return plan
@@ -457,6 +457,8 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
     if not plan.is_trained and plan.init_from is not None:
         share = kept(plan.init_from, metrics["held_out"], task.metrics)
         metrics |= {"transfer": share} if share else {}
+    if inputs.aligned is not None:
+        metrics["alignment"] = inputs.aligned[1].facts
     if "train" in fitted.outputs:
         found = over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
         metrics |= {"all_splits": found} if found else {}

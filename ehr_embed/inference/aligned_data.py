@@ -24,6 +24,8 @@ from ehr_embed.models.protocol import AlignsCodes
 from ehr_embed.sources.meds import MedsSource
 
 log = logging.getLogger(__name__)
+MIN_SUBJECTS = 20
+"""Subjects that `auto` needs: numbers are ranked among theirs, and the ranks of fewer say nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,8 @@ def read_aligned(
 ) -> AlignedData | None:
     """Return what the run needs to read the dataset; None where the settings want its codes as they are.
 
-    Numbers are scaled and ranked among those of the subjects that are predicted for, which needs no labels. The dataset is read
+    Numbers are scaled and ranked among those of the subjects that are predicted for, which needs no labels, but at least
+    `MIN_SUBJECTS` subjects. The dataset is read
     three times: to decide by its first shard, to count and scale its codes, and to count its tokens.
 
     Args:
@@ -103,10 +106,18 @@ def read_aligned(
     fitted = fit_vocabulary(
         AsTrain(source, split), type(own)(**{**own.__dict__, "lookups": tuple(lookups), "describe_unseen": False})
     )
-    counts = np.zeros(len(fitted), np.int64)
+    counts, n_subjects = np.zeros(len(fitted), np.int64), 0
     for events in encode_shards(source, lambda _: fitted, split):
         counts += np.bincount(events.token_ids, minlength=len(counts))
+        n_subjects += len(events.subject_ids)
     vocabulary = fitted.with_counts(counts)
+    if settings.aligned_to == AUTO and n_subjects < MIN_SUBJECTS:
+        log.info(
+            "%d subjects are too few to rank numbers among theirs, so codes that the run never saw are read by their texts "
+            "(data.aligned_to=RUN aligns them all the same)",
+            n_subjects,
+        )
+        return None
     if not settings.is_wanted(share_of_new(run.vocabulary, vocabulary)):
         return None
     alignment = settings.alignment(run.vocabulary, vocabulary)

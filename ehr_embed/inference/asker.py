@@ -39,13 +39,13 @@ class FoundEvent(NamedTuple):
     Attributes:
         code, text: of the event.
         cosine: likeness of its text to the question; NaN where the event was named by its code.
-        count: its events in train.
+        n_train: its events in train.
     """
 
     code: str
     text: str
     cosine: float
-    count: int
+    n_train: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class Asker(Predictor):
             return [self._by_code(name, EventSet(**keys)) for name, keys in asked.items()]
         if empty := [words for words in asked if not str(words).strip()]:
             raise UserError(
-                f"questions={list(asked)}: {len(empty)} of them are empty, and no words have no meaning to embed."
+                f"questions={list(asked)}: {len(empty)} of them are empty, and an empty question has no meaning to "
+                "embed. Leave them out."
             )
         if repeated := sorted({words for words in asked if list(asked).count(words) > 1}):
             raise UserError(f"questions={list(asked)}: {repeated[0]} is asked twice. Leave one out")
@@ -177,9 +178,8 @@ class Asker(Predictor):
                 "codes=[CODE,CODE]"
             )
         vectors = self._vectors(list(asked))
-        chosen = {"n_events": n_events, "min_cosine": min_cosine, "margin": margin}
         return [
-            self._in_words(words, vector, literal=literal, **chosen)
+            self._in_words(words, vector, literal=literal, n_events=n_events, min_cosine=min_cosine, margin=margin)
             for words, vector in zip(asked, vectors, strict=True)
         ]
 
@@ -233,13 +233,14 @@ class Asker(Predictor):
 
     def _events_of(self, tokens: list[int]) -> list[FoundEvent]:
         vocabulary = self.run.vocabulary
-        counts, found = vocabulary.tokens["count"].to_numpy(), {}
+        counts = vocabulary.tokens["count"].to_numpy()
+        found: dict[str, FoundEvent] = {}
         for token in tokens:
             code = str(vocabulary.token_codes[token])
             text = vocabulary.texts[int(vocabulary.plain_tokens[token])]
-            n = found[code].count if code in found else 0
+            n = found[code].n_train if code in found else 0
             found[code] = FoundEvent(code, text, float("nan"), n + int(counts[token]))
-        return sorted(found.values(), key=lambda event: -event.count)
+        return sorted(found.values(), key=lambda event: -event.n_train)
 
     def ask(
         self,

@@ -138,7 +138,9 @@ def explain_subject(
         wanted = rows[times == np.datetime64(_parsed(prediction_time), "us")]
         if not len(wanted):
             listed = ", ".join(str(time) for time in np.sort(times)[:10])
-            raise UserError(f"prediction_time={prediction_time}: subject {subject} is predicted at {listed}. Take one.")
+            raise UserError(
+                f"prediction_time={prediction_time}: subject {subject} has predictions at {listed}. Give one of these times."
+            )
         row = wanted[0]
     found = explainer.attribute(data, int(row))
     table = event_table(data, int(row), found)

@@ -188,7 +188,8 @@ class Predictor:
             token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
         elif isinstance(self.run.model, ReadsVocabulary):
             raise UserError(
-                f"{type(self.run.model).__name__} reads the codes or texts of events, and vectors carry none. Give texts, or the "
+                f"{type(self.run.model).__name__} reads the codes or texts of events, which vectors do not contain. Give "
+                "texts, or the "
                 "root of a MEDS dataset."
             )
         else:

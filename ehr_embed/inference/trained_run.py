@@ -211,5 +211,5 @@ def say_static_only(n: int, of: int) -> None:
 def nothing_to_predict() -> UserError:
     """Return the error for a split in which no subject has a prediction time."""
     return UserError(
-        "no subject of this split has a prediction time, so there is nothing to go on from. Choose another split."
+        "no subject of this split has a prediction time, so there is no record to continue. Choose another split."
     )

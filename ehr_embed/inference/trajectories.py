@@ -109,7 +109,8 @@ def earlier_futures(folder: Path) -> list[Path]:
             is_ours = False
         if not is_ours:
             raise UserError(
-                f"{path} is no file of sampled futures (it has no column prediction_time), but sampled futures would replace it. "
+                f"{path} is not a file of sampled futures (it has no column prediction_time), but sampled futures would "
+                "replace it. "
                 "Type: output=ANOTHER_FOLDER"
             )
     return found

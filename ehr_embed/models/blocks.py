@@ -56,32 +56,31 @@ def rotate(x_BHTK: Tensor, position_BT: Tensor, *, base: float = 10_000.0) -> Te
 
 
 DropShare = Annotated[float, Field(ge=0, lt=1), Told("a probability in [0, 1)", example="0.1")]
-STEPS = 2**16
-"""Values of a mask entry of 16 bits, from -32768 on."""
+STEPS = 256
+"""Values of a mask entry of 8 bits."""
 
 
 class Dropout(nn.Module):
-    """Dropout that is fast on a CPU: each 64-bit random number gives four mask entries.
+    """Dropout whose probability is a multiple of 1/256 on every device: 0.1 is 26/256 = 0.1016.
 
-    The probability on a CPU is therefore a multiple of 1/65536: 0.1 is 0.100006. `torch.nn.functional.dropout` draws the
-    entries one by one, which takes a third of a training step on a CPU.
+    On a CPU each 64-bit random number gives eight mask entries. `torch.nn.functional.dropout` draws the entries one by one
+    there, which takes a third of a training step.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: DropShare) -> None:
         super().__init__()
         check_setting("model.dropout", p, DropShare)
-        self.p = p
+        self.p, self.n_dropped = p, min(max(1, round(p * STEPS)), STEPS - 1) if p else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x`, of any shape, with entries dropped in training and unchanged in evaluation."""
-        if not self.training or self.p == 0:
+        if not self.training or not self.n_dropped:
             return x
         if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        n_dropped = max(1, round(self.p * STEPS))
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= n_dropped - STEPS // 2
-        return x * keep.to(x.dtype).mul_(STEPS / (STEPS - n_dropped))
+            return F.dropout(x, self.n_dropped / STEPS)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.n_dropped
+        return x * keep.to(x.dtype).mul_(STEPS / (STEPS - self.n_dropped))
 
 
 class Attention(nn.Module):

@@ -52,7 +52,7 @@ class ReadsCodes(nn.Module):
         """
         if "token_ids" not in inputs:
             raise UserError(
-                "this model reads the codes of events, and vectors carry none. Give texts or a MEDS dataset to predict on."
+                "this model reads the codes of events, and vectors contain no codes. Give texts or a MEDS dataset to predict on."
             )
         return inputs["token_ids"].long()
 
@@ -105,8 +105,8 @@ class CodeFeatures(ReadsCodes):
         self.ends = [float(hours) for hours in windows_hours or ()]
         if any(b <= a for a, b in pairwise([0.0, *self.ends])):
             raise UserError(
-                f"model.windows_hours={windows_hours}: expected ascending numbers of hours above 0, where the windows before the "
-                "prediction end, or null. Type: model.windows_hours=[12,24,36,48]"
+                f"model.windows_hours={windows_hours}: expected ascending numbers of hours above 0, at which the windows before "
+                "the prediction time end, or null. Type: model.windows_hours=[12,24,36,48]"
             )
         self.max_codes, self.times = max_codes, times
         self.codes: list[str] = []

@@ -63,8 +63,9 @@ class CodeSummaries(ReadsCodes):
         edges = [0.0, *map(float, windows_hours)]
         if len(edges) != N_WINDOWS + 1 or any(b <= a for a, b in pairwise(edges)):
             raise UserError(
-                f"model.windows_hours={list(windows_hours)}: expected four ascending numbers of hours above 0, where the windows "
-                "before the prediction end. Type: model.windows_hours=[12,24,36,48]"
+                f"model.windows_hours={list(windows_hours)}: expected four ascending numbers of hours above 0, at which "
+                "the windows "
+                "before the prediction time end. Type: model.windows_hours=[12,24,36,48]"
             )
         self.edges = edges
         self.codes: list[str] = []

@@ -198,8 +198,8 @@ def check_asks_everywhere(model: nn.Module) -> None:
     pooling = getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
     if not declarations(model).is_causal or not hasattr(model, "hidden") or pooling != "last":
         raise UserError(
-            f"task.outcomes=auto asks at every event of a record, and {type(model).__name__} (pooling={pooling}) sees later "
-            "events there, or mixes several. Type: model=decoder model.pooling=last"
+            f"task.outcomes=auto predicts at every event of a record, and {type(model).__name__} (pooling={pooling}) reads later "
+            "events there, or mixes the vectors of several events. Type: model=decoder model.pooling=last"
         )
 
 

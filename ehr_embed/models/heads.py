@@ -167,8 +167,9 @@ class EventHead(nn.Module):
             weight_VD, bias_V = self.tokens.weight, self.tokens.bias
             if len(table_VE) != len(weight_VD):
                 raise UserError(
-                    f"a linear vocabulary head of {len(weight_VD)} tokens cannot score {len(table_VE)}: each has a vector "
-                    "of its own. Use the vocabulary it was trained with, or pretrain with model.vocabulary_head=text_tied."
+                    f"a linear vocabulary head of {len(weight_VD)} tokens cannot score {len(table_VE)} tokens, because "
+                    "each of its tokens has a learned vector. Use the vocabulary it was trained with, or pretrain with "
+                    "model.vocabulary_head=text_tied."
                 )
         else:
             text = self.text(table_VE)

@@ -188,7 +188,8 @@ def body_of(model: nn.Module) -> nn.Module:
     """
     if (body := body_or_none(model)) is None:
         raise UserError(
-            f"{type(model).__name__} has no body to freeze or to hand on. Type: model=encoder or model=decoder"
+            f"{type(model).__name__} has no body that could be frozen or could start another model. Type: model=encoder "
+            "or model=decoder"
         )
     return body
 

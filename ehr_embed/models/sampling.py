@@ -116,7 +116,8 @@ def check_lengths(n_prompt: int, max_new_events: int, max_length: int) -> None:
     if n_prompt + max_new_events > max_length:
         raise UserError(
             f"a prompt of {n_prompt} events and max_new_events={max_new_events} exceed the model's max_length={max_length}; "
-            f"later events would have positions it never saw. Type: prompt_length={max(1, max_length - max_new_events)}, or "
+            "later events would have positions that it was not trained on. Type: "
+            f"prompt_length={max(1, max_length - max_new_events)}, or "
             f"a smaller max_new_events"
         )
 

@@ -124,7 +124,8 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any]:
 def _check_encoder(backbone: str, config: Any, max_pieces: int) -> None:
     if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
         raise UserError(
-            f"model.backbone={backbone} is a {config.model_type} model, not an encoder. Use one like BERT, or: bundled"
+            f"model.backbone={backbone} is a {config.model_type} model, not an encoder. Use an encoder such as BERT, or "
+            "type: model.backbone=bundled"
         )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_pieces > longest:

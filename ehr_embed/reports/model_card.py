@@ -68,7 +68,7 @@ def write_model_card(
         )
     parts = [
         f"# Model card: {run_dir.resolve().name}\n\n{_about(config, metrics['train'])}",
-        f"## Data\n\n{_data(store, metrics, samples)}",
+        f"## Data\n\n{_data(config, store, metrics, samples)}",
         f"## Texts\n\n{_texts(store)}",
         f"## Metrics\n\n{_metrics(metrics)}",
     ]
@@ -125,14 +125,37 @@ def _joined(labels: Any) -> str:
     return ", ".join(Path(name).stem for name in names)  # without folders, whose names could reveal a site
 
 
-def _data(store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
+def origin_of(config: dict[str, Any], train: dict[str, Any]) -> str:
+    """Return in a sentence where the weights of a run come from, if they did not start here; else nothing.
+
+    >>> origin_of({"init_from": None}, {"epochs": 3})
+    ''
+    >>> origin_of({"init_from": "runs/a"}, {})
+    'The weights come from an earlier run (`init_from`) and were not trained here.'
+    """
+    if config.get("init_from") is None and config.get("pretrain") is None:
+        return ""
+    first = "an earlier run (`init_from`)" if config.get("pretrain") is None else "a first stage (`pretrain`)"
+    if "epochs" in train:
+        return f"The weights started from those of {first}, which saw that run's data, and were trained on here."
+    return f"The weights come from {first} and were not trained here."
+
+
+def _data(config: dict[str, Any], store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
     rows, is_binary = [], "prevalence" in metrics["held_out"]
     for split in SPLITS:
         sizes, own = store.manifest["splits"][split], samples[split]
         prevalence = f"{own.labels.mean():.3f}" if is_binary else ""
         rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), prevalence])
     told = table(["split", "subjects", "events", "samples", "prevalence"], rows)
-    return f"Dataset `{store.manifest['name']}`; vocabulary, bins and weights saw train only.\n\n{told}"
+    origin = origin_of(config, metrics["train"])
+    saw = f"vocabulary and bins saw train only. {origin}" if origin else "vocabulary, bins and weights saw train only."
+    if found := metrics.get("alignment"):
+        saw += (
+            f" Codes are read as those of the earlier run, by text: {found['n_matched']:,} of {found['n_codes']:,} have a match, "
+            f"{100 * found['event_share']:.1f} % of train's events; the others are left out (`alignment.csv`)."
+        )
+    return f"Dataset `{store.manifest['name']}`; {saw}\n\n{told}"
 
 
 def _texts(store: EventStore) -> str:
@@ -191,7 +214,9 @@ def limits_of(
     """Return the limits of the run's metrics, one sentence per limit, from facts of this run."""
     held_out, tuning, sizes = metrics["held_out"], metrics["tuning"], store.manifest["splits"]
     lines = [
-        f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known.",
+        f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known."
+        if not (origin := origin_of(config, metrics["train"]))
+        else f"{origin} All splits that judge them come from one dataset, `{store.manifest['name']}`.",
         f"Held_out has {sizes['held_out']['n_subjects']:,} subjects and {held_out['n']:,} samples; the checkpoint and any "
         f"threshold were chosen on {tuning['n']:,} samples of tuning, so the metrics on tuning are too optimistic.",
     ]

@@ -168,7 +168,7 @@ def initialise(
     if class_names is not None and (there := checkpoint["class_names"]) and there != class_names:
         raise UserError(
             f"{path} predicts {', '.join(there)}, this run's labels are {', '.join(class_names) or 'no classes'}: a head that is "
-            "not trained again can answer its own question only. Set task.labels as there, or train: trainer=short"
+            "not trained again can only predict its own classes. Set task.labels as in that run, or train the head: trainer=short"
         )
     saved, own = checkpoint["model_state_dict"], model.state_dict()
     keeps_head = (
@@ -262,8 +262,8 @@ def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: Ev
     trainable = trainable_of(checkpoint["config"]["embedder"])
     if trainable != embedding.trainable:
         raise UserError(
-            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which has no place "
-            f"for its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
+            f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which cannot hold "
+            f"its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
         )
 
 
@@ -301,7 +301,7 @@ def _refuse_mismatch(
     raise UserError(
         f"{path} does not fit this model: {problems[0]}"
         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-        + f". What differs: {'; '.join(differ) or 'the kind of model'}. Set these as there."
+        + f". What differs: {'; '.join(differ) or 'the kind of model'}. Give these keys the values of that run."
     )
 
 

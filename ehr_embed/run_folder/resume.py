@@ -122,7 +122,8 @@ class FoundRun:
             if there.get(key) != value:
                 raise UserError(
                     f"{path} was trained on other data: {names.get(key, key)} had digest {str(there.get(key))[:12]}, now "
-                    f"{value[:12]}. Half a run on each would be neither. Type: run_dir=ANOTHER, or resume=overwrite to start "
+                    f"{value[:12]}. A run that was trained partly on each would be a result on neither. Type: "
+                    "run_dir=ANOTHER, or resume=overwrite to start "
                     "again here"
                 )
         progress = checkpoint["progress"]
@@ -171,7 +172,7 @@ def _config_beside(run_dir: Path) -> dict[str, Any]:
     config = read_config(run_dir)
     if config is None:
         raise UserError(
-            f"{run_dir} holds a finished run without config.yaml, so nothing says what it was. "
+            f"{run_dir} holds a finished run without config.yaml, so its settings are unknown. "
             "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
         )
     return config
@@ -265,7 +266,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
         lock.acquire(timeout=CLAIM_TIMEOUT_S)
     except Timeout:
         raise UserError(
-            f"{run_dir}: another process is at work there, and two would overwrite each other's checkpoints. "
+            f"{run_dir}: another process is running there, and two would overwrite each other's checkpoints. "
             "Wait for its end, or type: run_dir=ANOTHER"
         ) from None
     except OSError as error:

@@ -76,7 +76,7 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
         if not (folder / MANIFEST).exists():
             if folder.exists() and (folder.is_file() or any(folder.iterdir())):
                 raise UserError(
-                    f"{folder} exists and is no import of this kind (no {MANIFEST}); writing there would replace it. "
+                    f"{folder} exists and is not an import of this kind (no {MANIFEST}); writing there would replace it. "
                     "Type: data.root=ANOTHER_FOLDER, or delete it if an earlier version made it"
                 )
         elif not overwrite:

@@ -190,7 +190,7 @@ class Corpus:
             times = np.array([0.0 if time is None else time for time in record["timestamps"]], np.float64)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path}, record {number}: subject_id, tokens or timestamps are no numbers ({error})."
+                f"{path}, record {number}: subject_id, tokens or timestamps are not numbers ({error})."
             ) from error
         if len(tokens) and tokens.dtype.kind not in "iu":
             raise UserError(f"{path}, subject {subject}: expected integer tokens, found {tokens.dtype}.")
@@ -201,8 +201,8 @@ class Corpus:
             )
         if subject in self.seen:
             raise UserError(
-                f"subject {subject} is in both {self.seen[subject]} and {path}. A subject in two splits would be tested on "
-                "what was trained on; keep each in one record."
+                f"subject {subject} is in both {self.seen[subject]} and {path}. A model would be tested on subjects that "
+                "it was trained on; keep each subject in one record."
             )
         self.seen[subject] = path
         return np.full(len(tokens), subject), tokens, times

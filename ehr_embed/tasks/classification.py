@@ -308,6 +308,7 @@ def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label
     if missing or len(names) < 2:
         have = ", ".join(f"{name}: {n}" for name, n in zip(names, counts, strict=False))
         raise UserError(
-            f"label set {label_set}, split {split}: one class only or a class missing ({have}). AUROC and the threshold would be "
+            f"label set {label_set}, split {split}: only one class, or a class is missing ({have}). AUROC and the "
+            "threshold would be "
             "undefined. Choose another label set, or splits in which every class occurs."
         )

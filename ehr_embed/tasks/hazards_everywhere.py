@@ -69,12 +69,12 @@ class AutoOutcomes:
             for outcomes that it was never trained on.
     """
 
-    per_batch: int = 256
-    places: int = 512
+    per_batch: int = 64
+    places: int = 4096
     min_events: int = 20
     neighbours: float = 0.2
     unions: float = 0.2
-    rarity: float = 0.5
+    rarity: float = 0.0
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class AskEverywhere:
         """Choose the codes that are asked for, and fit time bins and rates to train."""
         if max_length < 3:
             raise UserError(
-                f"model.max_length={max_length}: expected 3 or more events, of which one is asked for others."
+                f"model.max_length={max_length}: expected 3 or more events, so that one can be predicted from the others."
             )
         vocabulary, settings = store.vocabulary, self.settings
         self._max_length, V = max_length, len(vocabulary)

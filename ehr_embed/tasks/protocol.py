@@ -174,10 +174,10 @@ def check_causality(task: Task, model: nn.Module) -> None:
     if task.needs_causal:
         raise UserError(
             f"{task_name} predicts an event from those before it, and {name} (is_causal={is_causal}) also sees those after: it "
-            "would read off the answer. Type: model=decoder, or task=masked_event for an encoder"
+            "would see the answer. Type: model=decoder, or task=masked_event for an encoder"
         )
     raise UserError(
-        f"{task_name} predicts an event from both sides, and {name} (is_causal={is_causal}) sees one. "
+        f"{task_name} predicts an event from the events on both sides, and {name} (is_causal={is_causal}) reads those on one side. "
         "Type: model=encoder, or task=next_event for a decoder"
     )
 

@@ -62,7 +62,8 @@ def blend(
     assert isinstance(task, WeighsSamples)
     if trainer.processes.size > 1:
         raise UserError(
-            f"runs are blended in one process, here are {trainer.processes.size}. Train the members as runs of their own, then "
+            f"runs are blended in one process, but this run has {trainer.processes.size}. Train the members as runs of "
+            "their own, then "
             "type: trainer.devices=1 ensemble.runs=[RUN_DIR,...]"
         )
     began = time.perf_counter()
@@ -109,7 +110,7 @@ def refuse_task(task: Task) -> None:
     """
     if not isinstance(task, WeighsSamples):
         raise UserError(
-            f"an ensemble blends probabilities of one class per sample, and {type(task).__name__} has something else. "
+            f"an ensemble blends probabilities of one class per sample, and {type(task).__name__} predicts something else. "
             "Type: task=classification"
         )
 

@@ -116,7 +116,8 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
         )
     elif task.label_smoothing:
         raise UserError(
-            f"task.label_smoothing={task.label_smoothing}: {name} is fitted to whole labels. Type: task.label_smoothing=0"
+            f"task.label_smoothing={task.label_smoothing}: {name} is fitted to labels that are not smoothed. Type: "
+            "task.label_smoothing=0"
         )
     if trainer.processes.size > 1:
         raise UserError(

@@ -61,8 +61,8 @@ def parameter_groups(
     n_layers = 1 + max((block_of[name] for name, _ in named), default=-1)
     if layer_decay < 1 and not n_layers:
         raise UserError(
-            f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no blocks that learn, one above the other, so there "
-            "is nothing to decay over. Type: trainer.layer_decay=1"
+            f"trainer.layer_decay={layer_decay}: {type(model).__name__} has no stack of trainable blocks, whose learning rates "
+            "could differ. Type: trainer.layer_decay=1"
         )
     groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
@@ -163,7 +163,7 @@ def check_optimizer(make: Any, *, weight_decay: float) -> None:
         )
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
         raise UserError(
-            f"trainer.weight_decay={weight_decay}: {name} knows no weight decay, so it would have no effect. "
+            f"trainer.weight_decay={weight_decay}: {name} has no weight decay, so the key would have no effect. "
             "Type: trainer.weight_decay=0"
         )
 

@@ -91,12 +91,12 @@ class TrainerSettings:
         check_optimizer(self.optimizer, weight_decay=self.weight_decay)
         if self.keep == "last" and self.patience is not None:
             raise UserError(
-                f"trainer.keep=last with trainer.patience={self.patience}: where tuning chooses no epoch, it does not end training "
-                "either. Type: trainer.patience=null"
+                f"trainer.keep=last with trainer.patience={self.patience}: if tuning does not choose the epoch, it cannot stop "
+                "training early either. Type: trainer.patience=null"
             )
         if self.ema is not None and self.strategy == "fsdp":
             raise UserError(
-                "trainer.ema with trainer.strategy=fsdp: averages of weights that are spread are not supported. "
+                "trainer.ema with trainer.strategy=fsdp: averages of weights that are spread over devices are not supported. "
                 "Type: trainer.ema=null or trainer.strategy=ddp"
             )
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):

@@ -226,7 +226,7 @@ class TrainingState:
         names = [optimizer_of(config) for config in (saved["config"], self.about["config"])]
         if names[0] != names[1]:  # torch would load the state of another optimizer, and miss its own at the next step
             raise UserError(
-                f"{run.path} holds the state of {names[0]}, with which {names[1]} cannot go on. "
+                f"{run.path} holds the state of {names[0]}, from which {names[1]} cannot continue. "
                 "Type: run_dir=ANOTHER, or resume=overwrite to start again here"
             )
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]

@@ -80,12 +80,13 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
     task = trainer.task
     if not isinstance(task, WeighsSamples):
         raise UserError(
-            f"trainer.teacher=gbm: a teacher speaks of one class per sample, and {type(task).__name__} has something else. "
+            f"trainer.teacher=gbm: a teacher gives probabilities of one class per sample, and {type(task).__name__} "
+            "predicts something else. "
             "Type: trainer.teacher=null, or task=classification"
         )
     if trainer.processes.size > 1:
         raise UserError(
-            f"trainer.teacher=gbm is fitted in one process, here are {trainer.processes.size}. Type: trainer.devices=1"
+            f"trainer.teacher=gbm is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
         )
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)

@@ -20,7 +20,7 @@ from tests.helpers.configs import CONF, composed
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru")
+CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru", "original")
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
 
 

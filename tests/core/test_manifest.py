@@ -291,7 +291,7 @@ def test_no_flipped_bit_changes_a_cached_vector_unnoticed(tmp_path):
     with closing(sqlite3.connect(path)) as database:
         vector = database.execute("SELECT vector FROM vectors").fetchone()[0]
     flip(path, kept.index(vector), 3)
-    with refused("sqlite", "'finding ", "checksum", "Delete it"):
+    with refused("sqlite", "'finding ", "checksum", "Delete this file"):
         embed_texts(embedder, TEXTS, cache_dir=tmp_path)
 
 
@@ -310,7 +310,9 @@ def test_a_truncated_cache_is_named(tmp_path):
     embed_texts(embedder, TEXTS, cache_dir=tmp_path)
     path = cache_file(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=rf"{path}: not a readable vector cache .* Delete it; texts are embedded again"):
+    with pytest.raises(
+        UserError, match=rf"{path}: not a readable vector cache .* Delete this file; the texts are then embedded again"
+    ):
         embed_texts(embedder, TEXTS, cache_dir=tmp_path)
 
 

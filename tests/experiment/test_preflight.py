@@ -87,7 +87,7 @@ def test_an_empty_tuning_split_of_folders(refused, tiny):
 def test_a_split_with_one_class(refused, tiny):
     subjects = [10, 11, 12, 20, 21, 22, 30, 31, 32]
     write_labels(tiny / "labels" / "never", [(s, 2.0, s % 2 == 1 and s != 21) for s in subjects])
-    assert re.search(r"split tuning: one class only .*false: 3, true: 0", refused("task.labels=never"))
+    assert re.search(r"split tuning: only one class.*false: 3, true: 0", refused("task.labels=never"))
     write_labels(tiny / "labels" / "elsewhere", [(s + 500, 2.0, s % 2 == 1) for s in subjects])
     assert "none of its subjects (such as 510) is in a split" in refused("task.labels=elsewhere")
     write_labels(tiny / "labels" / "untuned", [(s, 2.0, s % 2 == 1) for s in subjects if s // 10 != 2])

@@ -135,7 +135,7 @@ def test_help_lists_groups_and_commands(tmp_path):
             r"unknown task\.labels 'outcom': did you mean 'outcome'",
         ),
         (["data=meds", "data.root=TINY", "model.n_heads=3", "embedder=hashing"], r"model\.n_heads=3 does not divide"),
-        (["data=meds", "data.root=TINY", "embedder=e5_large"], r"weights are not here"),
+        (["data=meds", "data.root=TINY", "embedder=e5_large"], r"weights are not on this machine"),
         (["data=meds", "data.root=TINY", "data.values=bin"], r"unknown data\.values 'bin': did you mean 'bins'"),
         (["data=meds", "data.root=TINY", "trainer.epochs=many"], r"trainer\.epochs"),
     ],

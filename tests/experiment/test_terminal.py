@@ -68,7 +68,7 @@ def test_a_mistake_is_one_line_on_a_terminal(tmp_path):
 
 
 def test_a_log_has_whole_sentences_and_nothing_twice(tmp_path, inside):
-    where = (f"run_dir={tmp_path / 'a folder with a rather long name, as logs of a cluster have them' / ('run' * 20)}",)
+    where = (f"run_dir={tmp_path / 'a_folder_with_a_rather_long_name_as_logs_of_a_cluster_have_them' / ('run' * 20)}",)
     output = inside("train.py", *SMALL, *where, "embedder=hashing", cwd=tmp_path)
     assert re.search(r"^held-out and tuning metrics with 95 % intervals, \S+.*runrun$", output, re.MULTILINE)
     assert re.search(r"^[\d,]+ parameters, best epoch .* s in all$", output, re.MULTILINE)

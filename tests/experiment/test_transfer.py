@@ -174,7 +174,8 @@ def write_kinds(root: Path) -> Path:
 
 def config(root: Path, run_dir: Path, *overrides: str) -> DictConfig:
     return composed(
-        "data=meds", f"data.root={root}", "data.min_count=1", "model=encoder_small", "task.monitor=auroc", *SMALL,
+        "data=meds", f"data.root={root}", "data.min_count=1", "data.aligned_to=none",
+        "model=encoder_small", "task.monitor=auroc", *SMALL,
         f"run_dir={run_dir}", f"cache_dir={root.parent / 'cache'}", *overrides,
     )  # fmt: skip
 

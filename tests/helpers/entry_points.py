@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from tests.helpers.small_meds import ROOT, write_meds
 
@@ -37,6 +38,7 @@ def inside(monkeypatch, capfd):
         finally:
             logging.getLogger().handlers.clear()
             GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None  # type: ignore[assignment]  # else a multirun's would be that of later runs
         return checked(returned, "".join(capfd.readouterr()), code)
 
     return run

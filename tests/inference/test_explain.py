@@ -199,10 +199,10 @@ def test_static_events_numbers_and_new_codes_are_drawn(tmp_path):
     ("overrides", "message"),
     [
         (["subject=5000"], r"subject=5000 has no prediction here\. Subjects that have one are 200, 201"),
-        (["subject=204", "prediction_time=2021-01-01"], r"subject 204 is predicted at 2020-"),
+        (["subject=204", "prediction_time=2021-01-01"], r"subject 204 has predictions at 2020-"),
         (["subject=204", "prediction_time=soon"], r"prediction_time=soon: expected a time as"),
         (["target=tru"], r"unknown target 'tru': did you mean 'true'"),
-        (["max_steps=4"], r"n_steps=16, max_steps=4"),
+        (["max_steps=4"], r"n_steps=16: .*max_steps=4\. Type: max_steps=16"),
         (["max_samples=0"], r"max_samples=0"),
         (["max_samples=3", "min_samples=99"], r"no text is in min_samples=99 of the 3 samples"),
     ],

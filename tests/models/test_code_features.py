@@ -160,5 +160,5 @@ def test_what_cannot_be_summarised_is_refused():
     features.set_vocabulary(vocabulary())
     with pytest.raises(UserError, match="was not fitted"):
         features(batch([[(2, 1.0, NAN)]]))
-    with pytest.raises(UserError, match="vectors carry none"):
+    with pytest.raises(UserError, match="vectors contain no codes"):
         fitted([[(2, 1.0, NAN)]])({"embeddings": torch.zeros(1, 1, 4), "padding_mask": torch.ones(1, 1) > 0})

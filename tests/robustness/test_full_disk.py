@@ -51,6 +51,11 @@ def sqlite(path: Path) -> None:
         database.execute("INSERT INTO a VALUES (?)", (NUMBERS.tobytes(),))
 
 
+def save_array(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.save(file, NUMBERS)
+
+
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "text": lambda path: path.write_text("x" * 100_000),
     "torch": lambda path: torch.save({"a": torch.from_numpy(NUMBERS)}, path),
@@ -58,7 +63,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "polars parquet": lambda path: FRAME.write_parquet(path),
     "polars csv": lambda path: FRAME.write_csv(path),
     "pyarrow": lambda path: pq.write_table(pa.table({"a": NUMBERS}), path),
-    "numpy": lambda path: np.save(open(path, "wb"), NUMBERS),  # noqa: SIM115
+    "numpy": save_array,
     "matplotlib": savefig,
     "sqlite": sqlite,
 }

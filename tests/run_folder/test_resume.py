@@ -306,7 +306,7 @@ def test_other_labels_are_refused(dataset, stopped):
 def test_two_processes_do_not_share_a_folder(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("ehr_embed.run_folder.resume.CLAIM_TIMEOUT_S", 0)
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match=r"run: another process is at work there"):
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match=r"run: another process is running there"):
         run(settings(dataset, tmp_path / "run"))
 
 

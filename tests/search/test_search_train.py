@@ -154,7 +154,9 @@ SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 @pytest.mark.parametrize("name", SWEEP_NAMES)
 def test_every_sweep_says_what_it_asks_and_every_trial_composes(name):
-    head = "".join(line for line in (SWEEPS / f"{name}.yaml").open() if line.startswith("#"))
+    head = "".join(
+        line for line in (SWEEPS / f"{name}.yaml").read_text().splitlines(keepends=True) if line.startswith("#")
+    )
     assert all(word in head for word in ("# Question:", f"#   python train.py sweeps={name}", "# Cost:", "# Result:"))
     register(SearchedRuns())
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

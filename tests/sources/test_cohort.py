@@ -77,6 +77,6 @@ def test_what_follows_the_outcome_would_leak_and_lies_after_the_prediction(cohor
 
 
 def test_a_small_cohort_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match="expected 100 or more"):
+    with pytest.raises(UserError, match="expected 100 to"):
         write_demo_cohort(root=tmp_path / "demo", n_subjects=10, seed=0)
     assert not list(tmp_path.iterdir())

@@ -317,7 +317,7 @@ def test_a_bad_shard_is_named_and_nothing_is_left(corpus, name):
         ("data.cutoff_months=0", r"data\.cutoff_months=0: expected 1 or more"),
         ("data.prefix_file=nowhere.yaml", r"data\.prefix_file: no such file"),
         ("data.prefix_file=CORPUS/bad.yaml", r"unknown key of prefix 'X' 'txt'|no rule"),
-        ("data.root=CORPUS", r"exists and is no import"),
+        ("data.root=CORPUS", r"exists and is not an import"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_explained(corpus, override, message):

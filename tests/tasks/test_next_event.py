@@ -60,7 +60,7 @@ def test_a_model_that_sees_the_answer_is_refused():
     small = {"embedding_dim": 12, "model_dim": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 9}
     with refused("Encoder (is_causal=False)", "model=decoder"):
         check_causality(NextEvent(), Encoder(**small))
-    with pytest.raises(UserError, match=r"Decoder \(is_causal=True\) sees one.*model=encoder"):
+    with pytest.raises(UserError, match=r"Decoder \(is_causal=True\) reads those on one side.*model=encoder"):
         check_causality(MaskedEvent(), Decoder(**small))
     with pytest.raises(UserError, match=r"Linear \(is_causal=None\)"):
         check_causality(NextEvent(), torch.nn.Linear(1, 1))

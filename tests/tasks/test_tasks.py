@@ -83,7 +83,7 @@ def test_unknown_label_set_lists_those_present(prepared):
         setup(prepared, Classification())
 
 
-def refused(prepared, rows, message, labels="bad"):
+def refused_labels(prepared, rows, message, labels="bad"):
     write_labels(prepared[1] / labels, rows)
     with pytest.raises(UserError, match=message):
         setup(prepared, Classification(labels=labels))
@@ -98,11 +98,13 @@ def test_labels_of_subjects_without_events_are_left_out_and_said(prepared, caplo
 
 def test_labels_that_cannot_be_used_are_refused(prepared):
     good = [(s, 2.0, s % 2 == 1) for s in SUBJECTS]
-    refused(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
-    refused(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: one class only")
-    refused(prepared, good[:6], "no labels for the held_out split")
-    refused(prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* Drop the other rows")
-    refused(prepared, [(s, 2.0, ("xz"[s % 2] if s < 20 else "y")) for s in SUBJECTS], "classes y do not occur in train")
+    refused_labels(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
+    refused_labels(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: only one class")
+    refused_labels(prepared, good[:6], "no labels for the held_out split")
+    refused_labels(prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* Drop the other rows")
+    refused_labels(
+        prepared, [(s, 2.0, ("xz"[s % 2] if s < 20 else "y")) for s in SUBJECTS], "classes y do not occur in train"
+    )
 
 
 def test_prediction_before_any_event_is_refused(prepared, tiny):

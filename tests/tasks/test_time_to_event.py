@@ -273,3 +273,36 @@ def test_drawn_places_are_some_of_all_places_with_the_same_targets(store):
     torch.testing.assert_close(some.days, every.days[chosen], equal_nan=True)
     assert torch.equal(some.is_event, every.is_event[chosen])
     assert targets(batch, member, stops, excludes_prior=False, most_places=10**6).asked_at.equal(every.asked_at)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("questions=[Influenza]", "codes=[FLU]"), "Leave one out"),
+        (("questions=[Influenza]", "split=test"), "held_out"),
+        (("questions=[Influenza]", "horizon_days=0"), "horizon_days=0"),
+        (("questions=[Influenza,Influenza]",), "asked twice"),
+        (("questions=[' ']",), "empty"),
+        (("codes=[NONE]",), "NONE"),
+        (("output=RUN",), "is the folder of a run"),
+        ((), "no question"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_says_what_to_type(everywhere, root, tmp_path, overrides, message):
+    given = dict(
+        part.split("=", 1) for part in (f"run={everywhere}", f"data.root={root}", f"output={tmp_path / 'out'}")
+    )
+    given |= dict(part.replace("RUN", str(everywhere)).split("=", 1) for part in overrides)
+    with pytest.raises(UserError, match=message):
+        ask(composed(*(f"{key}={value}" for key, value in given.items()), name="ask"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_codes_are_asked_on_the_command_line_without_labels(everywhere, root, tmp_path):
+    folder = ask(
+        composed(f"run={everywhere}", f"data.root={root}", "codes=[MI,FLU]", f"output={tmp_path / 'out'}", name="ask")
+    )
+    found = json.loads((folder / "questions.json").read_text())["questions"]["MI+FLU"]
+    assert {event["code"] for event in found["events"]} == {"MI", "FLU"}
+    assert 0 < found["mean_risk"] < 1
+    assert not (folder / "metrics.json").exists()

@@ -251,6 +251,6 @@ def test_the_state_of_another_optimizer_is_refused(planted, tmp_path):
     path, checkpoint = read_checkpoint(tmp_path / "run")
     checkpoint["config"] = {"trainer": {"optimizer": {"_target_": "torch.optim.SGD"}}}
     with pytest.raises(
-        UserError, match=r"state of torch\.optim\.SGD, with which torch\.optim\.AdamW.*resume=overwrite"
+        UserError, match=r"state of torch\.optim\.SGD, from which torch\.optim\.AdamW.*resume=overwrite"
     ):
         train(planted, tmp_path / "other", run=Continuation(path, checkpoint, is_changed=True), epochs=2)
