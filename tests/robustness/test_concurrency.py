@@ -168,6 +168,7 @@ def test_a_killed_builder_is_replaced(many_texts, tmp_path, capsys):
     command = embed_command(many_texts, "embedder.batch_size=1")
     holder = Watched(*command, cwd=tmp_path)
     holder.wait_for(lambda: holder.count("t") > 100)
+    os.killpg(holder.process.pid, signal.SIGSTOP)  # so that it is still at work when the other one has started
     waiting = Watched(*command, cwd=tmp_path)
     waiting.wait_for(lambda: "waiting for another process" in waiting.said())
     assert holder.kill(), "it had ended before the kill"
