@@ -32,7 +32,7 @@ class Keys:
     needed: ClassVar[tuple[str, ...]] = ()
     """Keys that must be there."""
     has_only_these: ClassVar[bool] = False
-    """Whether other keys are refused."""
+    """True = other keys are refused."""
     expected: ClassVar[str] = ""
     """The valid values in words; empty = a mapping of these keys."""
 

@@ -13,7 +13,7 @@ from ehr_embed.core.files import read_json, write_json
 from ehr_embed.core.secrets import masked
 
 OUTCOME = "outcome.json"
-"""How a job of a multirun ended; in the job's folder."""
+"""Name of the file in a job's folder that says how the job of a multirun ended."""
 Row = dict[str, Any]
 """One run: run, state, objective; overrides by key; `<split>/<metric>` with /low and /high; seconds, events_per_s, ..."""
 MAX_MESSAGE_LENGTH = 1000  # characters; a text field of Optuna's SQL storage holds 2048

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,11 @@ class Samples:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of events of each sample, (n,)."""
         return self.static_stop - self.static_start + self.stop - self.start
+
+    @property
+    def meds_keys(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the columns subject_id and prediction_time (microseconds since 1970-01-01) of a file with a row per sample."""
+        return {"subject_id": self.subject_ids, "prediction_time": self.prediction_times.astype("datetime64[us]")}
 
     def take(self, index: npt.NDArray[np.int64]) -> Samples:
         """Return the samples at `index`, (m,)."""

@@ -31,6 +31,7 @@ STATIC_TIME = np.iinfo(np.int64).min
 """Time of a static event: it is below every real time, so a static event sorts first and is always visible."""
 MICROSECONDS_PER_DAY = 86_400_000_000
 DAYS_PER_YEAR = 365.25
+HOURS_PER_DAY = 24.0
 DTYPES = {"token_ids": np.int32, "times": np.int64, "values": np.float32}
 SUBJECT_ARRAYS = ("subject_ids", "offsets", "birth_times")
 

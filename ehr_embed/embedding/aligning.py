@@ -27,7 +27,7 @@ ALIGNED_FROM = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentSettings:
-    """How codes that a run never saw are aligned with its own.
+    """Settings of the alignment of codes that a run never saw with its own.
 
     Attributes:
         aligned_to: `auto` (where most events have codes that the run never saw), `none`, or the run's folder (always).

@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rules:
-    """How texts are cleaned before they are compared, and from which cosine on two texts mean the same.
+    """Rules by which texts are cleaned before they are compared, and the cosine from which on two texts mean the same.
 
     Attributes:
         cosines: below the first a match counts nothing, from the second on all.

@@ -1,4 +1,4 @@
-"""What a run that only evaluates takes from the run whose model it evaluates, where the command line says nothing else."""
+"""Give a run that only evaluates the model, embedder and use of numbers of the evaluated run, unless the user chose others."""
 
 from __future__ import annotations
 

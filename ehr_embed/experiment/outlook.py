@@ -6,8 +6,6 @@ would have, and are therefore estimates.
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from ehr_embed.inference.trained_run import device_named
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import ReadsLabels, Task
+from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.precision import autocast_of_run, choose_precision
 from ehr_embed.training.settings import TrainerSettings
 
@@ -36,6 +35,7 @@ N_STEPS, N_WARM, N_TEXTS = 3, 1, 32
 MAX_CODES_ROWS = 200_000_000
 """Largest number of events whose codes are counted; more would take minutes."""
 SHOWN_CLASSES = 5
+MIB_PER_GIB = 2**10
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def measured(
     precision = choose_precision(settings.precision, settings.accelerator)
     where = f"{device.type} in {precision} with {torch.get_num_threads()} threads"
     if isinstance(model, ReadsVocabulary | FitsAtOnce):
-        return Measured(n_parameters, None, _gib(device), where)
+        return Measured(n_parameters, None, peak_memory_mib(device) / MIB_PER_GIB, where)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     inputs = {name: x.to(device) for name, x in random_inputs(shape, width, n_tokens, has_values=has_values).items()}
@@ -234,7 +234,7 @@ def measured(
         optimizer.step()
         optimizer.zero_grad()
     _wait(device)
-    return Measured(n_parameters, (time.perf_counter() - began) / N_STEPS, _gib(device), where)
+    return Measured(n_parameters, (time.perf_counter() - began) / N_STEPS, peak_memory_mib(device) / MIB_PER_GIB, where)
 
 
 def random_inputs(shape: tuple[int, int], width: int, n_tokens: int, *, has_values: bool) -> dict[str, Tensor]:
@@ -263,17 +263,6 @@ def _device(settings: TrainerSettings) -> torch.device:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def in_words(seconds: float) -> str:

@@ -17,7 +17,7 @@ from ehr_embed.experiment.provenance import group_choices
 from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
-from ehr_embed.tasks.classification import refuse_missing_classes
+from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
 from ehr_embed.tasks.protocol import ReadsLabels, Task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
 
@@ -126,9 +126,6 @@ def check_labels(labels: LabelSet, splits: pl.DataFrame) -> None:
     names = ["false", "true"]
     for split in SPLITS:
         values = rows.filter(split=split)["value"]
-        if not len(values):
-            raise UserError(
-                f"label set {labels.name}: no labels for the {split} split; expected some in each of {', '.join(SPLITS)}."
-            )
+        refuse_no_labels(values, labels.name, split)
         if labels.is_boolean:
             refuse_missing_classes((values == "true").cast(pl.Int64).to_numpy(), names, labels.name, split)

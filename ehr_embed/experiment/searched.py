@@ -1,4 +1,4 @@
-"""What a search asks of a run of this project: its task, its data, its metrics and its tables."""
+"""Answers a search's questions about a run of this project: its task, its data, its metrics and its tables."""
 
 from __future__ import annotations
 

@@ -133,8 +133,7 @@ def _sample_rows(split: str, samples: Samples) -> pl.DataFrame:
         {
             "split": [split] * len(samples),
             "file": [f"patient_{number}.pt" for number in range(len(samples))],
-            "subject_id": samples.subject_ids,
-            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
+            **samples.meds_keys,
             "label": [str(label) for label in samples.labels.tolist()],
         }
     )

@@ -30,7 +30,7 @@ MIN_SUBJECTS = 20
 
 @dataclass(frozen=True, eq=False)
 class AlignedData:
-    """What a run needs to read a dataset whose codes are aligned with its own.
+    """The vocabulary, vectors and matches with which a run reads a dataset whose codes are aligned with its own.
 
     Attributes:
         vocabulary: fitted on the dataset's subjects, without labels: scales, value bins and counts are their own.
@@ -81,8 +81,8 @@ def read_aligned(
     """Return what the run needs to read the dataset; None where the settings want its codes as they are.
 
     Numbers are scaled and ranked among those of the subjects that are predicted for, which needs no labels, but at least
-    `MIN_SUBJECTS` subjects. The dataset is read
-    three times: to decide by its first shard, to count and scale its codes, and to count its tokens.
+    `MIN_SUBJECTS` subjects. The dataset is read three times: to decide by its first shard, to count and scale its codes, and to
+    count its tokens.
 
     Args:
         run: the run.

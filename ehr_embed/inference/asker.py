@@ -15,17 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError, check_range
-from ehr_embed.data.batches import BatchDataset, BucketSampler
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
-from ehr_embed.data.samples import Samples
-from ehr_embed.data.store import SplitEvents
 from ehr_embed.data.vocabulary import FIRST_TOKEN
-from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.inference.trained_run import TrainedRun, open_run
-from ehr_embed.models.hazards import HazardSizes, cumulative_incidence, hazard_sizes, outcome_inputs
-from ehr_embed.training.precision import autocast_of_run
+from ehr_embed.models.hazards import HazardSizes, by_member, cumulative_incidence, hazard_sizes, outcome_inputs
 
 N_TIMES = 12
 """Times up to the horizon at which a risk curve is given."""
@@ -284,30 +279,16 @@ class Asker(Predictor):
                 )
         data = self.read(str(root), labels=labels, split=split, lookups=lookups)
         days = (horizon_days * np.arange(1, N_TIMES + 1) / N_TIMES).tolist()
-        incidence = self._incidence(data.events, data.samples, data.embedding, resolved, days)
+        incidence = self._incidence(data, resolved, days)
         tokens = [question.tokens for question in resolved]
         places = TokenPlaces(data.events, len(data.vocabulary))
         prior = follow_up(data.events, data.samples, tokens, places=places, excludes_prior=False).has_prior
-        times = pl.DataFrame(
-            {
-                "subject_id": data.samples.subject_ids,
-                "prediction_time": data.samples.prediction_times.astype("datetime64[us]"),
-            }
-        )
-        return Answers(resolved, days, times, incidence, prior)
+        return Answers(resolved, days, pl.DataFrame(data.samples.meds_keys), incidence, prior)
 
     @torch.inference_mode()
-    def _incidence(
-        self,
-        events: SplitEvents,
-        samples: Samples,
-        embedding: EventEmbedding,
-        questions: list[Question],
-        days: list[float],
-    ) -> npt.NDArray[np.float64]:
+    def _incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
         """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
-        embedding.to(self.device)
-        sizes, trainer = self.sizes, self.run.config["trainer"]
+        sizes, embedding = self.sizes, data.embedding.to(self.device)
         sets, rates = [question.tokens for question in questions], [question.log_rates for question in questions]
         rival = None
         if sizes.competing and not all(set(sizes.competing) <= set(own) for own in sets):
@@ -323,18 +304,12 @@ class Asker(Predictor):
                 asked["outcome_vectors"][number] = question.vector.to(self.device)
                 asked["outcome_sizes"][number] = 1
         competes = [rival is not None and not set(sizes.competing) <= set(own) for own in sets]
-        dataset = BatchDataset(events, samples)
-        batches = BucketSampler(
-            dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
-        )
         edges, grid = torch.tensor(sizes.edges, device=self.device), torch.tensor(days, device=self.device)
-        result = np.empty((len(samples), len(questions), len(days)))
-        with autocast_of_run(trainer["precision"], self.run.precision, self.device):
-            for rows in batches:
-                log_hazard = self.run.model(embedding.inputs(dataset[rows].to(self.device)) | asked)
-                members = log_hazard.unsqueeze(1) if log_hazard.ndim == 3 else log_hazard
-                risk = cumulative_incidence(members, grid, edges, competing_at=rival, competes=competes).mean(1)
-                result[rows] = risk[:, : len(questions)].double().cpu().numpy()
+        result = np.empty((len(data.samples), len(questions), len(days)))
+        for rows, inputs in self.batches(data):
+            members = by_member(self.run.model(inputs | asked))
+            risk = cumulative_incidence(members, grid, edges, competing_at=rival, competes=competes).mean(1)
+            result[rows] = risk[:, : len(questions)].double().cpu().numpy()
         return result
 
 

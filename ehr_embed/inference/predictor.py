@@ -200,7 +200,8 @@ class Predictor:
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
-        source, new = self._open(root, split, lookups)
+        source = _source(root, split)
+        new = self._new_codes(source, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
             events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
@@ -213,7 +214,7 @@ class Predictor:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
         aligned = read_aligned(
             self.run,
-            MedsSource(root=root, needs_splits=split is not None),
+            _source(root, split),
             alignment,
             split=split,
             lookups=[*self._lookups, *lookups],
@@ -252,7 +253,8 @@ class Predictor:
         Raises:
             UserError: no subject has a prediction time, or the dataset cannot be read.
         """
-        source, new = self._open(root, split, lookups)
+        source = _source(root, split)
+        reads = self._new_codes(source, lookups) if aligned is None else aligned
         asked = None
         if labels is not None:
             asked = (
@@ -263,7 +265,7 @@ class Predictor:
             if is_per_subject:
                 asked = asked.unique("subject_id", keep="last", maintain_order=True)  # which is sorted by time
         unseen, n_subjects, n_samples = UnseenRecords(), 0, 0
-        for events in self._chunks(source, new, split, aligned):
+        for events in self._chunks(source, reads, split):
             times = times_to_predict(events, asked)
             n_subjects += len(events.subject_ids)
             n_samples += len(times)
@@ -272,8 +274,7 @@ class Predictor:
             none = np.zeros(len(times), np.int64)
             samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
             unseen.add(events, samples)
-            read = new if aligned is None else aligned
-            yield Dataset(read.vocabulary, read.embedding, events, samples), times
+            yield Dataset(reads.vocabulary, reads.embedding, events, samples), times
         if not n_samples:
             raise nothing_to_predict()
         unseen.say(f"labels {labels}")
@@ -282,30 +283,25 @@ class Predictor:
         elif n_samples < len(asked):
             log.info("%d of the %d rows of labels %s are of the subjects asked for", n_samples, len(asked), labels)
 
-    def _open(self, root: str, split: str | None, lookups: Sequence[str]) -> tuple[MedsSource, NewCodes]:
-        """Open a MEDS dataset, together with the new codes that an earlier call found if the dataset has not changed."""
-        if split is not None and split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        source = MedsSource(root=root, needs_splits=split is not None)
+    def _new_codes(self, source: MedsSource, lookups: Sequence[str]) -> NewCodes:
+        """Return the new codes of a dataset: those that an earlier call found if the dataset has not changed."""
         sums = [file_sha256(path) for path in lookups if Path(path).is_file()]
-        about = {"root": root, "source": source.fingerprint(), "lookups": sums}
+        about = {"root": str(source.root), "source": source.fingerprint(), "lookups": sums}
         if self._dataset is None or self._dataset[0] != about or self._dataset[1].is_full:
             texts = DatasetTexts(source, [*self._lookups, *lookups]) if self._reads_text else None
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
-        return source, self._dataset[1]
+        return self._dataset[1]
 
-    def _chunks(
-        self, source: MedsSource, new: NewCodes, split: str | None, aligned: AlignedData | None
-    ) -> Iterator[SplitEvents]:
+    def _chunks(self, source: MedsSource, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
         """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
         aligned dataset only the events whose codes have a match."""
         parts: list[SplitEvents] = []
-        vocabulary_for = new.vocabulary_for if aligned is None else (lambda _: aligned.vocabulary)
+        vocabulary_for = reads.vocabulary_for if isinstance(reads, NewCodes) else (lambda _: reads.vocabulary)
         for events in encode_shards(source, vocabulary_for, split):
-            if aligned is not None:
-                events = without_others(events, aligned.keeps)
+            if isinstance(reads, AlignedData):
+                events = without_others(events, reads.keeps)
             elif self.run.matches is not None:  # the run itself was trained on such events only
-                codes = new.vocabulary.token_codes
+                codes = reads.vocabulary.token_codes
                 events = without_others(events, np.array([code in self.run.matches for code in codes]))
             parts.append(events)
             if sum(len(part.token_ids) for part in parts) >= CHUNK_EVENTS:
@@ -456,6 +452,13 @@ class Predictor:
             check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
         )
         return embedder
+
+
+def _source(root: str, split: str | None) -> MedsSource:
+    """Open a MEDS dataset, whose splits are needed only if the subjects of one are asked for."""
+    if split is not None and split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    return MedsSource(root=root, needs_splits=split is not None)
 
 
 def _has_texts(records: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, checked
-from ehr_embed.data.store import DAYS_PER_YEAR
+from ehr_embed.data.store import DAYS_PER_YEAR, HOURS_PER_DAY
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import MAX_FITTED, CodeMatches
 from ehr_embed.models.feature_table import FeatureTable
@@ -310,7 +310,7 @@ class CodeFeatures(ReadsCodes):
         """Return the standard deviation of each code's values, then per window the counts, then per window the mean values."""
         n_rows, token_BT = len(inputs["token_ids"]), self.tokens(inputs)
         window_BT = torch.bucketize(
-            inputs["days"].double() * 24, torch.tensor(self.ends, device=token_BT.device).double()
+            inputs["days"].double() * HOURS_PER_DAY, torch.tensor(self.ends, device=token_BT.device).double()
         )
         is_in_BT = inputs["padding_mask"] & (window_BT < len(self.ends))
         spread_N = (values_N - value.spread(value.mean(values_N))).square()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.data.store import HOURS_PER_DAY
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import CodeMatches, fit_quantiles
 from ehr_embed.models.code_features import ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.quantiles import QuantileNormal
 
-HOURS_PER_DAY = 24.0
 N_WINDOWS = 4
 N_SUMMARIES = 9 + 2 * N_WINDOWS
 """Count; first, last, mean, least, greatest value and their standard deviation; hours to the first and the last event; the count in

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, checked
+from ehr_embed.data.outcomes import EVENT
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.hazards import HazardSizes, bin_of, exposure, hazard_nll
@@ -21,8 +22,6 @@ from ehr_embed.models.protocol import FeatureSet
 
 LIMIT = 10.0
 """Limit, in standard deviations, to which standardised features are clipped."""
-EVENT = 1
-"""Status of a seen outcome in the labels of a time-to-event task (`ehr_embed.data.outcomes`)."""
 
 
 class Cox(ReadsCodeFeatures):

@@ -65,7 +65,7 @@ class Ensemble(nn.Module):
 
     @property
     def reads_vectors(self) -> bool:
-        """Whether any member reads token vectors."""
+        """Return whether any member reads token vectors."""
         return any(declarations(member).reads_vectors for member in self.members)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -122,6 +122,27 @@ def pooled_losses(weights_G: Floats, log_p_GNC: Floats, labels_N: npt.NDArray[np
     return losses
 
 
+def shared_out(weights_G: Floats, groups: Sequence[int]) -> Floats:
+    """Return the weight of each model (A,): that of its group, shared equally among the group's models.
+
+    >>> shared_out(np.array([0.5, 0.5]), [0, 0, 1]).tolist()
+    [0.25, 0.25, 0.5]
+    """
+    of_A = np.asarray(groups)
+    weights_A: Floats = weights_G[of_A] / np.bincount(of_A)[of_A]
+    return weights_A
+
+
+def equal_weights(groups: Sequence[int]) -> Floats:
+    """Return the weight of each model (A,) where every group counts the same.
+
+    >>> equal_weights([0, 0, 1]).tolist()
+    [0.25, 0.25, 0.5]
+    """
+    n_groups = max(groups) + 1
+    return shared_out(np.full(n_groups, 1 / n_groups), groups)
+
+
 def choose_weights(
     log_p_ANC: Sequence[Floats], labels_N: npt.NDArray[np.int64], groups: Sequence[int]
 ) -> tuple[Floats, bool]:
@@ -147,8 +168,7 @@ def choose_weights(
     [0.5, 0.5]
     """
     of_A = np.asarray(groups)
-    n_G = np.bincount(of_A).astype(np.float64)
-    n_groups = len(n_G)
+    n_groups = max(groups) + 1
     stacked_ANC = np.stack(log_p_ANC)
     log_p_GNC = np.stack([stacked_ANC[of_A == g].mean(0) for g in range(n_groups)])
     equal_G = np.full(n_groups, 1 / n_groups)
@@ -165,5 +185,4 @@ def choose_weights(
         gain_N = pooled_losses(equal_G, log_p_GNC, labels_N) - pooled_losses(best_G, log_p_GNC, labels_N)
         differ = bool(gain_N.mean() > gain_N.std() / len(gain_N) ** 0.5)
         chosen_G = best_G if differ else equal_G
-    weights_A: Floats = chosen_G[of_A] / n_G[of_A]
-    return weights_A, differ
+    return shared_out(chosen_G, groups), differ

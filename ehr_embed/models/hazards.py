@@ -222,6 +222,11 @@ def outcome_inputs(
     return inputs | ({"outcome_ids": torch.arange(len(sets), device=device)} if ids else {})
 
 
+def by_member(log_hazard: Tensor) -> Tensor:
+    """Return log hazards as (B, M, K, J): those of a model without members, (B, K, J), are those of one."""
+    return log_hazard.unsqueeze(1) if log_hazard.ndim == 3 else log_hazard
+
+
 def exposure(days: Tensor, edges_J: Tensor) -> Tensor:
     """Return the days spent in each bin until `days` after the start, (...) -> (..., J).
 

@@ -251,12 +251,21 @@ def split_labels(labels: LabelSet, events: dict[str, SplitEvents]) -> dict[str, 
         )
     for split, arrays in events.items():
         frame = labels.frame.filter(pl.col("subject_id").is_in(pl.Series(arrays.subject_ids).implode()))
-        if not len(frame):
-            raise UserError(
-                f"label set {labels.name}: no labels for the {split} split; expected some in each of {', '.join(SPLITS)}."
-            )
+        refuse_no_labels(frame, labels.name, split)
         parts[split] = (arrays, frame)
     return parts
+
+
+def refuse_no_labels(rows: pl.DataFrame | pl.Series, name: str, split: str) -> None:
+    """Refuse a split for which a label set has no rows.
+
+    Raises:
+        UserError: names the label set and the split.
+    """
+    if not len(rows):
+        raise UserError(
+            f"label set {name}: no labels for the {split} split; expected some in each of {', '.join(SPLITS)}."
+        )
 
 
 def draw_subjects(labels: pl.DataFrame, fraction: float, seed: int) -> pl.DataFrame:

@@ -94,7 +94,7 @@ MOST_CODES = 8
 
 
 class Targets(NamedTuple):
-    """What follows the N asked places of a batch.
+    """The outcomes that follow the N asked places of a batch.
 
     Attributes:
         asked_at: (B, T) bool, the last event of each time that something observed follows.
@@ -374,10 +374,7 @@ class AskEverywhere:
     def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         """Write one row per window: subject_id, prediction_time (of its last event), and the sums of `OUTPUTS`."""
         samples = self.samples[split]
-        columns: dict[str, Any] = {
-            "subject_id": samples.subject_ids,
-            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
-        }
+        columns: dict[str, Any] = dict(samples.meds_keys)
         columns |= {name: outputs[:, column] for column, name in enumerate(OUTPUTS)}
         with atomic_path(path) as temporary:
             pl.DataFrame(columns).write_parquet(temporary)

@@ -32,6 +32,7 @@ from ehr_embed.evaluation.survival_plots import plot_risk_groups
 from ehr_embed.models.hazards import (
     HazardSizes,
     bin_of,
+    by_member,
     cumulative_incidence,
     exposure,
     hazard_nll,
@@ -236,7 +237,7 @@ class AskOnce:
         log_hazard = logits_of(model, embedding.inputs(batch) | asked)
         edges, grid = self._edges.to(log_hazard.device), self._grid.to(log_hazard.device)
         days, is_event = batch.labels[:, :K], batch.labels[:, K:] == EVENT
-        members = log_hazard.unsqueeze(1) if log_hazard.ndim == 3 else log_hazard  # (B, M, K, J)
+        members = by_member(log_hazard)
         nll_BK = hazard_nll(members, days.unsqueeze(1), is_event.unsqueeze(1), edges).mean(1)
         n_asked = (~days.isnan()).sum()
         risk_BKG = cumulative_incidence(
@@ -282,10 +283,7 @@ class AskOnce:
         """Write one row per sample: subject_id, prediction_time, and per outcome NAME/days (null where it is not asked for),
         NAME/status, and NAME/risk_<days>d at each horizon."""
         samples, found = self.samples[split], self.follow_up[split]
-        columns: dict[str, Any] = {
-            "subject_id": samples.subject_ids,
-            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
-        }
+        columns: dict[str, Any] = dict(samples.meds_keys)
         cells = outputs.reshape(len(outputs), len(self.names), -1)
         for column, name in enumerate(self.names):
             columns[f"{name}/days"] = pl.Series(found.days[:, column]).fill_nan(None)

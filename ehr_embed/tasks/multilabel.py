@@ -180,10 +180,7 @@ class Multilabel:
 
     def write_predictions(self, path: Path, split: str, outputs: Outputs) -> None:
         samples = self.samples[split]
-        columns: dict[str, Any] = {
-            "subject_id": samples.subject_ids,
-            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
-        }
+        columns: dict[str, Any] = dict(samples.meds_keys)
         for index, name in enumerate(self.label_names):
             columns[f"{name}/label"] = samples.labels[:, index].astype(bool)
             columns[f"{name}/predicted"] = outputs[:, index] >= self.thresholds[index]

@@ -133,8 +133,7 @@ class NextEvent:
         """
         samples, sums = self.samples[split], totals(outputs)
         columns: dict[str, Any] = {
-            "subject_id": samples.subject_ids,
-            "prediction_time": samples.prediction_times.astype("datetime64[us]"),
+            **samples.meds_keys,
             "n_events": sums["n"].astype(np.int64),
             "nll": sums["nll"],
         }

@@ -14,7 +14,7 @@ import numpy as np
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import check_setting
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.models.ensemble import Ensemble, Weights, choose_weights
+from ehr_embed.models.ensemble import Ensemble, Weights, choose_weights, equal_weights
 from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.finish import read_metrics
@@ -30,7 +30,7 @@ SAME = {
     "samples_digest": "the samples or labels of a split",
     "precision": "the precision",
 }
-"""What all members of an ensemble share with it, as their checkpoints name it, and in words."""
+"""Entries of a checkpoint that an ensemble and all its members share, and their names in messages."""
 LEAST_P = 1e-12
 """A probability of 0 would let one member decide alone, whatever the others say."""
 
@@ -82,8 +82,7 @@ def blend(
             "weights of the members: %s", "chosen on tuning" if differ else "equal per recipe, tuning tells no other"
         )
     else:
-        counts = np.bincount(of)
-        weights = 1 / (len(counts) * counts[of])
+        weights = equal_weights(of)
     model.weights.copy_(model.weights.new_tensor(weights))
     tuning_loss, outputs = trainer.evaluate(model, embedding, "tuning")
     metrics = tuning_values(task, outputs)
