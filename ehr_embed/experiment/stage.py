@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,23 @@ from ehr_embed.core.files import write_json
 from ehr_embed.data.selected import SelectedStore
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import trainable_of
-from ehr_embed.embedding.aligning import AUTO, AlignmentSettings, aligned_table, wanted_alignment
+from ehr_embed.embedding.aligning import AUTO, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
+from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.gbm import GBM
 from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
-from ehr_embed.run_folder.checkpoints import Continuation, initialise
+from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
 from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
 from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
@@ -54,131 +54,12 @@ from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
-from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.teacher import cross_fitted, teacher_model
 from ehr_embed.training.threads import use_threads_of_run
 from ehr_embed.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The request to a stage: its configuration, folder, first weights and processes.
-
-    Attributes:
-        cfg: the composed configuration.
-        config: the same as plain values, as config.yaml and every checkpoint keep it.
-        run_dir: the folder in which the stage leaves everything.
-        init_from: a run or checkpoint that the weights start from; None = the model's own start.
-        trial: the search's trial, which is told the monitored metric of each epoch.
-        settings: how to train.
-        processes: those that train together.
-        task: before `setup`.
-        alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
-        began: `time.perf_counter()` at the start of the stage.
-    """
-
-    cfg: DictConfig
-    config: dict[str, Any]
-    run_dir: Path
-    init_from: str | Path | None
-    trial: TrialHandle
-    settings: TrainerSettings
-    processes: Processes
-    task: Task
-    alignment: AlignmentSettings
-    began: float
-
-    @property
-    def is_trained(self) -> bool:
-        """Return whether this stage fits anything; otherwise it only evaluates the model of `init_from`."""
-        return self.task.is_trained and self.settings.epochs > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """The data that a stage reads.
-
-    Attributes:
-        source: where the events come from.
-        prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
-            vectors of what they match.
-        aligned: the run that the weights start from and the match table; None = codes are read as they are.
-        audited: findings of the leakage audit; None where the audit is off.
-    """
-
-    source: Source
-    prepared: Prepared
-    aligned: tuple[Origin, Alignment] | None
-    audited: dict[str, Any] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """The objects that a stage trains with.
-
-    Attributes:
-        model, embedding: with the weights that they start from.
-        trainer: the training loop.
-        tracker: not yet entered.
-        teacher: the unfitted model behind `trainer.teacher`; None = there is none.
-        start: the checkpoint of an earlier start to go on from; None = from the beginning.
-        made_from: what the run's manifest says that the run was made from.
-        is_aligned: whether codes are read as those of the run that the weights start from.
-        predicted: the splits that are predicted for.
-    """
-
-    model: nn.Module
-    embedding: EventEmbedding
-    trainer: Trainer
-    tracker: Tracker
-    teacher: GBM | None
-    start: Continuation | None
-    made_from: dict[str, Any]
-    is_aligned: bool
-    predicted: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """The outputs of the best checkpoint, and the facts of its training.
-
-    Attributes:
-        facts: of the training, for metrics.json.
-        history: one row of metrics per epoch.
-        outputs: the task's outputs (n, n_outputs) of each evaluated split, and of train where nothing was trained on it.
-    """
-
-    facts: dict[str, Any]
-    history: list[dict[str, Any]]
-    outputs: dict[str, Outputs]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochLog:
-    """Tells the tracker, the user and the search how an epoch went."""
-
-    tracker: Tracker
-    trial: TrialHandle
-    monitor: str
-    is_first: bool
-
-    def __call__(self, row: dict[str, float], epoch: int) -> None:
-        """Tell one epoch's row of metrics.
-
-        Raises:
-            optuna.TrialPruned: the search ends this trial.
-        """
-        value = row[f"tuning/{self.monitor}"]
-        if self.is_first:
-            self.tracker.log(row, step=epoch)
-            log.info(
-                "epoch %d: train loss %.4f, tuning loss %.4f, tuning %s %.4f, %s events/s",
-                row["epoch"], row["train/loss"], row["tuning/loss"], self.monitor, value, f"{row['train/events_per_s']:,.0f}",
-            )  # fmt: skip
-        self.trial.report(value, step=epoch)
 
 
 def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, trial: TrialHandle) -> float:
