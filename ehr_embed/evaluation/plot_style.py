@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
-Given, Drawn = ParamSpec("Given"), TypeVar("Drawn")
+Given = ParamSpec("Given")
+Drawn = TypeVar("Drawn")
 Place = Literal["best", "lower right"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00", "#7A5C00")
 """Okabe and Ito 2008, "Color Universal Design"; a dark ochre is in the place of their yellow, which white paper swallows."""
