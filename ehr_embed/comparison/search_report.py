@@ -91,15 +91,12 @@ def _columns(names: Sequence[str], rows: Sequence[Mapping[Any, Any]]) -> list[st
 
 
 def _with_short_names(rows: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
-    """Return the rows with the folders of runs named from their common folder on."""
+    """Return the rows with absolute folders of runs named from their common folder on."""
     names = [str(row["run"]) for row in rows]
-    if not any("/" in name for name in names):
+    if not all(Path(name).is_absolute() for name in names):
         return [dict(row) for row in rows]
-    common = os.path.commonpath(names) if len(names) > 1 and len({Path(n).is_absolute() for n in names}) == 1 else ""
-    return [
-        dict(row) | {"run": os.path.relpath(name, common) if common else Path(name).name}
-        for row, name in zip(rows, names, strict=True)
-    ]
+    common = os.path.commonpath(names) if len(names) > 1 else str(Path(names[0]).parent)
+    return [dict(row) | {"run": os.path.relpath(name, common)} for row, name in zip(rows, names, strict=True)]
 
 
 def _cell(name: str, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def _tiles(rows: Sequence[Mapping[Any, Any]], facts: Mapping[str, Any]) -> list[
         for name, value in best["values"].items():
             tiles.append((f"best {name} (tuning)", f"{value:.4f}" if isinstance(value, float) else shown(value), ""))
         told = ", ".join(f"{key}={without_private({key: v})[key]}" for key, v in best["overrides"].items())
-        tiles.append(("best run", Path(str(best["run"])).name, told[:120]))
+        tiles.append(("best run", _run_name(best["run"]), told[:120]))
     seconds = [number for row in rows if (number := _number(str(row.get("seconds", "")))) is not None]
     if seconds:
         tiles.append(("time of all runs", f"{sum(seconds):,.0f} s", f"{sum(seconds) / len(seconds):,.1f} s per run"))

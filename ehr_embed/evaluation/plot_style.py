@@ -119,6 +119,8 @@ def restyle(figure: Figure) -> None:
 
 
 def _first(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
     return value[0] if hasattr(value, "__len__") and len(value) and hasattr(value[0], "__len__") else value
 
 

@@ -156,7 +156,7 @@ class WandbTracker:
         table = table.astype(object).where(table.notna(), None)
         # Secrets are recognised by their key, here the name of the column.
         table = table.apply(lambda column: [without_private({column.name: value})[column.name] for value in column])
-        self._run.log({name: wandb.Table(dataframe=table)})
+        self._run.log({f"tables/{name}": wandb.Table(dataframe=table)})
 
     def _start(self) -> wandb.Run:
         """Start the W&B run online, else offline, else disabled; each step down logs one warning."""
