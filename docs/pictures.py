@@ -108,7 +108,9 @@ class Drawing:
 
 def overview(c: dict[str, str]) -> str:
     """Draw the way from the texts of events to an answer."""
-    d = Drawing(1000, 250, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c)
+    d = Drawing(
+        1000, 250, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c
+    )
     heads = ((16, 225, "1  a record's events, as text"), (285, 195, "2  each text embedded once"), (524, 190, "3  a small model"), (758, 226, "4  an answer, checked"))  # fmt: skip
     for x, width, title in heads:
         d.box(x, 44, width, 184)
@@ -135,7 +137,11 @@ def overview(c: dict[str, str]) -> str:
     d.line(850, 106, 910, 106, colour="green", width=6)
     d.dot(881, 106, colour="green", radius=7)
     d.text(774, 136, "risk, with what moved it", size=13)
-    for y, text in ((162, "95 % intervals over subjects"), (186, "audit: no later event is seen"), (210, "report.html, model card")):
+    for y, text in (
+        (162, "95 % intervals over subjects"),
+        (186, "audit: no later event is seen"),
+        (210, "report.html, model card"),
+    ):
         d.text(774, y, f"✓ {text}", size=12, colour="soft")
     for x in (245, 484, 718):
         d.arrow(x, 136, x + 36)
@@ -168,25 +174,39 @@ def bars(title: str, told: str, entries: list[tuple[str, float, tuple[float, flo
 
 def asking(c: dict[str, str]) -> str:
     """Draw what an outcome in words is answered with, beside what sampled futures give."""
-    words, few, many = (row("asking.md", start) for start in ('hazards, "osteoarthritis"', "20 sampled futures", "100 such futures"))
+    words, few, many = (
+        row("asking.md", start) for start in ('hazards, "osteoarthritis"', "20 sampled futures", "100 such futures")
+    )
     entries = [
         ("asked in words, one pass", number(words[1]), interval(words[1]), "good"),
         ("20 sampled futures", number(few[1]), interval(few[1]), "other"),
         ("100 sampled futures", number(many[1]), interval(many[1]), "other"),
     ]
-    return bars("“osteoarthritis”, never labelled", "held-out onset within a year, GiBleed, no label in training", entries, 0.6, 0.9, c)
+    return bars(
+        "“osteoarthritis”, never labelled",
+        "held-out onset within a year, GiBleed, no label in training",
+        entries,
+        0.6,
+        0.9,
+        c,
+    )
 
 
 def hospitals(c: dict[str, str]) -> str:
     """Draw what one model keeps in a hospital with other codes."""
-    aligned, alone = row("hospitals.md", "`code_tab`, PhysioNet 2012"), row("hospitals.md", "the same with `data.aligned_to=none`")
+    aligned, alone = (
+        row("hospitals.md", "`code_tab`, PhysioNet 2012"),
+        row("hospitals.md", "the same with `data.aligned_to=none`"),
+    )
     shuffled = [float(value) for value in NUMBER.findall(aligned[4])]
     entries = [
         ("codes aligned by text", number(aligned[2]), interval(aligned[2]), "good"),
         ("without alignment", number(alone[2]), interval(alone[2]), "other"),
         (f"wrong texts ({len(shuffled)} draws)", sum(shuffled) / len(shuffled), (min(shuffled), max(shuffled)), "bad"),
     ]
-    return bars("A hospital with other codes", "trained on PhysioNet 2012, unchanged on 722 stays of eICU", entries, 0.4, 1.0, c)
+    return bars(
+        "A hospital with other codes", "trained on PhysioNet 2012, unchanged on 722 stays of eICU", entries, 0.4, 1.0, c
+    )
 
 
 def speed(c: dict[str, str]) -> str:
@@ -234,14 +254,20 @@ def badge(left: str, right: str) -> str:
 def drawn() -> dict[str, str]:
     """Return every picture by file name, but the terminal."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    version = re.search(r'^__version__ = "(.+)"', (ROOT / "ehr_embed" / "__init__.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    version = re.search(
+        r'^__version__ = "(.+)"', (ROOT / "ehr_embed" / "__init__.py").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert version is not None
     found = {
         f"{name}-{mode}.svg": draw(colours)
         for name, draw in (("overview", overview), ("asking", asking), ("hospitals", hospitals), ("speed", speed))
         for mode, colours in MODES.items()
     }
-    badges = {"version": version[1], "python": project["requires-python"].removeprefix(">=") + "+", "licence": project["license"]}
+    badges = {
+        "version": version[1],
+        "python": project["requires-python"].removeprefix(">=") + "+",
+        "licence": project["license"],
+    }
     return found | {f"badge-{name}.svg": badge(name, value) for name, value in badges.items()}
 
 
@@ -252,8 +278,21 @@ def terminal() -> dict[str, str]:
     from rich.text import Text
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"COLUMNS": "96", "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "EHR_EMBED_CACHE": f"{folder}/cache"}
-        command = [sys.executable, "-m", "ehr_embed", "train", "data.n_subjects=2000", "trainer.epochs=4", "run_dir=runs/first"]
+        environment = os.environ | {
+            "COLUMNS": "96",
+            "TERM": "xterm-256color",
+            "PYTHONPATH": str(ROOT),
+            "EHR_EMBED_CACHE": f"{folder}/cache",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "ehr_embed",
+            "train",
+            "data.n_subjects=2000",
+            "trainer.epochs=4",
+            "run_dir=runs/first",
+        ]
         main, child = pty.openpty()
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child, stderr=child)
         os.close(child)

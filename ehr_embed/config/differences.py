@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,41 +27,51 @@ class Difference(NamedTuple):
     usual: Any
 
 
-def differences_from_options(config: Mapping[str, Any], choices: Sequence[str]) -> list[Difference]:
+def differences_from_options(config: Mapping[str, Any], choices: Sequence[str]) -> list[Difference] | None:
     """Return the keys in which a resolved configuration differs from the options that were chosen.
 
     Args:
         config: as config.yaml of a run holds it.
-        choices: the options of the config groups as `group=option`; options that this version does not have are left out, and
-            the groups of an experiment or a pipeline are compared with the options alone.
+        choices: the options of the config groups as `group=option`. What an experiment or a pipeline sets counts as a difference.
+
+    Returns:
+        The differences; None where an option is not among those of this version, with which to compare.
 
     >>> differences_from_options({"seed": 3, "run_dir": "runs/a"}, [])[0]
     Difference(key='seed', here=3, usual=0)
     """
     options = tuple(choice for choice in choices if choice.split("=")[0] not in ("experiment", "pipeline", "sweeps"))
     usual = _composed(options)
+    if usual is None:
+        return None
     here = dict(_flat(renamed(dict(config))))
-    found = [
+    return [
         Difference(key, value, usual.get(key))
         for key, value in here.items()
         if key.split(".")[0] not in NOT_TOLD and not _is_same(value, usual.get(key))
     ]
-    return found
 
 
 @lru_cache(64)
-def _composed(options: tuple[str, ...]) -> dict[str, Any]:
-    """Return the values of conf/train.yaml with these options, by dotted key; of interpolations the text."""
-    for chosen in (options, ()):
-        try:
-            with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-                cfg = compose("train", overrides=list(chosen))
-        except (HydraException, OmegaConfBaseException):  # an option of the user's own, or of another version
-            continue
-        values = OmegaConf.to_container(cfg, resolve=False)
-        assert isinstance(values, dict)
-        return dict(_flat(renamed(values)))
-    return {}
+def _composed(options: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the values of conf/train.yaml with these options, by dotted key; of interpolations the text.
+
+    None = an option is the user's own, or of another version, so that nothing is known of its values.
+    """
+    running = GlobalHydra.instance()
+    application, running.hydra = (
+        running.hydra,
+        None,
+    )  # Hydra initialises once at a time, and a run is inside an application
+    try:
+        with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+            values = OmegaConf.to_container(compose("train", overrides=list(options)), resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    finally:
+        GlobalHydra.instance().hydra = application
+    assert isinstance(values, dict)
+    return dict(_flat(renamed(values)))
 
 
 def _is_same(value: Any, usual: Any) -> bool:
