@@ -125,6 +125,7 @@ class RunKeys(StageKeys):
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
     check: Switch
     overwrite: Switch
+    report: Switch
 
 
 class DeviceKeys(Keys):
@@ -212,6 +213,12 @@ class AskKeys(DeviceKeys):
     labels: LabelsName
     split: Annotated[str, OneOf(*SPLITS)] | None
     n_bootstrap: Annotated[int, Field(ge=0)]
+
+
+class ReportKeys(Keys):
+    """Keys of conf/report.yaml."""
+
+    run: Annotated[Text, Told("the folder of a finished run or of a search", example="RUN_DIR")]
 
 
 class RepresentKeys(DeviceKeys):

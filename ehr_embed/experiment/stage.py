@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
+from ehr_embed.reports.html_report import report_of, save
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, REPORT, predictions_file
 from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
@@ -51,7 +53,7 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.trackers.protocol import KeepsReport, Tracker
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -365,7 +367,7 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
 
 
 def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
-    """Write plots and the model card, and give the tracker its summary."""
+    """Write plots, the model card and the report, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
     evaluated = {split: fitted.outputs[split] for split in EVALUATED}
     curves = task.curves(evaluated)
@@ -384,6 +386,12 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
         audited=inputs.audited,
         n_bootstrap=plan.settings.n_bootstrap,
     )
+    if plan.cfg.get("report", True):  # configurations of earlier versions do not have this key
+        choices = group_choices(plan.cfg)
+        made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
+        save(made(), run_dir / REPORT)
+        if isinstance(tracker, KeepsReport):
+            tracker.add_report(made)
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))

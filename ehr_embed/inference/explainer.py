@@ -23,6 +23,7 @@ from ehr_embed.inference.attribution import Attribution, integrated_gradients
 from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
 from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.models.members import over_members
+from ehr_embed.run_folder.layout import MOVED, MOVED_TEXTS
 
 log = logging.getLogger(__name__)
 
@@ -200,10 +201,10 @@ def explain_split(
         raise UserError(
             f"no text is in min_samples={min_samples} of the {len(drawn)} samples. Type: min_samples=1, or more max_samples"
         )
-    with atomic_path(folder / "texts.csv") as path:
+    with atomic_path(folder / MOVED_TEXTS) as path:
         texts.write_csv(path)
-    plot_texts(folder / "texts.png", frequent, target=explainer.target, n_samples=len(drawn))
-    return [folder / "texts.csv", folder / "texts.png"]
+    plot_texts(folder / MOVED, frequent, target=explainer.target, n_samples=len(drawn))
+    return [folder / MOVED_TEXTS, folder / MOVED]
 
 
 def _parsed(text: str) -> datetime:

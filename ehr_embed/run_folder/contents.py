@@ -15,6 +15,7 @@ from ehr_embed.run_folder.layout import (
     BEST,
     CONFIG,
     ENVIRONMENT,
+    EXPLAINED,
     FINISHED,
     HISTORY,
     LATEST,
@@ -24,17 +25,18 @@ from ehr_embed.run_folder.layout import (
     PLOTS,
     PREDICTIONS,
     PROFILE,
+    REPORT,
     SUMMARY,
     VOCABULARY,
     WANDB_ID,
 )
 from ehr_embed.sources.protocol import SPLITS
 
-RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
+RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, MODEL_CARD, REPORT, WANDB_ID, PROFILE, BEST, LATEST)
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
-BESIDE_A_RUN = ("pretrain", MEMBERS, "explained", "generated", "wandb", "log.txt", "slurm.out")
+BESIDE_A_RUN = ("pretrain", MEMBERS, EXPLAINED, "generated", "wandb", "log.txt", "slurm.out")
 """Names that the commands, the trackers and a search write into a run's folder."""
 
 
