@@ -14,6 +14,7 @@ from ehr_embed.config.targets import looked_up_name, own_object
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.experiment.provenance import group_choices
+from ehr_embed.experiment.recalibration import check_calibration
 from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
@@ -39,6 +40,7 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)
     task: Task = builder(cfg)(cfg.task)
+    check_calibration(cfg, task)
     source: Source = builder(cfg)(cfg.data.source)
     splits = splits_of(source)
     if splits is not None:

@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
@@ -41,7 +42,8 @@ from ehr_embed.inference.trained_run import (
 )
 from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
-from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
+from ehr_embed.run_folder.calibration import read_calibration
+from ehr_embed.run_folder.layout import CALIBRATION, LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
@@ -82,6 +84,7 @@ class Predictor:
     Attributes:
         class_names: names of the probability columns.
         run: model, token vectors, vocabulary and configuration of the run.
+        calibrator: the calibration that the run fitted on tuning, which every probability goes through; None = it has none.
 
     Raises:
         UserError: the folder is not a run's, or the run predicts events instead of classes.
@@ -104,6 +107,7 @@ class Predictor:
             self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
+        self.calibrator = self._stored_calibrator(Path(run_dir).expanduser()) if self.class_names else None
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
         self._vectors = KeptVectors(self._embedded)
@@ -123,6 +127,19 @@ class Predictor:
                 f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
+
+    def _stored_calibrator(self, folder: Path) -> Calibrator | None:
+        """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked."""
+        found = read_calibration(folder, self.class_names)
+        if found is None:
+            return None
+        method = instantiate(check_stored(found, "calibration", self._trusted), trusted=self._trusted)
+        is_exclusive = self.has_exclusive_classes
+        try:
+            parameters = method.check(found["parameters"], len(self.class_names), is_exclusive=is_exclusive)
+        except UserError as error:
+            raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
+        return Calibrator(method, parameters, is_exclusive)
 
     @property
     def has_exclusive_classes(self) -> bool:
@@ -152,7 +169,8 @@ class Predictor:
         lookups: Sequence[str] = (),
         alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
+        """Return the class probabilities of records, computed in the run's own precision if the device supports it well, and
+        calibrated if the run has a calibration.
 
         Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
         a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
@@ -319,7 +337,7 @@ class Predictor:
         for rows, inputs in self.batches(Dataset(vocabulary, embedding, events, samples)):
             logits = logits_of(self.run.model, inputs)
             result[rows] = self._task.probabilities(logits).cpu().numpy()
-        return result
+        return result if self.calibrator is None else self.calibrator(result)
 
     def batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
         """Yield batches of samples: their rows (B,), and the model's inputs on the predictor's device.

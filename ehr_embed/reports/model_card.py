@@ -76,8 +76,16 @@ def write_model_card(
         parts.append(f"## Members\n\n{_members(metrics['members'])}")
     if groups:
         parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups, n_left_out)}")
-    if (run_dir / PLOTS / "calibration.png").exists():
-        parts.append("## Calibration\n\n![Predicted probability against observed rate](plots/calibration.png)")
+    if (run_dir / PLOTS / "calibration.png").exists() or metrics.get("calibration"):
+        parts.append(
+            f"## Calibration\n\n{_calibration(metrics, has_plot=(run_dir / PLOTS / 'calibration.png').exists())}"
+        )
+    if (run_dir / PLOTS / "decision_curve.png").exists():
+        told = (
+            "Net benefit (Vickers and Elkin 2006) of acting at or above a probability, in true positives per sample: below the "
+            "curves of acting on all or on nobody, a model does harm. The numbers are in `plots/decision_curve.csv`."
+        )
+        parts.append(f"## Decision curve\n\n![Net benefit by threshold](plots/decision_curve.png)\n\n{told}")
     limits = "\n".join(f"- {line}" for line in limits_of(config, metrics, store, samples, groups, audited))
     parts.append(f"## Limits\n\n{limits}")
     path = run_dir / MODEL_CARD
@@ -175,6 +183,36 @@ def _metrics(metrics: dict[str, Any]) -> str:
     return f"{told}\n\n" + table(["metric", *order], rows)
 
 
+def _calibration(metrics: dict[str, Any], *, has_plot: bool) -> str:
+    """Return what was fitted on tuning, the metrics before and after, and the plot."""
+    parts, found = [], metrics.get("calibration")
+    if found is None:
+        parts.append("Probabilities are as the model gives them (`calibration=none`).")
+    elif "fitted" not in found:
+        parts.append(f"{found['method']} was asked for, but {found['too_few']}.")
+    else:
+        parts.append(
+            f"{found['method']} ({found['fitted']}), fitted on {found['n']:,} samples of tuning; `predict` and `serve` apply it. "
+            "All metrics here are of calibrated probabilities; those of tuning are too optimistic, since it was fitted there."
+        )
+        rows = [
+            [
+                name,
+                *(
+                    with_interval(entry)
+                    for split in EVALUATED[::-1]
+                    for entry in (found["before"][split][name], metrics[split][name])
+                ),
+            ]
+            for name in found["before"]["held_out"]
+        ]
+        head = [f"{split} {when}" for split in EVALUATED[::-1] for when in ("before", "after")]
+        parts.append(table(["metric", *head], rows))
+    if has_plot:
+        parts.append("![Predicted probability against observed rate](plots/calibration.png)")
+    return "\n\n".join(parts)
+
+
 def _members(members: list[dict[str, Any]]) -> str:
     names = list(members[0]["held_out"])
     rows = [
@@ -237,7 +275,11 @@ def limits_of(
     if "ece" in held_out and held_out["ece"]["value"] > WORRYING_ECE:
         lines.append(
             f"Probabilities are off by {held_out['ece']['value']:.2f} on average (ECE of held_out): use them for ranking only, or "
-            "calibrate them."
+            + (
+                "calibrate them with more labels."
+                if metrics.get("calibration")
+                else "calibrate them (`calibration=temperature`)."
+            )
         )
     own = samples["held_out"]
     cut = float(np.mean(own.start > own.static_stop))

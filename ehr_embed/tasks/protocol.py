@@ -135,6 +135,15 @@ class WeighsSamples(Protocol):
 
 
 @runtime_checkable
+class GivesProbabilities(Protocol):
+    """A task whose outputs are the probabilities of its classes or labels, one column each."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, C) float64 of a model's logits (B, C), or (B, M, C) of M members."""
+        ...
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 

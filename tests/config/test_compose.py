@@ -68,7 +68,8 @@ def test_every_model_builds_and_runs(option):
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
+    ("group", "option"),
+    [pair for pair in OPTIONS if pair[0] in ("calibration", "embedder", "export", "task", "trainer")],
 )
 def test_every_member_builds(group, option):
     needed = {"zero_shot": ["task.codes=[A]"], "time_to_event": ["task.outcomes=auto"]}.get(option, [])
