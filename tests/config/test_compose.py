@@ -20,7 +20,7 @@ from tests.helpers.configs import CONF, composed
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru", "original")
+CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru", "original", "ridge")
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
 
 
@@ -49,7 +49,8 @@ def test_every_model_builds_and_runs(option):
     inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
     inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
     inputs |= {"token_ids": torch.randint(2, 7, (2, 5))}
-    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    n_outputs = 1 if option == "ridge" else 3  # which predicts a number
+    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=n_outputs, has_values=False)
     if isinstance(classifier, ReadsVocabulary):
         classifier.set_vocabulary(vocabulary())
     if option == "cox":  # which predicts times from features: tests/models/test_cox.py
