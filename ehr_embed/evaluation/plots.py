@@ -267,6 +267,28 @@ def plot_decision(path: str | os.PathLike[str], table: pl.DataFrame) -> None:
     _save(draw_decision(table), path)
 
 
+def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predicted: npt.ArrayLike, title: str) -> None:
+    """Plot labels against predicted numbers, at most 2000 of them, and the mean of each in ten groups of equal size.
+
+    Args:
+        path: PNG file to write.
+        labels: (n,) numbers.
+        predicted: (n,) numbers, in the same unit.
+        title: title of the plot.
+    """
+    y, x = np.asarray(labels, np.float64), np.asarray(predicted, np.float64)
+    figure = Figure(figsize=(5.4, 5.2), layout="constrained")
+    axes, order = figure.subplots(), np.argsort(x, kind="stable")
+    shown = order[_thin(len(order))]
+    axes.scatter(x[shown], y[shown], s=9, color="0.6", alpha=0.5, edgecolors="none", label=f"samples (n = {len(y):,})")
+    axes.axline((float(y.mean()), float(y.mean())), slope=1, color="0.6", lw=1, ls="--", label="label = prediction")
+    groups = [own for own in np.array_split(order, 10) if len(own)]
+    means = [x[own].mean() for own in groups], [y[own].mean() for own in groups]
+    axes.plot(*means, "o-", color=_SPLIT_COLOURS["held_out"], lw=1.6, label="means of ten groups")
+    _finish(axes, title, "predicted", "label")
+    _save(figure, path)
+
+
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Return the epochs and the finite values of one key.
 

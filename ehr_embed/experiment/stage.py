@@ -19,7 +19,7 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
-from ehr_embed.config.build_model import build_model
+from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
@@ -37,7 +37,6 @@ from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.html_report import report_of, save
@@ -223,7 +222,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         teacher=teacher_model(
             plan.settings.teacher,
             prepared.store.vocabulary,
-            {name: size for name, size in sizes.items() if name != HAZARDS},
+            of_constructor(sizes),
             windows_hours=cfg.model.get("windows_hours"),
         ),
         start=start,

@@ -19,6 +19,7 @@ from ehr_embed.core.programs import as_typed
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.regression import IN_UNITS
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.reports.run_report import difference_text
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
@@ -150,12 +151,14 @@ def origin_of(config: dict[str, Any], train: dict[str, Any]) -> str:
 
 
 def _data(config: dict[str, Any], store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
-    rows, is_binary = [], "prevalence" in metrics["held_out"]
+    rows, is_binary, are_numbers = [], "prevalence" in metrics["held_out"], "label_sd" in metrics["held_out"]
     for split in SPLITS:
         sizes, own = store.manifest["splits"][split], samples[split]
-        prevalence = f"{own.labels.mean():.3f}" if is_binary else ""
-        rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), prevalence])
-    told = table(["split", "subjects", "events", "samples", "prevalence"], rows)
+        labels = f"{own.labels.mean():.3f}" if is_binary else ""
+        if are_numbers:
+            labels = f"{own.labels.mean():.4g} ({own.labels.std():.4g})"
+        rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), labels])
+    told = table(["split", "subjects", "events", "samples", "label, mean (SD)" if are_numbers else "prevalence"], rows)
     origin = origin_of(config, metrics["train"])
     saw = f"vocabulary and bins saw train only. {origin}" if origin else "vocabulary, bins and weights saw train only."
     if found := metrics.get("alignment"):
@@ -267,6 +270,7 @@ def limits_of(
         f"{name} ({entry['high'] - entry['low']:.2f})"
         for name, entry in held_out.items()
         if isinstance(entry, dict)
+        and name not in IN_UNITS
         and isinstance(entry.get("low"), float)
         and entry["high"] - entry["low"] > WIDE_INTERVAL
     ]

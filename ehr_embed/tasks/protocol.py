@@ -144,6 +144,14 @@ class GivesProbabilities(Protocol):
 
 
 @runtime_checkable
+class PredictsNumber(Protocol):
+    """A task with one number per sample, whose model has one output (`models/label_outputs.py` says in which unit)."""
+
+    predicts_number: bool
+    """True."""
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 

@@ -41,7 +41,7 @@ def test_every_option_composes(group, option):
 
 @pytest.mark.parametrize("option", MODELS)
 def test_every_model_builds_and_runs(option):
-    """A model predicts classes, and either predicts events too or names the models that do."""
+    """A model predicts classes or says that it predicts numbers, and either predicts events too or names the models that do."""
     import torch
 
     cfg = composed(f"model={option}", "data=meds")
@@ -49,7 +49,11 @@ def test_every_model_builds_and_runs(option):
     inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
     inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
     inputs |= {"token_ids": torch.randint(2, 7, (2, 5))}
-    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    try:
+        classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    except UserError as error:
+        assert "task=regression" in str(error)
+        classifier = instantiate(cfg.model, embedding_dim=24, num_classes=1, has_values=False)
     if isinstance(classifier, ReadsVocabulary):
         classifier.set_vocabulary(vocabulary())
     if isinstance(classifier, FitsAtOnce):  # which need a fit: tests/models/test_baselines.py, test_cox.py
