@@ -323,7 +323,7 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
     if calibrated.facts is not None:
         metrics["calibration"] = calibrated.facts
     write_predictions(plan, fitted)
-    if isinstance(built.model, Ensemble):
+    if isinstance(built.model, Ensemble) and plan.is_trained:
         runs, n_bootstrap = blended(plan.cfg, plan.run_dir), plan.settings.n_bootstrap
         metrics["members"] = judged(plan.run_dir, runs, built.model.weights.tolist(), n_bootstrap=n_bootstrap)
     write_results(plan, inputs, built.tracker, fitted, metrics, calibrated)

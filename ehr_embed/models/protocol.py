@@ -207,6 +207,12 @@ def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
         model.adapt_to_vectors(table[torch.from_numpy(vocabulary.tokens["count"].to_numpy() > 0)])
 
 
+def passes_gradients(model: nn.Module) -> bool:
+    """Return whether a gradient of the prediction reaches the event vectors."""
+    declared = declarations(model)
+    return declared.reads_vectors and declared.learns_vectors and not isinstance(model, FitsAtOnce)
+
+
 def check_vectors(model: nn.Module, trainable: str) -> None:
     """Refuse learned token vectors with a model that does not read them (`reads_vectors = False`), or that copies those of the
     known codes before training (`learns_vectors = False`).
