@@ -113,6 +113,7 @@ class RunKeys(StageKeys):
     """Keys of a run."""
 
     data: DataKeys
+    calibration: Built
     seed: Seed
     run_dir: Folder
     cache_dir: Folder

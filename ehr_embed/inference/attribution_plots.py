@@ -31,7 +31,7 @@ class Timeline:
         prediction_time: time of the prediction.
         target: class whose log-odds are explained.
         score: log-odds of the class.
-        baseline_score: log-odds of the class for a record of average events.
+        baseline_score: log-odds of the class for a record of average events; NaN = the method has no baseline.
     """
 
     events: pl.DataFrame
@@ -45,9 +45,12 @@ class Timeline:
     def title(self) -> str:
         """Return the title: subject, time, probability and log-odds of the class."""
         p = 1 / (1 + np.exp(-self.score))
+        baseline = f"of a record of average events {self.baseline_score:+.2f}"
+        if np.isnan(self.baseline_score):
+            baseline = "and by how much a code's events change them"
         return (
             f"Subject {self.subject} at {self.prediction_time:%Y-%m-%d %H:%M}: probability of {self.target} {p:.3f}\n"
-            f"log-odds {self.score:+.2f}, of a record of average events {self.baseline_score:+.2f}"
+            f"log-odds {self.score:+.2f}, {baseline}"
         )
 
     @property

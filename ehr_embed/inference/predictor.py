@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
@@ -40,8 +41,10 @@ from ehr_embed.inference.trained_run import (
     times_to_predict,
 )
 from ehr_embed.models.hazards import hazard_sizes
+from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
-from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
+from ehr_embed.run_folder.calibration import read_calibration
+from ehr_embed.run_folder.layout import CALIBRATION, LOOKUPS, VOCABULARY
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
@@ -82,6 +85,7 @@ class Predictor:
     Attributes:
         class_names: names of the probability columns.
         run: model, token vectors, vocabulary and configuration of the run.
+        calibrator: the calibration that the run fitted on tuning, which every probability goes through; None = it has none.
 
     Raises:
         UserError: the folder is not a run's, or the run predicts events instead of classes.
@@ -104,6 +108,7 @@ class Predictor:
             self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
+        self.calibrator = self._stored_calibrator(Path(run_dir).expanduser()) if self.class_names else None
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
         self._vectors = KeptVectors(self._embedded)
@@ -124,10 +129,41 @@ class Predictor:
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
 
+    def _stored_calibrator(self, folder: Path) -> Calibrator | None:
+        """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked."""
+        found = read_calibration(folder, self.class_names)
+        if found is None:
+            return None
+        method = instantiate(check_stored(found, "calibration", self._trusted), trusted=self._trusted)
+        is_exclusive = self.has_exclusive_classes
+        try:
+            parameters = method.check(found["parameters"], len(self.class_names), is_exclusive=is_exclusive)
+        except UserError as error:
+            raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
+        return Calibrator(method, parameters, is_exclusive)
+
     @property
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
         return isinstance(self._task, WeighsSamples)
+
+    @property
+    def predicts_number(self) -> bool:
+        """Return whether the run predicts one number per sample, in contrast to probabilities."""
+        outputs = label_outputs_of(self.run.model)
+        return outputs is not None and [group.kind for group in outputs.groups] == [NUMBER]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns of a table of predictions: probability_<class>, or predicted_<label set> of a number."""
+        outputs = label_outputs_of(self.run.model)
+        if outputs is None:
+            return [f"probability_{name}" for name in self.class_names]
+        return [name for group in outputs.groups for name in group.columns]
+
+    def _decode(self, logits: Tensor) -> Tensor:
+        outputs = label_outputs_of(self.run.model)
+        return self._task.probabilities(logits) if outputs is None else outputs.decode(logits)
 
     @overload
     def predict_proba(
@@ -152,7 +188,8 @@ class Predictor:
         lookups: Sequence[str] = (),
         alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
+        """Return the class probabilities of records, calibrated if the run has a calibration, or the numbers of a run that predicts
+        numbers. They are computed in the run's own precision if the device supports it well.
 
         Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
         a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
@@ -174,7 +211,8 @@ class Predictor:
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
-            row per prediction: subject_id, prediction_time and probability_<class> for each class.
+            row per prediction: subject_id, prediction_time and `columns`: probability_<class> for each class, or
+            predicted_<label set> for a number.
 
         Raises:
             UserError: there is no record, or a record is empty; vectors have another width than the run's, or the model reads
@@ -224,7 +262,7 @@ class Predictor:
         with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
                 found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
-                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                columns = {name: found[:, i] for i, name in enumerate(self.columns)}
                 keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
                 frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
@@ -318,8 +356,8 @@ class Predictor:
         result = np.empty((len(samples), len(self.class_names)))
         for rows, inputs in self.batches(Dataset(vocabulary, embedding, events, samples)):
             logits = logits_of(self.run.model, inputs)
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
-        return result
+            result[rows] = self._decode(logits).cpu().numpy()
+        return result if self.calibrator is None else self.calibrator(result)
 
     def batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
         """Yield batches of samples: their rows (B,), and the model's inputs on the predictor's device.

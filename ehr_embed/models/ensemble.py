@@ -16,7 +16,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations
+from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations, passes_gradients
 
 Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
@@ -67,6 +67,11 @@ class Ensemble(nn.Module):
     def reads_vectors(self) -> bool:
         """Return whether any member reads token vectors."""
         return any(declarations(member).reads_vectors for member in self.members)
+
+    @property
+    def learns_vectors(self) -> bool:
+        """Return whether a gradient reaches the event vectors in every member."""
+        return all(passes_gradients(member) for member in self.members)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tell the members that read codes or texts what the token ids of coming batches mean."""

@@ -135,6 +135,23 @@ class WeighsSamples(Protocol):
 
 
 @runtime_checkable
+class GivesProbabilities(Protocol):
+    """A task whose outputs are the probabilities of its classes or labels, one column each."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, C) float64 of a model's logits (B, C), or (B, M, C) of M members."""
+        ...
+
+
+@runtime_checkable
+class PredictsNumber(Protocol):
+    """A task with one number per sample, whose model has one output (`models/label_outputs.py` says in which unit)."""
+
+    predicts_number: bool
+    """True."""
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 
