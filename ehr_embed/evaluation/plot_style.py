@@ -27,6 +27,8 @@ SPLITS: dict[str, dict[str, Any]] = {
     "held_out": {"color": "#009E73", "linestyle": "-", "marker": "o"},
 }
 """A split looks the same in every plot."""
+BEFORE = ", before calibration"
+"""End of the name of a curve of probabilities as the model gave them."""
 RAISES, LOWERS = "#D55E00", "#0072B2"
 """Colours of what raises and what lowers a prediction."""
 GRID, CHANCE, ZERO = "#EBEBEB", "#8C8C8C", "#666666"
@@ -69,8 +71,13 @@ def curve_style(index: int) -> dict[str, Any]:
 
 
 def split_style(name: str, index: int) -> dict[str, Any]:
-    """Return the style of a split, or of another curve by its number."""
-    return dict(SPLITS.get(name) or curve_style(index))
+    """Return the style of a split, or of another curve by its number; what was before calibration is dotted and hollow.
+
+    >>> [split_style(name, 0)["color"] for name in ("held_out", "held_out, before calibration")]
+    ['#009E73', '#009E73']
+    """
+    found = dict(SPLITS.get(name.removesuffix(BEFORE)) or curve_style(index))
+    return found | {"linestyle": (0, (1, 1)), "marker": "x"} if name.endswith(BEFORE) else found
 
 
 def title_of(name: str) -> str:

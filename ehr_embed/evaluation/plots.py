@@ -29,9 +29,12 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.evaluation.bootstrap import N_CALIBRATION_BINS, calibration_bin
 from ehr_embed.evaluation.metrics import check_binary
 from ehr_embed.evaluation.plot_style import (
+    BEFORE,
     CHANCE,
     DPI,
     LEGEND_SIZE,
+    SPLITS,
+    ZERO,
     curve_style,
     finish,
     frame,
@@ -43,8 +46,6 @@ from ehr_embed.evaluation.plot_style import (
 Curves = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
 
 _MAX_POINTS = 2000
-BEFORE = ", before calibration"
-"""End of the name of a curve of probabilities as the model gave them."""
 
 
 class ShownFigure(Figure):
@@ -204,6 +205,7 @@ def draw_calibration(curves: Curves) -> Figure:
     return figure
 
 
+@in_style
 def draw_decision(table: pl.DataFrame) -> Figure:
     """Draw decision curves: the net benefit of acting on a model by the threshold of the act, beside acting on all and on nobody.
 
@@ -212,33 +214,33 @@ def draw_decision(table: pl.DataFrame) -> Figure:
     """
     figure = ShownFigure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(0, color="0.4", lw=1, label="act on nobody")
+    axes.axhline(0, color=ZERO, lw=1, label="act on nobody")
     best = 0.0
     for index, (name, rows) in enumerate(table.partition_by("curve", as_dict=True, maintain_order=True).items()):
         own, x = str(name[0]), rows["threshold"].to_numpy()
         is_before = own.endswith(BEFORE)
-        colour, style = _colour(own.removesuffix(BEFORE), index), ":" if is_before else "-"
-        axes.plot(x, rows["net_benefit"], color=colour, lw=1.8, ls=style, label=_title(own))
+        style = _line(own, index)
+        axes.plot(x, rows["net_benefit"], label=title_of(own), **style)
         best = max(best, float(rows["net_benefit"].max()), float(rows["net_benefit_of_all"].max()))  # type: ignore[arg-type]
         if not is_before:
             axes.plot(
                 x,
                 rows["net_benefit_of_all"],
-                color=colour,
+                color=style["color"],
                 lw=1,
                 ls="--",
                 alpha=0.8,
-                label=f"{_title(own)}: act on all",
+                label=f"{title_of(own)}: act on all",
             )
     axes.set(xlim=(0, 1), ylim=(-0.25 * best, 1.1 * best))  # below that a threshold is out of the question
-    _finish(
+    finish(
         axes,
         "Decision curve",
         "probability from which on one acts",
         "net benefit (true positives per sample)",
         place=None,
     )
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=LEGEND_SIZE)
     return figure
 
 
@@ -267,6 +269,7 @@ def plot_decision(path: str | os.PathLike[str], table: pl.DataFrame) -> None:
     _save(draw_decision(table), path)
 
 
+@in_style
 def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predicted: npt.ArrayLike, title: str) -> None:
     """Plot labels against predicted numbers, at most 2000 of them, and the mean of each in ten groups of equal size.
 
@@ -280,12 +283,12 @@ def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predict
     figure = Figure(figsize=(5.4, 5.2), layout="constrained")
     axes, order = figure.subplots(), np.argsort(x, kind="stable")
     shown = order[_thin(len(order))]
-    axes.scatter(x[shown], y[shown], s=9, color="0.6", alpha=0.5, edgecolors="none", label=f"samples (n = {len(y):,})")
-    axes.axline((float(y.mean()), float(y.mean())), slope=1, color="0.6", lw=1, ls="--", label="label = prediction")
+    axes.scatter(x[shown], y[shown], s=9, color=CHANCE, alpha=0.5, edgecolors="none", label=f"samples (n = {len(y):,})")
+    axes.axline((float(y.mean()), float(y.mean())), slope=1, color=CHANCE, lw=1, ls="--", label="label = prediction")
     groups = [own for own in np.array_split(order, 10) if len(own)]
     means = [x[own].mean() for own in groups], [y[own].mean() for own in groups]
-    axes.plot(*means, "o-", color=_SPLIT_COLOURS["held_out"], lw=1.6, label="means of ten groups")
-    _finish(axes, title, "predicted", "label")
+    axes.plot(*means, "o-", color=SPLITS["held_out"]["color"], lw=1.6, label="means of ten groups")
+    finish(axes, title, "predicted", "label")
     _save(figure, path)
 
 
