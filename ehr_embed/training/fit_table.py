@@ -16,7 +16,7 @@ from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
 from ehr_embed.models.hazards import MakesHazards
-from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
+from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
 from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
@@ -52,6 +52,8 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
+    if isinstance(model, PoolsCodes):  # numbers of pooled datasets are ranked among their own
+        model.adapt_to_records(inputs_of(trainer, embedding, "train"))
     _check_size(trainer, model, embedding)
     train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
@@ -141,6 +143,8 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
         for batch in trainer.loader(split)
     )
     weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
+    if trainer.weigh is not None:
+        weights = weights * trainer.weigh(task.samples[split].subject_ids)
     return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 

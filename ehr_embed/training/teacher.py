@@ -91,6 +91,7 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
+    model.adapt_to_records(inputs_of(trainer, embedding, "train"))  # of pooled datasets; else there is nothing to adapt
     train = feature_set(trainer, model, embedding, "train")
     fold = folds(task.samples["train"].subject_ids, trainer.seed)
     config: Any = trainer.about["config"]
