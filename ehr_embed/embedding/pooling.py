@@ -92,8 +92,8 @@ def _say(merged: pl.DataFrame, n_codes: int, name: str) -> None:
     """Log which codes of a dataset are read as earlier ones, and warn of numbers that disagree, or of no code in common."""
     if not len(merged):
         log.warning(
-            "no code of %s has the text of a code of the datasets before it, so nothing but the model joins them. Give descriptions "
-            "in metadata/codes.parquet, data.lookups=[FILE.csv] (codes as DATASET//CODE), or data.alignment_pairs=FILE.csv", name,
+            "no code of %s has the text of a code of the datasets before it, so nothing but the model joins them. Give "
+            "descriptions in metadata/codes.parquet, data.lookups=[FILE.csv] (codes as DATASET//CODE), or data.alignment_pairs=FILE.csv", name,
         )  # fmt: skip
         return
     log.info(
@@ -111,8 +111,8 @@ def _say(merged: pl.DataFrame, n_codes: int, name: str) -> None:
     doubtful = merged.filter(pl.col("warning") != "")
     if len(doubtful):
         log.warning(
-            "%d codes of %s have numbers that disagree with those of the code that they are read as, such as %s -> %s (%s). Numbers "
-            "are ranked within their own dataset, so another unit does no harm, but another quantity does: correct alignment.csv, and "
-            "type: data.alignment_pairs=FILE.csv",
+            "%d codes of %s have numbers that disagree with those of the code that they are read as, such as %s -> %s (%s). "
+            "Numbers are ranked within their own dataset, so another unit does no harm, but another quantity does: correct "
+            "alignment.csv, and type: data.alignment_pairs=FILE.csv",
             len(doubtful), name, doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
         )  # fmt: skip

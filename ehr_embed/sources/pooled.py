@@ -145,8 +145,8 @@ class PooledSource:
         largest = max((abs(int(x)) for x in (ids.min(), ids.max()) if isinstance(x, int)), default=0)
         if largest > limit:
             raise UserError(
-                f"{where}: subject_id {largest} is too large to be multiplied by {self.n_ids}, the number of pooled datasets, which keeps "
-                f"their subjects apart: the greatest possible is {limit}. Give the subjects smaller ids."
+                f"{where}: subject_id {largest} is too large to be multiplied by {self.n_ids}, the number of pooled datasets, which "
+                f"keeps their subjects apart: the greatest possible is {limit}. Give the subjects smaller ids."
             )
         return (ids * self.n_ids + self._number[name]).alias("subject_id")
 
@@ -280,7 +280,7 @@ def _code(code: pl.Expr, name: str) -> pl.Expr:
 
 
 def _label_sets(root: Path) -> dict[str, Path]:
-    """Return the label sets of a dataset by name: folders of `labels` and `task_labels` with parquet files, or with their splits."""
+    """Return the label sets of a dataset by name: folders of `labels` and `task_labels` with parquet files or splits."""
     found: dict[str, Path] = {}
     for base in (root / TASK_LABELS, root / LABELS):
         for file in sorted(base.rglob("*.parquet")) if base.is_dir() else ():

@@ -30,7 +30,6 @@ from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
 
-
 Fraction = Annotated[float, Field(gt=0, le=1), Told("a share of train's subjects in (0, 1]")]
 
 
