@@ -93,7 +93,8 @@ def _say(merged: pl.DataFrame, n_codes: int, name: str) -> None:
     if not len(merged):
         log.warning(
             "no code of %s has the text of a code of the datasets before it, so nothing but the model joins them. Give "
-            "descriptions in metadata/codes.parquet, data.lookups=[FILE.csv] (codes as DATASET//CODE), or data.alignment_pairs=FILE.csv", name,
+            "descriptions in metadata/codes.parquet, data.lookups=[FILE.csv] (codes as DATASET//CODE), or "
+            "data.alignment_pairs=FILE.csv", name,
         )  # fmt: skip
         return
     log.info(

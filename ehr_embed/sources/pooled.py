@@ -145,8 +145,8 @@ class PooledSource:
         largest = max((abs(int(x)) for x in (ids.min(), ids.max()) if isinstance(x, int)), default=0)
         if largest > limit:
             raise UserError(
-                f"{where}: subject_id {largest} is too large to be multiplied by {self.n_ids}, the number of pooled datasets, which "
-                f"keeps their subjects apart: the greatest possible is {limit}. Give the subjects smaller ids."
+                f"{where}: subject_id {largest} is too large to be multiplied by {self.n_ids}, the number of pooled datasets, "
+                f"which keeps their subjects apart: the greatest possible is {limit}. Give the subjects smaller ids."
             )
         return (ids * self.n_ids + self._number[name]).alias("subject_id")
 

@@ -100,6 +100,8 @@ class Classification:
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]
+        none = np.zeros(len(train_labels), np.int64)
+        self._records = build_samples(train_events, train_labels, none, max_length=max_length)
         splits["train"] = train_events, self._drawn(train_labels, Pool.of(store.manifest))
         self.class_names = class_names(label_set, splits["train"][1])
         for split, (events, frame) in splits.items():
@@ -152,6 +154,10 @@ class Classification:
         if rng is not None and self.prefixes is not None:
             samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
+
+    def records(self) -> BatchDataset:
+        """Return train's records, with those of the subjects that `label_fraction` leaves out; all labels are 0."""
+        return BatchDataset(self._events["train"], self._records)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""

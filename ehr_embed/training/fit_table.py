@@ -19,8 +19,9 @@ from ehr_embed.models.hazards import MakesHazards
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
-from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
+from ehr_embed.tasks.protocol import WeighsSamples, records_of, tuning_values
 from ehr_embed.training.memory import available_memory
+from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.state import Progress, rng_state
 from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
@@ -53,7 +54,7 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
     if isinstance(model, PoolsCodes):  # numbers of pooled datasets are ranked among their own
-        model.adapt_to_records(inputs_of(trainer, embedding, "train"))
+        model.adapt_to_records(inputs_of_all(records_of(task), embedding, settings=trainer.settings))
     _check_size(trainer, model, embedding)
     train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
