@@ -20,6 +20,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 1, 2, 1, 2)), (0, (2, 3)), (0, (10, 3)),
 )  # fmt: skip
+BEFORE = ", before calibration"
+"""How the name of a curve of uncalibrated probabilities ends."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SPLITS: dict[str, dict[str, Any]] = {
     "train": {"color": "#0072B2", "linestyle": (0, (1, 1.5)), "marker": "^"},
@@ -69,8 +71,13 @@ def curve_style(index: int) -> dict[str, Any]:
 
 
 def split_style(name: str, index: int) -> dict[str, Any]:
-    """Return the style of a split, or of another curve by its number."""
-    return dict(SPLITS.get(name) or curve_style(index))
+    """Return the style of a split, or of another curve by its number; a curve before calibration is the same one, dotted.
+
+    >>> split_style("held_out", 0)["color"] == split_style("held_out" + BEFORE, 1)["color"]
+    True
+    """
+    own = dict(SPLITS.get(name.removesuffix(BEFORE)) or curve_style(index))
+    return own | {"linestyle": ":"} if name.endswith(BEFORE) else own
 
 
 def title_of(name: str) -> str:

@@ -29,6 +29,7 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.evaluation.bootstrap import N_CALIBRATION_BINS, calibration_bin
 from ehr_embed.evaluation.metrics import check_binary
 from ehr_embed.evaluation.plot_style import (
+    BEFORE,
     CHANCE,
     DPI,
     LEGEND_SIZE,
@@ -43,8 +44,6 @@ from ehr_embed.evaluation.plot_style import (
 Curves = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]
 
 _MAX_POINTS = 2000
-BEFORE = ", before calibration"
-"""End of the name of a curve of probabilities as the model gave them."""
 
 
 class ShownFigure(Figure):
@@ -204,6 +203,7 @@ def draw_calibration(curves: Curves) -> Figure:
     return figure
 
 
+@in_style
 def draw_decision(table: pl.DataFrame) -> Figure:
     """Draw decision curves: the net benefit of acting on a model by the threshold of the act, beside acting on all and on nobody.
 
@@ -216,29 +216,16 @@ def draw_decision(table: pl.DataFrame) -> Figure:
     best = 0.0
     for index, (name, rows) in enumerate(table.partition_by("curve", as_dict=True, maintain_order=True).items()):
         own, x = str(name[0]), rows["threshold"].to_numpy()
-        is_before = own.endswith(BEFORE)
-        colour, style = _colour(own.removesuffix(BEFORE), index), ":" if is_before else "-"
-        axes.plot(x, rows["net_benefit"], color=colour, lw=1.8, ls=style, label=_title(own))
+        style = {**split_style(own, index), "marker": None}
+        axes.plot(x, rows["net_benefit"], lw=1.8, label=title_of(own), **style)
         best = max(best, float(rows["net_benefit"].max()), float(rows["net_benefit_of_all"].max()))  # type: ignore[arg-type]
-        if not is_before:
-            axes.plot(
-                x,
-                rows["net_benefit_of_all"],
-                color=colour,
-                lw=1,
-                ls="--",
-                alpha=0.8,
-                label=f"{_title(own)}: act on all",
-            )
+        if not own.endswith(BEFORE):
+            label = f"{title_of(own)}: act on all"
+            axes.plot(x, rows["net_benefit_of_all"], color=style["color"], lw=1, ls="--", alpha=0.8, label=label)
     axes.set(xlim=(0, 1), ylim=(-0.25 * best, 1.1 * best))  # below that a threshold is out of the question
-    _finish(
-        axes,
-        "Decision curve",
-        "probability from which on one acts",
-        "net benefit (true positives per sample)",
-        place=None,
-    )
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    x_label, y_label = "probability from which on one acts", "net benefit (true positives per sample)"
+    finish(axes, "Decision curve", x_label, y_label, place=None)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=LEGEND_SIZE)
     return figure
 
 
@@ -267,6 +254,7 @@ def plot_decision(path: str | os.PathLike[str], table: pl.DataFrame) -> None:
     _save(draw_decision(table), path)
 
 
+@in_style
 def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predicted: npt.ArrayLike, title: str) -> None:
     """Plot labels against predicted numbers, at most 2000 of them, and the mean of each in ten groups of equal size.
 
@@ -284,8 +272,8 @@ def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predict
     axes.axline((float(y.mean()), float(y.mean())), slope=1, color="0.6", lw=1, ls="--", label="label = prediction")
     groups = [own for own in np.array_split(order, 10) if len(own)]
     means = [x[own].mean() for own in groups], [y[own].mean() for own in groups]
-    axes.plot(*means, "o-", color=_SPLIT_COLOURS["held_out"], lw=1.6, label="means of ten groups")
-    _finish(axes, title, "predicted", "label")
+    axes.plot(*means, "o-", color=split_style("held_out", 0)["color"], lw=1.6, label="means of ten groups")
+    finish(axes, title, "predicted", "label")
     _save(figure, path)
 
 

@@ -282,7 +282,7 @@ def _audit(path: Path, *, has_codes: bool) -> dict[str, Any] | None:
 
 def _differences(config: dict[str, Any], choices: Sequence[str]) -> list[tuple[str, str, str]] | None:
     found = differences_from_options(config, choices)
-    return found and [(key, _value(key, here), _value(key, usual)) for key, here, usual in found]
+    return None if found is None else [(key, _value(key, here), _value(key, usual)) for key, here, usual in found]
 
 
 def _value(key: str, value: Any) -> str:

@@ -34,7 +34,20 @@ from ehr_embed.run_folder.layout import (
 )
 from ehr_embed.sources.protocol import SPLITS
 
-RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, CALIBRATION, MODEL_CARD, REPORT, WANDB_ID, PROFILE, BEST, LATEST)
+RESULTS = (
+    FINISHED,
+    HISTORY,
+    SUMMARY,
+    AUDIT,
+    ALIGNMENT,
+    CALIBRATION,
+    MODEL_CARD,
+    REPORT,
+    WANDB_ID,
+    PROFILE,
+    BEST,
+    LATEST,
+)
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration", "decision_curve")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
