@@ -74,7 +74,10 @@ def current_trial(build: Callable[..., Any], trusted: Sequence[str] = ()) -> Tri
     number = os.environ.get(TRIAL_VARIABLE)
     if number is None or not HydraConfig.initialized():
         return NoTrial()
-    from ehr_embed.search.storage import open_storage, storage_url  # loads the database's library, which no other run needs
+    from ehr_embed.search.storage import (
+        open_storage,
+        storage_url,
+    )  # loads the database's library, which no other run needs
 
     hydra = HydraConfig.get()
     url = storage_url(hydra.sweeper.storage, Path(hydra.runtime.cwd) / hydra.sweep.dir)
