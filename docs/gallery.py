@@ -1,4 +1,4 @@
-"""Make the pictures of docs/gallery.md from the demo: `make gallery`, or `python docs/gallery.py [FOLDER]`, some minutes on two cores.
+"""Make the pictures of docs/gallery.md from the demo: `make gallery`, or `python docs/gallery.py [FOLDER]`, in some minutes.
 
 Each picture is what a command of the package leaves, in fewer colours so that it is small, and is named after that command's step
 in `STEPS`. FOLDER keeps the runs; a step that is finished there is not run again.
@@ -27,20 +27,48 @@ STEPS: dict[str, tuple[str, ...]] = {
     "explained": ("explain", "run=run", "max_samples=150", "threads=1"),
     "subject": ("explain", "run=run", "subject={subject}", "threads=1", "output=subject"),
     "search": (
-        "train", "-m", "hydra/sweeper=study", "hydra.sweeper.study_name=search", "hydra.sweeper.n_trials=12", *TINY,
-        "trainer.learning_rate=tag(log,interval(1e-4,1e-2))", "model.pooling=mean,attention,cls",
-        "model.dropout=interval(0,0.4)", "trainer.epochs=5", "hydra.sweep.dir=search",
+        "train",
+        "-m",
+        "hydra/sweeper=study",
+        "hydra.sweeper.study_name=search",
+        "hydra.sweeper.n_trials=12",
+        *TINY,
+        "trainer.learning_rate=tag(log,interval(1e-4,1e-2))",
+        "model.pooling=mean,attention,cls",
+        "model.dropout=interval(0,0.4)",
+        "trainer.epochs=5",
+        "hydra.sweep.dir=search",
     ),
     "hazards": (
-        "train", *SMALL, "task=time_to_event", "task.outcomes=auto", "model=decoder_small", "trainer=pretrain_short",
-        "trainer.epochs=4", "trainer.n_bootstrap=0", "run_dir=hazards",
+        "train",
+        *SMALL,
+        "task=time_to_event",
+        "task.outcomes=auto",
+        "model=decoder_small",
+        "trainer=pretrain_short",
+        "trainer.epochs=4",
+        "trainer.n_bootstrap=0",
+        "run_dir=hazards",
     ),
-    "answers": ("ask", "run=hazards", "data.root={data}", "questions=[heart failure]", "horizon_days=365", "output=answers", "threads=1"),
+    "answers": (
+        "ask",
+        "run=hazards",
+        "data.root={data}",
+        "questions=[heart failure]",
+        "horizon_days=365",
+        "output=answers",
+        "threads=1",
+    ),
     "times": (
-        "train", *SMALL, "task=time_to_event", "task.outcomes={outcome: {text_pattern: heart failure}}", "model=cox",
-        "trainer.n_bootstrap=0", "run_dir=times",
+        "train",
+        *SMALL,
+        "task=time_to_event",
+        "task.outcomes={outcome: {text_pattern: heart failure}}",
+        "model=cox",
+        "trainer.n_bootstrap=0",
+        "run_dir=times",
     ),
-}  # fmt: skip
+}
 """Step -> the words after `ehr-embed`."""
 PICTURES = {
     "run-loss": "run/plots/loss.png",
@@ -73,7 +101,12 @@ def main(folder: Path) -> None:
             words["subject"] = _riskiest(folder)
         if (folder / f"{name}.done").exists():
             continue
-        command = [sys.executable, "-m", "ehr_embed", *(word.replace("{data}", words["data"]).replace("{subject}", words["subject"]) for word in step)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "ehr_embed",
+            *(word.replace("{data}", words["data"]).replace("{subject}", words["subject"]) for word in step),
+        ]
         print("ehr-embed", *command[3:], flush=True)
         environment = os.environ | {"EHR_EMBED_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=folder, env=environment, check=False)

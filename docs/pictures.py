@@ -1,7 +1,8 @@
 """Draw the pictures of README.md and of the site's home page: `python docs/pictures.py`.
 
-The figures in them are read from the tables of docs/asking.md, docs/hospitals.md and docs/speed.md, so that a picture is renewed with its page;
-a test compares the pictures with the pages. `python docs/pictures.py --terminal` records the terminal anew, by a real run of the demo.
+The figures in them are read from the tables of docs/asking.md, docs/hospitals.md and docs/speed.md, so that a picture is renewed
+with its page; a test compares the pictures with the pages. `python docs/pictures.py --terminal` records the terminal anew, by a
+real run of the demo.
 """
 
 from __future__ import annotations
@@ -21,10 +22,30 @@ DOCS = ROOT / "docs"
 PICTURES = DOCS / "pictures"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 MONO = "ui-monospace, 'SF Mono', 'DejaVu Sans Mono', monospace"
-LIGHT = {"paper": "#ffffff", "ink": "#1b2430", "soft": "#5a6675", "line": "#c9d3de", "band": "#f1f5fa", "good": "#0072b2", "other": "#9aa7b5",
-         "bad": "#d55e00", "green": "#00795a", "accent": "#0072b2"}  # fmt: skip
-DARK = {"paper": "#0d1117", "ink": "#e6edf3", "soft": "#9da9b6", "line": "#39434f", "band": "#161d27", "good": "#56b4e9", "other": "#6d7a88",
-        "bad": "#ff9a5c", "green": "#35c79c", "accent": "#56b4e9"}  # fmt: skip
+LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1b2430",
+    "soft": "#5a6675",
+    "line": "#c9d3de",
+    "band": "#f1f5fa",
+    "good": "#0072b2",
+    "other": "#9aa7b5",
+    "bad": "#d55e00",
+    "green": "#00795a",
+    "accent": "#0072b2",
+}
+DARK = {
+    "paper": "#0d1117",
+    "ink": "#e6edf3",
+    "soft": "#9da9b6",
+    "line": "#39434f",
+    "band": "#161d27",
+    "good": "#56b4e9",
+    "other": "#6d7a88",
+    "bad": "#ff9a5c",
+    "green": "#35c79c",
+    "accent": "#56b4e9",
+}
 MODES = {"light": LIGHT, "dark": DARK}
 NUMBER = re.compile(r"\d+\.\d+")
 
@@ -71,7 +92,18 @@ class Drawing:
             f'<rect width="{width}" height="{height}" rx="10" fill="{colours["paper"]}"/>',
         ]
 
-    def text(self, x: float, y: float, text: str, *, size: int = 14, colour: str = "ink", weight: int = 400, anchor: str = "start", mono: bool = False) -> None:  # fmt: skip
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 14,
+        colour: str = "ink",
+        weight: int = 400,
+        anchor: str = "start",
+        mono: bool = False,
+    ) -> None:
         """Write a line of text."""
         family = MONO if mono else FONT
         self.parts.append(
@@ -79,7 +111,17 @@ class Drawing:
             f'fill="{self.c.get(colour, colour)}">{escape(text)}</text>'
         )
 
-    def box(self, x: float, y: float, width: float, height: float, *, fill: str = "band", line: str = "line", radius: int = 8) -> None:  # fmt: skip
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        fill: str = "band",
+        line: str = "line",
+        radius: int = 8,
+    ) -> None:
         """Draw a box."""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" fill="{self.c.get(fill, fill)}" '
@@ -89,7 +131,8 @@ class Drawing:
     def line(self, x1: float, y1: float, x2: float, y2: float, *, colour: str = "line", width: float = 1.5) -> None:
         """Draw a line."""
         self.parts.append(
-            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{self.c.get(colour, colour)}" stroke-width="{width:g}"/>'
+            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{self.c.get(colour, colour)}" '
+            f'stroke-width="{width:g}"/>'
         )
 
     def dot(self, x: float, y: float, *, colour: str, radius: float = 5) -> None:
@@ -111,11 +154,22 @@ def overview(c: dict[str, str]) -> str:
     d = Drawing(
         1000, 250, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c
     )
-    heads = ((16, 225, "1  a record's events, as text"), (285, 195, "2  each text embedded once"), (524, 190, "3  a small model"), (758, 226, "4  an answer, checked"))  # fmt: skip
+    heads = (
+        (16, 225, "1  a record's events, as text"),
+        (285, 195, "2  each text embedded once"),
+        (524, 190, "3  a small model"),
+        (758, 226, "4  an answer, checked"),
+    )
     for x, width, title in heads:
         d.box(x, 44, width, 184)
         d.text(x + width / 2, 30, title, size=14, weight=600, anchor="middle")
-    events = (("2 y", "Type 2 diabetes"), ("14 mo", "Creatinine = 1.9"), ("8 mo", "Shortness of breath"), ("20 d", "Furosemide 40 mg"), ("3 d", "Leg oedema"))  # fmt: skip
+    events = (
+        ("2 y", "Type 2 diabetes"),
+        ("14 mo", "Creatinine = 1.9"),
+        ("8 mo", "Shortness of breath"),
+        ("20 d", "Furosemide 40 mg"),
+        ("3 d", "Leg oedema"),
+    )
     for number_, (when, text) in enumerate(events):
         y = 74 + 31 * number_
         d.text(66, y, when, size=12, colour="soft", anchor="end")
@@ -125,7 +179,8 @@ def overview(c: dict[str, str]) -> str:
     for line, values in enumerate(shades):
         for column, value in enumerate(values):
             d.parts.append(
-                f'<rect x="{305 + 26 * column}" y="{60 + 31 * line}" width="24" height="20" rx="3" fill="{c["good"]}" opacity="{value / 10}"/>'
+                f'<rect x="{305 + 26 * column}" y="{60 + 31 * line}" width="24" height="20" rx="3" fill="{c["good"]}" '
+                f'opacity="{value / 10}"/>'
             )
     d.text(382, 222, "one row per distinct text", size=12, colour="soft", anchor="middle")
     for name, y in (("transformer", 62), ("or boosting", 106), ("code_tab, GRU, Cox", 150)):
@@ -148,7 +203,16 @@ def overview(c: dict[str, str]) -> str:
     return d.svg()
 
 
-def bars(title: str, told: str, entries: list[tuple[str, float, tuple[float, float] | None, str]], low: float, high: float, c: dict[str, str], *, unit: str = "AUROC") -> str:  # fmt: skip
+def bars(
+    title: str,
+    told: str,
+    entries: list[tuple[str, float, tuple[float, float] | None, str]],
+    low: float,
+    high: float,
+    c: dict[str, str],
+    *,
+    unit: str = "AUROC",
+) -> str:
     """Draw values with intervals on one axis: (name, value, interval, colour)."""
     d = Drawing(480, 96 + 40 * len(entries), title, c)
     d.text(20, 32, title, size=17, weight=600)
@@ -224,7 +288,12 @@ def speed(c: dict[str, str]) -> str:
         if found is None:
             sys.exit(f"docs/speed.md: {cell!r} does not begin with a ratio")
         told.append((name, int(found[1])))
-    against = {"training, per event": "the original design", "building batches": "meds-torch-data", "embedding texts": "encode per event", "bytes on disk per event": "one .pt file per patient"}  # fmt: skip
+    against = {
+        "training, per event": "the original design",
+        "building batches": "meds-torch-data",
+        "embedding texts": "encode per event",
+        "bytes on disk per event": "one .pt file per patient",
+    }
     d = Drawing(480, 96 + 40 * len(told), "Speed and size against peers", c)
     d.text(20, 32, "Times faster, times smaller", size=17, weight=600)
     d.text(20, 53, "2 CPU cores, no GPU; the page says against what and how", size=12, colour="soft")
@@ -235,7 +304,7 @@ def speed(c: dict[str, str]) -> str:
         d.text(20, y + 27, against[name], size=11, colour="soft")
         width = 12 + 170 * (value / most) ** 0.5
         d.box(205, y + 4, width, 18, fill="good", line="good", radius=3)
-        d.text(205 + width + 8, y + 18, f"{value}×", size=14, weight=600)
+        d.text(205 + width + 8, y + 18, f"{value}x", size=14, weight=600)
     d.text(20, 84 + 40 * len(told), "Lengths are square roots, so that all can be seen.", size=11, colour="soft")
     return d.svg()
 
@@ -244,9 +313,11 @@ def badge(left: str, right: str) -> str:
     """Draw a badge: a name and a fact of this repository."""
     a, b = 7 * len(left) + 14, 7 * len(right) + 14
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{a + b}" height="20" role="img"><title>{escape(left)}: {escape(right)}</title>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{a + b}" height="20" role="img">'
+        f"<title>{escape(left)}: {escape(right)}</title>"
         f'<rect width="{a + b}" height="20" rx="4" fill="#3d4a59"/><rect x="{a}" width="{b}" height="20" rx="4" fill="#0072b2"/>'
-        f'<rect x="{a}" width="6" height="20" fill="#0072b2"/><g fill="#ffffff" font-family="{FONT}" font-size="12" text-anchor="middle">'
+        f'<rect x="{a}" width="6" height="20" fill="#0072b2"/>'
+        f'<g fill="#ffffff" font-family="{FONT}" font-size="12" text-anchor="middle">'
         f'<text x="{a / 2:g}" y="14">{escape(left)}</text><text x="{a + b / 2:g}" y="14">{escape(right)}</text></g></svg>\n'
     )
 

@@ -1,4 +1,4 @@
-"""The site and the reports in a real browser: at three widths, light and dark, nothing is clipped, dead, or asked of another host."""
+"""The site and the reports in a real browser: at three widths, light and dark, nothing is clipped, dead, or from elsewhere."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ class SentenceTransformerEmbedder:
 
     def _load(self, name: str, revision: str | None = None) -> PooledEncoder:
         from ehr_embed.embedders.pooled_encoder import (
-            pooled_encoder,
-        )  # takes seconds, and cached vectors need none of it
+            pooled_encoder,  # takes seconds, and cached vectors need none of it
+        )
 
         return pooled_encoder(
             name,

@@ -20,8 +20,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 1, 2, 1, 2)), (0, (2, 3)), (0, (10, 3)),
 )  # fmt: skip
-BEFORE = ", before calibration"
-"""How the name of a curve of uncalibrated probabilities ends."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SPLITS: dict[str, dict[str, Any]] = {
     "train": {"color": "#0072B2", "linestyle": (0, (1, 1.5)), "marker": "^"},
@@ -29,6 +27,8 @@ SPLITS: dict[str, dict[str, Any]] = {
     "held_out": {"color": "#009E73", "linestyle": "-", "marker": "o"},
 }
 """A split looks the same in every plot."""
+BEFORE = ", before calibration"
+"""End of the name of a curve of probabilities as the model gave them."""
 RAISES, LOWERS = "#D55E00", "#0072B2"
 """Colours of what raises and what lowers a prediction."""
 GRID, CHANCE, ZERO = "#EBEBEB", "#8C8C8C", "#666666"
@@ -71,13 +71,13 @@ def curve_style(index: int) -> dict[str, Any]:
 
 
 def split_style(name: str, index: int) -> dict[str, Any]:
-    """Return the style of a split, or of another curve by its number; a curve before calibration is the same one, dotted.
+    """Return the style of a split, or of another curve by its number; what was before calibration is dotted and hollow.
 
-    >>> split_style("held_out", 0)["color"] == split_style("held_out" + BEFORE, 1)["color"]
-    True
+    >>> [split_style(name, 0)["color"] for name in ("held_out", "held_out, before calibration")]
+    ['#009E73', '#009E73']
     """
-    own = dict(SPLITS.get(name.removesuffix(BEFORE)) or curve_style(index))
-    return own | {"linestyle": ":"} if name.endswith(BEFORE) else own
+    found = dict(SPLITS.get(name.removesuffix(BEFORE)) or curve_style(index))
+    return found | {"linestyle": (0, (1, 1)), "marker": "x"} if name.endswith(BEFORE) else found
 
 
 def title_of(name: str) -> str:

@@ -33,6 +33,8 @@ from ehr_embed.evaluation.plot_style import (
     CHANCE,
     DPI,
     LEGEND_SIZE,
+    SPLITS,
+    ZERO,
     curve_style,
     finish,
     frame,
@@ -212,19 +214,32 @@ def draw_decision(table: pl.DataFrame) -> Figure:
     """
     figure = ShownFigure(figsize=(5.6, 5.2), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(0, color="0.4", lw=1, label="act on nobody")
+    axes.axhline(0, color=ZERO, lw=1, label="act on nobody")
     best = 0.0
     for index, (name, rows) in enumerate(table.partition_by("curve", as_dict=True, maintain_order=True).items()):
         own, x = str(name[0]), rows["threshold"].to_numpy()
-        style = {**split_style(own, index), "marker": None}
-        axes.plot(x, rows["net_benefit"], lw=1.8, label=title_of(own), **style)
+        is_before = own.endswith(BEFORE)
+        style = _line(own, index)
+        axes.plot(x, rows["net_benefit"], label=title_of(own), **style)
         best = max(best, float(rows["net_benefit"].max()), float(rows["net_benefit_of_all"].max()))  # type: ignore[arg-type]
-        if not own.endswith(BEFORE):
-            label = f"{title_of(own)}: act on all"
-            axes.plot(x, rows["net_benefit_of_all"], color=style["color"], lw=1, ls="--", alpha=0.8, label=label)
+        if not is_before:
+            axes.plot(
+                x,
+                rows["net_benefit_of_all"],
+                color=style["color"],
+                lw=1,
+                ls="--",
+                alpha=0.8,
+                label=f"{title_of(own)}: act on all",
+            )
     axes.set(xlim=(0, 1), ylim=(-0.25 * best, 1.1 * best))  # below that a threshold is out of the question
-    x_label, y_label = "probability from which on one acts", "net benefit (true positives per sample)"
-    finish(axes, "Decision curve", x_label, y_label, place=None)
+    finish(
+        axes,
+        "Decision curve",
+        "probability from which on one acts",
+        "net benefit (true positives per sample)",
+        place=None,
+    )
     figure.legend(loc="outside lower center", frameon=False, fontsize=LEGEND_SIZE)
     return figure
 
@@ -268,11 +283,11 @@ def plot_numbers(path: str | os.PathLike[str], *, labels: npt.ArrayLike, predict
     figure = Figure(figsize=(5.4, 5.2), layout="constrained")
     axes, order = figure.subplots(), np.argsort(x, kind="stable")
     shown = order[_thin(len(order))]
-    axes.scatter(x[shown], y[shown], s=9, color="0.6", alpha=0.5, edgecolors="none", label=f"samples (n = {len(y):,})")
-    axes.axline((float(y.mean()), float(y.mean())), slope=1, color="0.6", lw=1, ls="--", label="label = prediction")
+    axes.scatter(x[shown], y[shown], s=9, color=CHANCE, alpha=0.5, edgecolors="none", label=f"samples (n = {len(y):,})")
+    axes.axline((float(y.mean()), float(y.mean())), slope=1, color=CHANCE, lw=1, ls="--", label="label = prediction")
     groups = [own for own in np.array_split(order, 10) if len(own)]
     means = [x[own].mean() for own in groups], [y[own].mean() for own in groups]
-    axes.plot(*means, "o-", color=split_style("held_out", 0)["color"], lw=1.6, label="means of ten groups")
+    axes.plot(*means, "o-", color=SPLITS["held_out"]["color"], lw=1.6, label="means of ten groups")
     finish(axes, title, "predicted", "label")
     _save(figure, path)
 

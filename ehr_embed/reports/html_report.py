@@ -282,7 +282,9 @@ def _audit(path: Path, *, has_codes: bool) -> dict[str, Any] | None:
 
 def _differences(config: dict[str, Any], choices: Sequence[str]) -> list[tuple[str, str, str]] | None:
     found = differences_from_options(config, choices)
-    return None if found is None else [(key, _value(key, here), _value(key, usual)) for key, here, usual in found]
+    if found is None:
+        return None
+    return [(key, _value(key, here), _value(key, usual)) for key, here, usual in found]
 
 
 def _value(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A headless Chromium, where one is to be had, and what a person would see at once: a clipped block, a scroll to the side, an error."""
+"""A headless Chromium, where one is to be had, and what a person would see at once: a clipped block, a side scroll, an error."""
 
 from __future__ import annotations
 
@@ -12,33 +12,13 @@ from typing import Any
 
 import pytest
 
+HERE = Path(__file__).parent
 WIDTHS = {"desktop": 1920, "laptop": 1366, "phone": 390}
 SCHEMES = ("light", "dark")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-CLIPPED = """() => {
-  const width = document.documentElement.clientWidth, found = [];
-  if (document.documentElement.scrollWidth > width + 1) found.push(`the page scrolls sideways: ${document.documentElement.scrollWidth} > ${width}`);
-  const scrolls = (e) => { for (; e && e !== document.body; e = e.parentElement) {
-    const x = getComputedStyle(e).overflowX; if (x === "auto" || x === "scroll" || (x === "hidden" && e.matches(".headerlink, .md-clipboard"))) return true; } return false; };
-  for (const e of document.querySelectorAll("article *, main *")) {
-    const box = e.getBoundingClientRect(), style = getComputedStyle(e);
-    if (!box.width || !box.height || style.visibility === "hidden" || style.display === "none" || style.position === "fixed") continue;
-    if (box.right > width + 1 && !scrolls(e)) found.push(`${e.tagName}.${e.className} ends at ${Math.round(box.right)} of ${width}: ${(e.textContent || "").trim().slice(0, 60)}`);
-    if (e.tagName === "IMG" && e.complete && !e.naturalWidth) found.push(`no picture: ${e.getAttribute("src")}`);
-  }
-  return found.slice(0, 5);
-}"""
+CLIPPED = (HERE / "clipped.js").read_text(encoding="utf-8")
 """What in a page is cut off: every element ends inside the window, or inside a block that scrolls."""
-OUTSIDE_OF_PICTURE = """() => {
-  const svg = document.querySelector("svg"), box = svg.viewBox.baseVal, found = [];
-  for (const text of svg.querySelectorAll("text")) {
-    const own = text.getBBox(), matrix = text.getCTM().inverse ? svg.getCTM().inverse().multiply(text.getCTM()) : null;
-    const at = (x, y) => { const p = svg.createSVGPoint(); p.x = x; p.y = y; return matrix ? p.matrixTransform(matrix) : p; };
-    const a = at(own.x, own.y), b = at(own.x + own.width, own.y + own.height);
-    if (a.x < box.x - 1 || b.x > box.x + box.width + 1 || b.y > box.y + box.height + 1) found.push(`${text.textContent} reaches ${Math.round(b.x)} of ${box.width}`);
-  }
-  return found;
-}"""  # fmt: skip
+OUTSIDE_OF_PICTURE = (HERE / "outside_of_picture.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +56,14 @@ def troubles(browser: Any, address: str, pages: list[str], *, width: int, scheme
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("requestfailed", lambda request: said.append(f"failed: {request.url}"))
-    page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:", "file:")) else said.append(f"asked {request.url}"))  # fmt: skip
+    page.on(
+        "request",
+        lambda request: (
+            None
+            if request.url.startswith((address, "data:", "blob:", "file:"))
+            else said.append(f"asked {request.url}")
+        ),
+    )
     for name in pages:
         said.clear()
         page.goto(f"{address}/{name}" if address else name, wait_until="load")
