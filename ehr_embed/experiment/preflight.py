@@ -17,6 +17,7 @@ from ehr_embed.experiment.provenance import group_choices
 from ehr_embed.experiment.recalibration import check_calibration
 from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
 from ehr_embed.tasks.numbers import numbers_in
@@ -93,7 +94,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
 
 def splits_of(source: Source) -> pl.DataFrame | None:
     """Return subject_id and split of a source's subjects; None where only reading all of it would tell."""
-    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource) else None
+    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource | PooledSource) else None
 
 
 def check_splits(splits: pl.DataFrame, where: str) -> None:

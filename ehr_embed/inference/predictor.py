@@ -388,6 +388,8 @@ class Predictor:
         if data is None or not isinstance(model, ReadsVocabulary):
             yield
             return
+        # A pooled run's own quantiles, which no vocabulary brings back.
+        state = model.state_dict() if self.run.is_pooled else None
         model.set_vocabulary(data.vocabulary)
         self._present = data.vocabulary
         try:
@@ -399,9 +401,12 @@ class Predictor:
             yield
         finally:
             self._present = self.run.vocabulary
+            model.set_vocabulary(self.run.vocabulary)
             if isinstance(model, AlignsCodes):
                 model.align(self.run.matches)
-            model.set_vocabulary(self.run.vocabulary)
+            if state is not None:
+                model.load_state_dict(state)
+                model.set_vocabulary(self.run.vocabulary)
 
     @contextmanager
     def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import optuna
 from hydra.core.hydra_config import HydraConfig
 
+from ehr_embed.search.storage import open_storage, storage_url
+
 TRIAL_VARIABLE = "EHR_EMBED_TRIAL"
 """Environment variable with the trial's number; the sweeper sets it for jobs whose reports the pruner uses."""
 
@@ -74,11 +76,6 @@ def current_trial(build: Callable[..., Any], trusted: Sequence[str] = ()) -> Tri
     number = os.environ.get(TRIAL_VARIABLE)
     if number is None or not HydraConfig.initialized():
         return NoTrial()
-    from ehr_embed.search.storage import (  # loads the database's library, which no other run needs
-        open_storage,
-        storage_url,
-    )
-
     hydra = HydraConfig.get()
     url = storage_url(hydra.sweeper.storage, Path(hydra.runtime.cwd) / hydra.sweep.dir)
     name, pruner_config = hydra.sweeper.study_name, hydra.sweeper.pruner

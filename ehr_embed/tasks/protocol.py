@@ -152,6 +152,20 @@ class PredictsNumber(Protocol):
 
 
 @runtime_checkable
+class HasUnlabelled(Protocol):
+    """A task that may use the labels of a part of train's samples only."""
+
+    def records(self) -> EventDataset:
+        """Return train's records at their prediction times, with those whose labels are not used; their labels mean nothing."""
+        ...
+
+
+def records_of(task: Task) -> EventDataset:
+    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
+    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 
