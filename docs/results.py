@@ -1,7 +1,7 @@
 """Write the leaderboard of docs/results.md from the tables in docs/results/: `python docs/results.py`.
 
-A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading, and
-say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading.
+A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading,
+and say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading.
 """
 
 from __future__ import annotations

@@ -277,7 +277,7 @@ def samples_digest(run: Path, split: str = "held_out") -> str:
 
 
 def table_frame(tabulated: Tabulated) -> pd.DataFrame:
-    """Return one row per group: its keys, n_runs, each metric with /sd, /low and /high, how the runs were made, and their folders."""
+    """Return one row per group: keys, n_runs, each metric with /sd, /low and /high, how the runs were made, their folders."""
     rows = []
     for group in tabulated.groups:
         row: dict[str, Any] = {**group.keys, "n_runs": len(group.runs)}
