@@ -215,6 +215,34 @@ class AskKeys(DeviceKeys):
     n_bootstrap: Annotated[int, Field(ge=0)]
 
 
+class LookupsKeys(Keys):
+    """Keys of `data` of a server."""
+
+    lookups: Files
+
+
+class ServeKeys(DeviceKeys):
+    """Keys of conf/serve.yaml."""
+
+    host: Annotated[Text, Told("an address or a name of this machine", example="127.0.0.1")]
+    port: Annotated[int, Field(ge=0, le=65_535), Told("0 to 65535", example="8000")]
+    allowed_hosts: Annotated[Sequence[Text] | None, Told("a list of host names, or null", example="[ward.example]")]
+    data: LookupsKeys
+    max_body_mib: Annotated[float, Field(gt=0, le=1024), Told("more than 0 and at most 1024 MiB", example="16")]
+    max_records: Count
+    max_events: Count
+    max_attributed: Count
+    max_batch: Count
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000), Told("0 to 10000 milliseconds", example="0")]
+    max_queued: Count
+    max_connections: Count
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), Told("more than 0 seconds", example="30")]
+    shutdown_s: Annotated[float, Field(ge=0, le=86_400), Told("0 seconds or more", example="20")]
+    n_steps: Count
+    max_steps: Count
+    tolerance: Positive
+
+
 class RepresentKeys(DeviceKeys):
     """Keys of conf/represent.yaml; `Representer` says which values `per` and `pooling` have."""
 

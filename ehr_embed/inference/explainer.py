@@ -74,7 +74,8 @@ class Explainer:
         for name in ("rows", "row_ids", "places", "sequence_starts"):
             del inputs[name]
         inputs["embeddings"] = embedding(batch.token_ids).detach()
-        found = integrated_gradients(self.score, inputs, self._baseline, **self._steps)
+        with self.predictor.reading(data.vocabulary):  # a model that reads codes too knows the new ones
+            found = integrated_gradients(self.score, inputs, self._baseline, **self._steps)
         n = int(data.samples.lengths[row])
         return Attribution(found.events[:n], found.score, found.baseline_score, found.gap, found.n_steps)
 
