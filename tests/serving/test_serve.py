@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 import ehr_embed
@@ -23,8 +25,9 @@ from ehr_embed.serve import serve
 from ehr_embed.serving.answers import Answers
 from ehr_embed.serving.app import Limits, create_app
 from ehr_embed.serving.microbatches import MicroBatches, QueueFullError
+from ehr_embed.serving.server import listen
 from tests.helpers.configs import composed
-from tests.helpers.small_meds import Event, write_meds
+from tests.helpers.small_meds import ROOT, Event, write_meds
 
 SMALL = (
     "embedder=hashing", "embedder.embedding_dim=16", "data.n_subjects=160", "model=mean_pool", "trainer=short", "trainer.epochs=1",
@@ -339,6 +342,38 @@ def test_what_was_begun_is_answered_before_the_end():
         return [call.result() for call in calls if not call.cancelled()]
 
     assert asyncio.run(main()) == [[-i, -i - 1] for i in (0, 1, 2, 4, 5)]
+
+
+def test_the_requests_of_the_documentation_are_answered_as_it_says(predictor, client, capsys):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    code, answer = (
+        re.search(pattern, page, re.DOTALL)[1] for pattern in (r"```python[^\n]*\n(.*?)```", r"```json\n(.*?)```")
+    )
+    body = re.search(r"curl .*? -d '(.*?)'\n", page, re.DOTALL)[1]
+    found = client.post("/predict", content=body, headers={"content-type": "application/json"}).json()
+
+    def shape(node: Any) -> Any:
+        return {key: shape(value) for key, value in node.items()} if isinstance(node, dict) else type(node)
+
+    told = json.loads(answer)
+    assert shape(found["predictions"][0]) == shape(told["predictions"][0])
+    assert found["predictions"][0]["events"]["given"] == told["predictions"][0]["events"]["given"] == 3
+    # The other one over a real connection, of a server that ends when it is told to.
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(Answers(predictor), run_name="run"), log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        exec(compile(code.replace(":8000", f":{listener.getsockname()[1]}"), "ask.py", "exec"), {})
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+    assert not thread.is_alive()
+    printed = capsys.readouterr().out
+    assert "'false'" in printed
+    assert re.search(r"[+-]\d\.\d{3}  .*[Cc]hest pain", printed)
 
 
 def test_it_stays_on_this_machine_unless_told_and_names_the_extra(place, monkeypatch):
