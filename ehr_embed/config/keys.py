@@ -12,9 +12,11 @@ from ehr_embed.config.check import Built, Keys
 from ehr_embed.core.manifest import Integrity
 from ehr_embed.core.settings import Count, Files, Folder, OneOf, Positive, Seed, Share, Switch, Text, Told
 from ehr_embed.core.threads import Threads
+from ehr_embed.data.pool import PoolWeights
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
+from ehr_embed.embedding.pooling import PoolCodes
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
@@ -43,6 +45,8 @@ class DataKeys(Keys, VocabularySettings):
     alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
+    pool_codes: PoolCodes
+    pool_weights: PoolWeights
 
 
 class EmbedderKeys(Built):
@@ -126,6 +130,7 @@ class RunKeys(StageKeys):
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
     check: Switch
     overwrite: Switch
+    report: Switch
 
 
 class DeviceKeys(Keys):
@@ -213,6 +218,12 @@ class AskKeys(DeviceKeys):
     labels: LabelsName
     split: Annotated[str, OneOf(*SPLITS)] | None
     n_bootstrap: Annotated[int, Field(ge=0)]
+
+
+class ReportKeys(Keys):
+    """Keys of conf/report.yaml."""
+
+    run: Annotated[Text, Told("the folder of a finished run or of a search", example="RUN_DIR")]
 
 
 class LookupsKeys(Keys):

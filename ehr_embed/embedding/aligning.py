@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,22 +91,27 @@ class AlignmentSettings:
         Raises:
             UserError: as `align`.
         """
-        embedder = SentenceTransformerEmbedder(model="bundled")
-
-        def embed(texts: list[str]) -> npt.NDArray[np.float32]:
-            if cache_dir is None:
-                return embedder.embed(texts)
-            return embed_texts(embedder, texts, cache_dir=cache_dir)
-
         pairs = None if self.pairs is None else read_pairs(self.pairs)
-        try:
+        with bundled(cache_dir) as embed:
             found = align(
                 run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed
             )
-        finally:
-            embedder.close()
         found.say()
         return found
+
+
+@contextmanager
+def bundled(cache_dir: Path | None) -> Iterator[Callable[[list[str]], npt.NDArray[np.float32]]]:
+    """Yield the function by which texts are compared: vectors (n, E) of the sentence transformer that comes with the package.
+
+    Args:
+        cache_dir: folder of the cache of text vectors; None = vectors are not cached.
+    """
+    embedder = SentenceTransformerEmbedder(model="bundled")
+    try:
+        yield embedder.embed if cache_dir is None else lambda texts: embed_texts(embedder, texts, cache_dir=cache_dir)
+    finally:
+        embedder.close()
 
 
 def wanted_alignment(

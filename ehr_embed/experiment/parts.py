@@ -60,6 +60,11 @@ class Plan:
     began: float
 
     @property
+    def pools_codes(self) -> bool:
+        """Return whether codes of pooled datasets are read as each other's; only data=pooled has the key."""
+        return self.cfg.data.get("pool_codes", "own") == "aligned"
+
+    @property
     def is_trained(self) -> bool:
         """Return whether this stage fits anything; otherwise it only evaluates the model of `init_from`."""
         return self.task.is_trained and self.settings.epochs > 0
@@ -67,19 +72,21 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The data that a stage reads.
+    """The data that a stage reads; at most one of `aligned` and `pooled` is there.
 
     Attributes:
         source: where the events come from.
         prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
             vectors of what they match.
         aligned: the run that the weights start from and the match table; None = codes are read as they are.
+        pooled: the match table of pooled datasets with each other; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
     """
 
     source: Source
     prepared: Prepared
     aligned: tuple[Origin, Alignment] | None
+    pooled: Alignment | None
     audited: dict[str, Any] | None
 
 

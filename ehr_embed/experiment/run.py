@@ -59,7 +59,8 @@ def run(cfg: DictConfig) -> float:
     members: dict[Path, DictConfig] = {}
     if is_ensemble(cfg):
         cfg = written_out(cfg)
-        members = member_runs(cfg, run_dir)
+        is_evaluated = init_from is not None and OmegaConf.select(cfg, "trainer.epochs", default=1) == 0
+        members = {} if is_evaluated else member_runs(cfg, run_dir)
     stages = {run_dir: cfg, **members}
     if cfg.pretrain is not None:
         check_config(first := pretraining(cfg), RunKeys)

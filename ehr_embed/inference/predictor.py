@@ -42,6 +42,7 @@ from ehr_embed.inference.trained_run import (
 )
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
+from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
 from ehr_embed.run_folder.calibration import read_calibration
 from ehr_embed.run_folder.layout import CALIBRATION, LOOKUPS, VOCABULARY
@@ -162,6 +163,24 @@ class Predictor:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
         return isinstance(self._task, WeighsSamples)
 
+    @property
+    def predicts_number(self) -> bool:
+        """Return whether the run predicts one number per sample, in contrast to probabilities."""
+        outputs = label_outputs_of(self.run.model)
+        return outputs is not None and [group.kind for group in outputs.groups] == [NUMBER]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns of a table of predictions: probability_<class>, or predicted_<label set> of a number."""
+        outputs = label_outputs_of(self.run.model)
+        if outputs is None:
+            return [f"probability_{name}" for name in self.class_names]
+        return [name for group in outputs.groups for name in group.columns]
+
+    def _decode(self, logits: Tensor) -> Tensor:
+        outputs = label_outputs_of(self.run.model)
+        return self._task.probabilities(logits) if outputs is None else outputs.decode(logits)
+
     @overload
     def predict_proba(
         self,
@@ -185,8 +204,8 @@ class Predictor:
         lookups: Sequence[str] = (),
         alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return the class probabilities of records, computed in the run's own precision if the device supports it well, and
-        calibrated if the run has a calibration.
+        """Return the class probabilities of records, calibrated if the run has a calibration, or the numbers of a run that predicts
+        numbers. They are computed in the run's own precision if the device supports it well.
 
         Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
         a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
@@ -208,7 +227,8 @@ class Predictor:
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
-            row per prediction: subject_id, prediction_time and probability_<class> for each class.
+            row per prediction: subject_id, prediction_time and `columns`: probability_<class> for each class, or
+            predicted_<label set> for a number.
 
         Raises:
             UserError: there is no record, or a record is empty; vectors have another width than the run's, or the model reads
@@ -259,7 +279,7 @@ class Predictor:
         with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
                 found = self.predict_samples(data).probabilities
-                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                columns = {name: found[:, i] for i, name in enumerate(self.columns)}
                 keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
                 frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
@@ -396,8 +416,8 @@ class Predictor:
             else:
                 log_p = ensemble.of_members(inputs)
                 logits = ensemble.pooled(log_p)
-                of_members[:, rows] = torch.stack([self._task.probabilities(own) for own in log_p]).cpu().numpy()
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
+                of_members[:, rows] = torch.stack([self._decode(own) for own in log_p]).cpu().numpy()
+            result[rows] = self._decode(logits).cpu().numpy()
         if ensemble is not None and of_members is not None:
             of_members = of_members[(ensemble.weights > 0).cpu().numpy()]
         if self.calibrator is None:
@@ -434,6 +454,8 @@ class Predictor:
         if data is None or not isinstance(model, ReadsVocabulary):
             yield
             return
+        # A pooled run's own quantiles, which no vocabulary brings back.
+        state = model.state_dict() if self.run.is_pooled else None
         model.set_vocabulary(data.vocabulary)
         self._present = data.vocabulary
         try:
@@ -445,9 +467,12 @@ class Predictor:
             yield
         finally:
             self._present = self.run.vocabulary
+            model.set_vocabulary(self.run.vocabulary)
             if isinstance(model, AlignsCodes):
                 model.align(self.run.matches)
-            model.set_vocabulary(self.run.vocabulary)
+            if state is not None:
+                model.load_state_dict(state)
+                model.set_vocabulary(self.run.vocabulary)
 
     @contextmanager
     def reading(self, vocabulary: Vocabulary) -> Iterator[None]:

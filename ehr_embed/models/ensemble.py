@@ -16,7 +16,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations
+from ehr_embed.models.protocol import AlignsCodes, Model, PoolsCodes, ReadsVocabulary, declarations, passes_gradients
 
 Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
@@ -68,6 +68,11 @@ class Ensemble(nn.Module):
         """Return whether any member reads token vectors."""
         return any(declarations(member).reads_vectors for member in self.members)
 
+    @property
+    def learns_vectors(self) -> bool:
+        """Return whether a gradient reaches the event vectors in every member."""
+        return all(passes_gradients(member) for member in self.members)
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tell the members that read codes or texts what the token ids of coming batches mean."""
         for member in self.members:
@@ -88,6 +93,12 @@ class Ensemble(nn.Module):
                     f"a member of this ensemble, {type(member).__name__}, does not align codes, and would read the same events "
                     "otherwise than the others. Type: data.aligned_to=none, or predict with the other members' own runs"
                 )
+
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, in every member that can."""
+        for member in self.members:
+            if isinstance(member, PoolsCodes):
+                member.pool(matches, dataset_of)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """After `align`, give the members another dataset's records; they were fitted to train in their own runs."""

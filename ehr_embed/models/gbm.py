@@ -31,7 +31,7 @@ class GBM(ReadsCodeFeatures):
 
     Args:
         embedding_dim: width of the event vectors, which are not read.
-        num_classes: number C of classes, set by the task.
+        num_classes: number C of classes, set by the task; 1 = the task predicts a number.
         vocab_size: must be None, because this model predicts classes only.
         has_values: whether batches carry a numeric value with each event, set by the data.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
@@ -112,10 +112,10 @@ class GBM(ReadsCodeFeatures):
         """Fit trees to train until tuning has not improved for `patience` trees, and keep the best number of trees."""
         lightgbm, is_binary, by_loss = _lightgbm(), self.num_classes == 2, self.stop_on == "loss"
         parameters = self.settings_of_trees(train, seed)
-        parameters["metric"] = ("binary_logloss" if is_binary else "multi_logloss") if by_loss else "None"
+        parameters["metric"] = self._objective[1] if by_loss else "None"
 
         def evaluate(predicted: npt.NDArray[np.float64], _: Any) -> tuple[str, float, bool]:
-            p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
+            p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted.reshape(len(predicted), -1)
             return "score", score(p), is_higher_better
 
         self.features.remember(train.features)
@@ -147,16 +147,22 @@ class GBM(ReadsCodeFeatures):
             found[inside] = np.stack([1 - predicted, predicted], axis=1) if self.num_classes == 2 else predicted
         return found
 
+    @property
+    def _objective(self) -> tuple[str, str]:
+        """Return LightGBM's names of the objective and of its measure."""
+        if self.num_classes == 1:
+            return "regression", "l2"
+        return ("binary", "binary_logloss") if self.num_classes == 2 else ("multiclass", "multi_logloss")
+
     def _too_rare(self, table: FeatureTable) -> npt.NDArray[np.bool_]:
         """Return which features (F,) no leaf can be split by."""
         return table.n_unusual < self.parameters_of_trees["min_data_in_leaf"]
 
     def settings_of_trees(self, train: FeatureSet, seed: int) -> dict[str, Any]:
         """Return LightGBM's parameters for trees on `train`."""
-        is_binary = self.num_classes == 2
         return self.parameters_of_trees | {
-            "objective": "binary" if is_binary else "multiclass",
-            "num_class": 1 if is_binary else self.num_classes,
+            "objective": self._objective[0],
+            "num_class": 1 if self.num_classes == 2 else self.num_classes,
             "seed": seed,
             "deterministic": True,
             "force_row_wise": True,
@@ -166,11 +172,16 @@ class GBM(ReadsCodeFeatures):
         }
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, from `CodeFeatures` inputs."""
+        """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, or its number (B, 1), from `CodeFeatures`
+        inputs."""
         features = self.features(inputs)
         raw = self.booster.predict(features.cpu().numpy(), raw_score=True, num_threads=torch.get_num_threads())
         logits = torch.from_numpy(raw).to(features.device)
-        return torch.stack([torch.zeros_like(logits), logits], dim=1) if self.num_classes == 2 else logits
+        return (
+            torch.stack([torch.zeros_like(logits), logits], dim=1)
+            if self.num_classes == 2
+            else logits.view(len(raw), -1)
+        )
 
 
 def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:

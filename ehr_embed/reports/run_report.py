@@ -114,6 +114,8 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         )
     if told := calibration_text(metrics):
         console.print(told, highlight=False, soft_wrap=True)
+    if metrics.get("datasets"):
+        console.print(_datasets(metrics["datasets"]))
     if metrics.get("members"):
         console.print(_members(metrics["members"]))
     train = metrics["train"]
@@ -146,6 +148,30 @@ def calibration_text(metrics: dict[str, Any]) -> str:
     before, after = values_of(found["before"]["held_out"]), values_of(metrics["held_out"])
     changes = ", ".join(f"{name} {before[name]:.3f} before, {after[name]:.3f} after" for name in before)
     return f"calibrated: {found['fitted']}, fitted on {found['n']:,} samples of tuning; held-out {changes}"
+
+
+def dataset_rows(datasets: dict[str, Any]) -> list[list[str]]:
+    """Return one row of cells per dataset of a pool and split: its samples, and each measure where both classes occur."""
+    rows = []
+    for name, splits in datasets.items():
+        for split in reversed(EVALUATED):
+            found = splits[split]
+            cells = [with_interval(found[m]) if m in found else "one class only" for m in ("auroc", "auprc")]
+            rows.append([name, split, f"{found['n']:,} ({found['n_positive']:,})", *cells])
+    return rows
+
+
+DATASET_COLUMNS = ("dataset", "split", "samples (positive)", "AUROC", "AUPRC")
+
+
+def _datasets(datasets: dict[str, Any]) -> Table:
+    """Return the table of the metrics of each dataset of a pool."""
+    table = Table()
+    for column in DATASET_COLUMNS:
+        table.add_column(column)
+    for row in dataset_rows(datasets):
+        table.add_row(*row)
+    return table
 
 
 def _members(members: list[dict[str, Any]]) -> Table:

@@ -17,6 +17,7 @@ from ehr_embed.run_folder.layout import (
     CONFIG,
     DECISION_CURVE,
     ENVIRONMENT,
+    EXPLAINED,
     FINISHED,
     HISTORY,
     LATEST,
@@ -26,17 +27,31 @@ from ehr_embed.run_folder.layout import (
     PLOTS,
     PREDICTIONS,
     PROFILE,
+    REPORT,
     SUMMARY,
     VOCABULARY,
     WANDB_ID,
 )
 from ehr_embed.sources.protocol import SPLITS
 
-RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, CALIBRATION, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
+RESULTS = (
+    FINISHED,
+    HISTORY,
+    SUMMARY,
+    AUDIT,
+    ALIGNMENT,
+    CALIBRATION,
+    MODEL_CARD,
+    REPORT,
+    WANDB_ID,
+    PROFILE,
+    BEST,
+    LATEST,
+)
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
 FIGURES = ("loss", "roc", "precision_recall", "calibration", "decision_curve")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
-BESIDE_A_RUN = ("pretrain", MEMBERS, "explained", "generated", "wandb", "log.txt", "slurm.out")
+BESIDE_A_RUN = ("pretrain", MEMBERS, EXPLAINED, "generated", "wandb", "log.txt", "slurm.out")
 """Names that the commands, the trackers and a search write into a run's folder."""
 
 

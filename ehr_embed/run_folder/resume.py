@@ -44,6 +44,7 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "report",
     "trainer.threads",
     *(f"embedder.{key}" for key in SPEED_KEYS),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class Answers:
             found = self.predictor.predict_samples(data, with_members=True)
             for row, number in enumerate(group):
                 answer = self._about(records[number], data, row)
-                answer["probabilities"] = self._named(found.probabilities[row])
+                answer |= self._named(found.probabilities[row])
                 if found.members is not None:
                     own = found.members[:, row]
                     answer["interval"] = {
@@ -96,14 +97,14 @@ class Answers:
         return {
             "target": explainer.target,
             "log_odds": found.score,
-            "log_odds_of_average_events": found.baseline_score,
-            "gap": found.gap,
+            "log_odds_of_average_events": _finite(found.baseline_score),
+            "gap": _finite(found.gap),
             "events": [
                 {
                     "time": None if row["time"] is None else row["time"].isoformat(),
                     "code": row["code"],
                     "text": row["text"],
-                    "numeric_value": row["numeric_value"],
+                    "numeric_value": _finite(row["numeric_value"]),
                     "attribution": row["attribution"],
                 }
                 for row in table.iter_rows(named=True)
@@ -156,8 +157,18 @@ class Answers:
             },
         }
 
-    def _named(self, values: Any) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(self.predictor.class_names, values, strict=True)}
+    def _named(self, values: Any) -> dict[str, dict[str, float]]:
+        """Return a sample's outputs by kind, `probabilities` and `numbers`, and by name."""
+        found: dict[str, dict[str, float]] = {}
+        for name, column, value in zip(self.predictor.class_names, self.predictor.columns, values, strict=True):
+            kind = "probabilities" if column.startswith("probability_") else "numbers"
+            found.setdefault(kind, {})[name] = float(value)
+        return found
+
+
+def _finite(number: float | None) -> float | None:
+    """Return a number, None in place of NaN, for which JSON has no word."""
+    return None if number is None or not math.isfinite(number) else number
 
 
 def _groups(records: Sequence[Record], known: set[str]) -> Iterator[list[int]]:

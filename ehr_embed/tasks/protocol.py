@@ -144,6 +144,28 @@ class GivesProbabilities(Protocol):
 
 
 @runtime_checkable
+class PredictsNumber(Protocol):
+    """A task with one number per sample, whose model has one output (`models/label_outputs.py` says in which unit)."""
+
+    predicts_number: bool
+    """True."""
+
+
+@runtime_checkable
+class HasUnlabelled(Protocol):
+    """A task that may use the labels of a part of train's samples only."""
+
+    def records(self) -> EventDataset:
+        """Return train's records at their prediction times, with those whose labels are not used; their labels mean nothing."""
+        ...
+
+
+def records_of(task: Task) -> EventDataset:
+    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
+    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 

@@ -160,21 +160,26 @@ def test_an_ensemble_says_how_far_its_members_lie_apart(client, labelled):
         low, high = answer["interval"]["true"]
         assert low <= answer["probabilities"]["true"] <= high
         assert low < high
-        assert [low, high] == [f(member["true"] for member in answer["members"]) for f in (min, max)]
+        assert [low, high] == [f(member["probabilities"]["true"] for member in answer["members"]) for f in (min, max)]
         assert len(answer["members"]) == 2
 
 
 def test_attributions_are_those_of_explain(client, labelled, predictor, place):
     found, records = labelled
-    (answer,) = asked(client, records[:1], attributions=True)
-    own = answer["attributions"]
+    root, member = cohort(place), ehr_embed.load(place / "run" / "members" / "pooled-0")
+    with TestClient(create_app(Answers(member), run_name="member")) as of_member:
+        (by_gradients,) = asked(of_member, records[:1], attributions=True)
+    (by_leaving_out,) = asked(client, records[:1], attributions=True)  # of an ensemble, which passes no gradients
+    for own, run_of_it in ((by_gradients["attributions"], member), (by_leaving_out["attributions"], predictor)):
+        data = run_of_it.read(str(root), labels=next((root / "labels").iterdir()).name, split="held_out", lookups=[])
+        row = int(np.flatnonzero(data.samples.subject_ids == found["subject_id"][0])[0])
+        expected = Explainer(run_of_it, target=None, n_steps=16, max_steps=512, tolerance=0.01).attribute(data, row)
+        np.testing.assert_allclose([event["attribution"] for event in own["events"]], expected.events, atol=1e-5)
+        assert any(event["attribution"] for event in own["events"])
+    own = by_gradients["attributions"]
     total = sum(event["attribution"] for event in own["events"])
     assert total == pytest.approx(own["log_odds"] - own["log_odds_of_average_events"], abs=2 * own["gap"] + 1e-6)
-    root = cohort(place)
-    data = predictor.read(str(root), labels=next((root / "labels").iterdir()).name, split="held_out", lookups=[])
-    row = int(np.flatnonzero(data.samples.subject_ids == found["subject_id"][0])[0])
-    expected = Explainer(predictor, target=None, n_steps=16, max_steps=512, tolerance=0.01).attribute(data, row)
-    np.testing.assert_allclose([event["attribution"] for event in own["events"]], expected.events, atol=1e-5)
+    assert "interval" not in by_gradients
     refused = client.post("/predict", json={**records[0], "attributions": True, "target": "maybe"})
     assert refused.status_code == 422
     assert "unknown target 'maybe'" in refused.json()["error"]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,24 +33,28 @@ SLOW = {"records": [RECORD] * 8, "attributions": True}
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("process")
     run(composed(*SMALL, f"cache_dir={place / 'cache'}", f"run_dir={place / 'run'}"))
-    return place / "run"
+    return (
+        place / "run" / "members" / "pooled-0"
+    )  # whose attributions are by gradients, at as many points as are asked for
 
 
 @contextmanager
-def served(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    command = [sys.executable, "-m", "ehr_embed.serve", f"run={folder}", "port=0", "threads=1", *overrides]
+def served(folder: Path, *overrides: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, "-m", "ehr_embed.serve", f"run={folder}", f"port={port}", "threads=1", *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    lines = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
+            lines.append(line)
             if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
                 yield process, int(found[1])
                 break
         else:
-            pytest.fail("the server ended before it served")
+            pytest.fail("the server ended before it served: " + "".join(lines))
     finally:
         if process.poll() is None:
             process.kill()
@@ -58,10 +62,10 @@ def served(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen[str
 
 
 def post(port: int, body: object, timeout: float = 60) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    connection.request("POST", "/predict", json.dumps(body), {"content-type": "application/json"})
-    answer = connection.getresponse()
-    return answer.status, json.loads(answer.read())
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+        connection.request("POST", "/predict", json.dumps(body), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -104,7 +108,7 @@ def test_killed_in_mid_request_it_leaves_nothing_and_serves_again(folder):
         asking.join(30)
     assert len(broken) == 1
     assert files(folder) == before
-    with served(folder, f"port={port}") as (_, again):
+    with served(folder, port=port) as (_, again):
         assert again == port
         assert post(again, RECORD)[0] == 200
 
@@ -117,11 +121,12 @@ def test_clients_that_leave_or_dawdle_take_nothing_from_others(folder):
         for _ in range(20):
             with socket.create_connection(("127.0.0.1", port)) as leaving:
                 leaving.sendall(head + b'{"events"')
-        garbage = socket.create_connection(("127.0.0.1", port))
-        garbage.sendall(os.urandom(500) + b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", port)) as garbage:
+            garbage.sendall(os.urandom(500) + b"\r\n\r\n")
         assert post(port, RECORD)[0] == 200
         dawdling.settimeout(20)
         assert b" 504 " in dawdling.recv(4096)
+        dawdling.close()
         status, found = post(port, {"events": [{"code": "x" * 2_000_000}]})
         assert (status, "max_body_mib" in found["error"]) == (413, True)
         assert post(port, RECORD)[0] == 200
@@ -135,9 +140,9 @@ def wait_until_begun(port: int) -> None:
     """Return once a batch of the slow request was computed, so that its attributions are."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        connection.request("GET", "/metrics")
-        if b"ehr_embed_batch_records_count 1.0" in connection.getresponse().read():
-            return
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            connection.request("GET", "/metrics")
+            if b"ehr_embed_batch_records_count 1.0" in connection.getresponse().read():
+                return
         time.sleep(0.02)
     pytest.fail("the request was not begun")
