@@ -313,7 +313,7 @@ def badge(left: str, right: str) -> str:
     """Draw a badge: a name and a fact of this repository."""
     a, b = 7 * len(left) + 14, 7 * len(right) + 14
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{a + b}" height="20" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {a + b} 20" width="{a + b}" height="20" role="img">'
         f"<title>{escape(left)}: {escape(right)}</title>"
         f'<rect width="{a + b}" height="20" rx="4" fill="#3d4a59"/><rect x="{a}" width="{b}" height="20" rx="4" fill="#0072b2"/>'
         f'<rect x="{a}" width="6" height="20" fill="#0072b2"/>'
