@@ -51,6 +51,7 @@ HARMLESS = (
 order in which numbers are added; another machine would do the same."""
 NEW: dict[str, Any] = {
     "data.aligned_to": "auto",
+    "data.alignment_matching": "nearest",
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",
