@@ -20,7 +20,18 @@ from tests.helpers.configs import CONF, composed
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru", "original", "ridge")
+CLASSIFY_ONLY = (
+    "boosted_hazards",
+    "code_encoder",
+    "code_tab",
+    "cox",
+    "gbm",
+    "logistic",
+    "mean_pool",
+    "gru",
+    "original",
+    "ridge",
+)
 READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
 
 
@@ -53,7 +64,7 @@ def test_every_model_builds_and_runs(option):
     classifier = instantiate(cfg.model, embedding_dim=24, num_classes=n_outputs, has_values=False)
     if isinstance(classifier, ReadsVocabulary):
         classifier.set_vocabulary(vocabulary())
-    if option == "cox":  # which predicts times from features: tests/models/test_cox.py
+    if option in ("boosted_hazards", "cox"):  # which predict times from features: tests/models/test_cox.py
         return
     if isinstance(classifier, FitsAtOnce):  # which need a vocabulary and a fit: tests/models/test_baselines.py
         assert isinstance(classifier, ReadsVocabulary)
