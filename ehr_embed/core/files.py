@@ -48,12 +48,21 @@ def write_failure(error: BaseException) -> str | None:
     return "only a part could be written (is the disk full?)" if _PARTLY.search(str(error)) else None
 
 
-def cannot_write(path: object, error: BaseException) -> UserError:
-    """Return the error to raise for a full disk or a read-only folder; its message is one line."""
+def cannot_write(path: object, error: BaseException, *, is_whole: bool = True) -> UserError:
+    """Return the error to raise for a full disk or a read-only folder; its message is one line.
+
+    Args:
+        path: what could not be written.
+        error: the error of the system or of a library.
+        is_whole: whether nothing or the earlier content stands at `path`; False = a library wrote there, and may have left a part.
+    """
     reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return UserError(
-        f"cannot write {path}: {reason}. Nothing was left half-written. Free space or choose another folder."
+    left = (
+        "No part of it was left there, and what was finished before stays."
+        if is_whole
+        else "A part of it may have been left there: delete it."
     )
+    return UserError(f"cannot write {path}: {reason}. {left} Free space or choose another folder.")
 
 
 @contextmanager
