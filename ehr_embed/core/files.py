@@ -78,6 +78,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise
 
 
+def _flush(file: Path) -> None:
+    """Write a file through to the disk."""
+    # Windows flushes only a file that is open for writing.
+    with open(file, "rb" if os.name == "posix" else "r+b") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`. On success the file there replaces `path`; on any exception it is removed.
@@ -91,8 +98,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
+            _flush(temporary)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # in a folder that cannot be written to there is no file to remove
@@ -115,8 +121,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
+                    _flush(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)

@@ -144,7 +144,7 @@ def _repeated(path: Path, rows: pl.DataFrame, value_column: str | None) -> UserE
     subject, time, values = contradictory.row(0)
     return UserError(
         f"{path}: subject {subject} has several labels at {time} that contradict each other, {' and '.join(values)} ({told}; "
-        f"{len(contradictory)} times are contradictory); expected one label per subject and time. Find out in the task's "
+        f"times with a contradiction: {len(contradictory)}); expected one label per subject and time. Find out in the task's "
         f"definition which of them holds, or keep one: polars.read_parquet(FILE).group_by({keys})"
         f".agg(polars.col({value_column!r}).max()).write_parquet(FILE) takes the larger, which is true before false."
     )

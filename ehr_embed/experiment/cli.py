@@ -54,6 +54,15 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             raise
         print(f"error: {masked(explain(error, config_name, sys.argv[1:]))}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # submitit's, in whose place a type would be better
+        if wants_traceback or 'Could not detect "srun"' not in str(error):
+            raise
+        print(
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Type it on a login node, "
+            "or hydra/launcher=submitit_local for processes on this machine",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:  # of a library's own files: what the package writes has its line already
         if wants_traceback or write_failure(error) is None:
             raise

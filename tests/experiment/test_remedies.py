@@ -89,7 +89,9 @@ def test_labels_given_twice_say_whether_they_contradict_each_other(data):
         read_labels("x", data / "labels")
     file = rewrite(data, "labels/x/*.parquet", lambda frame: frame.unique())
     rewrite(data, "labels/x/*.parquet", lambda frame: pl.concat([frame, frame.with_columns(~pl.col("boolean_value"))]))
-    with refused("contradict each other, false and true", "60 times", "boolean_value", ".max()") as caught:
+    with refused(
+        "contradict each other, false and true", "times with a contradiction: 60", "boolean_value", ".max()"
+    ) as caught:
         read_labels("x", data / "labels")
     code = str(caught.value).partition("keep one: ")[2].partition(" takes")[0]
     exec(code.replace("FILE", "file"), {"polars": pl, "file": file})
@@ -103,6 +105,13 @@ def test_times_with_a_zone_are_refused_with_both_ways_out(data, pattern):
     with refused(f"`{column}`", "Europe/Berlin", 'convert_time_zone("UTC")', "see what came later"):
         read_labels("x", data / "labels")
         read(data)
+
+
+def test_slurms_launcher_without_slurm_ends_in_one_line(tmp_path, inside, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    output = inside("train.py", "-m", *SMALL, "data.root=x", "hydra/launcher=submitit_slurm", cwd=tmp_path, code=2)
+    assert "no Slurm on this machine" in output
+    assert "hydra/launcher=submitit_local" in output
 
 
 @pytest.mark.parametrize(
