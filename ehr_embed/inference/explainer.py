@@ -76,6 +76,10 @@ class Explainer:
 
     def attribute(self, data: Dataset, row: int) -> Attribution:
         """Return the attribution of one sample of the dataset, without padding."""
+        with self.predictor.reading(data.vocabulary):  # a model that reads codes too knows the new ones
+            return self._attribute(data, row)
+
+    def _attribute(self, data: Dataset, row: int) -> Attribution:
         batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
         embedding = data.embedding.to(self.predictor.device)
         inputs = embedding.inputs(batch)

@@ -109,11 +109,15 @@ class Ensemble(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, C) float64, from what `EventEmbedding.inputs` gives."""
-        parts = [
-            weight * log_probabilities(member(inputs))
-            for weight, member in zip(self.weights, self.members, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+        return self.pooled(self.of_members(inputs))
+
+    def of_members(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return the log-probabilities (B, C) float64 of each member."""
+        return [log_probabilities(member(inputs)) for member in self.members]
+
+    def pooled(self, log_p: list[Tensor]) -> Tensor:
+        """Return the logits (B, C) of the pool of the members' log-probabilities (B, C)."""
+        return torch.stack([weight * own for weight, own in zip(self.weights, log_p, strict=True)]).sum(0)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ order in which numbers are added; another machine would do the same."""
 NEW: dict[str, Any] = {
     "calibration._target_": "ehr_embed.calibration.none.NoCalibration",
     "data.aligned_to": "auto",
+    "data.alignment_matching": "nearest",
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",

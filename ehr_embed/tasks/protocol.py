@@ -175,6 +175,19 @@ class ReadsLabels(Protocol):
 
 
 @runtime_checkable
+class ChecksFirst(Protocol):
+    """A task that can tell, before anything is computed, that it cannot train."""
+
+    def check(self) -> None:
+        """Refuse now what would be refused after the data are prepared; a finished run is opened without this.
+
+        Raises:
+            UserError: the task cannot train as it is configured or installed.
+        """
+        ...
+
+
+@runtime_checkable
 class HasBaselines(Protocol):
     """A task that has baselines without a model, whose metrics are reported beside the model's."""
 
