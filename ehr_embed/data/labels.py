@@ -12,7 +12,9 @@ from ehr_embed.sources.meds import microseconds, out_of_range, readable
 from ehr_embed.sources.meds_remedies import without_zone
 from ehr_embed.sources.protocol import SPLITS
 
-VALUE_COLUMNS = ("boolean_value", "integer_value", "categorical_value")
+VALUE_COLUMNS = ("boolean_value", "integer_value", "float_value", "categorical_value")
+NUMBER_COLUMNS = ("float_value", "integer_value")
+"""Columns whose values can be numbers; integers may be classes too."""
 
 
 TASK_LABELS = "task_labels"
@@ -28,11 +30,13 @@ class LabelSet:
         frame: subject_id Int64, prediction_time Datetime[us], value String ("true"/"false" for booleans, null without values);
             sorted.
         value_column: the one of `VALUE_COLUMNS` from which the values were read; None = the files give prediction times only.
+        are_numbers: whether the task that read them takes the values as numbers; otherwise they are classes.
     """
 
     name: str
     frame: pl.DataFrame
     value_column: str | None
+    are_numbers: bool = False
 
     @property
     def is_boolean(self) -> bool:
@@ -45,8 +49,8 @@ class LabelSet:
             return keys
         if self.is_boolean:
             values = values == "true"
-        elif self.value_column == "integer_value":
-            values = values.cast(pl.Int64)
+        elif self.value_column in NUMBER_COLUMNS:
+            values = values.cast(pl.Int64 if self.value_column == "integer_value" else pl.Float64)
         return keys.with_columns(values.alias(self.value_column))
 
 
@@ -228,9 +232,11 @@ def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str
             f"found {', '.join(frame.columns)}; {expected}."
         )
     column, dtype = filled[0], frame.schema[filled[0]]
-    right = {"boolean_value": dtype == pl.Boolean, "integer_value": dtype.is_integer()}.get(
-        column, dtype in (pl.String, pl.Categorical)
-    )
+    right = {
+        "boolean_value": dtype == pl.Boolean,
+        "integer_value": dtype.is_integer(),
+        "float_value": dtype.is_float(),
+    }.get(column, dtype in (pl.String, pl.Categorical))
     if not right:
         raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype that its name states.")
     return _checked(file, frame, pl.col(column).cast(pl.String)), column

@@ -90,6 +90,7 @@ def test_another_application_finds_the_configuration(bin_, tmp_path):
     assert "ehr_embed.models.gru" in call(bin_ / "python", "app.py", "model=gru", cwd=tmp_path).lower()
 
 
+@pytest.mark.slow
 def test_it_trains_and_predicts_from_an_empty_folder(bin_, trained):
     assert (trained / "runs" / "first" / "metrics.json").is_file()
     assert "ehr-embed train --config-path" in (trained / "runs" / "first" / "config.yaml").read_text()
