@@ -62,8 +62,8 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         if wants_traceback or 'Could not detect "srun"' not in str(error):
             raise
         print(
-            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Type it on a login "
-            "node, or hydra/launcher=submitit_local for processes on this machine",
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Run it on a login node, "
+            "or hydra/launcher=submitit_local for processes on this machine",
             file=sys.stderr,
         )
         sys.exit(2)
