@@ -82,7 +82,11 @@ def test_every_model_builds_and_runs(option):
     ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
 )
 def test_every_member_builds(group, option):
-    needed = {"zero_shot": ["task.codes=[A]"], "time_to_event": ["task.outcomes=auto"]}.get(option, [])
+    needed = {
+        "zero_shot": ["task.codes=[A]"],
+        "query": ["task.codes=[A]"],
+        "time_to_event": ["task.outcomes=auto"],
+    }.get(option, [])
     build = instantiate_embedder if group == "embedder" else instantiate
     build(composed(f"{group}={option}", *needed, name="embed")[group])
 
