@@ -297,7 +297,8 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
 
     Args:
         log_hazard: (..., K, J) per day.
-        days: (..., K) days to the event or to censoring; a NaN gives 0.
+        days: (..., K) days to the event or to censoring, of a shape that broadcasts to that of the hazards, as (B, 1, K) for M
+            members; a NaN gives 0.
         is_event: (..., K) bool.
         edges_J: lower bounds of the bins in days.
 
@@ -307,7 +308,9 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
     """
     known = ~days.isnan()
     days = days.nan_to_num()
-    at_event = log_hazard.gather(-1, bin_of(days, edges_J).unsqueeze(-1)).squeeze(-1)
+    # `gather` takes a smaller index without a word, and would give all members the event of the first.
+    at = bin_of(days, edges_J).unsqueeze(-1).expand(*log_hazard.shape[:-1], 1)
+    at_event = log_hazard.gather(-1, at).squeeze(-1)
     return ((log_hazard.exp() * exposure(days, edges_J)).sum(-1) - at_event * is_event) * known
 
 
