@@ -17,6 +17,7 @@ from ehr_embed.comparison.paired_bootstrap import (
 )
 from ehr_embed.comparison.report import best_first, wide_console, write_report
 from ehr_embed.comparison.results import find_runs, read_rows
+from ehr_embed.comparison.search_report import report_of_folder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.evaluation.bootstrap import NO_INTERVAL
@@ -72,6 +73,7 @@ def compare(
     pairs = paired_tests(predictions, n_bootstrap=n_bootstrap)
     with atomic_path(output / "comparisons.csv") as path:
         pairs.to_csv(path, index=False)
+    report_of_folder(output)  # again, now with the tests
     print_tests(pairs, tested[0], split, output, n_bootstrap)
     return pairs
 

@@ -14,8 +14,10 @@ from ehr_embed.config.targets import looked_up_name, own_object
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.experiment.provenance import group_choices
+from ehr_embed.experiment.recalibration import check_calibration
 from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks import protocol as tasks
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
@@ -43,6 +45,7 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else 2)
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)
+    check_calibration(cfg, task)
     source: Source = builder(cfg)(cfg.data.source)
     splits = splits_of(source)
     if splits is not None:
@@ -94,7 +97,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
 
 def splits_of(source: Source) -> pl.DataFrame | None:
     """Return subject_id and split of a source's subjects; None where only reading all of it would tell."""
-    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource) else None
+    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource | PooledSource) else None
 
 
 def check_splits(splits: pl.DataFrame, where: str) -> None:

@@ -17,11 +17,12 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
 from ehr_embed.models.hazards import MakesHazards
 from ehr_embed.models.label_outputs import label_outputs_of
-from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
+from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
-from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, tuning_values
+from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, records_of, tuning_values
 from ehr_embed.training.memory import available_memory
+from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.state import Progress, rng_state
 from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
@@ -53,6 +54,8 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
+    if isinstance(model, PoolsCodes):  # numbers of pooled datasets are ranked among their own
+        model.adapt_to_records(inputs_of_all(records_of(task), embedding, settings=trainer.settings))
     _check_size(trainer, model, embedding)
     train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
@@ -149,6 +152,8 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
         for batch in trainer.loader(split)
     )
     weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
+    if trainer.weigh is not None:
+        weights = weights * trainer.weigh(task.samples[split].subject_ids)
     return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 
