@@ -13,6 +13,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ehr_embed.core.files import atomic_path
+from ehr_embed.evaluation.plot_style import COLOURS, DPI, TYPE, restyle
 
 log = logging.getLogger(__name__)
 PLOTS = ("optimization_history", "param_importances", "parallel_coordinate", "slice")
@@ -93,22 +94,26 @@ def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]
     html, png = stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.png")
     try:
         # Optuna sets a matplotlib style for the whole process; rc_context restores the old one.
-        with warnings.catch_warnings(), matplotlib.rc_context():
+        with warnings.catch_warnings(), matplotlib.rc_context(TYPE):
             # Optuna warns that its matplotlib plots are experimental, and about trials that lack a conditional parameter.
             warnings.simplefilter("ignore")
             interactive = getattr(optuna.visualization, f"plot_{name}")(study, **arguments)
+            interactive.update_layout(
+                template="plotly_white", colorway=COLOURS, font={"family": f"{TYPE['font.family']}, sans-serif"}
+            )
             axes = getattr(optuna.visualization.matplotlib, f"plot_{name}")(study, **arguments)
         with atomic_path(html) as path:
             # Plotly's 5 MB of JavaScript are stored once beside the plots, so that they open without a network.
             path.write_text(interactive.to_html(include_plotlyjs="directory"), encoding="utf-8")
         _write_plotly_script(stem.parent)
         figure = _figure_of(axes)
+        restyle(figure)
         if name == "slice":  # wide panels and slanted labels, or the names of choices would overlap
             figure.set_size_inches(max(6.0, 3.0 * len(figure.axes)), 5.0)
             for panel in figure.axes:
                 panel.tick_params(axis="x", labelrotation=45)
         with atomic_path(png) as path:
-            figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+            figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight")
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         log.info("no plot %s: %s", stem.name, error)
         return []

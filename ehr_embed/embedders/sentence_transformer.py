@@ -164,7 +164,9 @@ class SentenceTransformerEmbedder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     def _load(self, name: str, revision: str | None = None) -> PooledEncoder:
-        from ehr_embed.embedders.pooled_encoder import pooled_encoder  # takes seconds, and cached vectors need none of it
+        from ehr_embed.embedders.pooled_encoder import (
+            pooled_encoder,  # takes seconds, and cached vectors need none of it
+        )
 
         return pooled_encoder(
             name,

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from ehr_embed.calibration.protocol import Calibration
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
@@ -42,6 +43,7 @@ class Plan:
         processes: those that train together.
         task: before `setup`.
         alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
+        calibration: how the outputs are calibrated after training.
         began: `time.perf_counter()` at the start of the stage.
     """
 
@@ -54,7 +56,13 @@ class Plan:
     processes: Processes
     task: Task
     alignment: AlignmentSettings
+    calibration: Calibration
     began: float
+
+    @property
+    def pools_codes(self) -> bool:
+        """Return whether codes of pooled datasets are read as each other's; only data=pooled has the key."""
+        return self.cfg.data.get("pool_codes", "own") == "aligned"
 
     @property
     def is_trained(self) -> bool:
@@ -64,19 +72,21 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The data that a stage reads.
+    """The data that a stage reads; at most one of `aligned` and `pooled` is there.
 
     Attributes:
         source: where the events come from.
         prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
             vectors of what they match.
         aligned: the run that the weights start from and the match table; None = codes are read as they are.
+        pooled: the match table of pooled datasets with each other; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
     """
 
     source: Source
     prepared: Prepared
     aligned: tuple[Origin, Alignment] | None
+    pooled: Alignment | None
     audited: dict[str, Any] | None
 
 
