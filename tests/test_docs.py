@@ -21,7 +21,6 @@ import torch
 import ehr_embed
 from docs.hooks import outside
 from docs.options import AXES, expanded
-from ehr_embed.core.errors import UserError
 from ehr_embed.inference.trained_run import open_run
 from tests.helpers.corpora import record, write_corpus
 from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
@@ -198,7 +197,9 @@ def shortened(arguments: list[str], *, texts: bool = True) -> list[str]:
 
 @pytest.mark.slow
 def test_the_quick_start_runs(follow):
-    folder = follow("quick-start.md", words={"DIR": f"cache/demo-{DEMO_SIZE}-0", "NAME": "hospitalisation_1y"}, texts=True)
+    folder = follow(
+        "quick-start.md", words={"DIR": f"cache/demo-{DEMO_SIZE}-0", "NAME": "hospitalisation_1y"}, texts=True
+    )
     for run in ("first", "boosting", "mine", "second"):
         assert 0 < metrics_of(folder / "runs" / run)["held_out"]["auroc"]["value"] <= 1
     assert len(pl.read_csv(folder / "comparison" / "comparisons.csv")) == 3, "AUROC, AUPRC and Brier score of one pair"

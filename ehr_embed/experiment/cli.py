@@ -60,8 +60,8 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         if wants_traceback or 'Could not detect "srun"' not in str(error):
             raise
         print(
-            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Type it on a login node, "
-            "or hydra/launcher=submitit_local for processes on this machine",
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Type it on a login "
+            "node, or hydra/launcher=submitit_local for processes on this machine",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -105,7 +105,8 @@ def refuse_separated(arguments: list[str], config_name: str) -> None:
         UserError: names the option and gives the command in the order that is read.
     """
     known, unread = get_args_parser().parse_known_args(arguments)
-    if not unread or not known.overrides or any(argument.startswith("-") for argument in unread):  # an unknown option, of which argparse tells
+    is_unknown_option = any(argument.startswith("-") for argument in unread)  # of which argparse itself tells
+    if not unread or not known.overrides or is_unknown_option:
         return
     overrides = [*known.overrides, *unread]
     options = [argument for argument in arguments if argument not in overrides]
