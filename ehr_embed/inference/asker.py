@@ -20,7 +20,14 @@ from ehr_embed.data.outcomes import TokenPlaces, follow_up
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.inference.trained_run import TrainedRun, open_run
-from ehr_embed.models.hazards import HazardSizes, by_member, cumulative_incidence, hazard_sizes, outcome_inputs
+from ehr_embed.models.hazards import (
+    HazardSizes,
+    by_member,
+    cumulative_incidence,
+    hazard_sizes,
+    outcome_inputs,
+    with_competing,
+)
 
 N_TIMES = 12
 """Times up to the horizon at which a risk curve is given."""
@@ -289,11 +296,9 @@ class Asker(Predictor):
     def _incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
         """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
         sizes, embedding = self.sizes, data.embedding.to(self.device)
-        sets, rates = [question.tokens for question in questions], [question.log_rates for question in questions]
-        rival = None
-        if sizes.competing and not all(set(sizes.competing) <= set(own) for own in sets):
-            rival = len(sets)
-            sets = [*sets, sizes.competing]
+        rates = [question.log_rates for question in questions]
+        sets, rival, competes = with_competing([question.tokens for question in questions], sizes.competing)
+        if len(sets) > len(questions):
             known = sizes.competing_at
             own_rates = None if known is None else torch.tensor(sizes.log_rates[known])
             rates = [*rates, sizes.rates_of([sizes.competing])[0] if own_rates is None else own_rates]
@@ -303,7 +308,6 @@ class Asker(Predictor):
             if question.vector is not None:
                 asked["outcome_vectors"][number] = question.vector.to(self.device)
                 asked["outcome_sizes"][number] = 1
-        competes = [rival is not None and not set(sizes.competing) <= set(own) for own in sets]
         edges, grid = torch.tensor(sizes.edges, device=self.device), torch.tensor(days, device=self.device)
         result = np.empty((len(data.samples), len(questions), len(days)))
         for rows, inputs in self.batches(data):

@@ -265,6 +265,33 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
     return ((log_hazard.exp() * exposure(days, edges_J)).sum(-1) - at_event * is_event) * known
 
 
+def with_competing(
+    sets: Sequence[Sequence[int]], competing: Sequence[int]
+) -> tuple[list[list[int]], int | None, list[bool]]:
+    """Return outcomes with the competing events among them, the number of these, and which outcomes they compete with.
+
+    An outcome that holds all competing events, such as death itself, has no competitor. Where that is every outcome, or no event
+    competes, none is added and the number is None. An outcome that is just the competing events stands for them.
+
+    Args:
+        sets: the tokens of each outcome.
+        competing: tokens of the competing events.
+
+    >>> with_competing([[3]], [9])
+    ([[3], [9]], 1, [True, False])
+    >>> with_competing([[9], [3]], [9])
+    ([[9], [3]], 0, [False, True])
+    >>> with_competing([[9, 3]], [9])
+    ([[9, 3]], None, [False])
+    """
+    found, at = [list(own) for own in sets], None
+    if competing and not all(set(competing) <= set(own) for own in found):
+        same = [number for number, own in enumerate(found) if set(own) == set(competing)]
+        at = same[0] if same else len(found)
+        found += [] if same else [list(competing)]
+    return found, at, [at is not None and not set(competing) <= set(own) for own in found]
+
+
 def cumulative_incidence(
     log_hazard: Tensor,
     days_G: Tensor,
