@@ -19,6 +19,7 @@ from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
+from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
@@ -461,9 +462,14 @@ class Predictor:
         try:
             if isinstance(model, AlignsCodes):
                 model.align(data.alignment.matches)
-                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
+
+                def read() -> Iterator[dict[str, Tensor]]:
+                    for chunk, _ in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data):
+                        for _, inputs in self.batches(chunk):
+                            yield inputs
+
                 with torch.inference_mode():
-                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
+                    model.adapt_to_records(Rereadable(read))
             yield
         finally:
             self._present = self.run.vocabulary
