@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
-SECRET_KEY = re.compile(
+SECRETFOLDERS = re.compile(r"(?<![\w:/.])(?:~|\.{1,2})?/(?:[^\s,\]\[/'\"]+/)*")
+"""Matches the folders of absolute paths, and of those from the present or the home folder."""
+_KEY = re.compile(
     r"(?:^|[_.\-])(?:token|secret|(?:ssl)?passw(?:or)?d|passphrase|pwd|pass|api_?key|credentials?|passfile|sslkey)$",
     re.IGNORECASE,
 )
@@ -84,6 +86,19 @@ def without_private(value: Any) -> Any:
     if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
         return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
     return masked(value)
+
+
+def without_folders(override: str) -> str:
+    """Return an override without its secrets, and without the folders of every path in its value, within lists too.
+
+    >>> without_folders("data.lookups=[/data/ann/a.csv,~/b.csv]"), without_folders("model=gbm"), without_folders("+x.api_key=k")
+    ('data.lookups=[a.csv,b.csv]', 'model=gbm', '+x.api_key=***')
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    kept = str(without_private({key.lstrip("+"): value})[key.lstrip("+")])
+    return f"{key}={FOLDERS.sub('', kept)}"
 
 
 def _is_there(value: str) -> bool:
