@@ -9,9 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
-SECRETFOLDERS = re.compile(r"(?<![\w:/.])(?:~|\.{1,2})?/(?:[^\s,\]\[/'\"]+/)*")
-"""Matches the folders of absolute paths, and of those from the present or the home folder."""
-_KEY = re.compile(
+SECRET_KEY = re.compile(
     r"(?:^|[_.\-])(?:token|secret|(?:ssl)?passw(?:or)?d|passphrase|pwd|pass|api_?key|credentials?|passfile|sslkey)$",
     re.IGNORECASE,
 )
@@ -20,6 +18,8 @@ MASK = "***"
 _USER_INFO = (re.compile(r"(://[^:/@\s]*):\S*@"), re.compile(r"(://[^:/@\s]*):[^@]*@"))
 """Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the
 word or, if the word has none, at the first @ after it."""
+FOLDERS = re.compile(r"(?<![\w:/.])(?:~|\.{1,2})?/(?:[^\s,\]\[/'\"]+/)*")
+"""Matches the folders of absolute paths, and of those from the present or the home folder."""
 _KEY = re.compile(r"([\w.%\-]+)=")
 _VALUE = re.compile(r"'[^']*'?|\"[^\"]*\"?|[^\s&'\"]*")
 
