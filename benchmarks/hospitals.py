@@ -32,6 +32,9 @@ from ehr_embed.sources.protocol import SPLITS
 CONF = Path(__file__).parents[1] / "conf"
 PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
+WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
+        "pool": "boosting pooled"}  # fmt: skip
+QUICK = ("trainer.n_bootstrap=0",)
 TRAINER = ("trainer.threads=1", "audit=off")
 LAST = ("trainer.keep=last", "trainer.patience=null")
 CODE_TAB = (
@@ -68,6 +71,8 @@ class Lab:
     folder: Path
     seeds: tuple[int, ...]
     draws: tuple[int, ...]
+    sizes: tuple[int, ...] = SIZES
+    ways: tuple[str, ...] = tuple(WAYS)
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Make a run unless it is there, and return its metrics."""
@@ -121,44 +126,27 @@ def few(lab: Lab) -> list[list[str]]:
     away, home = lab.away, lab.home
     start = lab.trained(home, "tab", 0)
     n_train = lab.run(f"{away.name}_gbm_0", *MODELS["gbm"], *away.data, "seed=0")["train"]["n"]
-    pool = pooled_data(lab)
-    rows = [
-        [
-            "0",
-            "",
-            "",
-            "",
-            held_out(lab.unchanged(home, away, "tab", 0, "texts")),
-            "",
-            held_out(lab.unchanged(home, away, "gbm", 0, "texts")),
-        ]
-    ]
-
-    def over_draws(name: str, share: float, *overrides: str, key: str = "task.label_fraction={}") -> str:
-        found = []
-        for draw in lab.draws:
-            metrics = lab.run(
-                f"few_{name}_{draw}",
-                *overrides,
-                key.format(share),
-                f"task.fraction_seed={draw}",
-                "trainer.n_bootstrap=0",
-            )
-            here = metrics.get("datasets", {}).get(away.root.name, metrics)
-            found.append(float(here["held_out"]["auroc"]["value"]))
-        return mean_sd(found)
-
-    for n in (*SIZES, n_train):
+    ways: dict[str, tuple[str, ...]] = {
+        "gbm": (*MODELS["gbm"], *away.data),
+        "gbm5": (*MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
+        "tab": (*MODELS["tab"], *away.data),
+        "tuned": (*READS["tab"], *TUNED, *away.data, f"init_from={start}"),
+        "pool": ("model=gbm", *pooled_data(lab)),
+    }
+    unchanged = {kind: held_out(lab.unchanged(home, away, kind, 0, "texts")) for kind in MODELS}
+    rows = [["0", *(f"{unchanged['tab']} (unchanged)" if way == "tuned" else "" for way in ways)]]
+    for n in (*lab.sizes, n_train):
         share = 1.0 if n == n_train else round(n / n_train, 6)
-        pooled = over_draws(f"pool_{n}", share, "model=gbm", *pool, key="task.label_fraction=[1.0,{}]")
-        rows.append([
-            f"{n}",
-            over_draws(f"gbm_{n}", share, *MODELS["gbm"], *away.data),
-            over_draws(f"gbm5_{n}", share, *MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
-            over_draws(f"tab_{n}", share, *MODELS["tab"], *away.data),
-            over_draws(f"tuned_{n}", share, *READS["tab"], *TUNED, *away.data, f"init_from={start}"),
-            pooled, "",
-        ])  # fmt: skip
+        cells = []
+        for way, overrides in ways.items():
+            found = []
+            for draw in lab.draws if way in lab.ways else ():
+                fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
+                metrics = lab.run(f"few_{way}_{n}_{draw}", *overrides, fraction, f"task.fraction_seed={draw}", *QUICK)
+                here = metrics.get("datasets", {}).get(away.root.name, metrics)
+                found.append(float(here["held_out"]["auroc"]["value"]))
+            cells.append(mean_sd(found) if found else "")
+        rows.append([str(n), *cells])
     return rows
 
 
@@ -250,8 +238,7 @@ def mean_sd(values: Sequence[float]) -> str:
 
 TABLES: dict[str, tuple[Callable[[Lab], list[list[str]]], Sequence[str]]] = {
     "unchanged": (unchanged, ("direction", "model", "AUROC", "AUPRC", "AUROC, texts shuffled", "AUROC, not aligned")),
-    "few": (few, ("labels", "boosting", "boosting, leaves of 5", "code_tab from scratch", "code_tab transferred", "boosting pooled",
-                  "boosting transferred")),
+    "few": (few, ("labels", *WAYS.values())),
     "pooled": (pooled, ("hospital", "model", "AUROC alone", "AUROC pooled", "AUPRC alone", "AUPRC pooled")),
 }  # fmt: skip
 
@@ -271,6 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=SIZES, help="numbers of labels of the part few, beside all"
+    )
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="ways to use them")
     chosen = parser.parse_args(arguments)
     if chosen.cache is not None:
         os.environ["EHR_EMBED_CACHE"] = str(chosen.cache)
@@ -283,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.folder,
         tuple(range(chosen.seeds)),
         tuple(range(chosen.draws)),
+        tuple(chosen.sizes),
+        tuple(chosen.ways),
     )
     tables = {}
     for part in chosen.parts:

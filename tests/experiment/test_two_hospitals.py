@@ -12,6 +12,7 @@ from ehr_embed.core.files import read_json
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.representer import Representer
 from ehr_embed.inference.trained_run import open_run
 from ehr_embed.predict import predict
 from tests.helpers.configs import composed
@@ -68,6 +69,29 @@ def test_predict_says_what_the_evaluation_says(hospitals, kind):
     again = predictor.predict_proba(hospitals / "home", labels="case", split="held_out")
     own = pl.read_parquet(hospitals / f"{kind}-home" / "predictions" / "held_out.parquet")
     np.testing.assert_allclose(again["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
+
+
+def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, caplog):
+    predictor = Predictor(hospitals / "encoder-home", needs_classes=False)
+    representer = Representer(predictor)
+
+    def vectors(aligned_to: str) -> tuple[np.ndarray, np.ndarray]:
+        frame = pl.concat(
+            representer.frames(
+                str(hospitals / "away"), labels="case", split="held_out", alignment=AlignmentSettings(aligned_to=aligned_to)
+            )
+        )
+        return frame["vector"].to_numpy(), frame["boolean_value"].to_numpy()
+
+    x, is_case = vectors("auto")
+    away_from = x - x[::2].mean(0)
+    direction = x[::2][is_case[::2]].mean(0) - x[::2][~is_case[::2]].mean(0)
+    score, truth = (away_from @ direction)[1::2], is_case[1::2]
+    assert (score[truth][:, None] > score[~truth]).mean() > 0.9
+    assert not np.allclose(vectors("none")[0], x)
+    with caplog.at_level(logging.WARNING):
+        predictor.read(str(hospitals / "away"), labels="case", split="held_out", lookups=())
+    assert "this command reads them by their texts alone" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["code_tab", "encoder"])
