@@ -26,6 +26,20 @@ def _searched_application() -> None:
 
 
 @pytest.fixture(autouse=True)
+def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw their plots and write an empty picture of each, since turning four plots into pixels takes as long
+    as a tiny training. A module that tests the pictures has a fixture of this name that does nothing; processes write them too."""
+    from ehr_embed.core.files import atomic_path
+    from ehr_embed.evaluation import plots
+
+    def write_nothing(figure: object, path: str) -> None:
+        with atomic_path(path) as temporary:
+            temporary.touch()
+
+    monkeypatch.setattr(plots, "_save", write_nothing)
+
+
+@pytest.fixture(autouse=True)
 def _quiet_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point that ran in this process leaves no switch on for the processes that later tests start."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

@@ -119,6 +119,7 @@ class RunKeys(StageKeys):
     """Keys of a run."""
 
     data: DataKeys
+    calibration: Built
     seed: Seed
     run_dir: Folder
     cache_dir: Folder
@@ -131,6 +132,7 @@ class RunKeys(StageKeys):
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
     check: Switch
     overwrite: Switch
+    report: Switch
 
 
 class DeviceKeys(Keys):
@@ -219,6 +221,40 @@ class AskKeys(DeviceKeys):
     labels: LabelsName
     split: Annotated[str, OneOf(*SPLITS)] | None
     n_bootstrap: Annotated[int, Field(ge=0)]
+
+
+class ReportKeys(Keys):
+    """Keys of conf/report.yaml."""
+
+    run: Annotated[Text, Told("the folder of a finished run or of a search", example="RUN_DIR")]
+
+
+class LookupsKeys(Keys):
+    """Keys of `data` of a server."""
+
+    lookups: Files
+
+
+class ServeKeys(DeviceKeys):
+    """Keys of conf/serve.yaml."""
+
+    host: Annotated[Text, Told("an address or a name of this machine", example="127.0.0.1")]
+    port: Annotated[int, Field(ge=0, le=65_535), Told("0 to 65535", example="8000")]
+    allowed_hosts: Annotated[Sequence[Text] | None, Told("a list of host names, or null", example="[ward.example]")]
+    data: LookupsKeys
+    max_body_mib: Annotated[float, Field(gt=0, le=1024), Told("more than 0 and at most 1024 MiB", example="16")]
+    max_records: Count
+    max_events: Count
+    max_attributed: Count
+    max_batch: Count
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000), Told("0 to 10000 milliseconds", example="0")]
+    max_queued: Count
+    max_connections: Count
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), Told("more than 0 seconds", example="30")]
+    shutdown_s: Annotated[float, Field(ge=0, le=86_400), Told("0 seconds or more", example="20")]
+    n_steps: Count
+    max_steps: Count
+    tolerance: Positive
 
 
 class RepresentKeys(DeviceKeys):

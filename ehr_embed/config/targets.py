@@ -56,6 +56,7 @@ STORED = {
     "task": Group("task", "ehr_embed.tasks", "Task"),
     "embedder": Group("embedder", "ehr_embed.embedders", "Embedder"),
     "source": Group("data.source", "ehr_embed.sources", "Source"),
+    "calibration": Group("calibration", "ehr_embed.calibration", "Calibration"),
 }
 """The groups of a configuration that came with a checkpoint that are built from it."""
 

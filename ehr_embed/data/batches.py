@@ -48,7 +48,7 @@ class Batch:
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
         places: (N,) int64, index b * T + t of every event that is not padding, ascending.
         sequence_starts: (S + 1,) int32, how many of the N events precede each of the S sequences; the last entry is N.
-        labels: (B,) int64 or (B, L) float32.
+        labels: (B,) int64 or float64, or (B, L) float32.
         sample: (B,) int64, position in the split's samples; in a packed batch, the number of the row.
         n_events: N, kept on the host so that no code has to wait for the device.
         n_pairs: number of pairs of events of the same sequence, those of an event with itself included.

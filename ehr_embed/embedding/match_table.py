@@ -257,7 +257,7 @@ def read_pairs(path: str) -> pl.DataFrame:
             f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
         )
     try:
-        frame = pl.read_csv(path, infer_schema=False)
+        frame = pl.read_csv(path, glob=False, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(

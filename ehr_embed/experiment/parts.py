@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from ehr_embed.calibration.protocol import Calibration
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
@@ -42,6 +43,7 @@ class Plan:
         processes: those that train together.
         task: before `setup`.
         alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
+        calibration: how the outputs are calibrated after training.
         began: `time.perf_counter()` at the start of the stage.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     processes: Processes
     task: Task
     alignment: AlignmentSettings
+    calibration: Calibration
     began: float
 
     @property

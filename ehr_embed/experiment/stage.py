@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
-from ehr_embed.config.build_model import build_model
+from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
@@ -36,17 +37,18 @@ from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
+from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.hazards import HAZARDS
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, PoolsCodes, ReadsVocabulary, adapt, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
 from ehr_embed.reports.example_records import examples_of
+from ehr_embed.reports.html_report import report_of, save
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, REPORT, predictions_file
 from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
@@ -54,7 +56,7 @@ from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.trackers.protocol import KeepsReport, Tracker
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -109,6 +111,7 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         processes=processes,
         task=construct(cfg.task),
         alignment=alignment_settings(cfg),
+        calibration=calibration_of(cfg),
         began=began,
     )
     if init_from is None and not plan.is_trained:
@@ -206,7 +209,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     teacher = teacher_model(
         plan.settings.teacher,
         prepared.store.vocabulary,
-        {name: size for name, size in sizes.items() if name != HAZARDS},
+        of_constructor(sizes),
         windows_hours=cfg.model.get("windows_hours"),
     )
     read_pooled(teacher, inputs)
@@ -352,16 +355,20 @@ def fit(plan: Plan, built: Built) -> Fitted:
 
 
 def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
-    """Measure, write the results and at last metrics.json, print the table, and return the monitored metric on tuning.
+    """Calibrate, measure, write the results and at last metrics.json, print the table, and return the monitored metric on tuning.
 
     Only the first process concludes.
     """
+    calibrated = recalibrate(plan, fitted.outputs)
+    fitted = replace(fitted, outputs=calibrated.outputs)
     metrics = measure(plan, inputs, built, fitted)
+    if calibrated.facts is not None:
+        metrics["calibration"] = calibrated.facts
     write_predictions(plan, fitted)
-    if isinstance(built.model, Ensemble):
+    if isinstance(built.model, Ensemble) and plan.is_trained:
         runs, n_bootstrap = blended(plan.cfg, plan.run_dir), plan.settings.n_bootstrap
         metrics["members"] = judged(plan.run_dir, runs, built.model.weights.tolist(), n_bootstrap=n_bootstrap)
-    write_results(plan, inputs, built.tracker, fitted, metrics)
+    write_results(plan, inputs, built.tracker, fitted, metrics, calibrated)
     finish(plan.run_dir, metrics, built.made_from)
     print_metrics(metrics, plan.run_dir)
     return monitored(metrics, plan.task)
@@ -411,12 +418,15 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
     return metrics
 
 
-def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
-    """Write plots and the model card, and give the tracker its summary."""
+def write_results(
+    plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any], calibrated: Recalibrated
+) -> None:
+    """Write plots, the model card and the report, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
     evaluated = {split: fitted.outputs[split] for split in EVALUATED}
     curves = task.curves(evaluated)
-    plots = write_plots(run_dir / PLOTS, fitted.history, curves)
+    raw = {} if calibrated.raw is None else task.curves({split: calibrated.raw[split] for split in EVALUATED})
+    plots = write_plots(run_dir / PLOTS, fitted.history, curves, before=raw)
     if isinstance(task, DrawsPlots):
         for name, draw in task.plots(evaluated).items():
             draw(run_dir / PLOTS / f"{name}.png")
@@ -431,6 +441,12 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
         audited=inputs.audited,
         n_bootstrap=plan.settings.n_bootstrap,
     )
+    if plan.cfg.get("report", True):  # configurations of earlier versions do not have this key
+        choices = group_choices(plan.cfg)
+        made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
+        save(made(), run_dir / REPORT)
+        if isinstance(tracker, KeepsReport):
+            tracker.add_report(made)
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))

@@ -1,9 +1,10 @@
-"""Integrated gradients on event vectors: attribute a prediction to the events of a record (Sundararajan et al. 2017,
-arXiv:1703.01365).
+"""Attribute a prediction to the events of a record: by integrated gradients on event vectors (Sundararajan et al. 2017,
+arXiv:1703.01365), or by occlusion (Zeiler and Fergus 2014, arXiv:1311.2901) for models whose vectors no gradient reaches.
 
-The baseline is a record of average events: each event's vector is replaced by the mean vector of the events in train, each
-numeric value by the median, and the times and the number of events stay. A zero vector would be a worse baseline: no event in train
-has it, and since the models normalise each vector, the prediction would change only in a small step next to zero.
+The baseline of integrated gradients is a record of average events: each event's vector is replaced by the mean vector of the
+events in train, each numeric value by the median, and the times and the number of events stay. A zero vector would be a worse
+baseline: no event in train has it, and since the models normalise each vector, the prediction would change only in a small step
+next to zero.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ class Attribution:
     """Attribution of one sample's score to the T positions of its sequence.
 
     Attributes:
-        events: (T,) float64 attributions, which add up to `score - baseline_score` except for `gap`; 0 at padding.
+        events: (T,) float64 attributions; those of integrated gradients add up to `score - baseline_score` except for `gap`; 0 at
+            padding.
         score: score of the record.
-        baseline_score: score of as many average events at the same times.
-        gap: |sum of events - (score - baseline_score)|, the numerical error of the integral.
-        n_steps: number of points at which the gradient was evaluated.
+        baseline_score: score of as many average events at the same times; NaN by occlusion, which has no baseline.
+        gap: |sum of events - (score - baseline_score)|, the numerical error of the integral; NaN by occlusion.
+        n_steps: number of points at which the gradient was evaluated, or of records without some of their events.
     """
 
     events: npt.NDArray[np.float64]
@@ -90,6 +92,39 @@ def integrated_gradients(
         n_steps *= 2
 
 
+@torch.no_grad()
+def occlusion(score: Score, inputs: dict[str, Tensor], group_T: npt.NDArray[np.int64]) -> Attribution:
+    """Attribute a score to groups of events of one sample: the score of the record less that of the record without the group.
+
+    The events of a group share its attribution equally. Groups that say the same each get little, since the others remain; the
+    attributions therefore do not add up to a difference of two scores.
+
+    Args:
+        score: score to explain; no gradient is needed.
+        inputs: model inputs of one sample, (1, T) and (1, T, ...), and `rows` (U, E), which stay; `padding_mask` True = event.
+        group_T: group of each event, (T,), such as the number of its code; what padding has is not read.
+    """
+    mask_T = inputs["padding_mask"][0].cpu().numpy()
+    found, of_event, n_events = np.unique(group_T[mask_T], return_inverse=True, return_counts=True)
+    places_N = np.flatnonzero(mask_T)
+    full_score = float(score(inputs))
+    changes = []
+    for groups in np.array_split(np.arange(len(found)), -(-len(found) // POINTS_AT_ONCE)):
+        # What is left of a record is moved up, since no model expects padding between events.
+        kept = [places_N[of_event != group] for group in groups]
+        n_kept = torch.tensor([len(places) for places in kept])
+        place_GT = torch.zeros(len(groups), max(int(n_kept.max()), 1), dtype=torch.int64)
+        for row, places in enumerate(kept):
+            place_GT[row, : len(places)] = torch.from_numpy(places)
+        batch = {name: x if name == "rows" else x[0][place_GT.to(x.device)] for name, x in inputs.items()}
+        is_event_GT = torch.arange(place_GT.shape[1]) < n_kept[:, None]
+        batch["padding_mask"] = is_event_GT.to(inputs["padding_mask"].device)
+        changes.append(full_score - score(batch).double().cpu().numpy())
+    events = np.zeros(len(mask_T))
+    events[mask_T] = (np.concatenate(changes) / n_events)[of_event]
+    return Attribution(events, full_score, float("nan"), float("nan"), len(found))
+
+
 def _integrate(
     score: Score, inputs: dict[str, Tensor], ends: dict[str, tuple[Tensor, Tensor]], n_steps: int
 ) -> npt.NDArray[np.float64]:
@@ -119,6 +154,7 @@ def _integrate(
     if not depends:
         raise UserError(
             "the prediction does not depend on the event vectors, so it cannot be attributed to them: this model reads tokens or "
-            "counts, or has no gradient. Use a run of model=encoder or model=decoder."
+            "counts, or has no gradient. Declare reads_vectors = False (or learns_vectors = False) in its class, and it is "
+            "explained by leaving codes out; or use a run of model=encoder or model=decoder."
         )
     return total.numpy()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 from torch import Tensor
@@ -19,16 +21,22 @@ from ehr_embed.core.settings import Count, Positive, Seed, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.evaluation.code_screening import visible_events
-from ehr_embed.inference.attribution import Attribution, integrated_gradients
+from ehr_embed.inference.attribution import Attribution, integrated_gradients, occlusion
 from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
 from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.models.ensemble import log_probabilities
 from ehr_embed.models.members import over_members
+from ehr_embed.models.protocol import passes_gradients
+from ehr_embed.run_folder.layout import MOVED, MOVED_TEXTS
 
 log = logging.getLogger(__name__)
 
 
 class Explainer:
     """Explainer that attributes the log-odds of one class of a run to events.
+
+    Models whose event vectors a gradient reaches are explained by integrated gradients; all others (`model=gbm`, `logistic`,
+    `code_tab`, `text_encoder`, and ensembles with one of them) by leaving out the events of one code at a time.
 
     Args:
         predictor: the run, opened for prediction.
@@ -57,7 +65,9 @@ class Explainer:
 
     def score(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the log-odds (B,) of the target for a batch of model inputs."""
-        logits = over_members(self.predictor.run.model(inputs).float())  # of members, the mean log-odds
+        logits = self.predictor.run.model(inputs)
+        logits = log_probabilities(logits) if logits.ndim == 3 and self.predictor.has_exclusive_classes else logits
+        logits = over_members(logits.float())  # of members with independent classes, the mean log-odds
         own = logits[:, self._index]
         if not self.predictor.has_exclusive_classes:
             return own
@@ -66,17 +76,33 @@ class Explainer:
 
     def attribute(self, data: Dataset, row: int) -> Attribution:
         """Return the attribution of one sample of the dataset, without padding."""
+        with self.predictor.reading(data.vocabulary):  # a model that reads codes too knows the new ones
+            return self._attribute(data, row)
+
+    def _attribute(self, data: Dataset, row: int) -> Attribution:
         batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
         embedding = data.embedding.to(self.predictor.device)
         inputs = embedding.inputs(batch)
+        n = int(data.samples.lengths[row])
+        if not passes_gradients(self.predictor.run.model):
+            for name in ("places", "sequence_starts"):  # they describe the whole record
+                inputs.pop(name, None)
+            found = occlusion(self.score, inputs, _code_of_event(data, batch.token_ids[0].cpu().numpy()))
+            return replace(found, events=found.events[:n])
         # Events with the same token share one row of `rows`, so a gradient on rows could not separate them: each event gets a
         # vector of its own. `places` and `sequence_starts` describe one sample, but the path is a batch of many.
         for name in ("rows", "row_ids", "places", "sequence_starts"):
             del inputs[name]
         inputs["embeddings"] = embedding(batch.token_ids).detach()
         found = integrated_gradients(self.score, inputs, self._baseline, **self._steps)
-        n = int(data.samples.lengths[row])
-        return Attribution(found.events[:n], found.score, found.baseline_score, found.gap, found.n_steps)
+        return replace(found, events=found.events[:n])
+
+
+def _code_of_event(data: Dataset, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return a number per event, (T,), which the events of one code share; a token without a code is one of its own."""
+    codes = data.vocabulary.token_codes
+    names = [f"token {token}" if codes[token] is None else f"code {codes[token]}" for token in tokens]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def event_table(data: Dataset, row: int, found: Attribution) -> pl.DataFrame:
@@ -144,10 +170,17 @@ def explain_subject(
         row = wanted[0]
     found = explainer.attribute(data, int(row))
     table = event_table(data, int(row), found)
-    log.info(
-        "log-odds of %s: %.3f, of an average record %.3f; %d events, gap %.1e after %d steps",
-        explainer.target, found.score, found.baseline_score, len(table), found.gap, found.n_steps,
-    )  # fmt: skip
+    if np.isnan(found.gap):
+        log.info(
+            "log-odds of %s: %.3f; %d events; each of %d codes was left out once, since no gradient "
+            "reaches this model's event vectors",
+            explainer.target, found.score, len(table), found.n_steps,
+        )  # fmt: skip
+    else:
+        log.info(
+            "log-odds of %s: %.3f, of an average record %.3f; %d events, gap %.1e after %d steps",
+            explainer.target, found.score, found.baseline_score, len(table), found.gap, found.n_steps,
+        )  # fmt: skip
     when = data.samples.prediction_times[row].astype("datetime64[us]").astype(datetime)
     timeline = Timeline(table, subject, when, explainer.target, found.score, found.baseline_score)
     paths = [folder / f"subject_{subject}.{kind}" for kind in ("csv", "png", "html")]
@@ -186,7 +219,10 @@ def explain_split(
         gaps.append(found.gap)
         steps.append(found.n_steps)
         parts.append(event_table(data, row, found).select("text", "attribution", sample=pl.lit(row)))
-    log.info("%d samples of %d, largest gap %.1e, at most %d steps", len(drawn), n, max(gaps), max(steps))
+    if np.isnan(gaps[0]):
+        log.info("%d samples of %d, by leaving out one code at a time, at most %d codes", len(drawn), n, max(steps))
+    else:
+        log.info("%d samples of %d, largest gap %.1e, at most %d steps", len(drawn), n, max(gaps), max(steps))
     by_sample = pl.concat(parts).group_by("text", "sample").agg(pl.col("attribution").sum(), n_events=pl.len())
     texts = by_sample.group_by("text").agg(
         n_samples=pl.len(),
@@ -200,10 +236,10 @@ def explain_split(
         raise UserError(
             f"no text is in min_samples={min_samples} of the {len(drawn)} samples. Type: min_samples=1, or more max_samples"
         )
-    with atomic_path(folder / "texts.csv") as path:
+    with atomic_path(folder / MOVED_TEXTS) as path:
         texts.write_csv(path)
-    plot_texts(folder / "texts.png", frequent, target=explainer.target, n_samples=len(drawn))
-    return [folder / "texts.csv", folder / "texts.png"]
+    plot_texts(folder / MOVED, frequent, target=explainer.target, n_samples=len(drawn))
+    return [folder / MOVED_TEXTS, folder / MOVED]
 
 
 def _parsed(text: str) -> datetime:

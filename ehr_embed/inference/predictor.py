@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
@@ -39,11 +40,15 @@ from ehr_embed.inference.trained_run import (
     say_static_only,
     times_to_predict,
 )
+from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
+from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
-from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
+from ehr_embed.run_folder.calibration import read_calibration
+from ehr_embed.run_folder.layout import CALIBRATION, LOOKUPS, VOCABULARY
+from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
@@ -69,6 +74,19 @@ class Dataset(NamedTuple):
     samples: Samples
 
 
+class Predicted(NamedTuple):
+    """Predictions for the samples of a `Dataset`.
+
+    Attributes:
+        probabilities: (n, C) float64.
+        members: (M, n, C), the same of each member of an ensemble with a weight above 0; None where they were not asked for, or
+            the run is no ensemble.
+    """
+
+    probabilities: npt.NDArray[np.float64]
+    members: npt.NDArray[np.float64] | None
+
+
 class Predictor:
     """A finished run that is ready to predict; `ehr_embed.load` returns one.
 
@@ -82,6 +100,7 @@ class Predictor:
     Attributes:
         class_names: names of the probability columns.
         run: model, token vectors, vocabulary and configuration of the run.
+        calibrator: the calibration that the run fitted on tuning, which every probability goes through; None = it has none.
 
     Raises:
         UserError: the folder is not a run's, or the run predicts events instead of classes.
@@ -104,8 +123,10 @@ class Predictor:
             self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
+        self.calibrator = self._stored_calibrator(Path(run_dir).expanduser()) if self.class_names else None
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
+        self._lookup_tables: dict[tuple[str, ...], pl.DataFrame] = {}
         self._vectors = KeptVectors(self._embedded)
         self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
         self._texts: NewCodes | None = None
@@ -124,10 +145,41 @@ class Predictor:
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
 
+    def _stored_calibrator(self, folder: Path) -> Calibrator | None:
+        """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked."""
+        found = read_calibration(folder, self.class_names)
+        if found is None:
+            return None
+        method = instantiate(check_stored(found, "calibration", self._trusted), trusted=self._trusted)
+        is_exclusive = self.has_exclusive_classes
+        try:
+            parameters = method.check(found["parameters"], len(self.class_names), is_exclusive=is_exclusive)
+        except UserError as error:
+            raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
+        return Calibrator(method, parameters, is_exclusive)
+
     @property
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
         return isinstance(self._task, WeighsSamples)
+
+    @property
+    def predicts_number(self) -> bool:
+        """Return whether the run predicts one number per sample, in contrast to probabilities."""
+        outputs = label_outputs_of(self.run.model)
+        return outputs is not None and [group.kind for group in outputs.groups] == [NUMBER]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns of a table of predictions: probability_<class>, or predicted_<label set> of a number."""
+        outputs = label_outputs_of(self.run.model)
+        if outputs is None:
+            return [f"probability_{name}" for name in self.class_names]
+        return [name for group in outputs.groups for name in group.columns]
+
+    def _decode(self, logits: Tensor) -> Tensor:
+        outputs = label_outputs_of(self.run.model)
+        return self._task.probabilities(logits) if outputs is None else outputs.decode(logits)
 
     @overload
     def predict_proba(
@@ -152,7 +204,8 @@ class Predictor:
         lookups: Sequence[str] = (),
         alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
+        """Return the class probabilities of records, calibrated if the run has a calibration, or the numbers of a run that predicts
+        numbers. They are computed in the run's own precision if the device supports it well.
 
         Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
         a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
@@ -174,7 +227,8 @@ class Predictor:
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
-            row per prediction: subject_id, prediction_time and probability_<class> for each class.
+            row per prediction: subject_id, prediction_time and `columns`: probability_<class> for each class, or
+            predicted_<label set> for a number.
 
         Raises:
             UserError: there is no record, or a record is empty; vectors have another width than the run's, or the model reads
@@ -196,7 +250,8 @@ class Predictor:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
             token_ids, embedding = _vector_tokens([records] if is_one else list(records))
             vocabulary = self.run.vocabulary
-        return self._predict(*self._events(token_ids), vocabulary, embedding)
+        events, samples = self._events(token_ids)
+        return self.predict_samples(Dataset(vocabulary, embedding, events, samples)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
@@ -220,8 +275,8 @@ class Predictor:
         frames = []
         with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
-                found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
-                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                found = self.predict_samples(data).probabilities
+                columns = {name: found[:, i] for i, name in enumerate(self.columns)}
                 keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
                 frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
@@ -285,11 +340,44 @@ class Predictor:
         sums = [file_sha256(path) for path in lookups if Path(path).is_file()]
         about = {"root": str(source.root), "source": source.fingerprint(), "lookups": sums}
         if self._dataset is None or self._dataset[0] != about or self._dataset[1].is_full:
-            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self._reads_text else None
+            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self.reads_text else None
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
         return self._dataset[1]
 
-    def _chunks(self, source: MedsSource, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
+    def new_codes(self) -> NewCodes:
+        """Return the run's vocabulary and vectors, to be extended by codes whose texts the caller knows."""
+        return NewCodes(self.run, self._vectors, None)
+
+    def texts_of(self, codes: list[str], metadata: pl.DataFrame, lookups: Sequence[str] = ()) -> dict[str, str] | None:
+        """Return the texts of codes that the run never saw, as `predict_proba` finds them; None if the run reads no texts.
+
+        Args:
+            codes: distinct codes.
+            metadata: code, description and parent_codes, as of a source.
+            lookups: CSV files with columns code,term, which take precedence over the run's own ones and the metadata.
+        """
+        if not self.reads_text:
+            return None
+        paths = (*self._lookups, *lookups)
+        if paths not in self._lookup_tables:
+            self._lookup_tables[paths] = read_lookups(paths)
+        found = resolve_texts(pl.Series("code", codes, dtype=pl.String), metadata, self._lookup_tables[paths])
+        return dict(found.select("code", "text").iter_rows())
+
+    def read_records(self, source: Source, times: pl.DataFrame, new: NewCodes) -> Dataset:
+        """Read the records of any source, at prediction times that are known to show an event each.
+
+        Args:
+            source: source of the events; its splits are not read.
+            times: subject_id and prediction_time of each sample.
+            new: vocabulary with the codes of the source that the run never saw.
+        """
+        events = joined(list(self._chunks(source, new, None)))
+        none = np.zeros(len(times), np.int64)
+        samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+        return Dataset(new.vocabulary, new.embedding, events, samples)
+
+    def _chunks(self, source: Source, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
         """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
         aligned dataset only the events whose codes have a match."""
         parts: list[SplitEvents] = []
@@ -308,15 +396,31 @@ class Predictor:
             yield joined(parts)
 
     @torch.inference_mode()
-    def _predict(
-        self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
-    ) -> npt.NDArray[np.float64]:
-        """Return the probabilities (n, C) of the samples, whose token ids refer to `vocabulary`."""
-        result = np.empty((len(samples), len(self.class_names)))
-        for rows, inputs in self.batches(Dataset(vocabulary, embedding, events, samples)):
-            logits = logits_of(self.run.model, inputs)
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
-        return result
+    def predict_samples(self, data: Dataset, *, with_members: bool = False) -> Predicted:
+        """Return the calibrated probabilities of the samples of a dataset.
+
+        Args:
+            data: the dataset, whose token ids refer to its vocabulary.
+            with_members: whether those of an ensemble's members are wanted too.
+        """
+        model, shape = self.run.model, (len(data.samples), len(self.class_names))
+        ensemble = model if with_members and isinstance(model, Ensemble) else None
+        result = np.empty(shape)
+        of_members = None if ensemble is None else np.empty((len(ensemble.members), *shape))
+        for rows, inputs in self.batches(data):
+            if ensemble is None or of_members is None:
+                logits = logits_of(model, inputs)
+            else:
+                log_p = ensemble.of_members(inputs)
+                logits = ensemble.pooled(log_p)
+                of_members[:, rows] = torch.stack([self._decode(own) for own in log_p]).cpu().numpy()
+            result[rows] = self._decode(logits).cpu().numpy()
+        if ensemble is not None and of_members is not None:
+            of_members = of_members[(ensemble.weights > 0).cpu().numpy()]
+        if self.calibrator is None:
+            return Predicted(result, of_members)
+        calibrated = None if of_members is None else np.stack([self.calibrator(own) for own in of_members])
+        return Predicted(self.calibrator(result), calibrated)
 
     def batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
         """Yield batches of samples: their rows (B,), and the model's inputs on the predictor's device.
@@ -329,7 +433,7 @@ class Predictor:
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
-        with self._reading(data.vocabulary), precision:
+        with self.reading(data.vocabulary), precision:
             for rows in batches:
                 yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
 
@@ -347,7 +451,7 @@ class Predictor:
                 alignment,
                 split=split,
                 lookups=[*self._lookups, *lookups],
-                embed=self._embedded if self._reads_text else None,
+                embed=self._embedded if self.reads_text else None,
             )
         with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
             yield data
@@ -387,7 +491,7 @@ class Predictor:
                 model.set_vocabulary(self.run.vocabulary)
 
     @contextmanager
-    def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
+    def reading(self, vocabulary: Vocabulary) -> Iterator[None]:
         """Give a model that reads codes or texts the vocabulary of the token ids, and restore the run's own one at the end."""
         model = self.run.model
         if not isinstance(model, ReadsVocabulary) or vocabulary is self._present:
@@ -426,7 +530,7 @@ class Predictor:
             raise UserError(
                 f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
             )
-        if wanted and not self._reads_text:
+        if wanted and not self.reads_text:
             raise UserError(
                 f"{next(iter(wanted))!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
                 "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
@@ -462,7 +566,7 @@ class Predictor:
         return declarations(self.run.model).reads_vectors
 
     @property
-    def _reads_text(self) -> bool:
+    def reads_text(self) -> bool:
         """Return whether the run can read texts that are not in its vocabulary."""
         return not self._reads_vectors or self._embedder.reads_text
 

@@ -20,6 +20,7 @@ from ehr_embed.data.batches import LENGTH_MULTIPLE
 from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
+from ehr_embed.models.whitening import Shrinkage, Whitening
 
 ROTARY = ("rope", "rope_time")
 """Rotary positions: attention sees the number of events, or the time, between two events."""
@@ -31,16 +32,26 @@ Values = Annotated[str, OneOf("film", "add", "none")]
 class EventInput(nn.Module):
     """Projects event vectors to the model's width, and lets each numeric value change the vector of its event.
 
-    Text vectors have norm one whatever their width, so a layer norm first brings them to unit variance. A small MLP
-    reads the value and a flag that says whether there is one. With `values=film` the MLP returns a scale and a shift of
-    the vector (Perez et al. 2018, arXiv:1709.07871), with `add` a shift alone; both start at zero. `none` ignores the
-    values.
+    Text vectors have norm one whatever their width, so they are first brought to unit variance: by a layer norm, or with
+    `whiten` by a `Whitening`, which the model's `adapt_to_vectors` fits to those of train's tokens. Text vectors of one domain
+    share most of their length, and behind a layer norm the first thousand steps go into telling them apart. A small MLP reads the
+    value and a flag that says whether there is one. With `values=film` the MLP returns a scale and a shift of the vector (Perez et
+    al. 2018, arXiv:1709.07871), with `add` a shift alone; both start at zero. `none` ignores the values.
     """
 
     @checked("model")
-    def __init__(self, *, embedding_dim: int, model_dim: Width, has_values: bool, values: Values = "film") -> None:
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        model_dim: Width,
+        has_values: bool,
+        values: Values = "film",
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
+    ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(embedding_dim)
+        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
         if has_values and values != "none":
@@ -58,11 +69,9 @@ class EventInput(nn.Module):
                 `values` no event has a value.
         """
         if "rows" in inputs:
-            check_width(inputs["rows"], self.project.in_features)
-            x_BTD = F.embedding(inputs["row_ids"], self.project(self.norm(inputs["rows"])))
+            x_BTD = F.embedding(inputs["row_ids"], self._projected(inputs["rows"]))
         else:
-            check_width(inputs["embeddings"], self.project.in_features)
-            x_BTD = self.project(self.norm(inputs["embeddings"]))
+            x_BTD = self._projected(inputs["embeddings"])
         values_BT = inputs.get("values")
         if self.values is None or values_BT is None:
             return x_BTD
@@ -71,6 +80,15 @@ class EventInput(nn.Module):
         shift, *scale = self.values(features.to(x_BTD.dtype)).split(x_BTD.shape[-1], dim=-1)
         scaled = x_BTD * (1 + scale[0]) if scale else x_BTD
         return torch.where(present_BT.unsqueeze(-1), scaled + shift, x_BTD)
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        """Return the vectors (..., E) at the model's width, (..., D)."""
+        check_width(vectors, self.project.in_features)
+        if isinstance(self.norm, Whitening):
+            # In half precision the small differences that whitening amplifies would be rounded away.
+            with torch.autocast(vectors.device.type, enabled=False):
+                return self.project(self.norm(vectors.float()).to(self.project.weight.dtype))
+        return self.project(self.norm(vectors))
 
 
 class TimeInput(nn.Module):
@@ -121,6 +139,7 @@ class Body(nn.Module):
         positions: how the order or the times of the events enter; the constructor of the model says which it supports.
         times: the time features that are added to each event.
         values: how a numeric value changes its event vector.
+        whiten, shrinkage: as in `EventInput`.
 
     Attributes:
         packs: whether the blocks compute without padding, for inputs that hold `places`; None = only where torch has a
@@ -143,11 +162,20 @@ class Body(nn.Module):
         positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
         times: Times,
         values: Values,
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
         check_heads(model_dim, n_heads, positions)
         self.max_length, self.positions, self.n_heads = max_length, positions, n_heads
-        self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, values=values)
+        self.input = EventInput(
+            embedding_dim=embedding_dim,
+            model_dim=model_dim,
+            has_values=has_values,
+            values=values,
+            whiten=whiten,
+            shrinkage=shrinkage,
+        )
         self.time = nn.Linear(model_dim, model_dim) if positions == "time" else None
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         self.blocks = nn.ModuleList(

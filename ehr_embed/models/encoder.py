@@ -12,6 +12,7 @@ from ehr_embed.core.settings import Count, OneOf, Width, checked
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.heads import POOLINGS, EventScores, VocabularyHead, build_head
+from ehr_embed.models.whitening import Shrinkage, Whitening
 
 POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
@@ -35,6 +36,9 @@ class Encoder(nn.Module):
             `none`.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
+            unit variance.
+        shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `cls`, `max`, `last`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
@@ -57,6 +61,8 @@ class Encoder(nn.Module):
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = (),
         values: Values = "film",
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
         vocabulary_head: VocabularyHead = "text_tied",
     ) -> None:
@@ -72,6 +78,8 @@ class Encoder(nn.Module):
             positions=positions,
             times=times,
             values=values,
+            whiten=whiten,
+            shrinkage=shrinkage,
         )
         self.head = build_head(
             num_classes=num_classes,
@@ -84,6 +92,11 @@ class Encoder(nn.Module):
             dropout=dropout,
         )
         self.cls = nn.Parameter(torch.randn(model_dim) * 0.02) if pooling == "cls" and num_classes else None
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening to the vectors (V, E) of train's tokens."""
+        if isinstance(whitening := self.body.input.norm, Whitening):
+            whitening.fit(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
         """Return logits (B, num_classes), or the output of `EventHead` for a model built with `vocab_size`.

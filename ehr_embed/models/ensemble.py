@@ -16,7 +16,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import AlignsCodes, Model, PoolsCodes, ReadsVocabulary, declarations
+from ehr_embed.models.protocol import AlignsCodes, Model, PoolsCodes, ReadsVocabulary, declarations, passes_gradients
 
 Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
@@ -68,6 +68,11 @@ class Ensemble(nn.Module):
         """Return whether any member reads token vectors."""
         return any(declarations(member).reads_vectors for member in self.members)
 
+    @property
+    def learns_vectors(self) -> bool:
+        """Return whether a gradient reaches the event vectors in every member."""
+        return all(passes_gradients(member) for member in self.members)
+
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Tell the members that read codes or texts what the token ids of coming batches mean."""
         for member in self.members:
@@ -104,11 +109,15 @@ class Ensemble(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, C) float64, from what `EventEmbedding.inputs` gives."""
-        parts = [
-            weight * log_probabilities(member(inputs))
-            for weight, member in zip(self.weights, self.members, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+        return self.pooled(self.of_members(inputs))
+
+    def of_members(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return the log-probabilities (B, C) float64 of each member."""
+        return [log_probabilities(member(inputs)) for member in self.members]
+
+    def pooled(self, log_p: list[Tensor]) -> Tensor:
+        """Return the logits (B, C) of the pool of the members' log-probabilities (B, C)."""
+        return torch.stack([weight * own for weight, own in zip(self.weights, log_p, strict=True)]).sum(0)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

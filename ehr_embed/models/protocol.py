@@ -160,12 +160,12 @@ class FeatureSet:
 
     Attributes:
         features: (n, F), NaN = missing; `features.dense(rows)` gives some rows as float32.
-        labels: (n,) int64, the class of each sample.
+        labels: (n,) int64, the class of each sample, or float64, its number in standard deviations of train.
         weights: (n,) float64, the weight of each sample in the loss.
     """
 
     features: FeatureTable
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
     weights: npt.NDArray[np.float64]
 
 
@@ -194,7 +194,8 @@ class FitsAtOnce(Protocol):
         is_higher_better: bool,
         seed: int,
     ) -> None:
-        """Fit to train; use tuning only to choose how much is fitted, by the `score` of its probabilities (n, C)."""
+        """Fit to train; use tuning only to choose how much is fitted, by the `score` of its probabilities (n, C), or of
+        its numbers (n, 1)."""
         ...
 
 
@@ -222,6 +223,12 @@ def adapt(model: nn.Module, table: Tensor, vocabulary: Vocabulary) -> None:
     """Fit an `AdaptsToVectors` model to the vectors of train's tokens; `table` (V, E) holds those of all tokens."""
     if isinstance(model, AdaptsToVectors):
         model.adapt_to_vectors(table[torch.from_numpy(vocabulary.tokens["count"].to_numpy() > 0)])
+
+
+def passes_gradients(model: nn.Module) -> bool:
+    """Return whether a gradient of the prediction reaches the event vectors."""
+    declared = declarations(model)
+    return declared.reads_vectors and declared.learns_vectors and not isinstance(model, FitsAtOnce)
 
 
 def check_vectors(model: nn.Module, trainable: str) -> None:

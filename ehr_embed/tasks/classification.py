@@ -91,8 +91,15 @@ class Classification:
     metrics: Sequence[Metric] = CLASS_METRICS
 
     def label_sets(self, labels_dir: Path) -> list[LabelSet]:
-        """Return the label set."""
-        return [read_labels(self.labels, labels_dir)]
+        """Return the label set.
+
+        Raises:
+            UserError: its values are numbers with fractions, which are no classes.
+        """
+        found = read_labels(self.labels, labels_dir)
+        if found.value_column == "float_value":
+            raise UserError(f"label set {found.name} has float_value: numbers are no classes. Type: task=regression")
+        return [found]
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length

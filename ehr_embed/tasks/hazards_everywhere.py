@@ -270,8 +270,10 @@ class AskEverywhere:
                 "task.outcomes=auto: no frequent code follows any event of train, so there is nothing to learn. Look at the times "
                 "of the data, or type: task.prior=recur"
             )
-        inner = np.unique(np.quantile(gaps, np.arange(1, self.settings.n_bins) / self.settings.n_bins))
-        edges = [0.0, *inner[inner > 0].tolist()]
+        inner = np.quantile(gaps, np.arange(1, self.settings.n_bins) / self.settings.n_bins)
+        # Most gaps last years. Without a bound at the horizon, the hazard of the first year would be that of the first bin.
+        inner = np.unique(np.r_[inner, self.settings.horizons_days])
+        edges = [0.0, *inner[(inner > 0) & (inner < gaps.max())].tolist()]
         bounds = torch.tensor(edges)
         spent, counts = torch.zeros(len(edges)), torch.zeros(len(edges))
         for days, is_event in found:

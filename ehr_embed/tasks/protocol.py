@@ -135,6 +135,23 @@ class WeighsSamples(Protocol):
 
 
 @runtime_checkable
+class GivesProbabilities(Protocol):
+    """A task whose outputs are the probabilities of its classes or labels, one column each."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, C) float64 of a model's logits (B, C), or (B, M, C) of M members."""
+        ...
+
+
+@runtime_checkable
+class PredictsNumber(Protocol):
+    """A task with one number per sample, whose model has one output (`models/label_outputs.py` says in which unit)."""
+
+    predicts_number: bool
+    """True."""
+
+
+@runtime_checkable
 class HasUnlabelled(Protocol):
     """A task that may use the labels of a part of train's samples only."""
 
@@ -154,6 +171,19 @@ class ReadsLabels(Protocol):
 
     def label_sets(self, labels_dir: Path) -> list[LabelSet]:
         """Return the task's label sets, whose values are the classes, or refuse them; `setup` reads the same."""
+        ...
+
+
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A task that can tell, before anything is computed, that it cannot train."""
+
+    def check(self) -> None:
+        """Refuse now what would be refused after the data are prepared; a finished run is opened without this.
+
+        Raises:
+            UserError: the task cannot train as it is configured or installed.
+        """
         ...
 
 

@@ -14,8 +14,6 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.tasks.protocol import Task
 
 log = logging.getLogger(__name__)
-MOST = 0.5
-"""Share of cut samples from which on the log warns."""
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
@@ -44,11 +42,10 @@ def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> 
 
 
 def say_cut(samples: Mapping[str, Samples], max_length: int) -> None:
-    """Log which share of each split's samples have older events than the model reads, if any; most of one split is a warning."""
+    """Log which share of each split's samples have older events than the model reads, if any."""
     shares = {split: float(np.mean(own.start > own.static_stop)) for split, own in samples.items() if len(own)}
     if any(shares.values()):
-        log.log(
-            logging.WARNING if max(shares.values()) > MOST else logging.INFO,
+        log.info(
             "model.max_length=%d: samples with older events, which the model does not read: %s",
             max_length, ", ".join(f"{100 * share:.1f}% of {split}" for split, share in shares.items()),
         )  # fmt: skip

@@ -16,10 +16,11 @@ from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
 from ehr_embed.models.hazards import MakesHazards
+from ehr_embed.models.label_outputs import label_outputs_of
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
-from ehr_embed.tasks.protocol import WeighsSamples, records_of, tuning_values
+from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, records_of, tuning_values
 from ehr_embed.training.memory import available_memory
 from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.state import Progress, rng_state
@@ -58,8 +59,13 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     _check_size(trainer, model, embedding)
     train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
+    scale = label_outputs_of(model)
+
     def score(outputs: npt.NDArray[np.float64]) -> float:
-        return float(tuning_values(task, outputs)[task.monitor])
+        found = (
+            outputs if scale is None else scale.decode(torch.from_numpy(outputs).to(scale.mean.device)).cpu().numpy()
+        )
+        return float(tuning_values(task, found)[task.monitor])
 
     model.fit(train, tuning, score=score, is_higher_better=task.is_higher_better, seed=trainer.seed)
     seconds = time.perf_counter() - began
@@ -110,8 +116,8 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             "vectors would not be learned. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs "
             "nothing"
         )
-    if isinstance(model, MakesHazards):
-        pass  # fitted to times: the task gave them to `set_hazards`
+    if isinstance(model, MakesHazards) or isinstance(task, PredictsNumber):
+        pass  # fitted to times, which the task gave to `set_hazards`, or to one number
     elif not isinstance(task, WeighsSamples):
         raise UserError(
             f"{name} is fitted to one class per sample, and the samples of {type(task).__name__} have no single class. "
@@ -139,6 +145,8 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
     """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
     labels: npt.NDArray[Any] = task.samples[split].labels
+    if (scale := label_outputs_of(model)) is not None:
+        labels = scale.standard(torch.from_numpy(labels).to(scale.mean.device)).double().cpu().numpy()
     blocks = (
         (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
         for batch in trainer.loader(split)

@@ -16,6 +16,9 @@ from ehr_embed.comparison.compare import compare
 from ehr_embed.config.targets import check_stored_node
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
+from ehr_embed.explain import explain
+from ehr_embed.inference.explainer import Explainer
+from ehr_embed.inference.predictor import Predictor
 from ehr_embed.models.ensemble import Ensemble, choose_weights, log_probabilities
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.mean_pool import MeanPool
@@ -217,3 +220,26 @@ def test_all_members_align_or_none():
     assert not ensemble(trees).reads_vectors
     with pytest.raises(UserError, match=r"MeanPool, does not align.*data\.aligned_to=none"):
         mixed.align({"A": ("B", 1.0)})
+
+
+def test_it_is_evaluated_unchanged_and_explained_by_leaving_codes_out(place, tmp_path):
+    """Of the members, boosting has no gradient: integrated gradients would explain the others alone."""
+    whole = place / "whole"
+    trained = [o for o in SMALL if not o.startswith("trainer")]
+    evaluated = composed(
+        *trained, *MEMBERS, f"cache_dir={place / 'cache'}", f"run_dir={tmp_path / 'evaluated'}", f"init_from={whole}",
+        "trainer=evaluate", "trainer.n_bootstrap=0", "trainer.precision=32-true", "trainer.threads=1",
+    )  # fmt: skip
+    run(evaluated)
+    np.testing.assert_allclose(probabilities(tmp_path / "evaluated"), probabilities(whole), atol=1e-6)
+    assert not (tmp_path / "evaluated" / "members").exists(), "nothing was trained"
+    table, _ = explain(
+        composed(f"run={whole}", f"output={tmp_path}", "max_samples=8", "min_samples=1", "threads=1", name="explain")
+    )
+    assert pl.read_csv(table)["mean_abs_attribution"].max() > 0
+    predictor = Predictor(whole)
+    root = next((place / "cache").glob("demo-240-*"))
+    data = predictor.read(str(root), labels=next((root / "labels").iterdir()).name, split="held_out", lookups=())
+    found = Explainer(predictor, target=None, n_steps=16, max_steps=64, tolerance=0.01).attribute(data, 0)
+    assert found.score == pytest.approx(log_odds(probabilities(whole))[0], abs=1e-4)
+    assert len(found.events) == data.samples.lengths[0]

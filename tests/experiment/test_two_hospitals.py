@@ -78,7 +78,10 @@ def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, c
     def vectors(aligned_to: str) -> tuple[np.ndarray, np.ndarray]:
         frame = pl.concat(
             representer.frames(
-                str(hospitals / "away"), labels="case", split="held_out", alignment=AlignmentSettings(aligned_to=aligned_to)
+                str(hospitals / "away"),
+                labels="case",
+                split="held_out",
+                alignment=AlignmentSettings(aligned_to=aligned_to),
             )
         )
         return frame["vector"].to_numpy(), frame["boolean_value"].to_numpy()

@@ -14,7 +14,7 @@ from torch import nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
-from ehr_embed.inference.attribution import integrated_gradients
+from ehr_embed.inference.attribution import integrated_gradients, occlusion
 from ehr_embed.inference.explainer import Explainer, event_table
 from ehr_embed.inference.predictor import Predictor
 from tests.helpers.configs import composed
@@ -84,6 +84,31 @@ def test_steps_double_until_it_is_complete_and_what_cannot_be_is_refused():
 def test_a_score_that_ignores_the_vectors_is_refused(score):
     with pytest.raises(UserError, match="does not depend on the event vectors"):
         integrated_gradients(score, sample(5), torch.zeros(4))
+
+
+def test_leaving_codes_out_tells_what_each_adds_and_shares_it_among_its_events():
+    """Padding is not read, what remains is moved up, and more groups than go into one batch are told apart."""
+    weight = torch.arange(1.0, 41.0)
+    inputs = {
+        "token_ids": torch.arange(40)[None],
+        "padding_mask": torch.arange(40)[None] < 38,
+        "rows": torch.ones(3, 2),  # one per distinct token, not per event
+    }
+
+    def score(x):
+        assert (x["padding_mask"].long().diff(dim=1) <= 0).all(), "padding comes last"
+        assert x["rows"].shape == (3, 2)
+        return (weight[x["token_ids"]] * x["padding_mask"]).sum(1).square()
+
+    group = np.arange(40)
+    group[1] = 0  # the first two events have one code
+    found = occlusion(score, inputs, group)
+    total = float(weight[:38].sum())
+    assert found.events[0] == found.events[1] == pytest.approx((total**2 - (total - 3) ** 2) / 2)
+    assert found.events[37] == pytest.approx(total**2 - (total - 38) ** 2)
+    assert found.events[38:].tolist() == [0.0, 0.0]
+    assert (found.score, found.n_steps) == (total**2, 37)
+    assert np.isnan(found.gap)
 
 
 @pytest.fixture(scope="module")

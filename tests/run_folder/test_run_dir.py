@@ -132,7 +132,7 @@ def test_two_models_are_refused_by_the_command_line(tmp_path, inside):
         ("predict", "data.lookups=a.csv", r"data\.lookups=a\.csv: expected a list"),
         ("explain", "tolerance=nan", r"tolerance=nan: expected a finite number"),
         ("explain", "subject=first", r"subject=first: expected a subject_id"),
-        ("explain", "max_samples=few", r"max_samples=few: expected 1 or more, got str"),
+        ("explain", "max_samples=few", r"max_samples=few: expected 1 or more, got the text 'few'"),
         ("generate", "horizon_days=inf", r"horizon_days=inf: expected a finite number"),
         ("generate", "stop_codes=MEDS_DEATH", r"stop_codes=MEDS_DEATH: expected a list"),
         ("generate", "seed=-1", r"seed=-1: expected a whole number"),

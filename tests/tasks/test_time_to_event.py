@@ -18,6 +18,7 @@ from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
 from ehr_embed.data.samples import build_samples, window_samples
 from ehr_embed.data.store import EventStore, build_store
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.evaluation import survival_library
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
 from ehr_embed.sources.meds import MedsSource
@@ -193,6 +194,14 @@ def test_targets_of_whole_records_equal_those_of_single_prediction_times(store, 
     np.testing.assert_allclose(found.days.numpy(), expected.days, atol=1e-3)
     assert ((expected.status == EVENT) == found.is_event.numpy()).all()
     assert (np.isnan(found.days.numpy()) == (expected.status == EXCLUDED)).all()
+
+
+def test_named_outcomes_say_what_to_install_before_work_and_pretraining_needs_nothing(monkeypatch, root):
+    monkeypatch.setattr(survival_library, "LIBRARY", "no_such_library")
+    with pytest.raises(UserError, match=r"GPL .*pip install 'ehr_embed\[survival\]'"):
+        run(composed(*small(root, "never", *INFARCTION)))
+    assert not (root.parent / "never").exists()
+    TimeToEvent(outcomes="auto").check()
 
 
 def task(**options) -> TimeToEvent:
