@@ -259,7 +259,7 @@ class Predictor:
         if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
             log.warning(
                 "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
-                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own codes (docs/hospitals.md)", root,
+                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
             )  # fmt: skip
         new = self._new_codes(source, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
