@@ -34,6 +34,8 @@ PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
 WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
         "pool": "boosting pooled"}  # fmt: skip
+WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm"}
+"""Runs of other parts that use all labels."""
 QUICK = ("trainer.n_bootstrap=0",)
 TRAINER = ("trainer.threads=1", "audit=off")
 LAST = ("trainer.keep=last", "trainer.patience=null")
@@ -140,9 +142,15 @@ def few(lab: Lab) -> list[list[str]]:
         cells = []
         for way, overrides in ways.items():
             found = []
-            for draw in lab.draws if way in lab.ways else ():
-                fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
-                metrics = lab.run(f"few_{way}_{n}_{draw}", *overrides, fraction, f"task.fraction_seed={draw}", *QUICK)
+            # All labels leave nothing to draw: seeds take the place of draws.
+            numbers = lab.seeds if n == n_train else lab.draws
+            for number in numbers if way in lab.ways else ():
+                if n == n_train:
+                    name, drawn = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name), (f"seed={number}",)
+                else:
+                    fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
+                    name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
+                metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
             cells.append(mean_sd(found) if found else "")
