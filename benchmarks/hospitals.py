@@ -146,7 +146,8 @@ def few(lab: Lab) -> list[list[str]]:
             numbers = lab.seeds if n == n_train else lab.draws
             for number in numbers if way in lab.ways else ():
                 if n == n_train:
-                    name, drawn = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name), (f"seed={number}",)
+                    name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
+                    drawn: tuple[str, ...] = (f"seed={number}",)
                 else:
                     fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)

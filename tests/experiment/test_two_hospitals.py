@@ -111,6 +111,18 @@ def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, 
         run(config(hospitals, "home", kind, f"{kind}-third", f"init_from={hospitals / name}", "trainer.epochs=0"))
 
 
+def test_a_strong_pull_leaves_the_model_as_it_came(hospitals):
+    start = [f"init_from={hospitals / 'encoder-home'}"]
+    run(config(hospitals, "away", "encoder", "pulled", *start, "trainer.epochs=1", "trainer.pull=1e9"))
+    run(config(hospitals, "away", "encoder", "untouched", *start, "trainer.epochs=0"))
+    found, expected = (
+        pl.read_parquet(hospitals / name / "predictions" / "held_out.parquet") for name in ("pulled", "untouched")
+    )
+    np.testing.assert_allclose(*(f["predicted_boolean_probability"] for f in (found, expected)), atol=1e-6)
+    with pytest.raises(UserError, match=r"trainer\.pull=0\.1: .*init_from=RUN_DIR"):
+        run(config(hospitals, "away", "encoder", "refused", "trainer.epochs=1", "trainer.pull=0.1"))
+
+
 def test_own_pairs_and_none(hospitals, tmp_path):
     start = [f"init_from={hospitals / 'gbm-home'}", "trainer.epochs=0"]
     (tmp_path / "swap.csv").write_text("code,matched_code\nv//1,NA\nl//2,HR\n")
