@@ -24,6 +24,7 @@ import polars as pl
 from hydra import compose, initialize_config_dir
 
 from benchmarks.common import report
+from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation.metrics import binary_metrics
 from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.layout import FINISHED, predictions_file
@@ -151,10 +152,18 @@ def few(lab: Lab) -> list[list[str]]:
                 else:
                     fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
-                metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
+                try:
+                    metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
+                except UserError as error:
+                    if "only one class" not in str(error):
+                        raise
+                    continue  # a draw of few labels without a case, of which nothing can be learned
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
-            cells.append(mean_sd(found) if found else "")
+            told = (
+                "" if len(found) in (0, len(numbers)) else f" ({len(found)} of {len(numbers)} draws have both classes)"
+            )
+            cells.append(mean_sd(found) + told if found else "")
         rows.append([str(n), *cells])
     return rows
 
