@@ -71,6 +71,7 @@ NEW: dict[str, Any] = {
     "trainer.ema": None,
     "trainer.keep": "best",
     "trainer.nodes": 1,
+    "trainer.pull": 0.0,
     "trainer.optimizer._target_": ADAMW,
     "trainer.optimizer.betas": [0.9, 0.999],
     "trainer.schedule.factor": 0.5,
