@@ -120,6 +120,11 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
             "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
         )
+    if init_from is None and plan.settings.pull:
+        raise UserError(
+            f"trainer.pull={plan.settings.pull}: weights are drawn back to those that they start from, and this run starts from "
+            "random ones. Type: init_from=RUN_DIR, or trainer.pull=0"
+        )
     return plan
 
 
