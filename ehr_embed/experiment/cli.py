@@ -24,6 +24,7 @@ from ehr_embed.core.programs import command, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
 from ehr_embed.experiment.searched import SearchedRuns
+from ehr_embed.experiment.usage import SELF_DESCRIBED, usage
 from ehr_embed.search.plugin import register
 
 CONF = shipped("conf")
@@ -36,6 +37,9 @@ INTERRUPTED = 130
 
 def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
+    if config_name in SELF_DESCRIBED and {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(config_name))
+        return
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
     register(SearchedRuns())
@@ -60,7 +64,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         if wants_traceback or 'Could not detect "srun"' not in str(error):
             raise
         print(
-            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Type it on a login "
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Run it on a login "
             "node, or hydra/launcher=submitit_local for processes on this machine",
             file=sys.stderr,
         )
