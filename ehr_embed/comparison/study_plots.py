@@ -17,13 +17,17 @@ from ehr_embed.evaluation.plot_style import COLOURS, DPI, TYPE, restyle
 
 log = logging.getLogger(__name__)
 PLOTS = ("optimization_history", "param_importances", "parallel_coordinate", "slice")
+BY_PARAMETER = ("parallel_coordinate", "slice")
+"""Plots with a panel or an axis per parameter."""
+MAX_PARAMETERS = 16
+"""Most parameters in a plot: panels for the hundred keys in which two unlike models differ take minutes, and nobody reads them."""
 
 
 def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[str]) -> list[Path]:
     """Write `<plot>.html` and `<plot>.png` for each plot of `PLOTS`, and the Pareto front of two or three objectives.
 
     A plot that Optuna cannot draw for this study (for example if a parameter has a single value) is left out with a line
-    in the log.
+    in the log. Of more than `MAX_PARAMETERS` parameters the plots show those that most trials have and vary most.
 
     Args:
         folder: folder for the files.
@@ -41,6 +45,7 @@ def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[st
     logging.getLogger("matplotlib.category").setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
+    shown = _shown_parameters(study)
     for index, objective in enumerate(objectives):
         arguments: dict[str, Any] = {}
         suffix = ""
@@ -48,10 +53,36 @@ def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[st
             arguments = {"target": _value_at(index), "target_name": objective}
             suffix = f"_{objective}"
         for name in PLOTS:
-            written += _write(folder / f"{name}{suffix}", name, study, arguments)
+            chosen = arguments | ({"params": shown} if shown and name in BY_PARAMETER else {})
+            written += _write(folder / f"{name}{suffix}", name, study, chosen)
     if len(objectives) in (2, 3):
         written += _write(folder / "pareto_front", "pareto_front", study, {"target_names": list(objectives)})
     return written
+
+
+def _shown_parameters(study: optuna.Study) -> list[str] | None:
+    """Return the parameters that plots with a panel for each show; None = all, for there are few.
+
+    >>> study = optuna.create_study()
+    >>> fields = {f"p{i}": optuna.distributions.IntDistribution(0, 9) for i in range(40)}
+    >>> for values in ({f"p{i}": i % 9 for i in range(40)}, {f"p{i}": 9 for i in range(20)}):
+    ...     study.add_trial(
+    ...         optuna.create_trial(params=values, distributions={name: fields[name] for name in values}, value=0.0)
+    ...     )
+    >>> _shown_parameters(study) == [f"p{i}" for i in range(16)]
+    True
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    values: dict[str, list[str]] = {}
+    for trial in trials:
+        for name, value in trial.params.items():
+            values.setdefault(name, []).append(str(value))
+    if len(values) <= MAX_PARAMETERS:
+        return None
+    # The sort is stable: among equals the first ones are shown.
+    by_use = sorted(values, key=lambda name: (-len(values[name]), -len(set(values[name]))))
+    log.info("%d settings differ; the plots by setting show %d, those that most runs have", len(values), MAX_PARAMETERS)
+    return by_use[:MAX_PARAMETERS]
 
 
 def _value_at(index: int) -> Callable[[optuna.trial.FrozenTrial], float]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from ehr_embed.comparison.paired_bootstrap import METRICS, NUMBER_METRICS, ensemble
+from ehr_embed.comparison.provenance_columns import provenance_of
 from ehr_embed.comparison.report import wide_console
 from ehr_embed.comparison.results import (
     differences,
@@ -276,7 +277,7 @@ def samples_digest(run: Path, split: str = "held_out") -> str:
 
 
 def table_frame(tabulated: Tabulated) -> pd.DataFrame:
-    """Return one row per group: its keys, n_runs, each metric with /sd, /low and /high, and the folders of its runs."""
+    """Return one row per group: keys, n_runs, each metric with /sd, /low and /high, how the runs were made, their folders."""
     rows = []
     for group in tabulated.groups:
         row: dict[str, Any] = {**group.keys, "n_runs": len(group.runs)}
@@ -284,7 +285,7 @@ def table_frame(tabulated: Tabulated) -> pd.DataFrame:
             row[name] = found.mean
             ends = {"sd": found.sd, "low": found.low, "high": found.high}
             row |= {f"{name}/{end}": value for end, value in ends.items() if value is not None}
-        rows.append(row | {"runs": " ".join(map(str, group.runs))})
+        rows.append(row | provenance_of(group.runs) | {"runs": " ".join(map(str, group.runs))})
     return pd.DataFrame(rows)
 
 

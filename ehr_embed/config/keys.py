@@ -14,6 +14,7 @@ from ehr_embed.core.settings import Count, Files, Folder, OneOf, Positive, Seed,
 from ehr_embed.core.threads import Threads
 from ehr_embed.data.pool import PoolWeights
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.alignment import Matching
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
 from ehr_embed.embedding.pooling import PoolCodes
@@ -45,6 +46,7 @@ class DataKeys(Keys, VocabularySettings):
     alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
+    alignment_matching: Matching
     pool_codes: PoolCodes
     pool_weights: PoolWeights
 
@@ -163,6 +165,7 @@ class AlignedDatasetKeys(DatasetKeys):
     alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
+    alignment_matching: Matching
 
 
 class PredictKeys(DeviceKeys):
@@ -257,7 +260,7 @@ class ServeKeys(DeviceKeys):
 class RepresentKeys(DeviceKeys):
     """Keys of conf/represent.yaml; `Representer` says which values `per` and `pooling` have."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     per: Text

@@ -17,7 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import check_setting
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
-from ehr_embed.embedding.alignment import SHIPPED_RULES, Rules
+from ehr_embed.embedding.alignment import SHIPPED_RULES, Matching, Rules
 from ehr_embed.embedding.match_table import Alignment, Texts, align, read_pairs, share_of_new
 from ehr_embed.embedding.vector_cache import embed_texts
 
@@ -37,6 +37,7 @@ class AlignmentSettings:
         pairs: CSV file of one's own pairs, which override what texts say.
         texts: `own`, or `shuffled`, the control in which each code has another one's text.
         seed: of the shuffling.
+        matching: `nearest`, by which several codes may go to one, or `one_to_one`, for the same codes under other names.
 
     Raises:
         UserError: a file cannot be read, or `texts` is unknown.
@@ -47,9 +48,11 @@ class AlignmentSettings:
     pairs: str | None = None
     texts: str = "own"
     seed: int = 0
+    matching: str = "nearest"
 
     def __post_init__(self) -> None:
         check_setting("data.alignment_texts", self.texts, Texts)
+        check_setting("data.alignment_matching", self.matching, Matching)
         if self.aligned_to != NONE:  # read now, before any work, what may be wrong
             self.read()
 
@@ -94,7 +97,14 @@ class AlignmentSettings:
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         with bundled(cache_dir) as embed:
             found = align(
-                run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed
+                run,
+                vocabulary,
+                embed=embed,
+                rules=self.read(),
+                pairs=pairs,
+                texts=self.texts,
+                seed=self.seed,
+                matching=self.matching,
             )
         found.say()
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,16 @@ from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary
 from ehr_embed.embedders.shuffled_text import deranged
-from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
+from ehr_embed.embedding.alignment import (
+    ONE_TO_ONE_COSINES,
+    Floats,
+    Matching,
+    Rules,
+    gate,
+    nearest,
+    one_to_one,
+    phrasings,
+)
 
 log = logging.getLogger(__name__)
 Texts = Annotated[str, OneOf("own", "shuffled")]
@@ -151,6 +160,7 @@ def align(
     pairs: pl.DataFrame | None = None,
     texts: str = "own",
     seed: int = 0,
+    matching: str = "nearest",
 ) -> Alignment:
     """Return which code of a run stands for each code of a dataset.
 
@@ -165,12 +175,20 @@ def align(
         pairs: columns code, matched_code (null = none) and perhaps gate.
         texts: `own`, or `shuffled` for the control in which each code has the text of another of its kind.
         seed: of the shuffling.
+        matching: `nearest`, by which several codes may go to one, or `one_to_one`.
 
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
     """
     table = align_codes(
-        codes_of(run), codes_of(vocabulary), embed=embed, rules=rules, pairs=pairs, texts=texts, seed=seed
+        codes_of(run),
+        codes_of(vocabulary),
+        embed=embed,
+        rules=rules,
+        pairs=pairs,
+        texts=texts,
+        seed=seed,
+        matching=matching,
     )
     if not (table["gate"] > 0).any():
         raise UserError(
@@ -190,6 +208,7 @@ def align_codes(
     pairs: pl.DataFrame | None = None,
     texts: str = "own",
     seed: int = 0,
+    matching: str = "nearest",
 ) -> pl.DataFrame:
     """Return the match table of the codes `target` with the codes `source`, both as of `codes_of`; the others as in `align`.
 
@@ -197,6 +216,7 @@ def align_codes(
         UserError: `pairs` names an unknown code.
     """
     check_setting("data.alignment_texts", texts, Texts)
+    check_setting("data.alignment_matching", matching, Matching)
     text_S, text_T = source["text"].to_list(), target["text"].to_list()
     is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()
     if texts == "shuffled":
@@ -205,10 +225,16 @@ def align_codes(
             for place, text in zip(places, deranged([text_T[i] for i in places], seed), strict=True):
                 text_T[place] = text
     of_S, of_T = _vectors([text_S, text_T], embed, rules)
-    found = nearest(of_S, of_T, is_number_S, is_number_T)
+    number_of = {code: i for i, code in enumerate(source["code"])}
+    if matching == "one_to_one":
+        own_codes = [(place, number_of.get(code)) for place, code in enumerate(target["code"]) if texts == "own"]
+        same = [(place, own) for place, own in own_codes if own is not None]
+        found = one_to_one(of_S, of_T, is_number_S, is_number_T, same)
+        rules = replace(rules, cosines=ONE_TO_ONE_COSINES)
+    else:
+        found = nearest(of_S, of_T, is_number_S, is_number_T)
     matched, cosine = found.source.copy(), found.cosine.copy()
     weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "own" else "shuffled text", object)
-    number_of = {code: i for i, code in enumerate(source["code"])}
     for place, code in enumerate(target["code"]):
         own = number_of.get(code)
         if texts == "own" and own is not None and is_number_S[own] == is_number_T[place]:
@@ -231,7 +257,7 @@ def read_pairs(path: str) -> pl.DataFrame:
             f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
         )
     try:
-        frame = pl.read_csv(path, infer_schema=False)
+        frame = pl.read_csv(path, glob=False, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(

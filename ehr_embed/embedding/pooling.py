@@ -61,6 +61,7 @@ def pool_alignment(
                 rules=settings.read(),
                 pairs=of_these,
                 texts=settings.texts,
+                matching=settings.matching,
                 seed=settings.seed,
             )
             is_merged = pl.col("gate") >= MERGED_FROM

@@ -200,7 +200,7 @@ def read_predictions(path: Path) -> Predictions:
         UserError: the file holds no such predictions, or differs from the one that the run's manifest lists.
     """
     with readable(path):
-        frame = pl.read_parquet(checked(path)).sort(KEYS)
+        frame = pl.read_parquet(checked(path), glob=False).sort(KEYS)
     if "predicted_boolean_probability" in frame.columns:
         labels = frame["boolean_value"].to_numpy()[:, None]
         probabilities = frame["predicted_boolean_probability"].cast(pl.Float64).to_numpy()[:, None]

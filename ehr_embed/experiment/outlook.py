@@ -123,7 +123,8 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
 def sizes_of(source: Source) -> tuple[int, int]:
     """Return the number of events and of subjects of a source."""
     subjects = [
-        pl.scan_parquet(shard).select(pl.len(), n=pl.col("subject_id").n_unique()).collect() for shard in source.shards
+        pl.scan_parquet(shard, glob=False).select(pl.len(), n=pl.col("subject_id").n_unique()).collect()
+        for shard in source.shards
     ]
     frame = pl.concat(subjects)
     return int(frame["len"].sum()), int(frame["n"].sum())  # a subject lies in one file
@@ -179,7 +180,7 @@ def tokens_of(cfg: DictConfig, source: Source, n_events: int) -> tuple[int, str]
         return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
     parts = []
     for shard in source.shards:
-        frame = pl.scan_parquet(shard)
+        frame = pl.scan_parquet(shard, glob=False)
         value = pl.col("numeric_value").count() if "numeric_value" in frame.collect_schema() else pl.lit(0)
         parts.append(frame.group_by(pl.col("code").cast(pl.String)).agg(n=pl.len(), n_values=value).collect())
     codes = pl.concat(parts, how="vertical_relaxed").group_by("code").sum()

@@ -19,6 +19,7 @@ from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.tasks import protocol as tasks
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
 from ehr_embed.tasks.numbers import numbers_in
 from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
@@ -39,6 +40,8 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
         UserError: as the parts raise it later.
     """
     task: Task = builder(cfg)(cfg.task)
+    if isinstance(task, tasks.ChecksFirst):
+        task.check()
     check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else 2)
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)

@@ -19,6 +19,7 @@ from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
+from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.batches import BatchDataset, BucketSampler
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
@@ -30,7 +31,7 @@ from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
-from ehr_embed.inference.aligned_data import AlignedData, read_aligned
+from ehr_embed.inference.aligned_data import AlignedData, may_be_new, read_aligned
 from ehr_embed.inference.loose_records import TextTokens, daily_events, has_texts, vector_tokens
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
@@ -253,6 +254,11 @@ class Predictor:
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
         source = _source(root, split)
+        if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
+            log.warning(
+                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
+                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
+            )  # fmt: skip
         new = self._new_codes(source, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
@@ -264,16 +270,8 @@ class Predictor:
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
-        aligned = read_aligned(
-            self.run,
-            _source(root, split),
-            alignment,
-            split=split,
-            lookups=[*self._lookups, *lookups],
-            embed=self._embedded if self.reads_text else None,
-        )
         frames = []
-        with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
                 found = self.predict_samples(data).probabilities
                 columns = {name: found[:, i] for i, name in enumerate(self.columns)}
@@ -438,6 +436,25 @@ class Predictor:
                 yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
 
     @contextmanager
+    def aligned(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[AlignedData | None]:
+        """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        data = None
+        if self.class_names:
+            data = read_aligned(
+                self.run,
+                _source(root, split),
+                alignment,
+                split=split,
+                lookups=[*self._lookups, *lookups],
+                embed=self._embedded if self.reads_text else None,
+            )
+        with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
+            yield data
+
+    @contextmanager
     def _aligned(
         self, data: AlignedData | None, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> Iterator[None]:
@@ -458,9 +475,14 @@ class Predictor:
         try:
             if isinstance(model, AlignsCodes):
                 model.align(data.alignment.matches)
-                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
+
+                def read() -> Iterator[dict[str, Tensor]]:
+                    for chunk, _ in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data):
+                        for _, inputs in self.batches(chunk):
+                            yield inputs
+
                 with torch.inference_mode():
-                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
+                    model.adapt_to_records(Rereadable(read))
             yield
         finally:
             self._present = self.run.vocabulary

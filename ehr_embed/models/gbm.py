@@ -93,7 +93,7 @@ class GBM(ReadsCodeFeatures):
 
     def set_extra_state(self, state: Any) -> None:
         """Set the trees to those of another run."""
-        self.booster = _lightgbm().Booster(model_str=state) if state else None
+        self.booster = lightgbm_module().Booster(model_str=state) if state else None
 
     def n_fitted(self) -> int:
         """Return the number of leaves of all trees."""
@@ -110,7 +110,7 @@ class GBM(ReadsCodeFeatures):
         seed: int,
     ) -> None:
         """Fit trees to train until tuning has not improved for `patience` trees, and keep the best number of trees."""
-        lightgbm, is_binary, by_loss = _lightgbm(), self.num_classes == 2, self.stop_on == "loss"
+        lightgbm, is_binary, by_loss = lightgbm_module(), self.num_classes == 2, self.stop_on == "loss"
         parameters = self.settings_of_trees(train, seed)
         parameters["metric"] = self._objective[1] if by_loss else "None"
 
@@ -120,12 +120,12 @@ class GBM(ReadsCodeFeatures):
 
         self.features.remember(train.features)
         too_rare = self._too_rare(train.features)
-        data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
+        data = lightgbm.Dataset(rows_of(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
-            valid_sets=[data.create_valid(_rows(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
+            valid_sets=[data.create_valid(rows_of(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
@@ -141,8 +141,8 @@ class GBM(ReadsCodeFeatures):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
             part = FeatureTable(train.features.cells[outside], train.features.usual)
             labels, weights = train.labels[outside], train.weights[outside]
-            data = _lightgbm().Dataset(_rows(part, self._too_rare(part)), labels, weight=weights)
-            booster = _lightgbm().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
+            data = lightgbm_module().Dataset(rows_of(part, self._too_rare(part)), labels, weight=weights)
+            booster = lightgbm_module().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
             predicted = booster.predict(train.features.dense(inside), num_threads=torch.get_num_threads())
             found[inside] = np.stack([1 - predicted, predicted], axis=1) if self.num_classes == 2 else predicted
         return found
@@ -184,7 +184,7 @@ class GBM(ReadsCodeFeatures):
         )
 
 
-def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
+def rows_of(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     """Return the table as a LightGBM sequence, which gives a few dense rows at a time; LightGBM keeps only their bins.
 
     Features that no leaf can be split by (`too_rare`, (F,)) are made constant, so that LightGBM leaves them out when it draws
@@ -194,7 +194,7 @@ def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     sparse matrix an absent cell is always 0, or with `zero_as_missing` every 0 is missing.
     """
 
-    class Rows(_lightgbm().Sequence):  # type: ignore[misc]
+    class Rows(lightgbm_module().Sequence):  # type: ignore[misc]
         batch_size = table.block_rows
 
         def __len__(self) -> int:
@@ -210,7 +210,7 @@ def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     return Rows()
 
 
-def _lightgbm() -> ModuleType:
+def lightgbm_module() -> ModuleType:
     """Import LightGBM when it is first used, because it loads an OpenMP library of its own.
 
     Raises:

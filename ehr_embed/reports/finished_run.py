@@ -61,14 +61,16 @@ class FinishedRun:
         """Return the metrics per epoch, one row each; empty for a run that trained nothing."""
         path = self.folder / HISTORY
         return (
-            pl.read_ndjson(path, infer_schema_length=None) if path.is_file() and path.stat().st_size else pl.DataFrame()
+            pl.read_ndjson(path.read_bytes(), infer_schema_length=None)
+            if path.is_file() and path.stat().st_size
+            else pl.DataFrame()
         )
 
     def predictions(self, split: str = "held_out") -> pl.DataFrame:
         """Return the run's predictions on tuning or held_out, one row per prediction time."""
         path = predictions_file(self.folder, split)
         with readable(path):
-            return pl.read_parquet(checked(path))
+            return pl.read_parquet(checked(path), glob=False)
 
     def plot_loss(self) -> Figure:
         """Return the loss by epoch, and the metrics on tuning."""

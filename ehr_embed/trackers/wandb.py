@@ -149,7 +149,8 @@ class WandbTracker:
 
     def add_report(self, make: MakesReport) -> None:
         """Send the report as a page; codes and texts of the data are on it only if `log_examples` is set."""
-        self._run.log({"report/run": wandb.Html(make(has_codes=self._log_examples), inject=False)})
+        name = "report/search" if self._init_arguments["job_type"] == "search" else "report/run"
+        self._run.log({name: wandb.Html(make(has_codes=self._log_examples), inject=False)})
 
     def add_table(self, name: str, table: pd.DataFrame) -> None:
         """Send a table, such as the trials of a search; paths and secrets are treated as in the config."""

@@ -197,6 +197,8 @@ class Trainer:
         found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
         row |= {f"train/{name}": x for name, x in found.items()}
         row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
+        if "loss" in tuning:  # the metric, which class weights, smoothing or a task's own loss do not change
+            row["tuning/trained_loss"] = tuning_loss
         return row, value
 
     def _reload_best(self, model: nn.Module, embedding: EventEmbedding) -> None:
@@ -325,6 +327,8 @@ class Trainer:
                 training.wrapped, state.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
             )
         state.optimizer.step()
+        if state.anchor is not None:
+            state.anchor.draw_back(state.optimizer.param_groups[0]["lr"])
         state.scheduler.step()
         state.optimizer.zero_grad()
         state.progress.step += 1

@@ -51,7 +51,7 @@ def test_the_wheel_has_every_module_configuration_and_file_of_the_template(wheel
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed").rglob("*.py")}
     texts = {str(Path("ehr_embed", path.relative_to(ROOT))) for name in ("conf", "sweeps")
              for path in (ROOT / name).rglob("*.yaml")}  # fmt: skip
-    template = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed" / "console" / "template").rglob("*")
+    template = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed" / "console").rglob("*")
                 if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed").rglob("*.csv")}
     assert (modules | texts | template | tables) - names == set()
@@ -90,6 +90,7 @@ def test_another_application_finds_the_configuration(bin_, tmp_path):
     assert "ehr_embed.models.gru" in call(bin_ / "python", "app.py", "model=gru", cwd=tmp_path).lower()
 
 
+@pytest.mark.slow
 def test_it_trains_and_predicts_from_an_empty_folder(bin_, trained):
     assert (trained / "runs" / "first" / "metrics.json").is_file()
     assert "ehr-embed train --config-path" in (trained / "runs" / "first" / "config.yaml").read_text()

@@ -83,13 +83,13 @@ def test_trees_are_those_of_the_dense_table(n_classes, stop_on, monkeypatch):
     options = {"embedding_dim": 4, "num_classes": n_classes, "n_trees": 40, "learning_rate": 0.2, "stop_on": stop_on}
 
     def text(of: object) -> str:
-        monkeypatch.setattr(gbm, "_rows", of)
+        monkeypatch.setattr(gbm, "rows_of", of)
         model = GBM(**options)
         model.fit(train, tuning, score=lambda p: -np.log(p[np.arange(len(p)), tuning.labels]).mean(),
                   is_higher_better=False, seed=3)  # fmt: skip
         return model.get_extra_state()
 
-    sparse = gbm._rows
+    sparse = gbm.rows_of
     assert text(sparse) == text(lambda table, _: table.dense(slice(None)))
     assert text(sparse) != text(lambda table, _: table.cells), "an absent cell of a sparse matrix is 0, not missing"
 

@@ -405,6 +405,7 @@ def test_all_start_from_what_rank_0_has():
     assert first < later
 
 
+@pytest.mark.slow
 def test_a_trial_is_alone_however_its_search_was_started(dataset, tmp_path):
     """Two searches of one step of Slurm's, as `srun -n 2` has them, are two processes on one study and not one run."""
     more = [o for o in overrides(dataset, tmp_path / "unused") if not o.startswith("run_dir")]
