@@ -23,6 +23,7 @@ from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.selected import SelectedStore
 from ehr_embed.data.vocabulary import Vocabulary
@@ -118,6 +119,11 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         raise UserError(
             "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
+        )
+    if init_from is None and plan.settings.pull:
+        raise UserError(
+            f"trainer.pull={plan.settings.pull}: weights are drawn back to those that they start from, and this run starts from "
+            "random ones. Type: init_from=RUN_DIR, or trainer.pull=0"
         )
     return plan
 
@@ -340,7 +346,8 @@ def fit(plan: Plan, built: Built) -> Fitted:
     if not plan.is_trained:
         if built.is_aligned and isinstance(model, AlignsCodes):  # ranks of numbers need no labels
             embedding.to(trainer.fabric.device)
-            model.to(trainer.fabric.device).adapt_to_records(inputs_of(trainer, embedding, "train"))
+            model.to(trainer.fabric.device)
+            model.adapt_to_records(Rereadable(lambda: inputs_of(trainer, embedding, "train")))
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)

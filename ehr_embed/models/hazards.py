@@ -224,7 +224,7 @@ def outcome_inputs(
 
 @dataclass(frozen=True)
 class AskedSets:
-    """Sets of events that a trained head is asked for, and the competing events, which are the last set where they compete.
+    """Sets of events that a trained head is asked for, with the competing events among them (`with_competing`).
 
     Attributes:
         sizes: of the head.
@@ -232,6 +232,7 @@ class AskedSets:
         log_rates: (K, J).
         n_asked: sets without the competing one that was added.
         rival: number of the competing set; None = there is none.
+        competes: whether the competing set competes with each set.
     """
 
     sizes: HazardSizes
@@ -239,6 +240,7 @@ class AskedSets:
     log_rates: Tensor
     n_asked: int
     rival: int | None
+    competes: list[bool]
 
     @classmethod
     def of(cls, sizes: HazardSizes, sets: Sequence[Sequence[int]], log_rates: Tensor) -> AskedSets:
@@ -249,12 +251,12 @@ class AskedSets:
             sets: token ids of each set.
             log_rates: (K, J) of each set.
         """
-        asked = [list(own) for own in sets]
-        if not sizes.competing or all(set(sizes.competing) <= set(own) for own in asked):
-            return cls(sizes, asked, log_rates, len(asked), None)
-        known = sizes.competing_at
-        rate = sizes.rates_of([sizes.competing])[0] if known is None else torch.tensor(sizes.log_rates[known])
-        return cls(sizes, [*asked, sizes.competing], torch.cat([log_rates, rate[None]]), len(asked), len(asked))
+        asked, rival, competes = with_competing(sets, sizes.competing)
+        if len(asked) > len(sets):
+            known = sizes.competing_at
+            rate = sizes.rates_of([sizes.competing])[0] if known is None else torch.tensor(sizes.log_rates[known])
+            log_rates = torch.cat([log_rates, rate[None]])
+        return cls(sizes, asked, log_rates, len(sets), rival, competes)
 
     def inputs(self, table_VE: Tensor) -> dict[str, Tensor]:
         """Return the inputs of the head, given the vectors of all tokens."""
@@ -262,9 +264,9 @@ class AskedSets:
 
     def incidence(self, log_hazard: Tensor, days_G: Tensor) -> Tensor:
         """Return the cumulative incidence (B, Q, G) of the asked sets by the times `days_G`, the mean over members."""
-        competes = [self.rival is not None and not set(self.sizes.competing) <= set(own) for own in self.sets]
         edges = torch.tensor(self.sizes.edges, device=log_hazard.device)
-        found = cumulative_incidence(by_member(log_hazard), days_G, edges, competing_at=self.rival, competes=competes)
+        members = by_member(log_hazard)
+        found = cumulative_incidence(members, days_G, edges, competing_at=self.rival, competes=self.competes)
         return found.mean(1)[:, : self.n_asked]
 
 
@@ -312,6 +314,33 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
     at = bin_of(days, edges_J).unsqueeze(-1).expand(*log_hazard.shape[:-1], 1)
     at_event = log_hazard.gather(-1, at).squeeze(-1)
     return ((log_hazard.exp() * exposure(days, edges_J)).sum(-1) - at_event * is_event) * known
+
+
+def with_competing(
+    sets: Sequence[Sequence[int]], competing: Sequence[int]
+) -> tuple[list[list[int]], int | None, list[bool]]:
+    """Return outcomes with the competing events among them, the number of these, and which outcomes they compete with.
+
+    An outcome that holds all competing events, such as death itself, has no competitor. Where that is every outcome, or no event
+    competes, none is added and the number is None. An outcome that is just the competing events stands for them.
+
+    Args:
+        sets: the tokens of each outcome.
+        competing: tokens of the competing events.
+
+    >>> with_competing([[3]], [9])
+    ([[3], [9]], 1, [True, False])
+    >>> with_competing([[9], [3]], [9])
+    ([[9], [3]], 0, [False, True])
+    >>> with_competing([[9, 3]], [9])
+    ([[9, 3]], None, [False])
+    """
+    found, at = [list(own) for own in sets], None
+    if competing and not all(set(competing) <= set(own) for own in found):
+        same = [number for number, own in enumerate(found) if set(own) == set(competing)]
+        at = same[0] if same else len(found)
+        found += [] if same else [list(competing)]
+    return found, at, [at is not None and not set(competing) <= set(own) for own in found]
 
 
 def cumulative_incidence(

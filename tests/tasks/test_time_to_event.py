@@ -23,7 +23,7 @@ from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.hazards_everywhere import targets
+from ehr_embed.tasks.hazards_everywhere import AutoOutcomes, targets
 from ehr_embed.tasks.query import Query
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.tasks.time_to_event import TimeToEvent
@@ -358,3 +358,13 @@ def test_codes_are_asked_on_the_command_line_without_labels(everywhere, root, tm
     assert {event["code"] for event in found["events"]} == {"MI", "FLU"}
     assert 0 < found["mean_risk"] < 1
     assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("per_batch", 0), ("neighbours", 1.5), ("rarity", "much"), ("min_events", 2.5)]
+)
+def test_options_of_automatic_outcomes_are_checked(name, value):
+    with refused(f"task.auto.{name}={value}", "expected"):
+        AutoOutcomes(**{name: value})
+    with refused("task.auto.unions=0.6", "at most 1"):
+        AutoOutcomes(neighbours=0.6, unions=0.6)
