@@ -46,6 +46,7 @@ DARK = {
     "green": "#35c79c",
     "accent": "#56b4e9",
 }
+COLUMNS, N_FIRST_LINES = 104, 2
 MODES = {"light": LIGHT, "dark": DARK}
 NUMBER = re.compile(r"\d+\.\d+")
 
@@ -349,12 +350,10 @@ def terminal() -> dict[str, str]:
     from rich.text import Text
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "COLUMNS": "96",
-            "TERM": "xterm-256color",
-            "PYTHONPATH": str(ROOT),
-            "EHR_EMBED_CACHE": f"{folder}/cache",
-        }
+        # As in a user's terminal: folders below the present one, and as many threads as the run itself chooses.
+        hidden = ("OMP_NUM_THREADS", "EHR_EMBED_CACHE")
+        environment = {key: value for key, value in os.environ.items() if key not in hidden}
+        environment |= {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
         command = [
             sys.executable,
             "-m",
@@ -380,13 +379,17 @@ def terminal() -> dict[str, str]:
             sys.exit(output.decode(errors="replace"))
     lines = [line.split("\r")[-1] for line in output.decode(errors="replace").replace("\r\n", "\n").split("\n")]
     shown = [line for line in lines if line.strip()]
+    first = next(number for number, line in enumerate(shown) if line.startswith("epoch"))
+    shown = [*shown[:N_FIRST_LINES], f"... {first - N_FIRST_LINES} lines of what was read and prepared", *shown[first:]]
+    if folder in "".join(shown):
+        sys.exit("the capture names a folder of this machine")
     pictures = {}
     light = TerminalTheme((255, 255, 255), (27, 36, 48), list(DIMMED_MONOKAI.ansi_colors._colors))
     for mode, theme in (("light", light), ("dark", MONOKAI)):
-        console = Console(record=True, width=96, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+        console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
         console.print(Text("$ ehr-embed train data.n_subjects=2000 trainer.epochs=4 run_dir=runs/first", style="bold"))
         for line in shown:
-            console.print(Text.from_ansi(line), soft_wrap=True)
+            console.print(Text.from_ansi(line))
         svg = console.export_svg(title="ehr-embed train", theme=theme)
         # rich would load its font from another host.
         pictures[f"terminal-{mode}.svg"] = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)

@@ -21,11 +21,11 @@ import torch
 import ehr_embed
 from docs.hooks import outside
 from docs.options import AXES, expanded
-from ehr_embed.core.errors import UserError
 from ehr_embed.inference.trained_run import open_run
 from tests.helpers.corpora import record, write_corpus
 from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
 from tests.helpers.overrides import last_of_each
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT
 
 DOCS = ROOT / "docs"
@@ -240,7 +240,7 @@ def test_a_model_in_one_file_and_one_yaml(follow):
     assert 0 < metrics_of(folder / "runs" / "conv")["held_out"]["auroc"]["value"] <= 1
     assert len(pl.read_parquet(folder / "runs" / "conv" / "all.parquet")) == DEMO_SIZE
     assert ehr_embed.load(folder / "runs" / "conv", trusted_packages=["my"]).class_names == ["false", "true"]
-    with pytest.raises(UserError, match=r"_target_=my\.conv\.Conv is outside the trusted packages"):
+    with refused("_target_=my.conv.Conv", "trusted_packages=[my]"):
         ehr_embed.load(folder / "runs" / "conv")
 
     model = open_run(folder / "runs" / "conv1", trusted=("my",)).model  # by the experiment
@@ -282,6 +282,13 @@ def test_a_task_in_one_file_and_one_yaml(follow):
     assert (known["log_count"] - (known["len"] + 1).log()).abs().max() < 1e-5
 
 
+def test_a_loss_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "A loss of your own")
+    last = pl.read_ndjson(folder / "runs" / "focal" / "metrics.jsonl").to_dicts()[-1]
+    assert last["tuning/trained_loss"] < last["tuning/loss"], "samples that are right already count less"
+    assert ehr_embed.load(folder / "runs" / "focal", trusted_packages=["my"]).class_names == ["false", "true"]
+
+
 def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):
     folder = follow("extending.md", "A schedule, an optimizer")
     checkpoint = torch.load(folder / "runs" / "lion" / "latest_checkpoint.pt", weights_only=True)
@@ -319,6 +326,6 @@ def test_a_source_in_one_file_and_one_yaml(follow, inside):
         "embedder=hashing", "run_dir=runs/pretrained", cwd=folder,
     )  # fmt: skip
     generate = ("-m", "ehr_embed.generate", "run=runs/pretrained", "max_new_events=4", "horizon_days=7")
-    assert "trusted_packages=[PACKAGE]" in inside(*generate, cwd=folder, code=2)
+    assert "trusted_packages=[my]" in inside(*generate, cwd=folder, code=2)
     inside(*generate, "trusted_packages=[my]", cwd=folder)
     assert (folder / "runs" / "pretrained" / "generated" / "held_out" / "0.parquet").is_file()

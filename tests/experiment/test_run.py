@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_readme_says(demo):
         "metrics.jsonl",
         "audit.json",
         "model_card.md",
+        "report.html",
         "summary.json",
         "environment.json",
         "config.yaml",

@@ -26,7 +26,8 @@ from tests.serving.test_serve import SMALL
 pytestmark = pytest.mark.slow
 RECORD = {"events": [{"time": f"2020-01-{day:02}", "code": "A", "description": "fever"} for day in range(1, 20)]}
 SLOW = {"records": [RECORD] * 8, "attributions": True}
-"""A request that takes seconds with so many points."""
+LONG = ("n_steps=512", "max_steps=512", "timeout_s=120", "shutdown_s=120")
+"""With so many points it takes a second or more."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 def test_a_request_that_was_begun_is_answered_before_the_server_ends(folder):
     before, answers = files(folder), []
-    with served(folder, "n_steps=2048", "max_steps=2048") as (process, port):
+    with served(folder, *LONG) as (process, port):
         asking = threading.Thread(target=lambda: answers.append(post(port, SLOW)))
         asking.start()
         wait_until_begun(port)
@@ -100,7 +101,7 @@ def test_killed_in_mid_request_it_leaves_nothing_and_serves_again(folder):
         except (OSError, http.client.HTTPException) as error:
             broken.append(error)
 
-    with served(folder, "n_steps=2048", "max_steps=2048") as (process, port):
+    with served(folder, *LONG) as (process, port):
         asking = threading.Thread(target=ask, args=(port,))
         asking.start()
         wait_until_begun(port)
