@@ -1,11 +1,11 @@
 # make demo: a virtual environment, then the demo cohort from data to held-out metrics.
 # make test: the suite with lint, types and doctests; make test-slow: what takes longer, for CI and before a release.
-# make docs: the documentation as a site, in site/.
+# make docs: the documentation as a site, in site/. make gallery: its pictures anew, from the demo, some minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs gallery clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ test-slow: $(VENV)/installed-dev
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict
+
+gallery: $(VENV)/installed-dev
+	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/pictures.py --terminal
 
 clean:
 	rm -rf $(VENV) cache runs multirun outputs site

@@ -6,6 +6,7 @@ group from these names alone. The protocols document, with shapes, which members
 
 from __future__ import annotations
 
+from ehr_embed.calibration.protocol import Calibration
 from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.files import atomic_path, file_sha256
 from ehr_embed.core.settings import Count, OneOf, Seed, Share, Told, Width, checked
@@ -45,6 +46,7 @@ __all__ = [
     "BatchDataset",
     "Block",
     "Body",
+    "Calibration",
     "Classification",
     "Count",
     "Course",

@@ -26,6 +26,8 @@ def explain(cfg: DictConfig) -> list[Path]:
     from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.trained_run import device_named, trained_on
+    from ehr_embed.reports.html_report import write_report
+    from ehr_embed.run_folder.layout import EXPLAINED, REPORT
 
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)
@@ -45,6 +47,8 @@ def explain(cfg: DictConfig) -> list[Path]:
         paths = explain_split(
             explainer, data, max_samples=cfg.max_samples, min_samples=cfg.min_samples, seed=cfg.seed, folder=folder
         )
+    if (report := folder.parent / REPORT).is_file() and folder == Path(cfg.run).expanduser() / EXPLAINED:
+        paths.append(write_report(report.parent))  # which shows now what moved the predictions
     print("\n".join(map(str, paths)))
     return paths
 

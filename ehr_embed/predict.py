@@ -61,7 +61,9 @@ def predict(cfg: DictConfig) -> Path:
     labels = None
     if cfg.task.labels is not None:
         labels = read_labels(cfg.task.labels, Path(cfg.data.root) / "labels", needs_values=False)
-    if labels is None or labels.value_column is None or not predictor.has_exclusive_classes:
+    if labels is not None and labels.value_column is not None and predictor.predicts_number:
+        write_numbers(path, found, labels, predictor.columns[0])
+    elif labels is None or labels.value_column is None or not predictor.has_exclusive_classes:
         with atomic_path(path) as temporary:
             found.write_parquet(temporary)
     else:
@@ -100,6 +102,33 @@ def write_labelled(path: Path, found: pl.DataFrame, labels: LabelSet, class_name
         write_multiclass_predictions(
             path, subject_ids=ids, prediction_times=times, labels=classes, probabilities=p, class_names=class_names
         )
+
+
+def write_numbers(path: Path, found: pl.DataFrame, labels: LabelSet, column: str) -> None:
+    """Write predicted numbers with their labels in the format in which a run writes its own predictions.
+
+    Args:
+        path: parquet file to write.
+        found: one row per prediction with subject_id, prediction_time and `column`.
+        labels: label set at whose prediction times the predictions were made.
+        column: name of the column of predictions.
+
+    Raises:
+        UserError: the labels are no numbers.
+    """
+    import polars as pl
+
+    from ehr_embed.evaluation.predictions import write_number_predictions
+    from ehr_embed.tasks.numbers import as_numbers
+
+    rows = found.join(as_numbers(labels).frame, on=["subject_id", "prediction_time"], how="left", maintain_order="left")
+    write_number_predictions(
+        path,
+        subject_ids=rows["subject_id"].to_numpy(),
+        prediction_times=rows["prediction_time"].to_numpy(),
+        labels=rows["value"].cast(pl.Float64).to_numpy(),
+        predicted=rows[column].to_numpy(),
+    )
 
 
 def threshold_of(run_dir: Path) -> float:

@@ -26,6 +26,23 @@ def _searched_application() -> None:
 
 
 @pytest.fixture(autouse=True)
+def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process draw their plots and write a picture of one pixel each, since turning four plots into pixels takes as
+    long as a tiny training. A module that tests the pictures has a fixture of this name that does nothing; runs in processes of
+    their own write whole pictures."""
+    from PIL import Image
+
+    from ehr_embed.core.files import atomic_path
+    from ehr_embed.evaluation import plots
+
+    def write_pixel(figure: object, path: str) -> None:
+        with atomic_path(path) as temporary:
+            Image.new("L", (1, 1)).save(temporary, format="PNG")
+
+    monkeypatch.setattr(plots, "_save", write_pixel)
+
+
+@pytest.fixture(autouse=True)
 def _quiet_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point that ran in this process leaves no switch on for the processes that later tests start."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

@@ -39,6 +39,7 @@ def line(main, capsys, *arguments: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_scale_measures_each_step(capsys, tmp_path):
     size = (
         "--events",
@@ -106,6 +107,7 @@ def test_disk_counts_what_an_event_takes(capsys):
     assert found["ratio"] == pytest.approx(found["bytes_per_event_original"] / found["bytes_per_event_ours"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_store_building_says_what_each_size_took(capsys):
     found = line(store_building.main, capsys, "--events", "2000", "20000", "--subjects-a-shard", "40")
     small, large = found["sizes"]

@@ -21,11 +21,11 @@ import torch
 import ehr_embed
 from docs.hooks import outside
 from docs.options import AXES, expanded
-from ehr_embed.core.errors import UserError
 from ehr_embed.inference.trained_run import open_run
 from tests.helpers.corpora import record, write_corpus
 from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
 from tests.helpers.overrides import last_of_each
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT
 
 DOCS = ROOT / "docs"
@@ -125,7 +125,12 @@ def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
         (tmp_path / name).symlink_to(ROOT / name)
 
     def run(
-        page: str, section: str | None = None, *, words: dict[str, str] | None = None, searches: bool = True
+        page: str,
+        section: str | None = None,
+        *,
+        words: dict[str, str] | None = None,
+        searches: bool = True,
+        texts: bool = False,
     ) -> Path:
         commands = 0
         for language, title, text in blocks(page, section):
@@ -135,18 +140,18 @@ def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
             elif language == "bash":
                 for line in text.splitlines():
                     if searches or not is_search(line):
-                        type_line(line, words or {})
+                        type_line(line, words or {}, texts)
                         commands += 1
         assert commands, "nothing was run"
         return tmp_path
 
-    def type_line(line: str, words: dict[str, str]) -> None:
+    def type_line(line: str, words: dict[str, str], texts: bool) -> None:
         line = line.replace("demo-5000-0", f"demo-{DEMO_SIZE}-0")
         for word, meant in words.items():
             line = re.sub(rf"\b{word}\b", meant, line)
         python, *arguments = shlex.split(line)
         assert python == "python", line
-        arguments = last_of_each([*arguments, *shortened(arguments)])
+        arguments = last_of_each([*arguments, *shortened(arguments, texts=texts)])
         # A search starts processes; they, and scripts, find the checkout as a user's do.
         if is_search(line) or arguments[0].startswith("write_"):
             done = subprocess.run(
@@ -166,9 +171,14 @@ def is_search(line: str) -> bool:
     return "sweeps=" in line or "hydra/sweeper=" in line
 
 
-def shortened(arguments: list[str]) -> list[str]:
-    """Overrides that make a documented command quick; small models on the toy sets are quick as they stand."""
+def shortened(arguments: list[str], *, texts: bool = True) -> list[str]:
+    """Overrides that make a documented command quick; small models on the toy sets are quick as they stand.
+
+    Without `texts`, vectors come from no network: those of the default embedder take longer than the training.
+    """
     entry = arguments[0]
+    if not texts and entry in ("train.py", "embed.py") and not any(a.startswith("embedder=") for a in arguments):
+        return ["embedder=hashing", "embedder.embedding_dim=384", *shortened(arguments)]
     if entry == "-m":
         return ["max_samples=20"] if arguments[1] == "ehr_embed.explain" else []
     if entry not in ("train.py", "embed.py") or "model=encoder_small" in arguments:
@@ -187,7 +197,9 @@ def shortened(arguments: list[str]) -> list[str]:
 
 @pytest.mark.slow
 def test_the_quick_start_runs(follow):
-    folder = follow("quick-start.md", words={"DIR": f"cache/demo-{DEMO_SIZE}-0", "NAME": "hospitalisation_1y"})
+    folder = follow(
+        "quick-start.md", words={"DIR": f"cache/demo-{DEMO_SIZE}-0", "NAME": "hospitalisation_1y"}, texts=True
+    )
     for run in ("first", "boosting", "mine", "second"):
         assert 0 < metrics_of(folder / "runs" / run)["held_out"]["auroc"]["value"] <= 1
     assert len(pl.read_csv(folder / "comparison" / "comparisons.csv")) == 3, "AUROC, AUPRC and Brier score of one pair"
@@ -200,7 +212,7 @@ def test_the_quick_start_runs(follow):
 
 @pytest.mark.slow
 def test_bringing_data_runs(follow):
-    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"})
+    folder = follow("data.md", words={"DIR": "toy", "NAME": "admitted"}, texts=True)
     toy, fold = (metrics_of(folder / "runs" / name)["held_out"] for name in ("toy", "fold_0"))
     assert toy["auroc"]["value"] > 0.75, "the signs of illness are learned"
     assert (toy["n"], fold["n"]) == (50, 45)
@@ -228,7 +240,7 @@ def test_a_model_in_one_file_and_one_yaml(follow):
     assert 0 < metrics_of(folder / "runs" / "conv")["held_out"]["auroc"]["value"] <= 1
     assert len(pl.read_parquet(folder / "runs" / "conv" / "all.parquet")) == DEMO_SIZE
     assert ehr_embed.load(folder / "runs" / "conv", trusted_packages=["my"]).class_names == ["false", "true"]
-    with pytest.raises(UserError, match=r"_target_=my\.conv\.Conv is outside the trusted packages"):
+    with refused("_target_=my.conv.Conv", "trusted_packages=[my]"):
         ehr_embed.load(folder / "runs" / "conv")
 
     model = open_run(folder / "runs" / "conv1", trusted=("my",)).model  # by the experiment
@@ -270,6 +282,13 @@ def test_a_task_in_one_file_and_one_yaml(follow):
     assert (known["log_count"] - (known["len"] + 1).log()).abs().max() < 1e-5
 
 
+def test_a_loss_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "A loss of your own")
+    last = pl.read_ndjson(folder / "runs" / "focal" / "metrics.jsonl").to_dicts()[-1]
+    assert last["tuning/trained_loss"] < last["tuning/loss"], "samples that are right already count less"
+    assert ehr_embed.load(folder / "runs" / "focal", trusted_packages=["my"]).class_names == ["false", "true"]
+
+
 def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):
     folder = follow("extending.md", "A schedule, an optimizer")
     checkpoint = torch.load(folder / "runs" / "lion" / "latest_checkpoint.pt", weights_only=True)
@@ -307,6 +326,6 @@ def test_a_source_in_one_file_and_one_yaml(follow, inside):
         "embedder=hashing", "run_dir=runs/pretrained", cwd=folder,
     )  # fmt: skip
     generate = ("-m", "ehr_embed.generate", "run=runs/pretrained", "max_new_events=4", "horizon_days=7")
-    assert "trusted_packages=[PACKAGE]" in inside(*generate, cwd=folder, code=2)
+    assert "trusted_packages=[my]" in inside(*generate, cwd=folder, code=2)
     inside(*generate, "trusted_packages=[my]", cwd=folder)
     assert (folder / "runs" / "pretrained" / "generated" / "held_out" / "0.parquet").is_file()

@@ -9,7 +9,6 @@ import pandas as pd
 from rich.table import Table
 
 from ehr_embed.comparison.paired_bootstrap import (
-    METRICS,
     difference,
     holm,
     least_p,
@@ -18,6 +17,7 @@ from ehr_embed.comparison.paired_bootstrap import (
 )
 from ehr_embed.comparison.report import best_first, wide_console, write_report
 from ehr_embed.comparison.results import find_runs, read_rows
+from ehr_embed.comparison.search_report import report_of_folder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.evaluation.bootstrap import NO_INTERVAL
@@ -73,6 +73,7 @@ def compare(
     pairs = paired_tests(predictions, n_bootstrap=n_bootstrap)
     with atomic_path(output / "comparisons.csv") as path:
         pairs.to_csv(path, index=False)
+    report_of_folder(output)  # again, now with the tests
     print_tests(pairs, tested[0], split, output, n_bootstrap)
     return pairs
 
@@ -88,7 +89,7 @@ def paired_tests(predictions: Mapping[str, Predictions], *, n_bootstrap: int) ->
         predictions[reference].refuse_other_samples(other, reference, name)
     values = dict(zip(predictions, paired_replicates(list(predictions.values()), n_bootstrap=n_bootstrap), strict=True))
     rows = []
-    for metric in METRICS:
+    for metric in values[reference]:
         found = [difference(values[reference][metric], values[other][metric]) for other in others]
         adjusted = holm([result.p for result in found])
         rows += [
@@ -108,7 +109,7 @@ def print_tests(pairs: pd.DataFrame, reference: str, split: str, output: Path, n
         shown.add_column(name)
     for name in ("difference [95 %]", "p", "p (Holm)"):
         shown.add_column(name, justify="right")
-    for metric in METRICS:
+    for metric in pairs["metric"].unique():
         for row in pairs[pairs["metric"] == metric].head(MAX_PAIRS_SHOWN).to_dict("records"):
             has_draws = row["p"] == row["p"]
             interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if has_draws else f" ({NO_INTERVAL})"

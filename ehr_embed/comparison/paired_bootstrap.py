@@ -12,9 +12,11 @@ import numpy as np
 from ehr_embed.evaluation.bootstrap import Floats, SubjectBootstrap
 from ehr_embed.evaluation.cells import SampleAreas
 from ehr_embed.evaluation.predictions import Predictions, read_predictions
+from ehr_embed.evaluation.regression import REGRESSION_METRICS, regression_replicates
 from ehr_embed.run_folder.layout import predictions_file
 
 METRICS = ("auroc", "auprc", "brier")
+NUMBER_METRICS = tuple(metric.name for metric in REGRESSION_METRICS)
 
 
 def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> dict[str, Floats]:
@@ -23,7 +25,8 @@ def replicates(predictions: Predictions, *, n_bootstrap: int, seed: int = 0) -> 
 
 
 def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: int = 0) -> list[dict[str, Floats]]:
-    """Return, for each run, every metric of `METRICS` on the data and on `n_bootstrap` draws of subjects: (1 + n_bootstrap,).
+    """Return, for each run, every metric of `METRICS`, or for numbers of `NUMBER_METRICS`, on the data and on `n_bootstrap` draws
+    of subjects: (1 + n_bootstrap,).
 
     With several classes or labels, AUROC and AUPRC are means of the one-versus-rest areas, and the Brier score sums the squared
     errors. All runs must predict for the same samples and are judged on the same draws; a later call with the same subjects and
@@ -32,8 +35,11 @@ def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: in
     n, n_classes = runs[0].labels.shape
     subjects = runs[0].keys["subject_id"].to_numpy()
     bootstrap = SubjectBootstrap.of(subjects, n_samples=n, n_bootstrap=n_bootstrap, seed=seed)
+    if runs[0].are_numbers:
+        labels = runs[0].labels[:, 0].astype(np.float64)
+        return regression_replicates(bootstrap, labels, [run.probabilities[:, 0] for run in runs])
     areas = [
-        [SampleAreas.fit(bootstrap, run.labels[:, c], run.probabilities[:, c]) for c in range(n_classes)]
+        [SampleAreas.fit(bootstrap, run.labels[:, c].astype(bool), run.probabilities[:, c]) for c in range(n_classes)]
         for run in runs
     ]
     columns = [((run.probabilities - run.labels) ** 2).sum(axis=1) for run in runs]
@@ -52,7 +58,7 @@ def paired_replicates(runs: Sequence[Predictions], *, n_bootstrap: int, seed: in
 
 
 def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
-    """Return each metric of `METRICS` for the mean of the runs' probabilities on a split.
+    """Return each metric for the mean of the runs' probabilities, or numbers, on a split.
 
     Raises:
         UserError: the runs predict for different subjects, times or labels.

@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
+from ehr_embed.comparison.learning_curves import write_learning_curves
 from ehr_embed.comparison.results import find_runs, read_rows
+from ehr_embed.comparison.search_report import LEARNING, report_of_folder
 from ehr_embed.comparison.study_plots import write_study_plots
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
 from ehr_embed.core.outcome import Row
 from ehr_embed.core.secrets import MASK, is_secret, masked
+from ehr_embed.run_folder.layout import PLOTS
 
 log = logging.getLogger(__name__)
 MAX_SHOWN = 20
@@ -50,7 +53,7 @@ def write_report(
     study: optuna.Study | None = None,
     has_plots: bool = True,
 ) -> pd.DataFrame:
-    """Write summary.csv, study.json and plots/ into `folder`, and print the table.
+    """Write summary.csv, study.json, plots/ and report.html into `folder`, and print the table.
 
     Args:
         rows: one row per run, see `ehr_embed.core.outcome.Row`.
@@ -58,7 +61,7 @@ def write_report(
         directions: `maximize` or `minimize`, one per objective.
         facts: further facts of the study for study.json.
         study: Optuna study to plot; None = a study made from the rows.
-        has_plots: also draw the plots.
+        has_plots: also draw the plots and write report.html.
 
     Returns:
         The table of `summary.csv`.
@@ -89,9 +92,17 @@ def write_report(
     }
     write_json(folder / "study.json", _jsonable(report))
     if has_plots:
-        write_study_plots(folder / "plots", study or study_of(rows, directions), objectives)
+        write_study_plots(folder / PLOTS, study or study_of(rows, directions), objectives)
+        names = [str(name) for name in table["run"]] if len(table) else []
+        write_learning_curves(folder / PLOTS / f"{LEARNING}.png", [_folder_of(folder, name) for name in names], names)
+        report_of_folder(folder)
     print_table(table, objectives, overrides, folder)
     return table
+
+
+def _folder_of(folder: Path, name: str) -> Path:
+    """Return the folder of a run that is named by its folder in a sweep, or by a path of its own."""
+    return folder / name if (folder / name).is_dir() else Path(name)
 
 
 def _without_secrets(row: Row) -> Row:

@@ -17,7 +17,8 @@ import pandas as pd
 from rich.table import Table
 from scipy import stats
 
-from ehr_embed.comparison.paired_bootstrap import METRICS, ensemble
+from ehr_embed.comparison.paired_bootstrap import METRICS, NUMBER_METRICS, ensemble
+from ehr_embed.comparison.provenance_columns import provenance_of
 from ehr_embed.comparison.report import wide_console
 from ehr_embed.comparison.results import (
     differences,
@@ -40,7 +41,10 @@ FOLD = "data.split_column"
 """Configuration key whose values distinguish the folds of a cross-validation."""
 REPEATS = ("seed", FOLD, "data.source.split_column", "task.fraction_seed")
 """Keys in which runs of one row may differ: such runs are repetitions of each other."""
-SHOWN = ("held_out/auroc", "held_out/auprc", "held_out/brier", "events_per_s", "n_parameters", "seconds")
+SHOWN = (
+    *(f"held_out/{name}" for name in (*METRICS, *NUMBER_METRICS)),
+    *("events_per_s", "n_parameters", "seconds"),
+)
 TITLES = {
     "events_per_s": "training speed, events/s",
     "ms_per_step": "iteration speed, ms per step",
@@ -149,7 +153,7 @@ def tabulate(paths: Sequence[Path], *, metrics: Sequence[str] = (), by: Sequence
     monitored = dict.fromkeys(f"held_out/{row['monitor']['name']}" for row in found.values() if "monitor" in row)
     shown = [*(name for name in monitored if name not in SHOWN), *SHOWN]
     chosen = list(metrics) or [name for name in shown if any(name in row for row in values.values())]
-    known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in METRICS}
+    known = {key for row in values.values() for key in row} | {ENSEMBLE + name for name in (*METRICS, *NUMBER_METRICS)}
     for name in chosen:
         if name not in known:
             raise unknown_name("metric", name, sorted(known))
@@ -273,7 +277,7 @@ def samples_digest(run: Path, split: str = "held_out") -> str:
 
 
 def table_frame(tabulated: Tabulated) -> pd.DataFrame:
-    """Return one row per group: its keys, n_runs, each metric with /sd, /low and /high, and the folders of its runs."""
+    """Return one row per group: keys, n_runs, each metric with /sd, /low and /high, how the runs were made, their folders."""
     rows = []
     for group in tabulated.groups:
         row: dict[str, Any] = {**group.keys, "n_runs": len(group.runs)}
@@ -281,7 +285,7 @@ def table_frame(tabulated: Tabulated) -> pd.DataFrame:
             row[name] = found.mean
             ends = {"sd": found.sd, "low": found.low, "high": found.high}
             row |= {f"{name}/{end}": value for end, value in ends.items() if value is not None}
-        rows.append(row | {"runs": " ".join(map(str, group.runs))})
+        rows.append(row | provenance_of(group.runs) | {"runs": " ".join(map(str, group.runs))})
     return pd.DataFrame(rows)
 
 

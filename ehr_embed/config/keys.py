@@ -12,9 +12,12 @@ from ehr_embed.config.check import Built, Keys
 from ehr_embed.core.manifest import Integrity
 from ehr_embed.core.settings import Count, Files, Folder, OneOf, Positive, Seed, Share, Switch, Text, Told
 from ehr_embed.core.threads import Threads
+from ehr_embed.data.pool import PoolWeights
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.alignment import Matching
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
+from ehr_embed.embedding.pooling import PoolCodes
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
@@ -43,6 +46,9 @@ class DataKeys(Keys, VocabularySettings):
     alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
+    alignment_matching: Matching
+    pool_codes: PoolCodes
+    pool_weights: PoolWeights
 
 
 class EmbedderKeys(Built):
@@ -113,6 +119,7 @@ class RunKeys(StageKeys):
     """Keys of a run."""
 
     data: DataKeys
+    calibration: Built
     seed: Seed
     run_dir: Folder
     cache_dir: Folder
@@ -125,6 +132,7 @@ class RunKeys(StageKeys):
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
     check: Switch
     overwrite: Switch
+    report: Switch
 
 
 class DeviceKeys(Keys):
@@ -157,6 +165,7 @@ class AlignedDatasetKeys(DatasetKeys):
     alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
+    alignment_matching: Matching
 
 
 class PredictKeys(DeviceKeys):
@@ -214,10 +223,44 @@ class AskKeys(DeviceKeys):
     n_bootstrap: Annotated[int, Field(ge=0)]
 
 
+class ReportKeys(Keys):
+    """Keys of conf/report.yaml."""
+
+    run: Annotated[Text, Told("the folder of a finished run or of a search", example="RUN_DIR")]
+
+
+class LookupsKeys(Keys):
+    """Keys of `data` of a server."""
+
+    lookups: Files
+
+
+class ServeKeys(DeviceKeys):
+    """Keys of conf/serve.yaml."""
+
+    host: Annotated[Text, Told("an address or a name of this machine", example="127.0.0.1")]
+    port: Annotated[int, Field(ge=0, le=65_535), Told("0 to 65535", example="8000")]
+    allowed_hosts: Annotated[Sequence[Text] | None, Told("a list of host names, or null", example="[ward.example]")]
+    data: LookupsKeys
+    max_body_mib: Annotated[float, Field(gt=0, le=1024), Told("more than 0 and at most 1024 MiB", example="16")]
+    max_records: Count
+    max_events: Count
+    max_attributed: Count
+    max_batch: Count
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000), Told("0 to 10000 milliseconds", example="0")]
+    max_queued: Count
+    max_connections: Count
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), Told("more than 0 seconds", example="30")]
+    shutdown_s: Annotated[float, Field(ge=0, le=86_400), Told("0 seconds or more", example="20")]
+    n_steps: Count
+    max_steps: Count
+    tolerance: Positive
+
+
 class RepresentKeys(DeviceKeys):
     """Keys of conf/represent.yaml; `Representer` says which values `per` and `pooling` have."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     per: Text

@@ -41,6 +41,8 @@ COMMANDS = {
     "represent": Command("ehr_embed.represent", "represent", "vectors of records or events, for probes and clustering"),
     "generate": Command("ehr_embed.generate", "generate", "futures of subjects, from a run that predicts events"),
     "ask": Command("ehr_embed.ask", "ask", "risks of outcomes in words, from a run that predicts times"),
+    "serve": Command("ehr_embed.serve", "serve", "predictions over HTTP, for other programs of this machine"),
+    "report": Command("ehr_embed.report", "report", "report.html of a run or of a search, again"),
     "compare": Command("ehr_embed.compare", None, "several runs: one table, plots, paired bootstrap tests"),
     "tabulate": Command("ehr_embed.tabulate", None, "many runs: one row per setting, with means over seeds"),
     "convert": Command("ehr_embed.convert", "convert", "a corpus or a checkpoint of the original pipeline"),

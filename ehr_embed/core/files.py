@@ -48,12 +48,21 @@ def write_failure(error: BaseException) -> str | None:
     return "only a part could be written (is the disk full?)" if _PARTLY.search(str(error)) else None
 
 
-def cannot_write(path: object, error: BaseException) -> UserError:
-    """Return the error to raise for a full disk or a read-only folder; its message is one line."""
+def cannot_write(path: object, error: BaseException, *, is_whole: bool = True) -> UserError:
+    """Return the error to raise for a full disk or a read-only folder; its message is one line.
+
+    Args:
+        path: what could not be written.
+        error: the error of the system or of a library.
+        is_whole: whether nothing or the earlier content stands at `path`; False = a library wrote there, and may have left a part.
+    """
     reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return UserError(
-        f"cannot write {path}: {reason}. Nothing was left half-written. Free space or choose another folder."
+    left = (
+        "No part of it was left there, and what was finished before stays."
+        if is_whole
+        else "A part of it may have been left there: delete it."
     )
+    return UserError(f"cannot write {path}: {reason}. {left} Free space or choose another folder.")
 
 
 @contextmanager
@@ -69,6 +78,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise
 
 
+def _flush(file: Path) -> None:
+    """Write a file through to the disk."""
+    # Windows flushes only a file that is open for writing.
+    with open(file, "rb" if os.name == "posix" else "r+b") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`. On success the file there replaces `path`; on any exception it is removed.
@@ -82,8 +98,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
+            _flush(temporary)
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # in a folder that cannot be written to there is no file to remove
@@ -106,8 +121,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
+                    _flush(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
@@ -210,7 +224,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); it was damaged. Delete its folder and run again."
         ) from error

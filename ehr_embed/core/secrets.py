@@ -1,8 +1,12 @@
-"""Mask passwords and keys in texts that are shown, logged, written or sent."""
+"""Mask passwords and keys in texts that are shown, logged, written or sent, and cut paths that could reveal a person or site."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 from urllib.parse import unquote
 
 SECRET_KEY = re.compile(
@@ -46,3 +50,44 @@ def masked(text: str) -> str:
             parts += [text[end : key.end()], MASK]
             end = value.end()
     return "".join([*parts, text[end:]])
+
+
+def without_private(value: Any) -> Any:
+    """Return a copy in which paths are cut to their last part and secrets are masked.
+
+    Folder names can reveal a user, site or patient. A text counts as a path if it is absolute, begins with `./`, `../` or `~`,
+    or contains a slash and exists; the name of a model with a slash stays. Secrets are the values of keys such as `token` and
+    `api_key`, and the user name and password of a URL.
+
+    >>> without_private({"root": "/home/ann/mimic", "files": ["~/a.csv", "../ward_7/b.csv"], "model": "org/name"})
+    {'root': 'mimic', 'files': ['a.csv', 'b.csv'], 'model': 'org/name'}
+    >>> without_private({"hf_token": "hf_1", "batch_tokens": 4096, "storage": "postgresql://ann:pw@db/x"})
+    {'hf_token': '***', 'batch_tokens': 4096, 'storage': 'postgresql://***@db/x'}
+    >>> without_private("sqlite:////home/ann/study.db")
+    'sqlite:study.db'
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: MASK if item is not None and is_secret(str(key)) else without_private(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [without_private(item) for item in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("sqlite:", "file:")):
+        return masked(f"{value.split(':')[0]}:{PurePosixPath(value).name}")
+    if "://" in value:
+        return masked(re.sub(r"(://)[^/@]*@", rf"\1{MASK}@", masked(value)))
+    if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
+        return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
+    return masked(value)
+
+
+def _is_there(value: str) -> bool:
+    try:
+        return "/" in value and Path(value).exists()
+    except (OSError, ValueError):  # a text that is too long or contains a null byte is no path
+        return False

@@ -99,10 +99,10 @@ def check_setting(key: str, value: Any, rule: Any) -> None:
     ehr_embed.core.errors.UserError: model.n_layers=0: expected 1 to 1024.
     >>> check_setting("seed", "x", Seed)
     Traceback (most recent call last):
-    ehr_embed.core.errors.UserError: seed=x: expected a whole number from 0 to 4294967295, got str. Type: seed=0
+    ehr_embed.core.errors.UserError: seed=x: expected a whole number from 0 to 4294967295, got the text 'x'. Type: seed=0
     >>> check_setting("model.windows", [1, "x"], Sequence[float] | None)
     Traceback (most recent call last):
-    ehr_embed.core.errors.UserError: model.windows=[1, 'x']: expected a list (each a number), or null, got list.
+    ehr_embed.core.errors.UserError: model.windows=[1, 'x']: expected a list (each a number), or null, got a list.
     """
     try:
         _validate(_adapter(key, rule), value)
@@ -232,6 +232,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def arrived(value: Any) -> str:
+    """Return a value and its type in the words of a user, for what a refusal says arrived.
+
+    >>> arrived("two"), arrived(1.5), arrived(True), arrived(None), arrived([1])
+    ("the text 'two'", 'the number 1.5', 'true', 'null', 'a list')
+    """
+    if isinstance(value, str):
+        return f"the text '{shown(value)}'"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    kinds = {Mapping: "a mapping", list: "a list", tuple: "a list"}
+    return next((words for kind, words in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
 def _validate(adapter: TypeAdapter | None, value: Any) -> None:
     if adapter is None:
         return
@@ -266,7 +282,7 @@ def _refusal(key: str, value: Any, rule: Any, error: ValidationError) -> UserErr
         if given:
             return unknown_name(key, "null" if given[-1] is None else given[-1], names, remedy)
     is_of_type = not any(part in one["type"] for one in error.errors() for part in WRONG_TYPE)
-    got = "" if is_of_type else f", got {type(value).__name__}"
+    got = "" if is_of_type else f", got {arrived(value)}"
     return UserError(f"{key}={shown(value)}: expected {words(rule)}{got}.{' ' + remedy if remedy else ''}")
 
 

@@ -48,7 +48,7 @@ class Batch:
         event_index: (B, T) int64, number of the event within its sequence; None where a row is one sample.
         places: (N,) int64, index b * T + t of every event that is not padding, ascending.
         sequence_starts: (S + 1,) int32, how many of the N events precede each of the S sequences; the last entry is N.
-        labels: (B,) int64 or (B, L) float32.
+        labels: (B,) int64 or float64, or (B, L) float32.
         sample: (B,) int64, position in the split's samples; in a packed batch, the number of the row.
         n_events: N, kept on the host so that no code has to wait for the device.
         n_pairs: number of pairs of events of the same sequence, those of an event with itself included.
@@ -313,6 +313,7 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         bucket_batches: batches whose samples are sorted together; 1 = any samples may meet in a batch.
         seed: seed of the order.
         rank, world_size: number of this process, and number of processes that share the batches.
+        weights: (n,) with `shuffle`, n samples are drawn by these weights, with replacement; None = each once.
 
     Raises:
         UserError: a sample is longer than `batch_tokens`.
@@ -329,7 +330,9 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        weights: npt.NDArray[np.float64] | None = None,
     ) -> None:
+        self._shares = None if weights is None else weights / weights.sum()
         if batch_size is not None and batch_size < 1:
             raise UserError(f"trainer.batch_size={batch_size}: expected 1 or more samples.")
         self.padded = padded_length(lengths)
@@ -360,7 +363,8 @@ class BucketSampler(Sampler[npt.NDArray[np.int64]]):
             return self._cut(np.argsort(self.padded, kind="stable"))
         rng = np.random.default_rng([self.seed, self.epoch])
         in_batch = self.batch_size or max(1, int(self.batch_tokens * n // max(1, self.padded.sum())))
-        order, group = rng.permutation(n), self.bucket_batches * in_batch
+        order = rng.permutation(n) if self._shares is None else rng.choice(n, size=n, p=self._shares)
+        group = self.bucket_batches * in_batch
         groups = [order[i : i + group] for i in range(0, n, group)]
         batches = [batch for part in groups for batch in self._cut(part[np.argsort(self.padded[part], kind="stable")])]
         return [batches[i] for i in rng.permutation(len(batches))]

@@ -9,9 +9,12 @@ import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.sources.meds import microseconds, out_of_range, readable
+from ehr_embed.sources.meds_remedies import without_zone
 from ehr_embed.sources.protocol import SPLITS
 
-VALUE_COLUMNS = ("boolean_value", "integer_value", "categorical_value")
+VALUE_COLUMNS = ("boolean_value", "integer_value", "float_value", "categorical_value")
+NUMBER_COLUMNS = ("float_value", "integer_value")
+"""Columns whose values can be numbers; integers may be classes too."""
 
 
 TASK_LABELS = "task_labels"
@@ -27,11 +30,13 @@ class LabelSet:
         frame: subject_id Int64, prediction_time Datetime[us], value String ("true"/"false" for booleans, null without values);
             sorted.
         value_column: the one of `VALUE_COLUMNS` from which the values were read; None = the files give prediction times only.
+        are_numbers: whether the task that read them takes the values as numbers; otherwise they are classes.
     """
 
     name: str
     frame: pl.DataFrame
     value_column: str | None
+    are_numbers: bool = False
 
     @property
     def is_boolean(self) -> bool:
@@ -44,8 +49,8 @@ class LabelSet:
             return keys
         if self.is_boolean:
             values = values == "true"
-        elif self.value_column == "integer_value":
-            values = values.cast(pl.Int64)
+        elif self.value_column in NUMBER_COLUMNS:
+            values = values.cast(pl.Int64 if self.value_column == "integer_value" else pl.Float64)
         return keys.with_columns(values.alias(self.value_column))
 
 
@@ -124,12 +129,29 @@ def read_labels(labels: str | None, labels_dir: Path, *, needs_values: bool = Tr
     frame = pl.concat(frames).sort("subject_id", "prediction_time")
     repeated = frame.filter(pl.struct("subject_id", "prediction_time").is_duplicated())
     if len(repeated):
-        subject, time = repeated.row(0)[:2]
-        raise UserError(
-            f"{path}: subject {subject} has several labels at {time} ({len(repeated)} rows of the label set share subject and "
-            "prediction_time with another row); expected one label per subject and time. Drop the other rows."
-        )
+        raise _repeated(path, repeated, value_columns[0])
     return LabelSet(labels if labels in names else path.stem, frame, value_columns[0])
+
+
+def _repeated(path: Path, rows: pl.DataFrame, value_column: str | None) -> UserError:
+    """Return the error for rows of a label set that share their subject and prediction time, equal or contradictory ones."""
+    keys = ["subject_id", "prediction_time"]
+    by_time = rows.group_by(keys, maintain_order=True).agg(values=pl.col("value").unique().sort())
+    contradictory = by_time.filter(pl.col("values").list.len() > 1)
+    told = f"{len(rows)} rows of the label set share subject and prediction_time with another row"
+    if not len(contradictory):
+        subject, time = rows.row(0)[:2]
+        return UserError(
+            f"{path}: subject {subject} has several labels at {time} ({told}, and its label); expected one label per subject and "
+            "time. Drop the copies: polars.read_parquet(FILE).unique().write_parquet(FILE)"
+        )
+    subject, time, values = contradictory.row(0)
+    return UserError(
+        f"{path}: subject {subject} has several labels at {time} that contradict each other, {' and '.join(values)} ({told}; "
+        f"times with a contradiction: {len(contradictory)}); expected one label per subject and time. Find out in the task's "
+        f"definition which of them holds, or keep one: polars.read_parquet(FILE).group_by({keys})"
+        f".agg(polars.col({value_column!r}).max()).write_parquet(FILE) takes the larger, which is true before false."
+    )
 
 
 def _place(labels: str, names: dict[str, list[Path]], labels_dir: Path) -> Path:
@@ -185,7 +207,7 @@ def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str
         values: `needed`, `wanted` (a file may have none), or `ignored`.
     """
     with readable(file):
-        frame = pl.read_parquet(file)
+        frame = pl.read_parquet(file, glob=False)
     expected = "expected subject_id (integer), prediction_time (datetime)"
     expected += f" and one of {', '.join(VALUE_COLUMNS)}" if values == "needed" else ""
     for column, good in (
@@ -194,6 +216,8 @@ def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str
     ):
         if column not in frame.columns:
             raise UserError(f"{file}: column `{column}` is missing, found {', '.join(frame.columns)}; {expected}.")
+        if isinstance(found := frame.schema[column], pl.Datetime) and found.time_zone is not None:
+            raise UserError(f"{file}: column `{column}` has dtype {found}; {expected}. {without_zone(column, found)}")
         if not good(frame.schema[column]):
             raise UserError(f"{file}: column `{column}` has dtype {frame.schema[column]}; {expected}.")
     if not len(frame):
@@ -208,9 +232,11 @@ def _read_file(file: Path, *, values: str = "needed") -> tuple[pl.DataFrame, str
             f"found {', '.join(frame.columns)}; {expected}."
         )
     column, dtype = filled[0], frame.schema[filled[0]]
-    right = {"boolean_value": dtype == pl.Boolean, "integer_value": dtype.is_integer()}.get(
-        column, dtype in (pl.String, pl.Categorical)
-    )
+    right = {
+        "boolean_value": dtype == pl.Boolean,
+        "integer_value": dtype.is_integer(),
+        "float_value": dtype.is_float(),
+    }.get(column, dtype in (pl.String, pl.Categorical))
     if not right:
         raise UserError(f"{file}: `{column}` has dtype {dtype}; {expected} with the dtype that its name states.")
     return _checked(file, frame, pl.col(column).cast(pl.String)), column

@@ -26,7 +26,7 @@ class Samples:
         prediction_times: (n,) int64, microseconds since 1970-01-01.
         birth_times: (n,) int64, microseconds since 1970-01-01, `STATIC_TIME` where unknown.
         static_start, static_stop, start, stop: (n,) int64.
-        labels: (n,) int64, or (n, L) float32 for multi-label tasks.
+        labels: (n,) int64, (n,) float64 for a task that predicts numbers, or (n, L) float32 for several labels.
     """
 
     subject_ids: npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ class Samples:
     static_stop: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
     stop: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.subject_ids)

@@ -231,9 +231,9 @@ class Vocabulary:
         """Read the vocabulary that `save` wrote to `folder`."""
         about = read_json(folder / "vocabulary.json")
         schema = {"token": pl.Int64, "str": pl.String, "text": pl.String, "count": pl.Int64}
-        tokens = pl.read_csv(folder / TOKENS_FILE, schema=schema).with_columns(pl.col("text").fill_null(""))
+        tokens = pl.read_csv(folder / TOKENS_FILE, glob=False, schema=schema).with_columns(pl.col("text").fill_null(""))
         settings = VocabularySettings(**{**about["settings"], "lookups": tuple(about["settings"]["lookups"])})
-        return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet"), about["report"])
+        return Vocabulary(settings, tokens, pl.read_parquet(folder / "codes.parquet", glob=False), about["report"])
 
 
 def vocabulary_sha256(folder: Path) -> str | None:
@@ -244,7 +244,9 @@ def vocabulary_sha256(folder: Path) -> str | None:
 
 def read_strings(folder: Path) -> list[str]:
     """Return the strings of all tokens (V,) of the vocabulary in `folder`, in the order of their ids."""
-    return pl.read_csv(folder / TOKENS_FILE, columns=["str"], schema_overrides={"str": pl.String})["str"].to_list()
+    return pl.read_csv(folder / TOKENS_FILE, glob=False, columns=["str"], schema_overrides={"str": pl.String})[
+        "str"
+    ].to_list()
 
 
 def fit_vocabulary(

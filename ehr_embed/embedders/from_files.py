@@ -86,7 +86,7 @@ class FilesEmbedder:
     @cached_property
     def _table(self) -> pl.DataFrame:
         self._refuse_missing()
-        return pl.read_parquet(Path(self.path))
+        return pl.read_parquet(Path(self.path), glob=False)
 
     @cached_property
     def _rows(self) -> dict[str, int]:

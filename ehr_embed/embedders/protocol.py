@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ehr_embed.data.vocabulary import Vocabulary
+if TYPE_CHECKING:
+    from ehr_embed.data.vocabulary import Vocabulary
 
 FRAMEWORK_KEYS = {"trainable": "frozen"}
 """Keys of an embedder's YAML that are no arguments of its class, with the values that stand for them where the YAML has none.

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers.utils import logging as transformers_logging
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
-from ehr_embed.core.launchers import end_with_parent
 from ehr_embed.core.pretrained_weights import is_snapshot, load_pretrained, local_folder
 from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from ehr_embed.embedders.pooled_encoder import PooledEncoder
 
 KEY = "embedder.model"
 POOLINGS = ("mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens")
@@ -163,33 +160,22 @@ class SentenceTransformerEmbedder:
             ) from error
 
     @cached_property
-    def _loaded(self) -> _Encoder:
+    def _loaded(self) -> PooledEncoder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
-    def _load(self, name: str, revision: str | None = None) -> _Encoder:
-        # A bar for weights that take a moment, and where they lie, are nothing that a user waits for.
-        transformers_logging.disable_progress_bar()
-        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-        weights: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
-        place: dict[str, Any] = {"device": self.devices[0], "truncate_dim": self.truncate_dim}
-        if self.pooling is None:
-            loaded = _Encoder(name, revision=revision, model_kwargs=weights, **place)
-        else:
-            transformer = Transformer(name, model_kwargs=weights | ({"revision": revision} if revision else {}))
-            pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=self.pooling)
-            loaded = _Encoder(modules=[transformer, pooling], **place)
-        loaded.eval().requires_grad_(False)
-        return loaded
+    def _load(self, name: str, revision: str | None = None) -> PooledEncoder:
+        from ehr_embed.embedders.pooled_encoder import (
+            pooled_encoder,  # takes seconds, and cached vectors need none of it
+        )
 
-
-class _Encoder(SentenceTransformer):
-    """Sentence transformer whose workers, each with GPU memory, end with their parent even if that is killed."""
-
-    @classmethod
-    def _multi_process_worker(cls, *arguments: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends its workers
-        end_with_parent()
-        super()._multi_process_worker(*arguments)
+        return pooled_encoder(
+            name,
+            revision=revision,
+            pooling=self.pooling,
+            dtype=self.dtype,
+            device=self.devices[0],
+            truncate_dim=self.truncate_dim,
+        )
 
 
 def _devices(device: str | list[str]) -> list[str]:

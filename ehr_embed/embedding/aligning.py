@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import check_setting
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
-from ehr_embed.embedding.alignment import SHIPPED_RULES, Rules
+from ehr_embed.embedding.alignment import SHIPPED_RULES, Matching, Rules
 from ehr_embed.embedding.match_table import Alignment, Texts, align, read_pairs, share_of_new
 from ehr_embed.embedding.vector_cache import embed_texts
 
@@ -35,6 +37,7 @@ class AlignmentSettings:
         pairs: CSV file of one's own pairs, which override what texts say.
         texts: `own`, or `shuffled`, the control in which each code has another one's text.
         seed: of the shuffling.
+        matching: `nearest`, by which several codes may go to one, or `one_to_one`, for the same codes under other names.
 
     Raises:
         UserError: a file cannot be read, or `texts` is unknown.
@@ -45,9 +48,11 @@ class AlignmentSettings:
     pairs: str | None = None
     texts: str = "own"
     seed: int = 0
+    matching: str = "nearest"
 
     def __post_init__(self) -> None:
         check_setting("data.alignment_texts", self.texts, Texts)
+        check_setting("data.alignment_matching", self.matching, Matching)
         if self.aligned_to != NONE:  # read now, before any work, what may be wrong
             self.read()
 
@@ -89,22 +94,34 @@ class AlignmentSettings:
         Raises:
             UserError: as `align`.
         """
-        embedder = SentenceTransformerEmbedder(model="bundled")
-
-        def embed(texts: list[str]) -> npt.NDArray[np.float32]:
-            if cache_dir is None:
-                return embedder.embed(texts)
-            return embed_texts(embedder, texts, cache_dir=cache_dir)
-
         pairs = None if self.pairs is None else read_pairs(self.pairs)
-        try:
+        with bundled(cache_dir) as embed:
             found = align(
-                run, vocabulary, embed=embed, rules=self.read(), pairs=pairs, texts=self.texts, seed=self.seed
+                run,
+                vocabulary,
+                embed=embed,
+                rules=self.read(),
+                pairs=pairs,
+                texts=self.texts,
+                seed=self.seed,
+                matching=self.matching,
             )
-        finally:
-            embedder.close()
         found.say()
         return found
+
+
+@contextmanager
+def bundled(cache_dir: Path | None) -> Iterator[Callable[[list[str]], npt.NDArray[np.float32]]]:
+    """Yield the function by which texts are compared: vectors (n, E) of the sentence transformer that comes with the package.
+
+    Args:
+        cache_dir: folder of the cache of text vectors; None = vectors are not cached.
+    """
+    embedder = SentenceTransformerEmbedder(model="bundled")
+    try:
+        yield embedder.embed if cache_dir is None else lambda texts: embed_texts(embedder, texts, cache_dir=cache_dir)
+    finally:
+        embedder.close()
 
 
 def wanted_alignment(

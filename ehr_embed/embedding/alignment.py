@@ -7,19 +7,27 @@ names give their axes: S codes of the source, T codes of the target.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
+from scipy.optimize import linear_sum_assignment
 
 from ehr_embed.core.errors import UserError, unknown_name
+from ehr_embed.core.settings import OneOf
 
 SHIPPED_RULES = Path(__file__).with_name("alignment.yaml")
 Floats = npt.NDArray[np.float64]
+Matching = Annotated[str, OneOf("nearest", "one_to_one")]
+"""Several codes may go to the nearest code, or each is gone to at most once."""
+OTHER_KIND, SURE = -2.0, 3.0
+"""Values below and above every cosine: of codes of another kind, and of a pair that is no matter of text."""
+ONE_TO_ONE_COSINES = (0.1, 0.3)
+"""Cosines of the gate where each code is matched once: that it is left over for this one says most of what a cosine would."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +164,59 @@ def nearest(
     """
     if not len(source) or not len(target):
         return Nearest(np.full(len(target), -1), np.zeros(len(target)))
+    best, cosine = np.full(len(target), -1, np.int64), np.zeros(len(target))
+    for number, found_S in enumerate(_cosines(source, target, is_number_S, is_number_T)):
+        at = int(found_S.argmax())
+        if found_S[at] > OTHER_KIND:
+            best[number], cosine[number] = at, found_S[at]
+    return Nearest(best, cosine)
+
+
+def one_to_one(
+    source: Sequence[Floats],
+    target: Sequence[Floats],
+    is_number_S: npt.NDArray[np.bool_],
+    is_number_T: npt.NDArray[np.bool_],
+    same: Sequence[tuple[int, int]] = (),
+) -> Nearest:
+    """Return the codes of the source as which those of the target are read, each of them at most once, so that the sum of all
+    cosines is the greatest; this suits two coding systems for the same things, where a code that is taken is no other's.
+
+    Args:
+        source, target, is_number_S, is_number_T: as in `nearest`.
+        same: pairs (target, source) that are sure, such as codes of one name.
+
+    >>> one, other = np.array([[1.0, 0.0]]), np.array([[0.6, 0.8]])
+    >>> yes = np.array([True, True])
+    >>> nearest([one, other], [np.array([[0.9, 0.1]]), np.array([[0.96, 0.28]])], yes, yes).source.tolist()
+    [0, 0]
+    >>> one_to_one([one, other], [np.array([[0.9, 0.1]]), np.array([[0.96, 0.28]])], yes, yes).source.tolist()
+    [0, 1]
+    """
+    best, cosine = np.full(len(target), -1, np.int64), np.zeros(len(target))
+    if not len(source) or not len(target):
+        return Nearest(best, cosine)
+    found_TS = np.stack(list(_cosines(source, target, is_number_S, is_number_T)))
+    value_TS = found_TS.copy()
+    for row, column in same:
+        value_TS[row, column] = SURE
+    rows, columns = linear_sum_assignment(value_TS, maximize=True)
+    found = found_TS[rows, columns]
+    kept = found > OTHER_KIND
+    best[rows[kept]], cosine[rows[kept]] = columns[kept], found[kept]
+    return Nearest(best, cosine)
+
+
+def _cosines(
+    source: Sequence[Floats],
+    target: Sequence[Floats],
+    is_number_S: npt.NDArray[np.bool_],
+    is_number_T: npt.NDArray[np.bool_],
+) -> Iterator[Floats]:
+    """Yield for each code of the target the largest cosine of its phrasings with those of each code of the source, (S,)."""
     code_K = np.repeat(np.arange(len(source)), [len(v) for v in source])
     vectors_KE = np.concatenate(list(source))
     starts_S = np.searchsorted(code_K, np.arange(len(source)))
-    best, cosine = np.full(len(target), -1, np.int64), np.zeros(len(target))
     for number, vectors in enumerate(target):
         found_S = np.maximum.reduceat((vectors @ vectors_KE.T).max(0), starts_S)
-        found_S = np.where(is_number_S == is_number_T[number], found_S, -2.0)
-        at = int(found_S.argmax())
-        if found_S[at] > -2:
-            best[number], cosine[number] = at, found_S[at]
-    return Nearest(best, cosine)
+        yield np.where(is_number_S == is_number_T[number], found_S, OTHER_KIND)

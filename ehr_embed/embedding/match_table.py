@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,16 @@ from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.settings import OneOf, check_setting
 from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary
 from ehr_embed.embedders.shuffled_text import deranged
-from ehr_embed.embedding.alignment import Floats, Rules, gate, nearest, phrasings
+from ehr_embed.embedding.alignment import (
+    ONE_TO_ONE_COSINES,
+    Floats,
+    Matching,
+    Rules,
+    gate,
+    nearest,
+    one_to_one,
+    phrasings,
+)
 
 log = logging.getLogger(__name__)
 Texts = Annotated[str, OneOf("own", "shuffled")]
@@ -60,10 +69,24 @@ class Alignment:
         return {
             "n_codes": len(self.table),
             "n_matched": len(found),
+            "n_merged": len(found.filter(pl.col("origin") != "own")),
             "n_warned": len(found.filter(pl.col("warning") != "")),
             "event_share": float(found["share"].sum()),
             "gated_share": float((found["share"] * found["gate"]).sum()),
         }
+
+    def through(self, pooled: Mapping[str, tuple[str, float]]) -> Alignment:
+        """Return the alignment with the codes that a pooled run reads its own codes as, in place of the run's own codes.
+
+        Args:
+            pooled: code of the run -> code as which the run reads it, and gate.
+        """
+        lead = {code: [to, gate] for code, (to, gate) in pooled.items()}
+        rows = self.table.select("matched_code", "gate").iter_rows()
+        found = [(lead.get(str(code), [None, 0.0]), gate) for code, gate in rows]
+        to = pl.Series([match[0] for match, _ in found], dtype=pl.String)
+        gates = pl.Series([match[1] * gate for match, gate in found], dtype=pl.Float64)
+        return Alignment(self.table.with_columns(matched_code=to, gate=gates))
 
     @property
     def digest(self) -> str:
@@ -137,6 +160,7 @@ def align(
     pairs: pl.DataFrame | None = None,
     texts: str = "own",
     seed: int = 0,
+    matching: str = "nearest",
 ) -> Alignment:
     """Return which code of a run stands for each code of a dataset.
 
@@ -151,12 +175,48 @@ def align(
         pairs: columns code, matched_code (null = none) and perhaps gate.
         texts: `own`, or `shuffled` for the control in which each code has the text of another of its kind.
         seed: of the shuffling.
+        matching: `nearest`, by which several codes may go to one, or `one_to_one`.
 
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
     """
+    table = align_codes(
+        codes_of(run),
+        codes_of(vocabulary),
+        embed=embed,
+        rules=rules,
+        pairs=pairs,
+        texts=texts,
+        seed=seed,
+        matching=matching,
+    )
+    if not (table["gate"] > 0).any():
+        raise UserError(
+            f"no code of this dataset matches one of the run's by text (nearest: {_nearest_said(table)}): the model would see no "
+            "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
+            "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
+        )
+    return Alignment(table)
+
+
+def align_codes(
+    source: pl.DataFrame,
+    target: pl.DataFrame,
+    *,
+    embed: Callable[[list[str]], npt.NDArray[np.float32]],
+    rules: Rules,
+    pairs: pl.DataFrame | None = None,
+    texts: str = "own",
+    seed: int = 0,
+    matching: str = "nearest",
+) -> pl.DataFrame:
+    """Return the match table of the codes `target` with the codes `source`, both as of `codes_of`; the others as in `align`.
+
+    Raises:
+        UserError: `pairs` names an unknown code.
+    """
     check_setting("data.alignment_texts", texts, Texts)
-    source, target = _codes(run), _codes(vocabulary)
+    check_setting("data.alignment_matching", matching, Matching)
     text_S, text_T = source["text"].to_list(), target["text"].to_list()
     is_number_S, is_number_T = source["is_number"].to_numpy(), target["is_number"].to_numpy()
     if texts == "shuffled":
@@ -165,10 +225,16 @@ def align(
             for place, text in zip(places, deranged([text_T[i] for i in places], seed), strict=True):
                 text_T[place] = text
     of_S, of_T = _vectors([text_S, text_T], embed, rules)
-    found = nearest(of_S, of_T, is_number_S, is_number_T)
+    number_of = {code: i for i, code in enumerate(source["code"])}
+    if matching == "one_to_one":
+        own_codes = [(place, number_of.get(code)) for place, code in enumerate(target["code"]) if texts == "own"]
+        same = [(place, own) for place, own in own_codes if own is not None]
+        found = one_to_one(of_S, of_T, is_number_S, is_number_T, same)
+        rules = replace(rules, cosines=ONE_TO_ONE_COSINES)
+    else:
+        found = nearest(of_S, of_T, is_number_S, is_number_T)
     matched, cosine = found.source.copy(), found.cosine.copy()
     weight, origin = gate(cosine, rules), np.full(len(target), "text" if texts == "own" else "shuffled text", object)
-    number_of = {code: i for i, code in enumerate(source["code"])}
     for place, code in enumerate(target["code"]):
         own = number_of.get(code)
         if texts == "own" and own is not None and is_number_S[own] == is_number_T[place]:
@@ -176,14 +242,7 @@ def align(
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
     weight[matched < 0] = 0.0
-    table = _table(source, target, matched, cosine, weight, origin)
-    if not (table["gate"] > 0).any():
-        raise UserError(
-            f"no code of this dataset matches one of the run's by text (nearest: {_nearest_said(table)}): the model would see no "
-            "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
-            "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
-        )
-    return Alignment(table)
+    return _table(source, target, matched, cosine, weight, origin)
 
 
 def read_pairs(path: str) -> pl.DataFrame:
@@ -198,7 +257,7 @@ def read_pairs(path: str) -> pl.DataFrame:
             f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
         )
     try:
-        frame = pl.read_csv(path, infer_schema=False)
+        frame = pl.read_csv(path, glob=False, infer_schema=False)
     except (pl.exceptions.PolarsError, OSError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(
@@ -232,7 +291,7 @@ def share_of_new(run: Vocabulary, vocabulary: Vocabulary) -> float:
     return float(counts[is_new].sum() / max(counts.sum(), 1))
 
 
-def _codes(vocabulary: Vocabulary) -> pl.DataFrame:
+def codes_of(vocabulary: Vocabulary) -> pl.DataFrame:
     """Return one row per code that has a token, the most frequent first: code, text, is_number, n_events, q10, q50 and q90."""
     tokens = pl.DataFrame({
         "code": pl.Series(vocabulary.token_codes, dtype=pl.String),
@@ -267,6 +326,27 @@ def _vectors(
     return [[vectors[[row_of[phrase] for phrase in found]] for found in texts] for texts in phrased]
 
 
+def check_pairs(pairs: pl.DataFrame, codes: list[str]) -> None:
+    """Refuse pairs of a pool that name a code which it does not have.
+
+    Raises:
+        UserError: names the code and the nearest one.
+    """
+    known = dict.fromkeys(codes)
+    for name in [*pairs["code"], *pairs["matched_code"].drop_nulls()]:
+        if name not in known:
+            raise _unknown_pair(name, codes, "the pooled datasets")
+
+
+def _unknown_pair(name: str, known: list[str], where: str) -> UserError:
+    near = difflib.get_close_matches(name, known, n=1)
+    return UserError(
+        f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
+        f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the codes of both. "
+        "Correct or remove the row."
+    )
+
+
 def _override(
     pairs: pl.DataFrame,
     number_of: dict[str, int],
@@ -284,12 +364,7 @@ def _override(
     for code, to, given in pairs.select("code", "matched_code", "gate").iter_rows():
         for name, known, where in ((code, place_of, "this dataset"), (to, number_of, "the run")):
             if name is not None and name not in known:
-                near = difflib.get_close_matches(name, list(known), n=1)
-                raise UserError(
-                    f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
-                    f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the "
-                    "codes of both. Correct or remove the row."
-                )
+                raise _unknown_pair(name, list(known), where)
         place = place_of[code]
         now = -1 if to is None else number_of[to]
         if (now, given) == (-1, None) or now != matched[place] or given is None or abs(given - weight[place]) > 1e-3:

@@ -100,6 +100,36 @@ def write_multiclass_predictions(
     _write(path, columns)
 
 
+def write_number_predictions(
+    path: str | os.PathLike[str],
+    *,
+    subject_ids: npt.ArrayLike,
+    prediction_times: npt.NDArray[np.datetime64],
+    labels: npt.ArrayLike,
+    predicted: npt.ArrayLike,
+) -> None:
+    """Write predicted numbers atomically.
+
+    The columns are: subject_id int64, prediction_time timestamp[us], float_value and predicted_float_value float64.
+    meds-evaluation 0.0.6 has no schema of numbers to follow; the names are those of MEDS' label schema.
+
+    Args:
+        path: the parquet file.
+        subject_ids: (n,) integers.
+        prediction_times: (n,) datetime64, any unit.
+        labels: (n,).
+        predicted: (n,), in the labels' unit.
+
+    Raises:
+        UserError: lengths differ, or the file cannot be written.
+    """
+    columns = _key_columns(subject_ids, prediction_times) | {
+        "float_value": pa.array(np.asarray(labels, np.float64)),
+        "predicted_float_value": pa.array(np.asarray(predicted, np.float64)),
+    }
+    _write(path, columns)
+
+
 def _key_columns(subject_ids: npt.ArrayLike, prediction_times: npt.NDArray[np.datetime64]) -> dict[str, Any]:
     """Return the two columns that identify a prediction: the subject and the prediction time.
 
@@ -132,13 +162,18 @@ class Predictions:
 
     Attributes:
         keys: (n,) rows of subject_id and prediction_time.
-        labels: (n, C) True where the sample has the class; C = 1 for a binary task.
-        probabilities: (n, C) probability of each class.
+        labels: (n, C) True where the sample has the class; C = 1 for a binary task. Float64 (n, 1) for numbers.
+        probabilities: (n, C) probability of each class; for numbers the prediction, (n, 1).
     """
 
     keys: pl.DataFrame
-    labels: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.bool_] | npt.NDArray[np.float64]
     probabilities: npt.NDArray[np.float64]
+
+    @property
+    def are_numbers(self) -> bool:
+        """Return whether numbers are predicted instead of classes."""
+        return self.labels.dtype != np.bool_
 
     def refuse_other_samples(self, other: Predictions, name: str, other_name: str) -> None:
         """Refuse to compare predictions of different samples or labels.
@@ -159,18 +194,26 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Return the predictions of a binary, multi-class or multi-label run.
+    """Return the predictions of a binary, multi-class, multi-label or regression run.
 
     Raises:
         UserError: the file holds no such predictions, or differs from the one that the run's manifest lists.
     """
     with readable(path):
-        frame = pl.read_parquet(checked(path)).sort(KEYS)
+        frame = pl.read_parquet(checked(path), glob=False).sort(KEYS)
     if "predicted_boolean_probability" in frame.columns:
         labels = frame["boolean_value"].to_numpy()[:, None]
         probabilities = frame["predicted_boolean_probability"].cast(pl.Float64).to_numpy()[:, None]
         return Predictions(frame.select(KEYS), labels, probabilities)
+    if "predicted_float_value" in frame.columns:
+        numbers = frame.select("float_value", "predicted_float_value").cast(pl.Float64).to_numpy()
+        return Predictions(frame.select(KEYS), numbers[:, :1], numbers[:, 1:])
     if many := [name.removesuffix("/label") for name in frame.columns if name.endswith("/label")]:
+        if any(frame[f"{name}/label"].dtype != pl.Boolean or frame[f"{name}/label"].has_nulls() for name in many):
+            raise UserError(
+                f"{path}: the label sets of task=multitask have samples and kinds of their own, so no single number tells two runs "
+                "apart. Type: ehr-embed tabulate FOLDERS --metrics held_out/loss, or compare runs of one label set"
+            )
         labels = frame.select(f"{name}/label" for name in many).to_numpy().astype(bool)
         return Predictions(
             frame.select(KEYS), labels, frame.select(f"{name}/probability" for name in many).cast(pl.Float64).to_numpy()
@@ -178,7 +221,7 @@ def read_predictions(path: Path) -> Predictions:
     columns = [name for name in frame.columns if name.startswith("probability_")]
     if "label" not in frame.columns or not columns:
         raise UserError(
-            f"{path}: expected the predictions of a classification task, got columns {', '.join(frame.columns)}."
+            f"{path}: expected the predictions of a task with labels, got columns {', '.join(frame.columns)}."
         )
     names = [name.removeprefix("probability_") for name in columns]
     one_hot = np.stack([(frame["label"] == name).to_numpy() for name in names], axis=1)

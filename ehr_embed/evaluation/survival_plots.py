@@ -11,13 +11,15 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from ehr_embed.evaluation.bootstrap import Floats
-from ehr_embed.evaluation.plots import _finish, _save
+from ehr_embed.evaluation.plot_style import COLOURS, finish, in_style
+from ehr_embed.evaluation.plots import _save
 from ehr_embed.evaluation.survival import Times
 
-GROUP_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00")
+GROUP_COLOURS = (COLOURS[0], COLOURS[2], COLOURS[6], COLOURS[1])
 MOST_CURVES = 60
 
 
+@in_style
 def plot_risk_groups(
     path: str | os.PathLike[str],
     days: npt.NDArray[Any],
@@ -53,10 +55,11 @@ def plot_risk_groups(
         axes.plot(np.r_[0, grid], np.r_[0, incidence[group].mean(0)], color=colour, lw=1.4, ls="--")
     axes.set_xlim(0, until)
     axes.set_ylim(bottom=0)
-    _finish(axes, title, "days after the prediction", "observed (steps) and predicted (dashed) incidence")
+    finish(axes, title, "days after the prediction", "observed (steps) and predicted (dashed) incidence")
     _save(figure, path)
 
 
+@in_style
 def plot_risk_curves(
     path: str | os.PathLike[str], incidence: Floats, *, grid_days: Sequence[float], title: str
 ) -> None:
@@ -73,10 +76,10 @@ def plot_risk_curves(
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     for row in incidence[shown]:
-        axes.plot(np.r_[0, grid], np.r_[0, row], color="#0072B2", lw=0.7, alpha=0.4)
+        axes.plot(np.r_[0, grid], np.r_[0, row], color=COLOURS[0], lw=0.7, alpha=0.4)
     label = f"mean of {len(incidence):,} predictions"
     axes.plot(np.r_[0, grid], np.r_[0, incidence.mean(0)], color="black", lw=2, label=label)
     axes.set_xlim(0, float(grid[-1]))
     axes.set_ylim(bottom=0)
-    _finish(axes, title, "days after the prediction", "predicted incidence")
+    finish(axes, title, "days after the prediction", "predicted incidence")
     _save(figure, path)

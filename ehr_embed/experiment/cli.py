@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,15 +24,22 @@ from ehr_embed.core.programs import command, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
 from ehr_embed.experiment.searched import SearchedRuns
+from ehr_embed.experiment.usage import SELF_DESCRIBED, usage
 from ehr_embed.search.plugin import register
 
 CONF = shipped("conf")
+PACKAGE = "ehr_embed"
+EXTRAS = {f"hydra/launcher/{name}": "launchers" for name in ("joblib", "submitit_local", "submitit_slurm")}
+"""Extra of the package that brings an option of Hydra."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
 def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
+    if config_name in SELF_DESCRIBED and {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(config_name))
+        return
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
     register(SearchedRuns())
@@ -37,6 +47,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     JobReturn.return_value = property(_value_or_raise, JobReturn.return_value.fset)  # type: ignore[method-assign,assignment,attr-defined]
     try:
         refuse_repeated(sys.argv[1:])
+        refuse_separated(sys.argv[1:], config_name)
         main()
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -49,10 +60,19 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             raise
         print(f"error: {masked(explain(error, config_name, sys.argv[1:]))}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # submitit's, in whose place a type would be better
+        if wants_traceback or 'Could not detect "srun"' not in str(error):
+            raise
+        print(
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Run it on a login "
+            "node, or hydra/launcher=submitit_local for processes on this machine",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except OSError as error:  # of a library's own files: what the package writes has its line already
         if wants_traceback or write_failure(error) is None:
             raise
-        print(f"error: {cannot_write(error.filename or 'a file', error)}", file=sys.stderr)
+        print(f"error: {cannot_write(error.filename or 'a file', error, is_whole=False)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -82,12 +102,39 @@ def refuse_repeated(arguments: list[str]) -> None:
             )
 
 
+def refuse_separated(arguments: list[str], config_name: str) -> None:
+    """Refuse overrides that an option such as `--config-dir` separates: argparse would answer with its usage alone.
+
+    Raises:
+        UserError: names the option and gives the command in the order that is read.
+    """
+    known, unread = get_args_parser().parse_known_args(arguments)
+    is_unknown_option = any(argument.startswith("-") for argument in unread)  # of which argparse itself tells
+    if not unread or not known.overrides or is_unknown_option:
+        return
+    overrides = [*known.overrides, *unread]
+    options = [argument for argument in arguments if argument not in overrides]
+    raise UserError(
+        f"{unread[0]} stands after {shlex.join(options)}, and {known.overrides[0]} before it: overrides must stand together, with "
+        f"options before them. Type: {command(config_name)} {shlex.join([*options, *overrides])}"
+    )
+
+
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     """The message for a user: ours as it is, Hydra's with the valid names."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OverrideParseException) and (quoted := _quoted(error.override)):
+        return (
+            f"{error.override}: brackets, braces, commas, = and some other signs have a meaning in a value, unless the value is "
+            f"quoted, inside the quotes of the shell. Type: {quoted}"
+        )
+    if several := re.search(r"Ambiguous value for argument '(.*?=.*?)' ?\n", str(error), flags=re.DOTALL):
+        return _several(several.group(1), config_name)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if extra := EXTRAS.get(error.missing_cfg_file):
+            return f"{group}={name} needs a package that is not installed. Type: pip install '{PACKAGE}[{extra}]'"
         return str(unknown_name(f"option of {group}", name, error.options, f"Type: {group}=NAME"))
     if there := re.search(r"Could not append to config\. An item is already at '([\w./@]+)'", str(error)):
         key = there.group(1)
@@ -103,6 +150,32 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     else:
         told = f"{' '.join(str(error).split())} (HYDRA_FULL_ERROR=1 shows where)"
     return told
+
+
+def _quoted(override: str) -> str | None:
+    """Return `KEY=VALUE` with the value quoted for Hydra and for the shell; None where that does not make it readable.
+
+    >>> print(_quoted("data.root=a[1]"), _quoted("n layers=[1"))
+    "data.root='a[1]'" None
+    """
+    key, _, value = override.partition("=")
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    quoted = f"{key}='{escaped}'"
+    try:
+        OverridesParser.create().parse_override(quoted)
+    except HydraException:
+        return None
+    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+
+
+def _several(override: str, config_name: str) -> str:
+    """Return the message for `KEY=A,B` without -m: one run takes one value."""
+    key, _, value = override.partition("=")
+    told = f"{override} gives several values, and one run takes one. For one run per value, type: "
+    told += f"{command(config_name)} -m {override}"
+    if (CONF / key.lstrip("+")).is_dir():
+        return told
+    return f"{told}   If it is one value with a comma in it: {_quoted(override)}   For a list: '{key}=[{value}]'"
 
 
 def _unknown_key(key: str, config_name: str, others: list[str]) -> str:

@@ -43,6 +43,7 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
         rules=data.get("alignment_rules"),
         pairs=data.get("alignment_pairs"),
         texts=data.get("alignment_texts", "own"),
+        matching=data.get("alignment_matching", "nearest"),
         seed=cfg.get("seed", 0),
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 from omegaconf import DictConfig
@@ -122,7 +123,8 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
 def sizes_of(source: Source) -> tuple[int, int]:
     """Return the number of events and of subjects of a source."""
     subjects = [
-        pl.scan_parquet(shard).select(pl.len(), n=pl.col("subject_id").n_unique()).collect() for shard in source.shards
+        pl.scan_parquet(shard, glob=False).select(pl.len(), n=pl.col("subject_id").n_unique()).collect()
+        for shard in source.shards
     ]
     frame = pl.concat(subjects)
     return int(frame["len"].sum()), int(frame["n"].sum())  # a subject lies in one file
@@ -136,11 +138,12 @@ def samples_by_class(labels: LabelSet, splits: pl.DataFrame | None) -> tuple[str
     >>> samples_by_class(LabelSet("x", frame, "boolean_value"), splits)
     ('train 2 (false 1, true 1), tuning 1 (true 1), held_out 0', 2)
     """
+    by_value = _by_number if labels.are_numbers else _by_class
     if splits is None:
-        return f"{len(labels.frame):,} samples in all splits ({_by_class(labels.frame)})", len(labels.frame)
+        return f"{len(labels.frame):,} samples in all splits ({by_value(labels.frame)})", len(labels.frame)
     rows = labels.frame.join(splits, on="subject_id", how="inner")
     parts = {split: rows.filter(split=split) for split in SPLITS}
-    told = [f"{split} {len(part):,}" + (f" ({_by_class(part)})" if len(part) else "") for split, part in parts.items()]
+    told = [f"{split} {len(part):,}" + (f" ({by_value(part)})" if len(part) else "") for split, part in parts.items()]
     return ", ".join(told), len(parts["train"])
 
 
@@ -150,10 +153,19 @@ def _by_class(rows: pl.DataFrame) -> str:
     return ", ".join([*told, *(["..."] if len(counts) > SHOWN_CLASSES else [])])
 
 
+def _by_number(rows: pl.DataFrame) -> str:
+    low_middle_high = np.quantile(rows["value"].cast(pl.Float64).to_numpy(), [0, 0.5, 1])
+    return f"median {low_middle_high[1]:.4g}, {low_middle_high[0]:.4g} to {low_middle_high[2]:.4g}"
+
+
 def _n_classes(label_sets: list[LabelSet]) -> int:
-    if len(label_sets) == 1:
-        return max(2, label_sets[0].frame["value"].n_unique())
-    return len(label_sets)
+    return sum(_n_logits(label_set, is_alone=len(label_sets) == 1) for label_set in label_sets)
+
+
+def _n_logits(labels: LabelSet, *, is_alone: bool) -> int:
+    if labels.are_numbers or (labels.is_boolean and not is_alone):
+        return 1
+    return max(2, labels.frame["value"].n_unique())
 
 
 def _n_in_train(splits: pl.DataFrame) -> int:
@@ -168,7 +180,7 @@ def tokens_of(cfg: DictConfig, source: Source, n_events: int) -> tuple[int, str]
         return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
     parts = []
     for shard in source.shards:
-        frame = pl.scan_parquet(shard)
+        frame = pl.scan_parquet(shard, glob=False)
         value = pl.col("numeric_value").count() if "numeric_value" in frame.collect_schema() else pl.lit(0)
         parts.append(frame.group_by(pl.col("code").cast(pl.String)).agg(n=pl.len(), n_values=value).collect())
     codes = pl.concat(parts, how="vertical_relaxed").group_by("code").sum()

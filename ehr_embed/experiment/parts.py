@@ -10,16 +10,18 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
+from ehr_embed.calibration.protocol import Calibration
+from ehr_embed.core.errors import UserError
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.models.gbm import GBM
-from ehr_embed.run_folder.checkpoints import Continuation
+from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.origin import Origin
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.protocol import Source
-from ehr_embed.tasks.protocol import Outputs, Task
+from ehr_embed.tasks.protocol import Outputs, TakesSizes, Task
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
@@ -42,6 +44,7 @@ class Plan:
         processes: those that train together.
         task: before `setup`.
         alignment: whether and how codes that the run of `init_from` never saw are aligned with its own.
+        calibration: how the outputs are calibrated after training.
         began: `time.perf_counter()` at the start of the stage.
     """
 
@@ -54,7 +57,13 @@ class Plan:
     processes: Processes
     task: Task
     alignment: AlignmentSettings
+    calibration: Calibration
     began: float
+
+    @property
+    def pools_codes(self) -> bool:
+        """Return whether codes of pooled datasets are read as each other's; only data=pooled has the key."""
+        return self.cfg.data.get("pool_codes", "own") == "aligned"
 
     @property
     def is_trained(self) -> bool:
@@ -64,19 +73,21 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The data that a stage reads.
+    """The data that a stage reads; at most one of `aligned` and `pooled` is there.
 
     Attributes:
         source: where the events come from.
         prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
             vectors of what they match.
         aligned: the run that the weights start from and the match table; None = codes are read as they are.
+        pooled: the match table of pooled datasets with each other; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
     """
 
     source: Source
     prepared: Prepared
     aligned: tuple[Origin, Alignment] | None
+    pooled: Alignment | None
     audited: dict[str, Any] | None
 
 
@@ -144,3 +155,20 @@ class EpochLog:
                 row["epoch"], row["train/loss"], row["tuning/loss"], self.monitor, value, f"{row['train/events_per_s']:,.0f}",
             )  # fmt: skip
         self.trial.report(value, step=epoch)
+
+
+def give_sizes(task: TakesSizes, init_from: str | Path | None, prepared: Prepared) -> None:
+    """Give a task the sizes of the run that the weights come from.
+
+    Raises:
+        UserError: that run has another vocabulary, whose token ids its sizes mean, or cannot be asked.
+    """
+    assert init_from is not None, "a task that trains nothing is refused without a run to start from"
+    path, checkpoint = read_checkpoint(init_from)
+    theirs, ours = checkpoint["identity"]["vocab_sha256"], prepared.identity["vocab_sha256"]
+    if theirs != ours:
+        raise UserError(
+            f"{path} has the vocabulary {theirs[:12]} and this dataset {ours[:12]}: the rates of its events would be those of "
+            f"others. Type: python -m ehr_embed.ask run={init_from} data.root=DIR, which reads new codes by their texts"
+        )
+    task.take_sizes(checkpoint["sizes"], path)

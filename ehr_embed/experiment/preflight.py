@@ -14,11 +14,15 @@ from ehr_embed.config.targets import looked_up_name, own_object
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.experiment.provenance import group_choices
+from ehr_embed.experiment.recalibration import check_calibration
 from ehr_embed.models.protocol import declarations
 from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.tasks import protocol as tasks
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
-from ehr_embed.tasks.protocol import ReadsLabels, Task
+from ehr_embed.tasks.numbers import numbers_in
+from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
 
 MAX_EVENTS = 20_000_000
@@ -35,10 +39,13 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     Raises:
         UserError: as the parts raise it later.
     """
-    check_model(cfg)
+    task: Task = builder(cfg)(cfg.task)
+    if isinstance(task, tasks.ChecksFirst):
+        task.check()
+    check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else 2)
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)
-    task: Task = builder(cfg)(cfg.task)
+    check_calibration(cfg, task)
     source: Source = builder(cfg)(cfg.data.source)
     splits = splits_of(source)
     if splits is not None:
@@ -49,7 +56,7 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
                 check_labels(label_set, splits)
 
 
-def check_model(cfg: DictConfig) -> None:
+def check_model(cfg: DictConfig, *, num_classes: int = 2) -> None:
     """Build the model without memory for its weights, with sizes that stand for those of the data.
 
     A model that reads texts is left out, as its constructor loads weights, and a model of models.
@@ -64,7 +71,7 @@ def check_model(cfg: DictConfig) -> None:
     sizes: dict[str, Any] = {"embedding_dim": WIDTH, "has_values": cfg.data["values"] in ("continuous", "both")}
     try:
         with torch.device("meta"):
-            instantiate(cfg.model, trusted=trusted, **sizes, num_classes=2)
+            instantiate(cfg.model, trusted=trusted, **sizes, num_classes=num_classes)
     except NotImplementedError:  # a constructor that computes with its weights can do so only where they have memory
         return
     except UserError as error:
@@ -90,7 +97,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
 
 def splits_of(source: Source) -> pl.DataFrame | None:
     """Return subject_id and split of a source's subjects; None where only reading all of it would tell."""
-    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource) else None
+    return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource | PooledSource) else None
 
 
 def check_splits(splits: pl.DataFrame, where: str) -> None:
@@ -109,7 +116,7 @@ def check_splits(splits: pl.DataFrame, where: str) -> None:
 
 
 def check_labels(labels: LabelSet, splits: pl.DataFrame) -> None:
-    """Refuse a label set that has no label in a split, or there one class only.
+    """Refuse a label set that has no label in a split, or there one class or number only.
 
     Subjects without events are not known yet, so that what passes here may still be refused.
 
@@ -127,5 +134,7 @@ def check_labels(labels: LabelSet, splits: pl.DataFrame) -> None:
     for split in SPLITS:
         values = rows.filter(split=split)["value"]
         refuse_no_labels(values, labels.name, split)
-        if labels.is_boolean:
+        if labels.are_numbers:
+            numbers_in(values, labels.name, split)
+        elif labels.is_boolean:
             refuse_missing_classes((values == "true").cast(pl.Int64).to_numpy(), names, labels.name, split)

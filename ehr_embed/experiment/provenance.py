@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
+import subprocess
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from ehr_embed import __version__
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, file_sha256, link_file, write_json
 from ehr_embed.core.moved import renamed
-from ehr_embed.core.programs import as_typed
+from ehr_embed.core.programs import as_typed, shipped
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.embedding.table import save_table
 from ehr_embed.run_folder.checkpoints import checkpoint_path
@@ -73,15 +76,40 @@ def write_inputs(run_dir: Path, config: dict[str, Any], prepared: Prepared, *, i
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of the packages that numbers depend on, and the hardware."""
+    """Return the versions of the code and the packages that numbers depend on, the hardware, and the date."""
     return {
         "ehr_embed": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": processor(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+@lru_cache(1)
+def processor() -> str:
+    """Return the name of the processor; of one that does not tell its name, the architecture."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text(encoding="utf-8", errors="replace").splitlines() if found.is_file() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+@lru_cache(1)
+def commit() -> str | None:
+    """Return the commit of the checkout that this package is read from, with `-dirty` where files differ; None outside one."""
+    if not (shipped("conf").parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(shipped("conf").parent), "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def digest_of_start(init_from: str | Path | None) -> str | None:

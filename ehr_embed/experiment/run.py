@@ -14,6 +14,7 @@ from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ehr_embed.calibration.none import NoCalibration
 from ehr_embed.config.check import check_config, checks_config
 from ehr_embed.config.instantiate import builder, instantiate
 from ehr_embed.config.keys import RunKeys
@@ -107,6 +108,8 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         for group, chosen in cfg.pretrain.items():
             stage[group] = OmegaConf.merge(cfg[group], chosen) if group == "data" else chosen
         stage.pretrain, stage.init_from = None, None
+        if "calibration" in stage:  # of the labels' probabilities, which the first stage has none of
+            stage.calibration = {"_target_": f"{NoCalibration.__module__}.{NoCalibration.__qualname__}"}
         # What the user says of the machine holds for both stages, unless `pretrain.trainer.threads` says otherwise.
         if OmegaConf.select(stage, "trainer.threads", default=AUTO) == AUTO:
             stage.trainer.threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)

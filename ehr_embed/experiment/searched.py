@@ -14,7 +14,6 @@ from ehr_embed.config.instantiate import MEDS, instantiate
 from ehr_embed.core.files import digest
 from ehr_embed.core.fingerprints import known_fingerprints, without_content
 from ehr_embed.core.outcome import Outcome, Row
-from ehr_embed.sources.meds import MedsSource
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 class SearchedRuns:
     """The runs of train.py, as a search sees them; see `ehr_embed.search.application.Application`.
 
-    Tables and plots are imported where they are made, since pandas takes a second that a single run does not need.
+    Tables, plots and data are imported where they are made or read, since pandas and Polars take a second that a single run's
+    start does not need.
     """
 
     def build(self, config: DictConfig, /, *, trusted: Sequence[str] = (), **arguments: Any) -> Any:
@@ -38,6 +38,8 @@ class SearchedRuns:
         root = OmegaConf.select(example, "data.root")
         if root is None or OmegaConf.select(example, "data.source._target_") != MEDS:
             return None
+        from ehr_embed.sources.meds import MedsSource
+
         with known_fingerprints(Path(OmegaConf.select(example, "cache_dir", default="cache"))):
             found = MedsSource(root=root).fingerprint()
         return f"{digest({file: without_content(value) for file, value in found.items()})}:{digest(found)}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +19,45 @@ from lightning_fabric import seed_everything
 from omegaconf import DictConfig
 from torch import nn
 
-from ehr_embed.config.build_model import build_model
+from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.rereadable import Rereadable
+from ehr_embed.data.pool import Pool
 from ehr_embed.data.selected import SelectedStore
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import AUTO, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
+from ehr_embed.embedding.pooling import pool_alignment, pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
-from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan
+from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
+from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.hazards import HAZARDS
-from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, ReadsVocabulary, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, PoolsCodes, ReadsVocabulary, adapt, check_vectors
+from ehr_embed.reports.dataset_metrics import by_dataset
 from ehr_embed.reports.example_records import examples_of
+from ehr_embed.reports.html_report import report_of, save
 from ehr_embed.reports.model_card import write_model_card
 from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, predictions_file
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, REPORT, predictions_file
 from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.trackers.protocol import KeepsReport, Tracker
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -106,12 +112,18 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         processes=processes,
         task=construct(cfg.task),
         alignment=alignment_settings(cfg),
+        calibration=calibration_of(cfg),
         began=began,
     )
     if init_from is None and not plan.is_trained:
         raise UserError(
             "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
+        )
+    if init_from is None and plan.settings.pull:
+        raise UserError(
+            f"trainer.pull={plan.settings.pull}: weights are drawn back to those that they start from, and this run starts from "
+            "random ones. Type: init_from=RUN_DIR, or trainer.pull=0"
         )
     return plan
 
@@ -132,10 +144,23 @@ def open_inputs(plan: Plan, found: FoundRun) -> Inputs:
     use_threads_of_run(plan.settings, plan.processes, found.threads)
     source, prepared = plan.processes.first(lambda: prepare_from(plan.cfg))
     prepared, aligned = plan.processes.first(lambda: align_inputs(plan, prepared))
+    pooled = None if aligned is not None else plan.processes.first(lambda: pool_inputs(plan, prepared))
+    if pooled is not None:
+        prepared = replace(prepared, table=pooled_table(pooled, prepared.store.vocabulary, prepared.table))
     task, store = plan.task, prepared.store
     set_up(task, store, source.labels_dir, plan.cfg.model.max_length)
     audited = plan.processes.on_first(lambda: audit(store, task.samples, task.class_names, mode=plan.cfg.audit))
-    return Inputs(source=source, prepared=prepared, aligned=aligned, audited=audited)
+    return Inputs(source=source, prepared=prepared, aligned=aligned, pooled=pooled, audited=audited)
+
+
+def pool_inputs(plan: Plan, prepared: Prepared) -> Alignment | None:
+    """Return as which codes those of pooled datasets are read; None where there is one dataset, or each code is one of its own."""
+    pool = Pool.of(prepared.store.manifest)
+    if pool is None or not plan.pools_codes or plan.task.needs_causal is not None:
+        return None
+    return pool_alignment(
+        replace(plan.alignment, aligned_to=AUTO), prepared.store.vocabulary, pool, cache_dir=Path(plan.cfg.cache_dir)
+    )
 
 
 def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin, Alignment] | None]:
@@ -159,6 +184,8 @@ def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin
     alignment = wanted_alignment(asked, origin.vocabulary, store.vocabulary, cache_dir=Path(plan.cfg.cache_dir))
     if alignment is None:
         return prepared, None
+    if origin.pooled is not None:
+        alignment = alignment.through(origin.pooled)
     own = prepared.table if reads_text(plan.cfg) else None
     table = aligned_table(alignment, origin.vocabulary, store.vocabulary, origin.vectors, own)
     selected = SelectedStore(store, alignment.keeps(store.vocabulary), why=alignment.digest)
@@ -175,8 +202,11 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     trainable = trainable_of(cfg.embedder)
     # A model that is aligned keeps the codes that it knows.
     vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
+    if isinstance(task, TakesSizes):
+        give_sizes(task, plan.init_from, prepared)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
+    read_pooled(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
     embedding = EventEmbedding(prepared.table, trainable)
@@ -184,6 +214,13 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         give_first_weights(plan, inputs, model, embedding)
     if inputs.aligned is not None:
         read_aligned(model, prepared.store.vocabulary, inputs.aligned[1])
+    teacher = teacher_model(
+        plan.settings.teacher,
+        prepared.store.vocabulary,
+        of_constructor(sizes),
+        windows_hours=cfg.model.get("windows_hours"),
+    )
+    read_pooled(teacher, inputs)
     start = found.load(prepared.identity, task.samples)
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
@@ -208,6 +245,13 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     )
     if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
         trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
+    if inputs.pooled is not None:
+        trainer.about |= {
+            "alignment": {c: list(match) for c, match in inputs.pooled.matches.items()},
+            "is_pooled": True,
+        }
+    if cfg.data.get("pool_weights") == "datasets" and (pool := Pool.of(prepared.store.manifest)) is not None:
+        trainer.weigh = pool.weights
     origins = made_from(
         prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
@@ -216,12 +260,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         embedding=embedding,
         trainer=trainer,
         tracker=tracker,
-        teacher=teacher_model(
-            plan.settings.teacher,
-            prepared.store.vocabulary,
-            {name: size for name, size in sizes.items() if name != HAZARDS},
-            windows_hours=cfg.model.get("windows_hours"),
-        ),
+        teacher=teacher,
         start=start,
         made_from=origins,
         is_aligned=inputs.aligned is not None,
@@ -258,6 +297,19 @@ def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: 
         )
 
 
+def read_pooled(model: nn.Module | None, inputs: Inputs) -> None:
+    """Let a model that reads codes read those of pooled datasets as each other's: those of this run, or of the run that it starts
+    from, whose codes it keeps."""
+    if not isinstance(model, PoolsCodes):
+        return
+    if inputs.aligned is not None and inputs.aligned[0].pooled is not None:
+        model.pool(inputs.aligned[0].pooled)
+    elif inputs.pooled is not None:
+        pool, codes = Pool.of(inputs.prepared.store.manifest), list(inputs.pooled.matches)
+        assert pool is not None
+        model.pool(inputs.pooled.matches, dict(zip(codes, pool.of_codes(list(codes)).tolist(), strict=True)))
+
+
 def read_aligned(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) -> None:
     """Let a model that reads codes or texts read those of `vocabulary` as `alignment` says."""
     if isinstance(model, ReadsVocabulary):
@@ -280,9 +332,10 @@ def opened_folder(plan: Plan, inputs: Inputs, tracker: Tracker) -> Iterator[None
 def _enter_folder(stack: ExitStack, plan: Plan, inputs: Inputs, tracker: Tracker) -> None:
     stack.enter_context(claimed(plan.run_dir, is_new=plan.cfg.resume == "overwrite"))
     stack.enter_context(tracker)
-    write_inputs(plan.run_dir, plan.config, inputs.prepared, is_aligned=inputs.aligned is not None)
-    if inputs.aligned is not None:
-        inputs.aligned[1].write(plan.run_dir / ALIGNMENT)
+    alignment = inputs.pooled if inputs.aligned is None else inputs.aligned[1]
+    write_inputs(plan.run_dir, plan.config, inputs.prepared, is_aligned=alignment is not None)
+    if alignment is not None:
+        alignment.write(plan.run_dir / ALIGNMENT)
     if inputs.audited is not None:
         write_json(plan.run_dir / AUDIT, inputs.audited)
 
@@ -293,7 +346,8 @@ def fit(plan: Plan, built: Built) -> Fitted:
     if not plan.is_trained:
         if built.is_aligned and isinstance(model, AlignsCodes):  # ranks of numbers need no labels
             embedding.to(trainer.fabric.device)
-            model.to(trainer.fabric.device).adapt_to_records(inputs_of(trainer, embedding, "train"))
+            model.to(trainer.fabric.device)
+            model.adapt_to_records(Rereadable(lambda: inputs_of(trainer, embedding, "train")))
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)
@@ -310,16 +364,20 @@ def fit(plan: Plan, built: Built) -> Fitted:
 
 
 def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
-    """Measure, write the results and at last metrics.json, print the table, and return the monitored metric on tuning.
+    """Calibrate, measure, write the results and at last metrics.json, print the table, and return the monitored metric on tuning.
 
     Only the first process concludes.
     """
+    calibrated = recalibrate(plan, fitted.outputs)
+    fitted = replace(fitted, outputs=calibrated.outputs)
     metrics = measure(plan, inputs, built, fitted)
+    if calibrated.facts is not None:
+        metrics["calibration"] = calibrated.facts
     write_predictions(plan, fitted)
     if isinstance(built.model, Ensemble) and plan.is_trained:
         runs, n_bootstrap = blended(plan.cfg, plan.run_dir), plan.settings.n_bootstrap
         metrics["members"] = judged(plan.run_dir, runs, built.model.weights.tolist(), n_bootstrap=n_bootstrap)
-    write_results(plan, inputs, built.tracker, fitted, metrics)
+    write_results(plan, inputs, built.tracker, fitted, metrics, calibrated)
     finish(plan.run_dir, metrics, built.made_from)
     print_metrics(metrics, plan.run_dir)
     return monitored(metrics, plan.task)
@@ -343,6 +401,11 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
     if "train" in fitted.outputs:
         found = over_all_splits(task, fitted.outputs, n_bootstrap=plan.settings.n_bootstrap)
         metrics |= {"all_splits": found} if found else {}
+    if (pool := Pool.of(inputs.prepared.store.manifest)) is not None:
+        evaluated = {split: fitted.outputs[split] for split in EVALUATED}
+        metrics["datasets"] = by_dataset(task, evaluated, pool, n_bootstrap=plan.settings.n_bootstrap)
+    if inputs.pooled is not None:
+        metrics["pooled"] = inputs.pooled.facts
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
     return metrics
@@ -364,12 +427,15 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
     return metrics
 
 
-def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any]) -> None:
-    """Write plots and the model card, and give the tracker its summary."""
+def write_results(
+    plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any], calibrated: Recalibrated
+) -> None:
+    """Write plots, the model card and the report, and give the tracker its summary."""
     task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
     evaluated = {split: fitted.outputs[split] for split in EVALUATED}
     curves = task.curves(evaluated)
-    plots = write_plots(run_dir / PLOTS, fitted.history, curves)
+    raw = {} if calibrated.raw is None else task.curves({split: calibrated.raw[split] for split in EVALUATED})
+    plots = write_plots(run_dir / PLOTS, fitted.history, curves, before=raw)
     if isinstance(task, DrawsPlots):
         for name, draw in task.plots(evaluated).items():
             draw(run_dir / PLOTS / f"{name}.png")
@@ -384,6 +450,12 @@ def write_results(plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, 
         audited=inputs.audited,
         n_bootstrap=plan.settings.n_bootstrap,
     )
+    if plan.cfg.get("report", True):  # configurations of earlier versions do not have this key
+        choices = group_choices(plan.cfg)
+        made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
+        save(made(), run_dir / REPORT)
+        if isinstance(tracker, KeepsReport):
+            tracker.add_report(made)
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))

@@ -1,9 +1,10 @@
 """Attribute a prediction to the events of a record: by integrated gradients on event vectors (Sundararajan et al. 2017,
 arXiv:1703.01365), or by occlusion (Zeiler and Fergus 2014, arXiv:1311.2901) for models whose vectors no gradient reaches.
 
-The baseline of integrated gradients is a record of average events: each event's vector is replaced by the mean vector of the events
-in train, each numeric value by the median, and the times and the number of events stay. A zero vector would be a worse baseline: no
-event in train has it, and since the models normalise each vector, the prediction would change only in a small step next to zero.
+The baseline of integrated gradients is a record of average events: each event's vector is replaced by the mean vector of the
+events in train, each numeric value by the median, and the times and the number of events stay. A zero vector would be a worse
+baseline: no event in train has it, and since the models normalise each vector, the prediction would change only in a small step
+next to zero.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ehr_embed.core.files import atomic_path
+from ehr_embed.evaluation.plot_style import LOWERS, RAISES, TYPE, ZERO, frame, in_style
 
-RAISES, LOWERS = "#D55E00", "#0072B2"
 N_NAMED, N_TEXTS, TEXT_WIDTH = 15, 20, 60
 UNITS = ((3.0, 24.0, "hours"), (3 * 365.25, 1.0, "days"), (float("inf"), 1 / 365.25, "years"))
 """Units of the time axis: longest span in days for which the unit is used, units per day, and name."""
@@ -109,6 +109,7 @@ def label_groups(x: np.ndarray, y: np.ndarray, *, near_x: float = 0.02, near_y: 
     return groups
 
 
+@in_style
 def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
     """Draw every event as a stem at its time, and below the events with the largest attributions under the same numbers."""
     events = timeline.events
@@ -123,7 +124,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
     above, below = upper.subplots(), lower.subplots()
     above.vlines(x, 0, y, colors=colours, lw=1.4)
     above.scatter(x, y, c=colours, s=12, zorder=3)
-    above.axhline(0, color="0.4", lw=0.8)
+    above.axhline(0, color=ZERO, lw=0.8)
     room = max(float(np.abs(y).max()), 1e-9)
     width = max(float(np.ptp(x)), 1e-9)
     for numbers in label_groups(x[top] / width, y[top] / room):
@@ -146,7 +147,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
     above.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}" if value <= 0 else "")
     shown = top[::-1]
     below.barh(np.arange(len(shown)), y[shown], color=colours[shown], height=0.7)
-    below.axvline(0, color="0.4", lw=0.8)
+    below.axvline(0, color=ZERO, lw=0.8)
     days = events["days_before"].to_list()
     names = [
         f"{len(top) - place}. {event_label(events['text'][int(i)], events['numeric_value'][int(i)])}, "
@@ -156,9 +157,7 @@ def plot_timeline(path: str | os.PathLike[str], timeline: Timeline) -> None:
     below.set_yticks(np.arange(len(shown)), names, fontsize=9)
     below.set_xlabel("change of the log-odds (orange raises, blue lowers)")
     for axes in (above, below):
-        axes.grid(True, color="0.92", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        frame(axes)
     _save(figure, path)
 
 
@@ -198,12 +197,14 @@ def write_timeline_html(path: str | os.PathLike[str], timeline: Timeline) -> Non
         xaxis_title=f"{unit} before the prediction (negative)",
         yaxis_title="change of the log-odds",
         template="plotly_white",
+        font={"family": f"{TYPE['font.family']}, sans-serif"},
         hovermode="closest",
     )
     with atomic_path(path) as temporary:
         temporary.write_text(figure.to_html(include_plotlyjs=True), encoding="utf-8")
 
 
+@in_style
 def plot_texts(path: str | os.PathLike[str], texts: pl.DataFrame, *, target: str, n_samples: int) -> None:
     """Draw the texts that raise and that lower the log-odds most on average over the samples in which they occur.
 
@@ -223,12 +224,10 @@ def plot_texts(path: str | os.PathLike[str], texts: pl.DataFrame, *, target: str
     names = [f"{event_label(text, None)} ({n})" for text, n in shown.select("text", "n_samples").iter_rows()]
     axes.set_yticks(np.arange(len(shown)), names, fontsize=9)
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.axvline(0, color="0.4", lw=0.8)
+    axes.axvline(0, color=ZERO, lw=0.8)
     axes.set_title(f"What raises (orange) and lowers (blue) the log-odds of {target}; {n_samples} samples")
     axes.set_xlabel("mean change of the log-odds over the samples that have the text (their number in brackets)")
-    axes.grid(True, axis="x", color="0.92", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    frame(axes, grid="x")
     _save(figure, path)
 
 

@@ -27,6 +27,7 @@ from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.models.ensemble import log_probabilities
 from ehr_embed.models.members import over_members
 from ehr_embed.models.protocol import passes_gradients
+from ehr_embed.run_folder.layout import MOVED, MOVED_TEXTS
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class Explainer:
 
     def attribute(self, data: Dataset, row: int) -> Attribution:
         """Return the attribution of one sample of the dataset, without padding."""
+        with self.predictor.reading(data.vocabulary):  # a model that reads codes too knows the new ones
+            return self._attribute(data, row)
+
+    def _attribute(self, data: Dataset, row: int) -> Attribution:
         batch = BatchDataset(data.events, data.samples)[np.array([row])].to(self.predictor.device)
         embedding = data.embedding.to(self.predictor.device)
         inputs = embedding.inputs(batch)
@@ -230,10 +235,10 @@ def explain_split(
         raise UserError(
             f"no text is in min_samples={min_samples} of the {len(drawn)} samples. Type: min_samples=1, or more max_samples"
         )
-    with atomic_path(folder / "texts.csv") as path:
+    with atomic_path(folder / MOVED_TEXTS) as path:
         texts.write_csv(path)
-    plot_texts(folder / "texts.png", frequent, target=explainer.target, n_samples=len(drawn))
-    return [folder / "texts.csv", folder / "texts.png"]
+    plot_texts(folder / MOVED, frequent, target=explainer.target, n_samples=len(drawn))
+    return [folder / MOVED_TEXTS, folder / MOVED]
 
 
 def _parsed(text: str) -> datetime:

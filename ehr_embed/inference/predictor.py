@@ -15,21 +15,24 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
-from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
+from ehr_embed.core.rereadable import Rereadable
+from ehr_embed.data.batches import BatchDataset, BucketSampler
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.selected import without_others
-from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
+from ehr_embed.data.store import SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
-from ehr_embed.inference.aligned_data import AlignedData, read_aligned
+from ehr_embed.inference.aligned_data import AlignedData, may_be_new, read_aligned
+from ehr_embed.inference.loose_records import TextTokens, daily_events, has_texts, vector_tokens
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
     TrainedRun,
@@ -37,13 +40,17 @@ from ehr_embed.inference.trained_run import (
     open_run,
     samples_to_predict,
     say_static_only,
+    stored_calibrator,
     times_to_predict,
 )
+from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
+from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
 from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
+from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
-from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
@@ -69,6 +76,19 @@ class Dataset(NamedTuple):
     samples: Samples
 
 
+class Predicted(NamedTuple):
+    """Predictions for the samples of a `Dataset`.
+
+    Attributes:
+        probabilities: (n, C) float64.
+        members: (M, n, C), the same of each member of an ensemble with a weight above 0; None where they were not asked for, or
+            the run is no ensemble.
+    """
+
+    probabilities: npt.NDArray[np.float64]
+    members: npt.NDArray[np.float64] | None
+
+
 class Predictor:
     """A finished run that is ready to predict; `ehr_embed.load` returns one.
 
@@ -82,6 +102,7 @@ class Predictor:
     Attributes:
         class_names: names of the probability columns.
         run: model, token vectors, vocabulary and configuration of the run.
+        calibrator: the calibration that the run fitted on tuning, which every probability goes through; None = it has none.
 
     Raises:
         UserError: the folder is not a run's, or the run predicts events instead of classes.
@@ -104,11 +125,20 @@ class Predictor:
             self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
+        self.calibrator: Calibrator | None = None
+        if self.class_names:
+            self.calibrator = stored_calibrator(
+                Path(run_dir).expanduser(),
+                self.class_names,
+                is_exclusive=self.has_exclusive_classes,
+                trusted=self._trusted,
+            )
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
+        self._lookup_tables: dict[tuple[str, ...], pl.DataFrame] = {}
         self._vectors = KeptVectors(self._embedded)
         self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
-        self._texts: NewCodes | None = None
+        self._tokens_of = TextTokens(self.run, self._vectors)
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
     def _check(self, run_dir: str | Path) -> None:
@@ -128,6 +158,24 @@ class Predictor:
     def has_exclusive_classes(self) -> bool:
         """Return whether each sample belongs to exactly one class, in contrast to several independent labels."""
         return isinstance(self._task, WeighsSamples)
+
+    @property
+    def predicts_number(self) -> bool:
+        """Return whether the run predicts one number per sample, in contrast to probabilities."""
+        outputs = label_outputs_of(self.run.model)
+        return outputs is not None and [group.kind for group in outputs.groups] == [NUMBER]
+
+    @property
+    def columns(self) -> list[str]:
+        """Return the columns of a table of predictions: probability_<class>, or predicted_<label set> of a number."""
+        outputs = label_outputs_of(self.run.model)
+        if outputs is None:
+            return [f"probability_{name}" for name in self.class_names]
+        return [name for group in outputs.groups for name in group.columns]
+
+    def _decode(self, logits: Tensor) -> Tensor:
+        outputs = label_outputs_of(self.run.model)
+        return self._task.probabilities(logits) if outputs is None else outputs.decode(logits)
 
     @overload
     def predict_proba(
@@ -152,7 +200,8 @@ class Predictor:
         lookups: Sequence[str] = (),
         alignment: AlignmentSettings | None = None,
     ) -> npt.NDArray[np.float64] | pl.DataFrame:
-        """Return the class probabilities of records, computed in the run's own precision if the device supports it well.
+        """Return the class probabilities of records, calibrated if the run has a calibration, or the numbers of a run that predicts
+        numbers. They are computed in the run's own precision if the device supports it well.
 
         Vectors and texts carry neither times nor numeric values: they are treated as events one day apart without values. Give
         a MEDS dataset if these matter. The model reads the last `model.max_length` events of a longer record.
@@ -174,7 +223,8 @@ class Predictor:
 
         Returns:
             (n, C) float64 in the order of the records, with the columns `class_names`; for a MEDS dataset a Polars frame with one
-            row per prediction: subject_id, prediction_time and probability_<class> for each class.
+            row per prediction: subject_id, prediction_time and `columns`: probability_<class> for each class, or
+            predicted_<label set> for a number.
 
         Raises:
             UserError: there is no record, or a record is empty; vectors have another width than the run's, or the model reads
@@ -184,8 +234,9 @@ class Predictor:
             return self._predict_dataset(str(records), labels, split, lookups, alignment or AlignmentSettings())
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
-        if isinstance(records, list | tuple) and _has_texts(records):
-            token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        if isinstance(records, list | tuple) and has_texts(records):
+            texts = [records] if isinstance(records[0], str) else records
+            token_ids, vocabulary, embedding = self._tokens_of(texts, reads_text=lambda: self.reads_text)
         elif isinstance(self.run.model, ReadsVocabulary):
             raise UserError(
                 f"{type(self.run.model).__name__} reads the codes or texts of events, which vectors do not contain. Give "
@@ -194,13 +245,20 @@ class Predictor:
             )
         else:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
-            token_ids, embedding = _vector_tokens([records] if is_one else list(records))
+            token_ids, embedding = vector_tokens([records] if is_one else list(records))
             vocabulary = self.run.vocabulary
-        return self._predict(*self._events(token_ids), vocabulary, embedding)
+        events = daily_events(token_ids, has_values=self.run.vocabulary.settings.has_values)
+        samples = samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
+        return self.predict_samples(Dataset(vocabulary, embedding, events, samples)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
         source = _source(root, split)
+        if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
+            log.warning(
+                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
+                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
+            )  # fmt: skip
         new = self._new_codes(source, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
@@ -212,19 +270,11 @@ class Predictor:
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
-        aligned = read_aligned(
-            self.run,
-            _source(root, split),
-            alignment,
-            split=split,
-            lookups=[*self._lookups, *lookups],
-            embed=self._embedded if self._reads_text else None,
-        )
         frames = []
-        with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
-                found = self._predict(data.events, data.samples, data.vocabulary, data.embedding)
-                columns = {f"probability_{name}": found[:, i] for i, name in enumerate(self.class_names)}
+                found = self.predict_samples(data).probabilities
+                columns = {name: found[:, i] for i, name in enumerate(self.columns)}
                 keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
                 frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
@@ -288,11 +338,44 @@ class Predictor:
         sums = [file_sha256(path) for path in lookups if Path(path).is_file()]
         about = {"root": str(source.root), "source": source.fingerprint(), "lookups": sums}
         if self._dataset is None or self._dataset[0] != about or self._dataset[1].is_full:
-            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self._reads_text else None
+            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self.reads_text else None
             self._dataset = about, NewCodes(self.run, self._vectors, texts)
         return self._dataset[1]
 
-    def _chunks(self, source: MedsSource, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
+    def new_codes(self) -> NewCodes:
+        """Return the run's vocabulary and vectors, to be extended by codes whose texts the caller knows."""
+        return NewCodes(self.run, self._vectors, None)
+
+    def texts_of(self, codes: list[str], metadata: pl.DataFrame, lookups: Sequence[str] = ()) -> dict[str, str] | None:
+        """Return the texts of codes that the run never saw, as `predict_proba` finds them; None if the run reads no texts.
+
+        Args:
+            codes: distinct codes.
+            metadata: code, description and parent_codes, as of a source.
+            lookups: CSV files with columns code,term, which take precedence over the run's own ones and the metadata.
+        """
+        if not self.reads_text:
+            return None
+        paths = (*self._lookups, *lookups)
+        if paths not in self._lookup_tables:
+            self._lookup_tables[paths] = read_lookups(paths)
+        found = resolve_texts(pl.Series("code", codes, dtype=pl.String), metadata, self._lookup_tables[paths])
+        return dict(found.select("code", "text").iter_rows())
+
+    def read_records(self, source: Source, times: pl.DataFrame, new: NewCodes) -> Dataset:
+        """Read the records of any source, at prediction times that are known to show an event each.
+
+        Args:
+            source: source of the events; its splits are not read.
+            times: subject_id and prediction_time of each sample.
+            new: vocabulary with the codes of the source that the run never saw.
+        """
+        events = joined(list(self._chunks(source, new, None)))
+        none = np.zeros(len(times), np.int64)
+        samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
+        return Dataset(new.vocabulary, new.embedding, events, samples)
+
+    def _chunks(self, source: Source, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
         """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
         aligned dataset only the events whose codes have a match."""
         parts: list[SplitEvents] = []
@@ -311,15 +394,31 @@ class Predictor:
             yield joined(parts)
 
     @torch.inference_mode()
-    def _predict(
-        self, events: SplitEvents, samples: Samples, vocabulary: Vocabulary, embedding: EventEmbedding
-    ) -> npt.NDArray[np.float64]:
-        """Return the probabilities (n, C) of the samples, whose token ids refer to `vocabulary`."""
-        result = np.empty((len(samples), len(self.class_names)))
-        for rows, inputs in self.batches(Dataset(vocabulary, embedding, events, samples)):
-            logits = logits_of(self.run.model, inputs)
-            result[rows] = self._task.probabilities(logits).cpu().numpy()
-        return result
+    def predict_samples(self, data: Dataset, *, with_members: bool = False) -> Predicted:
+        """Return the calibrated probabilities of the samples of a dataset.
+
+        Args:
+            data: the dataset, whose token ids refer to its vocabulary.
+            with_members: whether those of an ensemble's members are wanted too.
+        """
+        model, shape = self.run.model, (len(data.samples), len(self.class_names))
+        ensemble = model if with_members and isinstance(model, Ensemble) else None
+        result = np.empty(shape)
+        of_members = None if ensemble is None else np.empty((len(ensemble.members), *shape))
+        for rows, inputs in self.batches(data):
+            if ensemble is None or of_members is None:
+                logits = logits_of(model, inputs)
+            else:
+                log_p = ensemble.of_members(inputs)
+                logits = ensemble.pooled(log_p)
+                of_members[:, rows] = torch.stack([self._decode(own) for own in log_p]).cpu().numpy()
+            result[rows] = self._decode(logits).cpu().numpy()
+        if ensemble is not None and of_members is not None:
+            of_members = of_members[(ensemble.weights > 0).cpu().numpy()]
+        if self.calibrator is None:
+            return Predicted(result, of_members)
+        calibrated = None if of_members is None else np.stack([self.calibrator(own) for own in of_members])
+        return Predicted(self.calibrator(result), calibrated)
 
     def batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
         """Yield batches of samples: their rows (B,), and the model's inputs on the predictor's device.
@@ -332,9 +431,28 @@ class Predictor:
             dataset.lengths, batch_size=trainer["batch_size"], batch_tokens=trainer["batch_tokens"], shuffle=False
         )
         precision = autocast_of_run(trainer["precision"], self.run.precision, self.device)
-        with self._reading(data.vocabulary), precision:
+        with self.reading(data.vocabulary), precision:
             for rows in batches:
                 yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
+
+    @contextmanager
+    def aligned(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[AlignedData | None]:
+        """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        data = None
+        if self.class_names:
+            data = read_aligned(
+                self.run,
+                _source(root, split),
+                alignment,
+                split=split,
+                lookups=[*self._lookups, *lookups],
+                embed=self._embedded if self.reads_text else None,
+            )
+        with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
+            yield data
 
     @contextmanager
     def _aligned(
@@ -350,23 +468,33 @@ class Predictor:
         if data is None or not isinstance(model, ReadsVocabulary):
             yield
             return
+        # A pooled run's own quantiles, which no vocabulary brings back.
+        state = model.state_dict() if self.run.is_pooled else None
         model.set_vocabulary(data.vocabulary)
         self._present = data.vocabulary
         try:
             if isinstance(model, AlignsCodes):
                 model.align(data.alignment.matches)
-                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
+
+                def read() -> Iterator[dict[str, Tensor]]:
+                    for chunk, _ in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data):
+                        for _, inputs in self.batches(chunk):
+                            yield inputs
+
                 with torch.inference_mode():
-                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
+                    model.adapt_to_records(Rereadable(read))
             yield
         finally:
             self._present = self.run.vocabulary
+            model.set_vocabulary(self.run.vocabulary)
             if isinstance(model, AlignsCodes):
                 model.align(self.run.matches)
-            model.set_vocabulary(self.run.vocabulary)
+            if state is not None:
+                model.load_state_dict(state)
+                model.set_vocabulary(self.run.vocabulary)
 
     @contextmanager
-    def _reading(self, vocabulary: Vocabulary) -> Iterator[None]:
+    def reading(self, vocabulary: Vocabulary) -> Iterator[None]:
         """Give a model that reads codes or texts the vocabulary of the token ids, and restore the run's own one at the end."""
         model = self.run.model
         if not isinstance(model, ReadsVocabulary) or vocabulary is self._present:
@@ -377,54 +505,6 @@ class Predictor:
             yield
         finally:
             model.set_vocabulary(self.run.vocabulary)
-
-    def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
-        """Return records without times as events one day apart, and one sample per whole record."""
-        lengths = np.array([len(tokens) for tokens in token_ids])
-        if not lengths.all():
-            raise UserError(f"record {int(lengths.argmin())} has no events, so there is nothing to predict from.")
-        days = np.concatenate([np.arange(n) for n in lengths])
-        values = np.full(len(days), np.nan, np.float32) if self.run.vocabulary.settings.has_values else None
-        events = SplitEvents(
-            token_ids=np.concatenate(token_ids),
-            times=days * MICROSECONDS_PER_DAY,
-            values=values,
-            subject_ids=np.arange(len(lengths)),
-            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            birth_times=np.full(len(lengths), STATIC_TIME),
-        )
-        return events, samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
-
-    def _tokens(
-        self, records: Sequence[Sequence[str]]
-    ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
-        """Return the token ids of texts, and the run's vocabulary and vectors extended by the texts that are new."""
-        known = self._token_of_text
-        wanted = dict.fromkeys(text for record in records for text in record if text not in known)
-        if blank := [text for text in wanted if not text.strip()]:
-            raise UserError(
-                f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
-            )
-        if wanted and not self._reads_text:
-            raise UserError(
-                f"{next(iter(wanted))!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
-                "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
-            )
-        if self._texts is None or self._texts.is_full:
-            self._texts = NewCodes(self.run, self._vectors, None)
-        # A token needs a code, and a text has none, so it gets a name that no code has.
-        self._texts.add({f"TEXT//{text}": text for text in wanted})
-        token_of = self._texts.token_of
-        token_ids = [
-            np.array([known[text] if text in known else token_of[f"TEXT//{text}"] for text in record], np.int32)
-            for record in records
-        ]
-        return token_ids, self._texts.vocabulary, self._texts.embedding
-
-    @cached_property
-    def _token_of_text(self) -> dict[str, int]:
-        """Return text -> token for the texts of the run's vocabulary; the first token of a text that several tokens share."""
-        return {text: token for token, text in reversed(list(enumerate(self.run.vocabulary.texts))) if text}
 
     def _embedded(self, texts: list[str]) -> Tensor:
         """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
@@ -441,7 +521,7 @@ class Predictor:
         return declarations(self.run.model).reads_vectors
 
     @property
-    def _reads_text(self) -> bool:
+    def reads_text(self) -> bool:
         """Return whether the run can read texts that are not in its vocabulary."""
         return not self._reads_vectors or self._embedder.reads_text
 
@@ -459,21 +539,3 @@ def _source(root: str, split: str | None) -> MedsSource:
     if split is not None and split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     return MedsSource(root=root, needs_splits=split is not None)
-
-
-def _has_texts(records: Sequence[Any]) -> bool:
-    first = records[0]
-    return isinstance(first, str) or (isinstance(first, list | tuple) and all(isinstance(x, str) for x in first))
-
-
-def _vector_tokens(records: Sequence[Any]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
-    """Return one token per vector, and the table of the vectors, whose row 0 is the zero vector of padding."""
-    vectors = [torch.as_tensor(record, dtype=torch.float32) for record in records]
-    if wrong := [tuple(record.shape) for record in vectors if record.ndim != 2]:
-        raise UserError(
-            f"expected the vectors of a record as (N, E), got {wrong[0]}. Texts are given as a list, or a list of lists."
-        )
-    table = torch.cat([torch.zeros(1, vectors[0].shape[1]), *vectors])
-    ends = np.cumsum([len(record) for record in vectors])
-    token_ids = [np.arange(end - len(v), end, dtype=np.int32) + 1 for end, v in zip(ends, vectors, strict=True)]
-    return token_ids, EventEmbedding(table)

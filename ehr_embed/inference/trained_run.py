@@ -12,8 +12,9 @@ import polars as pl
 import torch
 from torch import nn
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import check_stored, instantiate_stored_source
+from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_stored_source
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
@@ -26,9 +27,11 @@ from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
 from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
-from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
+from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary
+from ehr_embed.run_folder.calibration import read_calibration
 from ehr_embed.run_folder.checkpoints import read_checkpoint
-from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+from ehr_embed.run_folder.layout import CALIBRATION, TABLE, VOCABULARY
+from ehr_embed.run_folder.origin import checked_matches
 from ehr_embed.sources.protocol import Source
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,9 @@ class TrainedRun:
         vocabulary: vocabulary, which maps codes to tokens.
         class_names: classes in the order of the model's outputs; empty if the run predicts events.
         precision: precision in which the run was trained and evaluated; None if an earlier version did not record it.
-        matches: code -> code of an earlier run and gate, if the run reads its dataset's codes as those of that run.
+        matches: code -> code as which the run reads it, and gate: a code of an earlier run, or of a dataset that was pooled with
+            the code's own; None = codes are read as themselves.
+        is_pooled: whether the run was trained on pooled datasets, whose codes are read as each other's.
     """
 
     config: dict[str, Any]
@@ -55,6 +60,7 @@ class TrainedRun:
     class_names: list[str]
     precision: str | None
     matches: dict[str, tuple[str, float]] | None = None
+    is_pooled: bool = False
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -85,8 +91,10 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     sizes: dict[str, Any] = checkpoint["sizes"]
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
-    matches = checked_matches(checkpoint.get("alignment"), path)
-    if matches is not None and isinstance(model, AlignsCodes):
+    matches, is_pooled = checked_matches(checkpoint.get("alignment"), path), bool(checkpoint.get("is_pooled"))
+    if matches is not None and is_pooled and isinstance(model, PoolsCodes):
+        model.pool(matches)
+    elif matches is not None and isinstance(model, AlignsCodes):
         model.align(matches)
     model.load_state_dict(checkpoint["model_state_dict"])
     if matches is not None and isinstance(model, ReadsVocabulary):
@@ -101,31 +109,33 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         class_names=checkpoint["class_names"],
         precision=checkpoint.get("precision"),
         matches=matches,
+        is_pooled=is_pooled,
     )
 
 
-def checked_matches(found: Any, path: Path) -> dict[str, tuple[str, float]] | None:
-    """Return the matches of a checkpoint's codes; None where it has none.
+def stored_calibrator(
+    folder: Path, class_names: list[str], *, is_exclusive: bool, trusted: tuple[str, ...] = ()
+) -> Calibrator | None:
+    """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked.
+
+    Args:
+        folder: the run's folder.
+        class_names: what the run predicts.
+        is_exclusive: whether a sample has one of the classes.
+        trusted: further packages from which a calibration may come.
 
     Raises:
-        UserError: they are something else than codes with gates.
-
-    >>> checked_matches({"A": ["B", 0.5]}, Path("x.pt"))
-    {'A': ('B', 0.5)}
+        UserError: the calibration is missing, damaged, foreign or another run's.
     """
+    found = read_calibration(folder, class_names)
     if found is None:
         return None
-    items: list[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else [(None, None)]
-    matches: dict[str, tuple[str, float]] = {}
-    for code, match in items:
-        is_pair = isinstance(match, list | tuple) and len(match) == 2 and isinstance(match[0], str)
-        if not isinstance(code, str) or not is_pair or not isinstance(match[1], float) or not 0 < match[1] <= 1:
-            raise UserError(
-                f"{path}: its alignment is no mapping of codes to a code and a gate, which train.py writes. Use another run, or "
-                "train it again."
-            )
-        matches[code] = (match[0], match[1])
-    return matches
+    method = instantiate(check_stored(found, "calibration", trusted), trusted=trusted)
+    try:
+        parameters = method.check(found["parameters"], len(class_names), is_exclusive=is_exclusive)
+    except UserError as error:
+        raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
+    return Calibrator(method, parameters, is_exclusive)
 
 
 def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:

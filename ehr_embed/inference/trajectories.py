@@ -104,7 +104,7 @@ def earlier_futures(folder: Path) -> list[Path]:
     found = [path for path in sorted(folder.glob("*.parquet")) if path.stem.isdecimal()]
     for path in found:
         try:
-            is_ours = "prediction_time" in pl.read_parquet_schema(path)
+            is_ours = "prediction_time" in pl.scan_parquet(path, glob=False).collect_schema()
         except (OSError, pl.exceptions.PolarsError):
             is_ours = False
         if not is_ours:

@@ -30,21 +30,33 @@ class CodeMatches(nn.Module):
         counts: the summaries that are 0 where a record lacks the code; others are missing there.
     """
 
+    known_of: Tensor
+    gates: Tensor
+
     def __init__(self, known: list[str], *, n_summaries: int, counts: tuple[int, ...]) -> None:
         super().__init__()
         self.known, self.n_summaries, self.counts = known, n_summaries, list(counts)
         self.codes: list[str] = []
-        self.known_of, self.gates = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self.register_buffer("known_of", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("gates", torch.empty(0), persistent=False)
+        self.dataset_of = torch.empty(0, dtype=torch.int64)
         self.quantiles = QuantileNormal(0)
 
-    def match(self, matches: Mapping[str, tuple[str, float]]) -> None:
-        """Take the matches: code of the other dataset -> known code and gate above 0. Those of unknown codes are left out."""
+    def match(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Take the matches: code of the other dataset -> known code and gate above 0. Those of unknown codes are left out.
+
+        Args:
+            matches: by code.
+            dataset_of: number of each code's dataset in a pool, -1 = all: a record lacks the codes of its own dataset only. None =
+                there is one dataset.
+        """
         number = {code: i for i, code in enumerate(self.known)}
         found = {code: (number[to], gate) for code, (to, gate) in matches.items() if to in number and gate > 0}
         self.codes = list(found)
         device = self.quantiles.offsets.device
         self.known_of = torch.tensor([known for known, _ in found.values()], dtype=torch.int64, device=device)
         self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
+        self.dataset_of = torch.tensor([-1 if dataset_of is None else dataset_of[code] for code in found])
         self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
 
     def columns(self, code_G: Tensor) -> Tensor:
@@ -56,7 +68,13 @@ class CodeMatches(nn.Module):
         """Fit the quantiles to the other dataset's records; `parts` gives for each batch the row (G,) and the code (G,) of its
         pairs, their summaries (G, F), NaN = missing, and the number of records."""
         fit_quantiles(
-            self.quantiles, parts, n_codes=len(self.codes), counts=self.counts, columns=self.columns, seed=seed
+            self.quantiles,
+            parts,
+            n_codes=len(self.codes),
+            counts=self.counts,
+            columns=self.columns,
+            seed=seed,
+            dataset_of=self.dataset_of,
         )
 
     def merged(self, row_G: Tensor, code_G: Tensor, numbers_GF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,6 +111,7 @@ def fit_quantiles(
     counts: list[int],
     columns: Callable[[Tensor], Tensor],
     seed: int = 0,
+    dataset_of: Tensor | None = None,
 ) -> None:
     """Fit quantiles to pairs of a record and a code; a code that a record lacks has the summaries `counts`, all 0.
 
@@ -103,14 +122,24 @@ def fit_quantiles(
         counts: numbers of the summaries that are 0 where a record lacks the code.
         columns: returns the columns (G, F) of codes (G,).
         seed: of the draw of records, where there are more than `MAX_FITTED` pairs.
+        dataset_of: (n_codes,) number of each code's dataset in a pool, -1 = all; a record is of the dataset of its codes, and lacks
+            codes of that dataset only. None = there is one dataset.
     """
+    dataset_C = torch.full((n_codes,), -1) if dataset_of is None or not len(dataset_of) else dataset_of.cpu()
+    n_datasets = int(dataset_C.max()) + 1 if len(dataset_C) else 0
     generator, share = torch.Generator().manual_seed(seed), 1.0
     kept: list[tuple[Tensor, Tensor, Tensor]] = []  # each pair's record's draw, code, summaries
     draws: list[Tensor] = [torch.empty(0)]
+    datasets: list[Tensor] = [torch.empty(0, dtype=torch.int64)]  # of each record, -1 = unknown
     for row_G, code_G, numbers_GF, n_records in parts:
         draw_B = torch.rand(n_records, generator=generator)
         draws.append(draw_B)
-        draw_G, code_G = draw_B[row_G.cpu()], code_G.cpu()
+        row_G, code_G = row_G.cpu(), code_G.cpu()
+        draw_G = draw_B[row_G]
+        is_known_G = code_G < n_codes
+        dataset_B = torch.full((n_records,), -1)
+        dataset_B.scatter_reduce_(0, row_G[is_known_G], dataset_C[code_G[is_known_G]], "amax")
+        datasets.append(dataset_B)
         chosen = (draw_G < share) & (code_G < n_codes)
         kept.append((draw_G[chosen], code_G[chosen], numbers_GF.cpu()[chosen]))
         while sum(len(part[0]) for part in kept) > MAX_FITTED:
@@ -118,9 +147,11 @@ def fit_quantiles(
             kept = [tuple(x[part[0] < share] for x in part) for part in kept]  # type: ignore[misc]
     if not kept:
         return
-    n_kept = int((torch.cat(draws) < share).sum())
+    is_kept = torch.cat(draws) < share
+    n_of_D = (torch.cat(datasets)[is_kept] + 1).bincount(minlength=n_datasets + 1)
+    n_of_D[0] = is_kept.sum()  # codes of all datasets
     code_G, numbers_GF = torch.cat([part[1] for part in kept]), torch.cat([part[2] for part in kept])
-    lacking_C = n_kept - code_G.bincount(minlength=n_codes)
+    lacking_C = n_of_D[dataset_C + 1] - code_G.bincount(minlength=n_codes)
     zeros_CK = columns(torch.arange(n_codes))[:, counts]
     found = torch.cat([columns(code_G).flatten(), zeros_CK.flatten()])
     numbers = torch.cat([numbers_GF.flatten(), torch.zeros(zeros_CK.numel())])

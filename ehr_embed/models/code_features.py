@@ -115,6 +115,7 @@ class CodeFeatures(ReadsCodes):
         self._quantiles: tuple[QuantileNormal, ...] = ()
         self.matches: CodeMatches | None = None
         self._of_matches: CodeFeatures | None = None
+        self._pool: tuple[Mapping[str, tuple[str, float]], Mapping[str, int] | None] | None = None
         for name in ("column_of_token", "value_column_of_token", "time_column_of_token"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
@@ -139,7 +140,10 @@ class CodeFeatures(ReadsCodes):
         self._match()
 
     def remember(self, train: FeatureTable) -> None:
-        """Keep the quantiles of train's features, of some of its samples if it is large, for datasets that are aligned later."""
+        """Keep the quantiles of train's features, of some of its samples if it is large, for datasets that are aligned later; in a
+        pool, whose features are ranks, there is nothing to keep."""
+        if self._pool is not None:
+            return
         share = min(1.0, 4 * MAX_FITTED / max(train.cells.nnz, 1))
         rows = np.flatnonzero(np.random.default_rng(0).random(len(train)) < share)
         cells = train.cells[rows]
@@ -162,16 +166,30 @@ class CodeFeatures(ReadsCodes):
         self.matches = self._of_matches = None
         if matches is None:
             return
-        if not self._quantiles:
+        if not self._quantiles and self._pool is None:
             raise UserError(
                 "this run was fitted by an earlier version, which kept no quantiles of its features, so another dataset's numbers "
                 "cannot be compared with them. Train it again, or type: data.aligned_to=none"
             )
+        self._read_as(matches)
+
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, in training too: `choose` counts and chooses these, and
+        each feature is the normal score of its rank among those of its own dataset; what a record lacks is missing.
+
+        Args:
+            matches: code -> code as which it is read, and gate.
+            dataset_of: number of each code's dataset, -1 = all; needed for fitting alone.
+        """
+        self._pool = (dict(matches), dataset_of)
+        self._read_as(matches, dataset_of)
+
+    def _read_as(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         device = self.column_of_token.device
         summaries = [summary for summary, _ in self.groups]
         counts = tuple(i for i, summary in enumerate(summaries) if summary.startswith("count"))
         found = CodeMatches(self.codes, n_summaries=len(summaries), counts=counts)
-        found.match(matches)
+        found.match(matches, dataset_of)
         own = CodeFeatures(
             has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True, windows_hours=self.ends
         ).to(device)
@@ -181,7 +199,7 @@ class CodeFeatures(ReadsCodes):
         self.matches, self._of_matches = found.to(device), own
 
     def fit_to_records(self, records: Iterable[dict[str, Tensor]]) -> None:
-        """After `align`, fit the matched codes' own quantiles to the records; `records` gives each batch once."""
+        """After `align` or `pool`, fit the matched codes' own quantiles to the records; `records` gives each batch once."""
 
         def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
             for inputs in records:
@@ -227,7 +245,8 @@ class CodeFeatures(ReadsCodes):
             valued += token_N[has_value_N].bincount(minlength=n_tokens).cpu()
         count_of: dict[str, int] = {}
         with_value = set()
-        for code, n, n_valued in zip(self.token_codes, counts.tolist(), valued.tolist(), strict=True):
+        for own, n, n_valued in zip(self.token_codes, counts.tolist(), valued.tolist(), strict=True):
+            code = own if self._pool is None or own is None else self._pool[0].get(own, (None, 0.0))[0]
             if code is not None and n:
                 count_of[code] = count_of.get(code, 0) + n
                 if n_valued:
@@ -238,6 +257,8 @@ class CodeFeatures(ReadsCodes):
         self.codes = ranked[: self.max_codes]
         self.valued = [code for code in self.codes if code in with_value]
         self._match()
+        if self._pool is not None:
+            self._read_as(*self._pool)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the features (B, F) float32, NaN = missing.
@@ -287,22 +308,22 @@ class CodeFeatures(ReadsCodes):
         return row_G, code_G, found_BSJ[row_G, :, code_G]
 
     def _aligned(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the features (B, F) of another dataset's records in train's own numbers."""
+        """Return the features (B, F) of another dataset's records in train's own numbers; in a pool the normal scores."""
         assert self.matches is not None
-        quantiles = self._quantiles[0].to(inputs["padding_mask"].device)
+        quantiles = self._quantiles[0].to(inputs["padding_mask"].device) if self._pool is None else None
         row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
         found_BF = scores_KS.new_full((len(inputs["padding_mask"]), len(self.names)), float("nan"))
         start = 0
         for number, (summary, codes) in enumerate(self.groups):
             column = {code: start + i for i, code in enumerate(codes)}
             column_C = torch.tensor([column.get(code, -1) for code in self.codes], device=row_K.device)
-            is_count = summary.startswith("count")
+            is_count = summary.startswith("count") and quantiles is not None
             if is_count:
                 found_BF[:, start : start + len(codes)] = 0.0
             start += len(codes)
             column_K, score_K = column_C[code_K], scores_KS[:, number]
             there = (column_K >= 0) & ~score_K.isnan()
-            numbers = quantiles.inverse(column_K[there], score_K[there])
+            numbers = score_K[there] if quantiles is None else quantiles.inverse(column_K[there], score_K[there])
             found_BF[row_K[there], column_K[there]] = numbers.nan_to_num() if is_count else numbers
         return found_BF
 
@@ -366,8 +387,12 @@ class ReadsCodeFeatures(nn.Module):
         """Read the codes of the present vocabulary as the chosen ones that `matches` names."""
         self.features.align(matches)
 
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, in training too."""
+        self.features.pool(matches, dataset_of)
+
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """After `align`, fit the matched codes' own quantiles to the records."""
+        """After `align` or `pool`, fit the matched codes' own quantiles to the records."""
         self.features.fit_to_records(train)
 
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:

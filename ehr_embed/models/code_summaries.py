@@ -111,6 +111,21 @@ class CodeSummaries(ReadsCodes):
             self.matches = found.to(self.code_of_token.device)
         self._match()
 
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets, in training too, as those that `matches` names, which become the known ones; numbers
+        are ranked among those of their own dataset.
+
+        Args:
+            matches: code -> code as which it is read, and gate.
+            dataset_of: number of each code's dataset, -1 = all; needed for `fit` alone.
+        """
+        known = set(self.codes)
+        self._know(list(dict.fromkeys(to for code, (to, _) in matches.items() if code in known)))
+        self.matches = CodeMatches(self.codes, n_summaries=N_SUMMARIES, counts=COUNTS)
+        self.matches.match({code: match for code, match in matches.items() if code in known}, dataset_of)
+        self.matches.to(self.code_of_token.device)
+        self._match()
+
     def _match(self) -> None:
         number = {code: i for i, code in enumerate(self.codes if self.matches is None else self.matches.codes)}
         if self.matches is None:
@@ -133,6 +148,11 @@ class CodeSummaries(ReadsCodes):
     def slots_of(self, tokens: Tensor) -> Tensor:
         """The code's number of each token id, -1 for none."""
         return self.code_of_token[tokens]
+
+    def known_of(self, tokens: Tensor) -> Tensor:
+        """The number of the known code as which each token id is read, -1 for none."""
+        slots = self.slots_of(tokens)
+        return slots if self.matches is None else torch.where(slots < 0, slots, self.matches.known_of[slots])
 
     @torch.no_grad()
     def forward(self, inputs: dict[str, Tensor]) -> Pairs:

@@ -89,6 +89,13 @@ class CodeTabBody(nn.Module):
         if self.from_text is None and self.signs is None:
             self.register_parameter("signs", nn.Parameter(_signs(self.n_members, n_codes)))
 
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, see `CodeSummaries.pool`."""
+        self.input.pool(matches, dataset_of)
+        self.vectors = torch.zeros(self.input.n_codes, self.embedding_dim, device=self.vectors.device)
+        if self.signs is not None:
+            self.register_parameter("signs", nn.Parameter(_signs(self.n_members, self.input.n_codes)))
+
     @torch.no_grad()
     def take_vectors(self, vectors: Tensor, tokens: Tensor) -> None:
         """Take the vectors (K, E) of train's tokens (K,): a code's is the mean of those of its tokens; fit the whitening.
@@ -96,7 +103,7 @@ class CodeTabBody(nn.Module):
         Directions in which no text varies are zero after it. The weights that read texts are scaled to what is left, as if these
         directions had been dropped before they were drawn.
         """
-        code_K = self.input.slots_of(tokens.to(vectors.device))
+        code_K = self.input.known_of(tokens.to(vectors.device))
         vectors, code_K = vectors[code_K >= 0].float(), code_K[code_K >= 0]
         n_C = code_K.bincount(minlength=self.input.n_codes).clamp(min=1)
         self.vectors = vectors.new_zeros(len(n_C), self.embedding_dim).index_add(0, code_K, vectors) / n_C[:, None]
@@ -305,6 +312,10 @@ class CodeTab(nn.Module):
     def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
         """Read the codes of the present vocabulary as the known ones that `matches` names."""
         self.body.input.align(matches)
+
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, in training too."""
+        self.body.pool(matches, dataset_of)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """Fit the quantiles to train's records; `train` gives each batch once."""

@@ -118,7 +118,7 @@ class Cox(ReadsCodeFeatures):
         x, of_tuning = (np.clip((own - mean) / scale, -LIMIT, LIMIT) for own in (x, _filled(tuning.features, median)))
         weights, baselines = [], []
         for k in range(K):
-            days, is_event = _times(train, k, K)
+            days, is_event = times_of(train, k, K)
             asked = ~np.isnan(days)
             surv = np.empty(int(asked.sum()), [("event", bool), ("days", np.float64)])
             surv["event"], surv["days"] = is_event[asked], days[asked]
@@ -126,9 +126,9 @@ class Cox(ReadsCodeFeatures):
                 l1_ratio=self.l1_ratio, n_alphas=self.n_penalties, alpha_min_ratio=0.01, max_iter=10_000
             ).fit(x[asked], surv)
             best = np.inf
-            tuning_days, tuning_event = (torch.from_numpy(own) for own in _times(tuning, k, K))
+            tuning_days, tuning_event = (torch.from_numpy(own) for own in times_of(tuning, k, K))
             for weight in path.coef_.T:
-                baseline = _baseline(x[asked] @ weight, days[asked], is_event[asked], edges)
+                baseline = baseline_of(x[asked] @ weight, days[asked], is_event[asked], edges)
                 log_hazard = torch.from_numpy(of_tuning @ weight)[:, None] + baseline
                 nll = float(hazard_nll(log_hazard, tuning_days, tuning_event, edges).sum())
                 if nll < best:
@@ -151,18 +151,18 @@ def _filled(table: FeatureTable, median: npt.NDArray[np.float64]) -> npt.NDArray
     return np.where(np.isnan(dense), median, dense)
 
 
-def _times(split: FeatureSet, k: int, n_outcomes: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+def times_of(split: FeatureSet, k: int, n_outcomes: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return the days to outcome k, or to censoring, NaN = not asked for, and whether it is an event; (n,) each."""
     labels = split.labels.astype(np.float64)
     return labels[:, k], labels[:, n_outcomes + k] == EVENT
 
 
-def _baseline(
+def baseline_of(
     risk: npt.NDArray[np.float64], days: npt.NDArray[np.float64], is_event: npt.NDArray[np.bool_], edges: Tensor
 ) -> Tensor:
     """Return the log baseline hazard of each bin, (J,): events over the sum of exposure times relative hazard.
 
-    >>> _baseline(np.zeros(2), np.array([1.0, 3.0]), np.array([True, False]), torch.zeros(1, dtype=torch.float64)).exp()
+    >>> baseline_of(np.zeros(2), np.array([1.0, 3.0]), np.array([True, False]), torch.zeros(1, dtype=torch.float64)).exp()
     tensor([0.2500], dtype=torch.float64)
     """
     at, spent = bin_of(torch.from_numpy(days), edges).numpy(), exposure(torch.from_numpy(days), edges).numpy()

@@ -16,7 +16,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import AlignsCodes, Model, ReadsVocabulary, declarations, passes_gradients
+from ehr_embed.models.protocol import AlignsCodes, Model, PoolsCodes, ReadsVocabulary, declarations, passes_gradients
 
 Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
@@ -94,20 +94,33 @@ class Ensemble(nn.Module):
                     "otherwise than the others. Type: data.aligned_to=none, or predict with the other members' own runs"
                 )
 
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read the codes of pooled datasets as those that `matches` names, in every member that can."""
+        for member in self.members:
+            if isinstance(member, PoolsCodes):
+                member.pool(matches, dataset_of)
+
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """After `align`, give the members another dataset's records; they were fitted to train in their own runs."""
-        batches = list(train)
+        """After `align`, give the members another dataset's records; they were fitted to train in their own runs.
+
+        Each member reads `train` by itself. What can be read only once, such as a generator, is kept in memory for that.
+        """
+        batches = list(train) if iter(train) is train else train
         for member in self.members:
             if isinstance(member, AlignsCodes):
                 member.adapt_to_records(batches)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, C) float64, from what `EventEmbedding.inputs` gives."""
-        parts = [
-            weight * log_probabilities(member(inputs))
-            for weight, member in zip(self.weights, self.members, strict=True)
-        ]
-        return torch.stack(parts).sum(0)
+        return self.pooled(self.of_members(inputs))
+
+    def of_members(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Return the log-probabilities (B, C) float64 of each member."""
+        return [log_probabilities(member(inputs)) for member in self.members]
+
+    def pooled(self, log_p: list[Tensor]) -> Tensor:
+        """Return the logits (B, C) of the pool of the members' log-probabilities (B, C)."""
+        return torch.stack([weight * own for weight, own in zip(self.weights, log_p, strict=True)]).sum(0)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class GBM(ReadsCodeFeatures):
 
     Args:
         embedding_dim: width of the event vectors, which are not read.
-        num_classes: number C of classes, set by the task.
+        num_classes: number C of classes, set by the task; 1 = the task predicts a number.
         vocab_size: must be None, because this model predicts classes only.
         has_values: whether batches carry a numeric value with each event, set by the data.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
@@ -93,7 +93,7 @@ class GBM(ReadsCodeFeatures):
 
     def set_extra_state(self, state: Any) -> None:
         """Set the trees to those of another run."""
-        self.booster = _lightgbm().Booster(model_str=state) if state else None
+        self.booster = lightgbm_module().Booster(model_str=state) if state else None
 
     def n_fitted(self) -> int:
         """Return the number of leaves of all trees."""
@@ -110,22 +110,22 @@ class GBM(ReadsCodeFeatures):
         seed: int,
     ) -> None:
         """Fit trees to train until tuning has not improved for `patience` trees, and keep the best number of trees."""
-        lightgbm, is_binary, by_loss = _lightgbm(), self.num_classes == 2, self.stop_on == "loss"
+        lightgbm, is_binary, by_loss = lightgbm_module(), self.num_classes == 2, self.stop_on == "loss"
         parameters = self.settings_of_trees(train, seed)
-        parameters["metric"] = ("binary_logloss" if is_binary else "multi_logloss") if by_loss else "None"
+        parameters["metric"] = self._objective[1] if by_loss else "None"
 
         def evaluate(predicted: npt.NDArray[np.float64], _: Any) -> tuple[str, float, bool]:
-            p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted
+            p = np.stack([1 - predicted, predicted], axis=1) if is_binary else predicted.reshape(len(predicted), -1)
             return "score", score(p), is_higher_better
 
         self.features.remember(train.features)
         too_rare = self._too_rare(train.features)
-        data = lightgbm.Dataset(_rows(train.features, too_rare), train.labels, weight=train.weights)
+        data = lightgbm.Dataset(rows_of(train.features, too_rare), train.labels, weight=train.weights)
         self.booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
-            valid_sets=[data.create_valid(_rows(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
+            valid_sets=[data.create_valid(rows_of(tuning.features, too_rare), tuning.labels, weight=tuning.weights)],
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
@@ -141,11 +141,18 @@ class GBM(ReadsCodeFeatures):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
             part = FeatureTable(train.features.cells[outside], train.features.usual)
             labels, weights = train.labels[outside], train.weights[outside]
-            data = _lightgbm().Dataset(_rows(part, self._too_rare(part)), labels, weight=weights)
-            booster = _lightgbm().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
+            data = lightgbm_module().Dataset(rows_of(part, self._too_rare(part)), labels, weight=weights)
+            booster = lightgbm_module().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
             predicted = booster.predict(train.features.dense(inside), num_threads=torch.get_num_threads())
             found[inside] = np.stack([1 - predicted, predicted], axis=1) if self.num_classes == 2 else predicted
         return found
+
+    @property
+    def _objective(self) -> tuple[str, str]:
+        """Return LightGBM's names of the objective and of its measure."""
+        if self.num_classes == 1:
+            return "regression", "l2"
+        return ("binary", "binary_logloss") if self.num_classes == 2 else ("multiclass", "multi_logloss")
 
     def _too_rare(self, table: FeatureTable) -> npt.NDArray[np.bool_]:
         """Return which features (F,) no leaf can be split by."""
@@ -153,10 +160,9 @@ class GBM(ReadsCodeFeatures):
 
     def settings_of_trees(self, train: FeatureSet, seed: int) -> dict[str, Any]:
         """Return LightGBM's parameters for trees on `train`."""
-        is_binary = self.num_classes == 2
         return self.parameters_of_trees | {
-            "objective": "binary" if is_binary else "multiclass",
-            "num_class": 1 if is_binary else self.num_classes,
+            "objective": self._objective[0],
+            "num_class": 1 if self.num_classes == 2 else self.num_classes,
             "seed": seed,
             "deterministic": True,
             "force_row_wise": True,
@@ -166,14 +172,19 @@ class GBM(ReadsCodeFeatures):
         }
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, from `CodeFeatures` inputs."""
+        """Return logits (B, num_classes) float64 with LightGBM's probability as softmax, or its number (B, 1), from `CodeFeatures`
+        inputs."""
         features = self.features(inputs)
         raw = self.booster.predict(features.cpu().numpy(), raw_score=True, num_threads=torch.get_num_threads())
         logits = torch.from_numpy(raw).to(features.device)
-        return torch.stack([torch.zeros_like(logits), logits], dim=1) if self.num_classes == 2 else logits
+        return (
+            torch.stack([torch.zeros_like(logits), logits], dim=1)
+            if self.num_classes == 2
+            else logits.view(len(raw), -1)
+        )
 
 
-def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
+def rows_of(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     """Return the table as a LightGBM sequence, which gives a few dense rows at a time; LightGBM keeps only their bins.
 
     Features that no leaf can be split by (`too_rare`, (F,)) are made constant, so that LightGBM leaves them out when it draws
@@ -183,7 +194,7 @@ def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     sparse matrix an absent cell is always 0, or with `zero_as_missing` every 0 is missing.
     """
 
-    class Rows(_lightgbm().Sequence):  # type: ignore[misc]
+    class Rows(lightgbm_module().Sequence):  # type: ignore[misc]
         batch_size = table.block_rows
 
         def __len__(self) -> int:
@@ -199,7 +210,7 @@ def _rows(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
     return Rows()
 
 
-def _lightgbm() -> ModuleType:
+def lightgbm_module() -> ModuleType:
     """Import LightGBM when it is first used, because it loads an OpenMP library of its own.
 
     Raises:

@@ -14,6 +14,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, Told, checked
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
@@ -64,6 +65,8 @@ class Logistic(ReadsCodeFeatures):
     ) -> None:
         super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         self.num_classes = check_classifies("model=logistic", num_classes, vocab_size)
+        if self.num_classes == 1:
+            raise UserError("model=logistic predicts classes, and this task a number. Type: model=ridge")
         self.penalties, self.max_iterations = tuple(penalties), max_iterations
         self.fitted: dict[str, Tensor] = {}
 
@@ -91,7 +94,7 @@ class Logistic(ReadsCodeFeatures):
         """Fit to train once per penalty, the strongest first, and keep the fit with the best score on tuning."""
         self.features.remember(train.features)
         median = train.features.medians()  # a chosen feature has a value somewhere in train
-        mean, scale = _moments(train.features, median)
+        mean, scale = moments(train.features, median)
         scale[scale == 0] = 1
         fixed = {name: torch.from_numpy(a) for name, a in (("median", median), ("mean", mean), ("scale", scale))}
         standard, offset = standard_cells(train.features, median, mean, scale)
@@ -114,10 +117,10 @@ class Logistic(ReadsCodeFeatures):
         """Return logits (B, num_classes) float64 whose softmax is the probability; inputs as in `CodeFeatures`."""
         features = self.features(inputs)
         fitted = {name: x.to(features.device) for name, x in self.fitted.items()}
-        return _standardise(features, fitted) @ fitted["weight"].T + fitted["bias"]
+        return standardise(features, fitted) @ fitted["weight"].T + fitted["bias"]
 
 
-def _moments(
+def moments(
     table: FeatureTable, median: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the mean and standard deviation of each column (F,); a missing cell counts as the column's median."""
@@ -166,7 +169,7 @@ def standard_cells(
     return cells, offset
 
 
-def _standardise(features_BF: Tensor, fitted: dict[str, Tensor]) -> Tensor:
+def standardise(features_BF: Tensor, fitted: dict[str, Tensor]) -> Tensor:
     """Return standardised features, (B, F) float64, with the train median in place of NaN."""
     filled = torch.where(features_BF.isnan(), fitted["median"], features_BF.double())
     return ((filled - fitted["mean"]) / fitted["scale"]).clamp(-LIMIT, LIMIT)

@@ -67,7 +67,9 @@ class MeanPool(nn.Module):
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
         """Fit the whitening to the vectors (V, E) of train's tokens."""
-        self.body["input"].adapt_to_vectors(vectors)
+        event_input = self.body["input"]
+        assert isinstance(event_input, EventInput)
+        event_input.adapt_to_vectors(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits (B, num_classes).

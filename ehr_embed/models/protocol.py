@@ -136,18 +136,36 @@ class AlignsCodes(AdaptsToRecords, Protocol):
         ...
 
 
+@runtime_checkable
+class PoolsCodes(AlignsCodes, Protocol):
+    """A model that reads the codes of several datasets as each other's while it is trained."""
+
+    def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+        """Read each code of the present vocabulary as the code that `matches` names, as far as its gate says; those that are named
+        become the known codes, and numbers are ranked among those of their own dataset.
+
+        The method is called after `set_vocabulary` and before vectors, records or weights are given. `align` may then follow, with
+        a further dataset's codes.
+
+        Args:
+            matches: code -> code as which it is read, and gate in (0, 1].
+            dataset_of: number of each code's dataset, -1 = all; needed only where the model is fitted.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """The samples of a split as a table of features with labels.
 
     Attributes:
         features: (n, F), NaN = missing; `features.dense(rows)` gives some rows as float32.
-        labels: (n,) int64, the class of each sample.
+        labels: (n,) int64, the class of each sample, or float64, its number in standard deviations of train.
         weights: (n,) float64, the weight of each sample in the loss.
     """
 
     features: FeatureTable
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
     weights: npt.NDArray[np.float64]
 
 
@@ -176,7 +194,8 @@ class FitsAtOnce(Protocol):
         is_higher_better: bool,
         seed: int,
     ) -> None:
-        """Fit to train; use tuning only to choose how much is fitted, by the `score` of its probabilities (n, C)."""
+        """Fit to train; use tuning only to choose how much is fitted, by the `score` of its probabilities (n, C), or of
+        its numbers (n, 1)."""
         ...
 
 

@@ -25,10 +25,11 @@ def examples_of(task: Task, store: EventStore, outputs: Outputs, *, split: str =
 
     Returns:
         One row per sample: subject_id, prediction_time, label, events (texts of the last `MAX_EVENTS` visible events, oldest
-        first), and probability_<class> for each class if the task has classes.
+        first), and probability_<class> for each class if the task has classes, or predicted_<label set> for numbers.
     """
     samples, texts, events = task.samples[split], store.vocabulary.texts, store.split(split)
     rows = range(min(len(samples), MAX_EXAMPLES))
+    are_numbers = samples.labels.ndim == 1 and np.issubdtype(samples.labels.dtype, np.floating)
     seen = [
         np.concatenate(
             [
@@ -47,10 +48,11 @@ def examples_of(task: Task, store: EventStore, outputs: Outputs, *, split: str =
         }
     )
     for column, name in enumerate(task.class_names):
-        table[f"probability_{name}"] = outputs[: len(rows), column]
+        table[f"{'predicted' if are_numbers else 'probability'}_{name}"] = outputs[: len(rows), column]
     return table
 
 
 def _label(label: Any, class_names: list[str]) -> str:
-    """Return the name of a class, or several labels as text."""
-    return class_names[int(label)] if class_names and np.ndim(label) == 0 else str(label)
+    """Return the name of a class, or a number or several labels as text."""
+    is_class = class_names and np.ndim(label) == 0 and np.issubdtype(np.asarray(label).dtype, np.integer)
+    return class_names[int(label)] if is_class else str(label)

@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
-from ehr_embed.evaluation.plots import Curves, draw_calibration, draw_loss, draw_precision_recall, draw_roc
+from ehr_embed.evaluation.decision_curve import decision_table
+from ehr_embed.evaluation.plots import (
+    Curves,
+    draw_calibration,
+    draw_decision,
+    draw_loss,
+    draw_precision_recall,
+    draw_roc,
+)
 from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, HISTORY, predictions_file
@@ -53,14 +61,16 @@ class FinishedRun:
         """Return the metrics per epoch, one row each; empty for a run that trained nothing."""
         path = self.folder / HISTORY
         return (
-            pl.read_ndjson(path, infer_schema_length=None) if path.is_file() and path.stat().st_size else pl.DataFrame()
+            pl.read_ndjson(path.read_bytes(), infer_schema_length=None)
+            if path.is_file() and path.stat().st_size
+            else pl.DataFrame()
         )
 
     def predictions(self, split: str = "held_out") -> pl.DataFrame:
         """Return the run's predictions on tuning or held_out, one row per prediction time."""
         path = predictions_file(self.folder, split)
         with readable(path):
-            return pl.read_parquet(checked(path))
+            return pl.read_parquet(checked(path), glob=False)
 
     def plot_loss(self) -> Figure:
         """Return the loss by epoch, and the metrics on tuning."""
@@ -77,6 +87,10 @@ class FinishedRun:
     def plot_calibration(self) -> Figure:
         """Return the reliability diagram, of a task with boolean labels."""
         return draw_calibration(self._curves())
+
+    def plot_decision(self) -> Figure:
+        """Return the decision curves, of a task with boolean labels."""
+        return draw_decision(decision_table(self._curves()))
 
     def _curves(self) -> Curves:
         found = {split: read_predictions(predictions_file(self.folder, split)) for split in EVALUATED}

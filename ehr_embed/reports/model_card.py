@@ -16,11 +16,13 @@ import numpy as np
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.programs import as_typed
+from ehr_embed.data.pool import Pool
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.regression import IN_UNITS
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
-from ehr_embed.reports.run_report import difference_text
+from ehr_embed.reports.run_report import DATASET_COLUMNS, dataset_rows, difference_text
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
 from ehr_embed.sources.protocol import EVALUATED, SPLITS
 from ehr_embed.tasks.protocol import Curves
@@ -72,12 +74,22 @@ def write_model_card(
         f"## Texts\n\n{_texts(store)}",
         f"## Metrics\n\n{_metrics(metrics)}",
     ]
+    if metrics.get("datasets"):
+        parts.append(f"## Datasets\n\n{table(DATASET_COLUMNS, dataset_rows(metrics['datasets']))}")
     if metrics.get("members"):
         parts.append(f"## Members\n\n{_members(metrics['members'])}")
     if groups:
         parts.append(f"## Subgroups of held_out\n\n{_subgroups(groups, n_left_out)}")
-    if (run_dir / PLOTS / "calibration.png").exists():
-        parts.append("## Calibration\n\n![Predicted probability against observed rate](plots/calibration.png)")
+    if (run_dir / PLOTS / "calibration.png").exists() or metrics.get("calibration"):
+        parts.append(
+            f"## Calibration\n\n{_calibration(metrics, has_plot=(run_dir / PLOTS / 'calibration.png').exists())}"
+        )
+    if (run_dir / PLOTS / "decision_curve.png").exists():
+        told = (
+            "Net benefit (Vickers and Elkin 2006) of acting at or above a probability, in true positives per sample: below the "
+            "curves of acting on all or on nobody, a model does harm. The numbers are in `plots/decision_curve.csv`."
+        )
+        parts.append(f"## Decision curve\n\n![Net benefit by threshold](plots/decision_curve.png)\n\n{told}")
     limits = "\n".join(f"- {line}" for line in limits_of(config, metrics, store, samples, groups, audited))
     parts.append(f"## Limits\n\n{limits}")
     path = run_dir / MODEL_CARD
@@ -142,12 +154,14 @@ def origin_of(config: dict[str, Any], train: dict[str, Any]) -> str:
 
 
 def _data(config: dict[str, Any], store: EventStore, metrics: dict[str, Any], samples: dict[str, Samples]) -> str:
-    rows, is_binary = [], "prevalence" in metrics["held_out"]
+    rows, is_binary, are_numbers = [], "prevalence" in metrics["held_out"], "label_sd" in metrics["held_out"]
     for split in SPLITS:
         sizes, own = store.manifest["splits"][split], samples[split]
-        prevalence = f"{own.labels.mean():.3f}" if is_binary else ""
-        rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), prevalence])
-    told = table(["split", "subjects", "events", "samples", "prevalence"], rows)
+        labels = f"{own.labels.mean():.3f}" if is_binary else ""
+        if are_numbers:
+            labels = f"{own.labels.mean():.4g} ({own.labels.std():.4g})"
+        rows.append([split, *(f"{n:,}" for n in (sizes["n_subjects"], sizes["n_events"], len(own))), labels])
+    told = table(["split", "subjects", "events", "samples", "label, mean (SD)" if are_numbers else "prevalence"], rows)
     origin = origin_of(config, metrics["train"])
     saw = f"vocabulary and bins saw train only. {origin}" if origin else "vocabulary, bins and weights saw train only."
     if found := metrics.get("alignment"):
@@ -155,7 +169,19 @@ def _data(config: dict[str, Any], store: EventStore, metrics: dict[str, Any], sa
             f" Codes are read as those of the earlier run, by text: {found['n_matched']:,} of {found['n_codes']:,} have a match, "
             f"{100 * found['event_share']:.1f} % of train's events; the others are left out (`alignment.csv`)."
         )
-    return f"Dataset `{store.manifest['name']}`; {saw}\n\n{told}"
+    if found := metrics.get("pooled"):
+        saw += (
+            f" Codes of the pooled datasets are read as each other's, by text, where they say the same (`alignment.csv`): "
+            f"{found['n_matched']:,} codes, {found['n_merged']:,} of them as those of an earlier dataset."
+        )
+    return f"{_datasets_named(store)}; {saw}\n\n{told}"
+
+
+def _datasets_named(store: EventStore) -> str:
+    pool = Pool.of(store.manifest)
+    if pool is None or len(pool.read) == 1:
+        return f"Dataset `{store.manifest['name']}`"
+    return f"{len(pool.read)} datasets, {', '.join(f'`{name}`' for name in pool.read)}"
 
 
 def _texts(store: EventStore) -> str:
@@ -173,6 +199,36 @@ def _metrics(metrics: dict[str, Any]) -> str:
     rows = [[name, *(with_interval(metrics[split][name]) for split in order)] for name in names]
     told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
     return f"{told}\n\n" + table(["metric", *order], rows)
+
+
+def _calibration(metrics: dict[str, Any], *, has_plot: bool) -> str:
+    """Return what was fitted on tuning, the metrics before and after, and the plot."""
+    parts, found = [], metrics.get("calibration")
+    if found is None:
+        parts.append("Probabilities are as the model gives them (`calibration=none`).")
+    elif "fitted" not in found:
+        parts.append(f"{found['method']} was asked for, but {found['too_few']}.")
+    else:
+        parts.append(
+            f"{found['method']} ({found['fitted']}), fitted on {found['n']:,} samples of tuning; `predict` and `serve` apply it. "
+            "All metrics here are of calibrated probabilities; those of tuning are too optimistic, since it was fitted there."
+        )
+        rows = [
+            [
+                name,
+                *(
+                    with_interval(entry)
+                    for split in EVALUATED[::-1]
+                    for entry in (found["before"][split][name], metrics[split][name])
+                ),
+            ]
+            for name in found["before"]["held_out"]
+        ]
+        head = [f"{split} {when}" for split in EVALUATED[::-1] for when in ("before", "after")]
+        parts.append(table(["metric", *head], rows))
+    if has_plot:
+        parts.append("![Predicted probability against observed rate](plots/calibration.png)")
+    return "\n\n".join(parts)
 
 
 def _members(members: list[dict[str, Any]]) -> str:
@@ -214,9 +270,7 @@ def limits_of(
     """Return the limits of the run's metrics, one sentence per limit, from facts of this run."""
     held_out, tuning, sizes = metrics["held_out"], metrics["tuning"], store.manifest["splits"]
     lines = [
-        f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known."
-        if not (origin := origin_of(config, metrics["train"]))
-        else f"{origin} All splits that judge them come from one dataset, `{store.manifest['name']}`.",
+        _sites(origin_of(config, metrics["train"]), store),
         f"Held_out has {sizes['held_out']['n_subjects']:,} subjects and {held_out['n']:,} samples; the checkpoint and any "
         f"threshold were chosen on {tuning['n']:,} samples of tuning, so the metrics on tuning are too optimistic.",
     ]
@@ -229,6 +283,7 @@ def limits_of(
         f"{name} ({entry['high'] - entry['low']:.2f})"
         for name, entry in held_out.items()
         if isinstance(entry, dict)
+        and name not in IN_UNITS
         and isinstance(entry.get("low"), float)
         and entry["high"] - entry["low"] > WIDE_INTERVAL
     ]
@@ -237,7 +292,11 @@ def limits_of(
     if "ece" in held_out and held_out["ece"]["value"] > WORRYING_ECE:
         lines.append(
             f"Probabilities are off by {held_out['ece']['value']:.2f} on average (ECE of held_out): use them for ranking only, or "
-            "calibrate them."
+            + (
+                "calibrate them with more labels."
+                if metrics.get("calibration")
+                else "calibrate them (`calibration=temperature`)."
+            )
         )
     own = samples["held_out"]
     cut = float(np.mean(own.start > own.static_stop))
@@ -254,7 +313,11 @@ def limits_of(
         lines.append(
             f"{100 * readable:.1f} % of train's events have no description; their text is their code, made readable."
         )
-    if (fraction := config["task"].get("label_fraction", 1.0)) < 1:
+    fraction = config["task"].get("label_fraction", 1.0)
+    if isinstance(fraction, list) and min(fraction) < 1:
+        said = " and ".join(f"{100 * share:g} %" for share in fraction)
+        lines.append(f"Only {said} of train's labelled subjects were used, dataset by dataset.")
+    elif not isinstance(fraction, list) and fraction < 1:
         lines.append(f"Only {100 * fraction:g} % of train's labelled subjects were used.")
     if config["task"].get("shuffle_labels") is not None:
         lines.append("The labels were shuffled: this run checks for leakage and is not a usable model.")
@@ -266,6 +329,17 @@ def limits_of(
         lines.append("The data have no static code or birth time that defines subgroups, so none were compared.")
     lines.append(_audit_line(audited))
     return lines
+
+
+def _sites(origin: str, store: EventStore) -> str:
+    """Return where the splits come from, and what that leaves unknown."""
+    pool = Pool.of(store.manifest)
+    if pool is not None and len(pool.read) > 1:
+        said = "All splits come from the same datasets, and the model was trained on each of them"
+        return f"{origin} {said}.".strip() if origin else f"{said}: performance at other sites or times is not known."
+    if origin:
+        return f"{origin} All splits that judge them come from one dataset, `{store.manifest['name']}`."
+    return f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known."
 
 
 def _audit_line(audited: dict[str, Any] | None) -> str:

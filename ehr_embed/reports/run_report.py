@@ -9,8 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
-from ehr_embed.evaluation.plots import plot_calibration, plot_loss, plot_precision_recall, plot_roc
+from ehr_embed.evaluation.plots import (
+    BEFORE,
+    plot_calibration,
+    plot_decision,
+    plot_loss,
+    plot_precision_recall,
+    plot_roc,
+)
+from ehr_embed.run_folder.layout import DECISION_CURVE
 from ehr_embed.sources.protocol import EVALUATED
 
 
@@ -33,29 +42,38 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
     return best | transfer | {f"train/{name}": value for name, value in metrics["train"].items()}
 
 
-def write_plots(folder: Path, history: list[dict[str, float]], curves: dict[str, Any]) -> list[Path]:
-    """Draw the loss if the run trained, and ROC, precision-recall and calibration curves for binary labels.
+def write_plots(
+    folder: Path, history: list[dict[str, float]], curves: dict[str, Any], *, before: dict[str, Any] | None = None
+) -> list[Path]:
+    """Draw the loss if the run trained, and ROC, precision-recall, calibration and decision curves for binary labels.
+
+    The numbers of the decision curves are written as CSV beside them.
 
     Args:
         folder: folder for the PNG files.
         history: metrics per epoch; empty if nothing was trained.
         curves: split -> labels and probabilities; empty unless the labels are binary.
+        before: the same of the probabilities before they were calibrated, if they were.
 
     Returns:
-        The paths of the files.
+        The paths of the plots.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    both = curves | {f"{name}{BEFORE}": own for name, own in (before or {}).items()}
     named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
         "loss": (plot_loss, history),
         "roc": (plot_roc, curves),
         "precision_recall": (plot_precision_recall, curves),
-        "calibration": (plot_calibration, curves),
+        "calibration": (plot_calibration, both),
+        "decision_curve": (plot_decision, decision_table(both) if both else None),
     }
     paths = []
     for name, (plot, data) in named.items():
-        if data:
+        if data is not None and len(data):
             plot(folder / f"{name}.png", data)
             paths.append(folder / f"{name}.png")
+    if both:
+        write_decision_table(folder / DECISION_CURVE, both)
     return paths
 
 
@@ -94,6 +112,10 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    if told := calibration_text(metrics):
+        console.print(told, highlight=False, soft_wrap=True)
+    if metrics.get("datasets"):
+        console.print(_datasets(metrics["datasets"]))
     if metrics.get("members"):
         console.print(_members(metrics["members"]))
     train = metrics["train"]
@@ -108,6 +130,48 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def calibration_text(metrics: dict[str, Any]) -> str:
+    """Return in a sentence what the calibration of a run has changed on held_out; nothing where it asks for none.
+
+    >>> entry = {"value": 0.2, "low": None, "high": None}
+    >>> found = {"method": "Temperature", "n": 90, "fitted": "temperature 2", "before": {"held_out": {"ece": entry}}}
+    >>> calibration_text({"calibration": found, "held_out": {"ece": entry | {"value": 0.1}}})
+    'calibrated: temperature 2, fitted on 90 samples of tuning; held-out ece 0.200 before, 0.100 after'
+    """
+    found = metrics.get("calibration")
+    if found is None:
+        return ""
+    if "fitted" not in found:
+        return f"not calibrated: {found['too_few']}"
+    before, after = values_of(found["before"]["held_out"]), values_of(metrics["held_out"])
+    changes = ", ".join(f"{name} {before[name]:.3f} before, {after[name]:.3f} after" for name in before)
+    return f"calibrated: {found['fitted']}, fitted on {found['n']:,} samples of tuning; held-out {changes}"
+
+
+def dataset_rows(datasets: dict[str, Any]) -> list[list[str]]:
+    """Return one row of cells per dataset of a pool and split: its samples, and each measure where both classes occur."""
+    rows = []
+    for name, splits in datasets.items():
+        for split in reversed(EVALUATED):
+            found = splits[split]
+            cells = [with_interval(found[m]) if m in found else "one class only" for m in ("auroc", "auprc")]
+            rows.append([name, split, f"{found['n']:,} ({found['n_positive']:,})", *cells])
+    return rows
+
+
+DATASET_COLUMNS = ("dataset", "split", "samples (positive)", "AUROC", "AUPRC")
+
+
+def _datasets(datasets: dict[str, Any]) -> Table:
+    """Return the table of the metrics of each dataset of a pool."""
+    table = Table()
+    for column in DATASET_COLUMNS:
+        table.add_column(column)
+    for row in dataset_rows(datasets):
+        table.add_row(*row)
+    return table
 
 
 def _members(members: list[dict[str, Any]]) -> Table:

@@ -13,8 +13,11 @@ from ehr_embed.run_folder.layout import (
     ALIGNMENT,
     AUDIT,
     BEST,
+    CALIBRATION,
     CONFIG,
+    DECISION_CURVE,
     ENVIRONMENT,
+    EXPLAINED,
     FINISHED,
     HISTORY,
     LATEST,
@@ -24,17 +27,31 @@ from ehr_embed.run_folder.layout import (
     PLOTS,
     PREDICTIONS,
     PROFILE,
+    REPORT,
     SUMMARY,
     VOCABULARY,
     WANDB_ID,
 )
 from ehr_embed.sources.protocol import SPLITS
 
-RESULTS = (FINISHED, HISTORY, SUMMARY, AUDIT, ALIGNMENT, MODEL_CARD, WANDB_ID, PROFILE, BEST, LATEST)
+RESULTS = (
+    FINISHED,
+    HISTORY,
+    SUMMARY,
+    AUDIT,
+    ALIGNMENT,
+    CALIBRATION,
+    MODEL_CARD,
+    REPORT,
+    WANDB_ID,
+    PROFILE,
+    BEST,
+    LATEST,
+)
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_epoch_\d+\.pt")
-FIGURES = ("loss", "roc", "precision_recall", "calibration")
+FIGURES = ("loss", "roc", "precision_recall", "calibration", "decision_curve")
 """The plots of a run, as `reports.run_report.write_plots` names them."""
-BESIDE_A_RUN = ("pretrain", MEMBERS, "explained", "generated", "wandb", "log.txt", "slurm.out")
+BESIDE_A_RUN = ("pretrain", MEMBERS, EXPLAINED, "generated", "wandb", "log.txt", "slurm.out")
 """Names that the commands, the trackers and a search write into a run's folder."""
 
 
@@ -66,6 +83,7 @@ def remove_results(run_dir: Path) -> None:
         *(run_dir / name for name in (*RESULTS, *names)),
         *(run_dir / PREDICTIONS / f"{split}.parquet" for split in SPLITS),
         *(run_dir / PLOTS / f"{name}.png" for name in FIGURES),
+        run_dir / PLOTS / DECISION_CURVE,
     ):
         if path.is_file() or path.is_symlink():
             path.unlink()

@@ -17,6 +17,7 @@ from ehr_embed.core.plain_yaml import read_yaml
 from ehr_embed.run_folder.layout import (
     ALIGNMENT,
     AUDIT,
+    CALIBRATION,
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
@@ -32,6 +33,7 @@ LISTED = (
     ENVIRONMENT,
     AUDIT,
     ALIGNMENT,
+    CALIBRATION,
     MODEL_CARD,
     HISTORY,
     CHECKPOINTS,

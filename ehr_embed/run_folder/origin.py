@@ -27,6 +27,7 @@ class Origin:
         texts: (V, E) vectors of its tokens' texts.
         vectors: (V, E) vectors of its tokens as trained, the same where they are frozen.
         trainable: how they were trained.
+        pooled: code -> code as which it is read, and gate, of a run on pooled datasets; None = codes are read as themselves.
     """
 
     vocabulary: Vocabulary
@@ -34,6 +35,7 @@ class Origin:
     texts: Tensor
     vectors: Tensor
     trainable: str
+    pooled: dict[str, tuple[str, float]] | None = None
 
 
 def is_of_other_data(where: str | Path, source: dict[str, Any]) -> bool:
@@ -66,7 +68,8 @@ def read_origin(where: str | Path) -> Origin:
     folder = Path(where).expanduser()
     path, checkpoint = read_checkpoint(folder)
     identity: dict[str, str] = checkpoint["identity"]
-    if checkpoint.get("alignment") is not None:
+    is_pooled = bool(checkpoint.get("is_pooled"))
+    if checkpoint.get("alignment") is not None and not is_pooled:
         raise UserError(
             f"{path} reads its dataset's codes as those of the run that it started from, and a third dataset cannot be aligned "
             "with it. Type: init_from= that run, or data.aligned_to=none"
@@ -82,4 +85,29 @@ def read_origin(where: str | Path) -> Origin:
     texts, _ = load_table(folder / VOCABULARY / TABLE, expected=identity)
     embedding = EventEmbedding(texts, trainable := str(checkpoint["config"]["embedder"].get("trainable", "frozen")))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
-    return Origin(Vocabulary.load(folder / VOCABULARY), identity, texts, embedding.table.detach(), trainable)
+    vectors, pooled = embedding.table.detach(), checked_matches(checkpoint["alignment"], path) if is_pooled else None
+    return Origin(Vocabulary.load(folder / VOCABULARY), identity, texts, vectors, trainable, pooled)
+
+
+def checked_matches(found: Any, path: Path) -> dict[str, tuple[str, float]] | None:
+    """Return the matches of a checkpoint's codes; None where it has none.
+
+    Raises:
+        UserError: they are something else than codes with gates.
+
+    >>> checked_matches({"A": ["B", 0.5]}, Path("x.pt"))
+    {'A': ('B', 0.5)}
+    """
+    if found is None:
+        return None
+    items: list[tuple[Any, Any]] = list(found.items()) if isinstance(found, dict) else [(None, None)]
+    matches: dict[str, tuple[str, float]] = {}
+    for code, match in items:
+        is_pair = isinstance(match, list | tuple) and len(match) == 2 and isinstance(match[0], str)
+        if not isinstance(code, str) or not is_pair or not isinstance(match[1], float) or not 0 < match[1] <= 1:
+            raise UserError(
+                f"{path}: its alignment is no mapping of codes to a code and a gate, which train.py writes. Use another run, or "
+                "train it again."
+            )
+        matches[code] = (match[0], match[1])
+    return matches

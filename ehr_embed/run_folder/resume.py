@@ -22,7 +22,7 @@ from ehr_embed.embedders.protocol import SPEED_KEYS
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.finish import read_config
-from ehr_embed.run_folder.layout import FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
+from ehr_embed.run_folder.layout import CALIBRATION, FINISHED, LATEST, LOCK, PREDICTIONS, VOCABULARY
 
 log = logging.getLogger(__name__)
 Mode = Annotated[str, OneOf("auto", "force", "overwrite")]
@@ -44,13 +44,16 @@ HARMLESS = (
     "trainer.num_workers",
     "trainer.data_device",
     "trainer.profile",
+    "report",
     "trainer.threads",
     *(f"embedder.{key}" for key in SPEED_KEYS),
 )
 """Keys and groups that do not change the results of a run. `trainer.threads` may change the last digits, since it changes the
 order in which numbers are added; another machine would do the same."""
 NEW: dict[str, Any] = {
+    "calibration._target_": "ehr_embed.calibration.none.NoCalibration",
     "data.aligned_to": "auto",
+    "data.alignment_matching": "nearest",
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",
@@ -70,6 +73,7 @@ NEW: dict[str, Any] = {
     "trainer.ema": None,
     "trainer.keep": "best",
     "trainer.nodes": 1,
+    "trainer.pull": 0.0,
     "trainer.optimizer._target_": ADAMW,
     "trainer.optimizer.betas": [0.9, 0.999],
     "trainer.schedule.factor": 0.5,
@@ -253,7 +257,8 @@ def _flat(node: Mapping[str, Any], cache_dir: str, prefix: str = "") -> Iterator
 
 @contextmanager
 def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
-    """Lock the folder for this process, and remove metrics.json, the manifest and the half-written files of a killed run.
+    """Lock the folder for this process, and remove what a killed or earlier run left that no longer holds: metrics.json, the
+    manifest, the calibration and half-written files.
 
     Args:
         run_dir: the run's folder, which is created if it is missing.
@@ -274,7 +279,7 @@ def claimed(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(run_dir, error) from error
     try:
-        for name in (FINISHED, MANIFEST):  # the run is unfinished from now on, and the old manifest no longer holds
+        for name in (FINISHED, MANIFEST, CALIBRATION):  # the run is unfinished from now on, and these no longer hold
             (run_dir / name).unlink(missing_ok=True)
         for folder in (run_dir, run_dir / PREDICTIONS, run_dir / VOCABULARY):
             remove_leftovers(folder)

@@ -116,28 +116,31 @@ class JobProcess:
             return outcome
         code = self.process.returncode
         if code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
-            reason += ", as Linux does when memory runs out" if code == -signal.SIGKILL else ""
+            name = signal.Signals(-code).name
+            reason = f"killed by {name}" + (", as Linux does when memory runs out" if name == "SIGKILL" else "")
         else:
             reason = f"ended with exit code {code}"
         return Outcome("failed", error=f"{reason}; {last_words(self.job.folder / LOG_NAME)}"[:MAX_MESSAGE_LENGTH])
 
-    def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the process and all its children; do nothing if they are gone."""
+    def kill(self) -> None:
+        """End the process and all its children at once (on Windows the process alone); do nothing if they are gone."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
 
 
 def end_all(processes: Sequence[JobProcess]) -> None:
     """Send SIGTERM to every running job, wait up to `GRACE_S` seconds, then send SIGKILL to the jobs and their children."""
     for job in processes:
         if job.is_running():
-            job.process.send_signal(signal.SIGTERM)
+            job.process.terminate()
     deadline = time.monotonic() + GRACE_S
     while any(job.is_running() for job in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     for job in processes:
-        job.signal_group(signal.SIGKILL)
+        job.kill()
         job.process.wait()
 
 

@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
-import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import SQLAlchemyError
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.secrets import masked
+
+if TYPE_CHECKING:
+    import sqlalchemy
 
 JOURNAL_NAME = "study.journal"
 FIRST_OPEN_ATTEMPTS = 20
@@ -89,6 +91,12 @@ def open_storage(url: str) -> StudyStorage:
             return StudyStorage(JournalStorage(JournalFileBackend(url)), url)
         except (OSError, ValueError) as error:
             raise _unreachable(url, error) from error
+    return _open_database(url)
+
+
+def _open_database(url: str) -> StudyStorage:
+    import sqlalchemy  # which takes as long to load as Hydra, and a journal needs none of it
+
     is_sqlite = url.startswith("sqlite")
     if is_sqlite and (database := sqlalchemy.make_url(url).database):
         Path(database).parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +104,7 @@ def open_storage(url: str) -> StudyStorage:
     for attempt in range(FIRST_OPEN_ATTEMPTS):
         try:
             return StudyStorage(RDBStorage(url, {"connect_args": arguments, "pool_pre_ping": True}), url)
-        except (SQLAlchemyError, StorageInternalError, ImportError, OSError) as error:
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError, OSError) as error:
             # Two processes that create the tables at the same time disturb each other; a later attempt finds the tables.
             if attempt + 1 == FIRST_OPEN_ATTEMPTS or not _RACE.search(f"{error} {error.__cause__}"):
                 raise _unreachable(url, error) from error
@@ -116,6 +124,8 @@ def _unreachable(url: str, error: Exception) -> UserError:
 @contextmanager
 def _advisory_lock(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
     """Hold PostgreSQL's advisory lock on a hash of `name`; it ends with the transaction or a killed process's connection."""
+    import sqlalchemy
+
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})

@@ -74,6 +74,8 @@ def _start_time(pid: int) -> str:
         pass
     if Path("/proc/self/stat").exists():
         return ""
+    if os.name != "posix":  # Windows would take signal 0 for Ctrl-C
+        return "unknown"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

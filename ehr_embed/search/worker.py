@@ -49,7 +49,9 @@ def _end_with_parent(parent: int) -> None:
     """End this process and its children when the search is gone, even by SIGKILL: nothing would read the result."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)  # on Windows, where a process has no group
 
 
 if __name__ == "__main__":

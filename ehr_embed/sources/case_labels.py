@@ -98,7 +98,9 @@ def read_case_labels(path: str | None) -> CaseLabels:
             f"data.labels_filepath: no such file {path}. Expected the corpus' labels.csv with columns subject_id,is_case and, "
             "where known, site,cancerdate."
         )
-    frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy").with_columns(pl.all().str.strip_chars())
+    frame = pl.read_csv(path, glob=False, infer_schema=False, encoding="utf8-lossy").with_columns(
+        pl.all().str.strip_chars()
+    )
     for column in ("subject_id", "is_case"):
         if column not in frame.columns:
             raise UserError(f"{path}: column `{column}` is missing, found {', '.join(frame.columns)}; labels need it.")

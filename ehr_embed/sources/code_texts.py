@@ -44,7 +44,7 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
         if not Path(path).is_file():
             raise UserError(f"data.lookups: no such file {path}. Expected CSV files with columns code,term.")
         try:
-            frame = pl.read_csv(path, infer_schema=False)
+            frame = pl.read_csv(path, glob=False, infer_schema=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             told = " ".join(str(error).split())[:200]
             raise UserError(

@@ -16,6 +16,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.fingerprints import fingerprint
 from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.sources.meds_remedies import refuse_other_folders, refuse_other_formats, wrong_dtype
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.sources.split_names import check_split_names
 
@@ -88,8 +89,9 @@ class MedsSource:
     @cached_property
     def shards(self) -> list[Path]:
         shards = sorted(path for path in (self.root / "data").rglob("*.parquet") if not path.name.startswith("."))
-        if not shards:
-            raise UserError(f"{self.root / 'data'}: expected parquet shards, found none. Run your MEDS ETL again.")
+        refuse_other_formats(self.root / "data", shards)
+        if self.needs_splits and self.subject_splits is None:
+            refuse_other_folders(self.root / "data", shards)
         return shards
 
     def fingerprint(self) -> dict[str, Any]:
@@ -143,7 +145,9 @@ class MedsSource:
         found = []
         for shard, split in folders.items():
             with readable(shard):
-                subjects = pl.scan_parquet(shard).select(pl.col("subject_id").cast(pl.Int64)).unique().collect()
+                subjects = (
+                    pl.scan_parquet(shard, glob=False).select(pl.col("subject_id").cast(pl.Int64)).unique().collect()
+                )
             found.append(subjects.with_columns(split=pl.lit(split)))
         return pl.concat(found)
 
@@ -153,7 +157,7 @@ class MedsSource:
         n_events = 0
         for shard in self.shards:
             with readable(shard):
-                n_events += pl.scan_parquet(shard).select(pl.len()).collect().item()
+                n_events += pl.scan_parquet(shard, glob=False).select(pl.len()).collect().item()
         return n_events
 
     def read(self, shard: Path) -> pl.DataFrame:
@@ -168,11 +172,6 @@ class MedsSource:
         if not self.needs_splits:
             return events.with_columns(split=pl.lit(None, dtype=pl.String))
         if self.subject_splits is None:
-            if folder is None:
-                raise UserError(
-                    f"{shard}: no split. Expected metadata/subject_splits.parquet, or shards under "
-                    f"data/{{{','.join(SPLITS)}}}/. Write one of them; nothing was fitted."
-                )
             return events.with_columns(split=pl.lit(folder))
         events = events.with_columns(split=_of_subjects(events, self.subject_splits))
         if self.splits is not None:
@@ -239,7 +238,7 @@ class MedsSource:
         if not path.exists():
             return pl.DataFrame(schema=schema)
         with readable(path):
-            frame = pl.scan_parquet(path)
+            frame = pl.scan_parquet(path, glob=False)
             present = frame.collect_schema()
             if "code" not in present:
                 raise UserError(f"{path}: expected a column `code`, found {', '.join(present)}.")
@@ -344,7 +343,7 @@ def out_of_range(time: pl.Expr) -> pl.Expr:
 
 
 def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:
-    frame = pl.scan_parquet(path)
+    frame = pl.scan_parquet(path, glob=False)
     present = frame.collect_schema()
     for name, dtype in schema.items():
         if name == "numeric_value" and name not in present:
@@ -353,9 +352,7 @@ def _scan(path: Path, schema: dict[str, Any]) -> pl.LazyFrame:
         if name not in present:
             raise UserError(f"{path}: column `{name}` is missing; found {', '.join(present)}. MEDS 0.4 requires it.")
         if not _castable(present[name], dtype):
-            raise UserError(
-                f"{path}: column `{name}` has dtype {present[name]}, expected {dtype} (MEDS 0.4). Cast it and write it again."
-            )
+            raise wrong_dtype(path, name, present[name], dtype)
         if present[name] == pl.UInt64 or present[name] in (pl.Int128, pl.UInt128):
             _refuse_large(frame, name, path)
     return frame.select(

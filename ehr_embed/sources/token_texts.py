@@ -125,7 +125,7 @@ def read_lookup(name: str, path: str | None) -> dict[str, str]:
         return {}
     if not Path(path).is_file():
         raise UserError(f"data.{name}_lookup_filepath: no such file {path}. Expected a CSV with columns code,term.")
-    frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
+    frame = pl.read_csv(path, glob=False, infer_schema=False, encoding="utf8-lossy")
     for code, term in TERM_COLUMNS:
         if {code, term} <= set(frame.columns):
             return dict(
@@ -150,7 +150,7 @@ def read_token_strings(path: str | None) -> dict[int, str]:
             f"data.vocab_filepath: no such file {path}. Expected the corpus' vocab.csv with columns token,str: "
             "without it token ids have no meaning."
         )
-    frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
+    frame = pl.read_csv(path, glob=False, infer_schema=False, encoding="utf8-lossy")
     if not {"token", "str"} <= set(frame.columns):
         raise UserError(f"{path}: expected columns token,str, found {', '.join(frame.columns)}.")
     ids = frame["token"].cast(pl.Int64, strict=False)

@@ -18,6 +18,7 @@ from ehr_embed.core.settings import DrawSeed, ShareBelow1, Told, checked
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
+from ehr_embed.data.pool import Pool
 from ehr_embed.data.prefixes import Prefixes
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
@@ -28,6 +29,8 @@ from ehr_embed.evaluation.predictions import write_multiclass_predictions, write
 from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
+
+Fraction = Annotated[float, Field(gt=0, le=1), Told("a share of train's subjects in (0, 1]")]
 
 
 class Classification:
@@ -41,7 +44,7 @@ class Classification:
         monitor: metric on tuning that chooses the best checkpoint; with more than two classes, its mean over classes.
         shuffle_labels: seed with which the labels are permuted within each split, to check for leaks; None = off.
         label_fraction: share of the labelled subjects of train that are used, in (0, 1]; tuning and held_out stay
-            whole.
+            whole. A list gives one share for each dataset of data.roots.
         fraction_seed: seed that draws those subjects.
         prefixes: `hours` and `shares` of `Prefixes`: how often a record is cut before the prediction time when it is trained
             on; None = never.
@@ -56,7 +59,7 @@ class Classification:
         label_smoothing: ShareBelow1 = 0.0,
         monitor: str = "auroc",
         shuffle_labels: DrawSeed | None = None,
-        label_fraction: Annotated[float, Field(gt=0, le=1), Told("a share of train's subjects in (0, 1]")] = 1.0,
+        label_fraction: Fraction | Sequence[Fraction] = 1.0,
         fraction_seed: DrawSeed = 0,
         prefixes: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
@@ -88,8 +91,15 @@ class Classification:
     metrics: Sequence[Metric] = CLASS_METRICS
 
     def label_sets(self, labels_dir: Path) -> list[LabelSet]:
-        """Return the label set."""
-        return [read_labels(self.labels, labels_dir)]
+        """Return the label set.
+
+        Raises:
+            UserError: its values are numbers with fractions, which are no classes.
+        """
+        found = read_labels(self.labels, labels_dir)
+        if found.value_column == "float_value":
+            raise UserError(f"label set {found.name} has float_value: numbers are no classes. Type: task=regression")
+        return [found]
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length
@@ -97,7 +107,9 @@ class Classification:
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]
-        splits["train"] = train_events, draw_subjects(train_labels, self.label_fraction, self.fraction_seed)
+        none = np.zeros(len(train_labels), np.int64)
+        self._records = build_samples(train_events, train_labels, none, max_length=max_length)
+        splits["train"] = train_events, self._drawn(train_labels, Pool.of(store.manifest))
         self.class_names = class_names(label_set, splits["train"][1])
         for split, (events, frame) in splits.items():
             codes = encode_classes(frame["value"], self.class_names, f"{label_set.name}, split {split}")
@@ -106,6 +118,22 @@ class Classification:
                 codes = np.random.default_rng(self.shuffle_labels).permutation(codes)
             self.samples[split] = build_samples(events, frame, codes, max_length=max_length)
         self._weights = self._fit_weights(self.samples["train"].labels)
+
+    def _drawn(self, labels: pl.DataFrame, pool: Pool | None) -> pl.DataFrame:
+        """Return the label rows of the share of train's subjects that are used; of a pool, of each dataset's own."""
+        if not isinstance(self.label_fraction, Sequence):
+            return draw_subjects(labels, self.label_fraction, self.fraction_seed)
+        if pool is None or len(self.label_fraction) != len(pool.names):
+            raise UserError(
+                f"task.label_fraction={list(self.label_fraction)}: expected one share, or with data=pooled one for each dataset of "
+                f"data.roots{'' if pool is None else f' ({len(pool.names)})'}. Type: task.label_fraction=0.1"
+            )
+        number = pl.Series(pool.of_subjects(labels["subject_id"].to_numpy()))
+        parts = [labels.filter(number == n) for n in range(len(pool.names))]
+        return pl.concat(
+            draw_subjects(part, share, self.fraction_seed) if len(part) else part
+            for part, share in zip(parts, self.label_fraction, strict=True)
+        )
 
     def _fit_weights(self, labels: npt.NDArray) -> Tensor | None:
         if self.class_weights is None:
@@ -133,6 +161,10 @@ class Classification:
         if rng is not None and self.prefixes is not None:
             samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
+
+    def records(self) -> BatchDataset:
+        """Return train's records, with those of the subjects that `label_fraction` leaves out; all labels are 0."""
+        return BatchDataset(self._events["train"], self._records)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""

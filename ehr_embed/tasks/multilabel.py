@@ -231,7 +231,7 @@ def join_labels(label_sets: list[LabelSet]) -> LabelSet:
             len(label_set.frame),
             f"rows of the label set {label_set.name} share no subject and prediction time with a row of every other one ({sizes}; "
             f"joined: {len(frame):,}), so they cannot be predicted together, and are left out",
-            remedy="Give the label sets the same prediction times, or choose sets that have them: task.labels=[NAME,NAME].",
+            remedy="Type: task=multitask, where each label set keeps its own times.",
             refused_from=NEARLY_ALL if is_smallest else ONLY_SAID,
         )
     name = "+".join(label_set.name for label_set in label_sets)

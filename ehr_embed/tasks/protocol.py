@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -135,11 +135,68 @@ class WeighsSamples(Protocol):
 
 
 @runtime_checkable
+class GivesProbabilities(Protocol):
+    """A task whose outputs are the probabilities of its classes or labels, one column each."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, C) float64 of a model's logits (B, C), or (B, M, C) of M members."""
+        ...
+
+
+@runtime_checkable
+class PredictsNumber(Protocol):
+    """A task with one number per sample, whose model has one output (`models/label_outputs.py` says in which unit)."""
+
+    predicts_number: bool
+    """True."""
+
+
+@runtime_checkable
+class HasUnlabelled(Protocol):
+    """A task that may use the labels of a part of train's samples only."""
+
+    def records(self) -> EventDataset:
+        """Return train's records at their prediction times, with those whose labels are not used; their labels mean nothing."""
+        ...
+
+
+def records_of(task: Task) -> EventDataset:
+    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
+    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
+
+
+@runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
 
     def label_sets(self, labels_dir: Path) -> list[LabelSet]:
         """Return the task's label sets, whose values are the classes, or refuse them; `setup` reads the same."""
+        ...
+
+
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A task that can tell, before anything is computed, that it cannot train."""
+
+    def check(self) -> None:
+        """Refuse now what would be refused after the data are prepared; a finished run is opened without this.
+
+        Raises:
+            UserError: the task cannot train as it is configured or installed.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesSizes(Protocol):
+    """A task that asks a trained model as that run built it, so that `sizes` are those of the run."""
+
+    def take_sizes(self, sizes: Mapping[str, Any], where: Path) -> None:
+        """Take the sizes of the checkpoint that the weights come from; called after `setup`, before the model is built.
+
+        Raises:
+            UserError: that model cannot be asked.
+        """
         ...
 
 

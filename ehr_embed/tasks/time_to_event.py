@@ -20,6 +20,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.survival import SURVIVAL_METRICS
+from ehr_embed.evaluation.survival_library import check_survival_library
 from ehr_embed.models.hazards import HAZARDS, HazardSizes, OutcomeVectors
 from ehr_embed.tasks.hazards_everywhere import EVERYWHERE_METRICS, AskEverywhere
 from ehr_embed.tasks.hazards_once import AskOnce, TimeSettings
@@ -125,6 +126,11 @@ class TimeToEvent:
     @property
     def samples(self) -> dict[str, Samples]:
         return self._way.samples
+
+    def check(self) -> None:
+        """Refuse named outcomes where the library that evaluates them is missing."""
+        if isinstance(self._way, AskOnce):
+            check_survival_library()
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._way.setup(store, labels_dir, max_length)

@@ -43,6 +43,23 @@ class Tracker(Protocol):
         """
 
 
+class MakesReport(Protocol):
+    """Makes the report of a run as HTML."""
+
+    def __call__(self, *, has_codes: bool = True) -> str:
+        """Return the report; without `has_codes`, it quotes no code and no text of the data."""
+        ...
+
+
+@runtime_checkable
+class KeepsReport(Protocol):
+    """A tracker that keeps the report of a run."""
+
+    def add_report(self, make: MakesReport) -> None:
+        """Record the report, with codes and texts of the data only if the user asked this tracker to keep those."""
+        ...
+
+
 @runtime_checkable
 class ChecksFirst(Protocol):
     """A tracker that can tell, before anything is computed, that it will refuse to start."""

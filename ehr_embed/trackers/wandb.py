@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal, Self
 
@@ -15,11 +14,11 @@ import wandb
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
-from ehr_embed.core.secrets import MASK, is_secret, masked
+from ehr_embed.core.secrets import without_private
 from ehr_embed.core.settings import OneOf, Told, checked
 from ehr_embed.run_folder.layout import WANDB_ID
 from ehr_embed.trackers.jsonl import JsonlTracker
-from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
+from ehr_embed.trackers.protocol import MakesReport, Scalar, json_ready, state_of
 
 log = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -148,12 +147,17 @@ class WandbTracker:
         if self._log_examples:
             self.add_table("examples", make())
 
+    def add_report(self, make: MakesReport) -> None:
+        """Send the report as a page; codes and texts of the data are on it only if `log_examples` is set."""
+        name = "report/search" if self._init_arguments["job_type"] == "search" else "report/run"
+        self._run.log({name: wandb.Html(make(has_codes=self._log_examples), inject=False)})
+
     def add_table(self, name: str, table: pd.DataFrame) -> None:
         """Send a table, such as the trials of a search; paths and secrets are treated as in the config."""
         table = table.astype(object).where(table.notna(), None)
         # Secrets are recognised by their key, here the name of the column.
         table = table.apply(lambda column: [without_private({column.name: value})[column.name] for value in column])
-        self._run.log({name: wandb.Table(dataframe=table)})
+        self._run.log({f"tables/{name}": wandb.Table(dataframe=table)})
 
     def _start(self) -> wandb.Run:
         """Start the W&B run online, else offline, else disabled; each step down logs one warning."""
@@ -208,47 +212,6 @@ class WandbTracker:
         if mode == "online":
             log.info("W&B: %s", run.url)
         return run
-
-
-def without_private(value: Any) -> Any:
-    """Return a copy in which paths are cut to their last part and secrets are masked.
-
-    Folder names can reveal a user, site or patient. A text counts as a path if it is absolute, begins with `./`, `../` or `~`,
-    or contains a slash and exists; the name of a model with a slash stays. Secrets are the values of keys such as `token` and
-    `api_key`, and the user name and password of a URL.
-
-    >>> without_private({"root": "/home/ann/mimic", "files": ["~/a.csv", "../ward_7/b.csv"], "model": "org/name"})
-    {'root': 'mimic', 'files': ['a.csv', 'b.csv'], 'model': 'org/name'}
-    >>> without_private({"hf_token": "hf_1", "batch_tokens": 4096, "storage": "postgresql://ann:pw@db/x"})
-    {'hf_token': '***', 'batch_tokens': 4096, 'storage': 'postgresql://***@db/x'}
-    >>> without_private("sqlite:////home/ann/study.db")
-    'sqlite:study.db'
-    """
-    if isinstance(value, Mapping):
-        return {
-            key: MASK if item is not None and is_secret(str(key)) else without_private(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [without_private(item) for item in value]
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("sqlite:", "file:")):
-        return masked(f"{value.split(':')[0]}:{PurePosixPath(value).name}")
-    if "://" in value:
-        return masked(re.sub(r"(://)[^/@]*@", rf"\1{MASK}@", masked(value)))
-    if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
-        return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
-    return masked(value)
-
-
-def _is_there(value: str) -> bool:
-    try:
-        return "/" in value and Path(value).exists()
-    except (OSError, ValueError):  # a text that is too long or contains a null byte is no path
-        return False
 
 
 def _has_key() -> bool:

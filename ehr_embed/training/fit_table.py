@@ -16,11 +16,13 @@ from ehr_embed.core.files import link_file
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.feature_table import CELL_BYTES, FeatureTable
 from ehr_embed.models.hazards import MakesHazards
-from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, body_of
+from ehr_embed.models.label_outputs import label_outputs_of
+from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
-from ehr_embed.tasks.protocol import WeighsSamples, tuning_values
+from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, records_of, tuning_values
 from ehr_embed.training.memory import available_memory
+from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.state import Progress, rng_state
 from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
@@ -52,11 +54,18 @@ def fit_at_once(trainer: Trainer, model: nn.Module, embedding: EventEmbedding) -
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
+    if isinstance(model, PoolsCodes):  # numbers of pooled datasets are ranked among their own
+        model.adapt_to_records(inputs_of_all(records_of(task), embedding, settings=trainer.settings))
     _check_size(trainer, model, embedding)
     train, tuning = (feature_set(trainer, model, embedding, split) for split in ("train", "tuning"))
 
+    scale = label_outputs_of(model)
+
     def score(outputs: npt.NDArray[np.float64]) -> float:
-        return float(tuning_values(task, outputs)[task.monitor])
+        found = (
+            outputs if scale is None else scale.decode(torch.from_numpy(outputs).to(scale.mean.device)).cpu().numpy()
+        )
+        return float(tuning_values(task, found)[task.monitor])
 
     model.fit(train, tuning, score=score, is_higher_better=task.is_higher_better, seed=trainer.seed)
     seconds = time.perf_counter() - began
@@ -107,8 +116,8 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             "vectors would not be learned. Type: embedder.trainable=frozen, or embedder=hashing for a table that costs "
             "nothing"
         )
-    if isinstance(model, MakesHazards):
-        pass  # fitted to times: the task gave them to `set_hazards`
+    if isinstance(model, MakesHazards) or isinstance(task, PredictsNumber):
+        pass  # fitted to times, which the task gave to `set_hazards`, or to one number
     elif not isinstance(task, WeighsSamples):
         raise UserError(
             f"{name} is fitted to one class per sample, and the samples of {type(task).__name__} have no single class. "
@@ -119,10 +128,7 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to labels that are not smoothed. Type: "
             "task.label_smoothing=0"
         )
-    if trainer.processes.size > 1:
-        raise UserError(
-            f"{name} is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
-        )
+    trainer.processes.refuse_several(f"{name} is fitted")
 
 
 def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:
@@ -136,11 +142,15 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
     """Return the features, labels and weights of a split in sample order."""
     task = trainer.task
     labels: npt.NDArray[Any] = task.samples[split].labels
+    if (scale := label_outputs_of(model)) is not None:
+        labels = scale.standard(torch.from_numpy(labels).to(scale.mean.device)).double().cpu().numpy()
     blocks = (
         (batch.sample.cpu().numpy(), model.featurise(embedding.inputs(batch.to(trainer.fabric.device))).cpu().numpy())
         for batch in trainer.loader(split)
     )
     weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
+    if trainer.weigh is not None:
+        weights = weights * trainer.weigh(task.samples[split].subject_ids)
     return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 

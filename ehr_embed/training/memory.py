@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import resource
 import sys
 from pathlib import Path
 
 import torch
 
 KIB_A_MIB, BYTES_A_MIB = 2**10, 2**20
+STATUS = Path("/proc/self/status")
+"""Where Linux says how much memory this process has had."""
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -22,9 +23,15 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / BYTES_A_MIB
     # /proc is preferred, because getrusage on Linux also counts the memory of the process before it started this
     # program.
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
         return int(found[1]) / KIB_A_MIB
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / BYTES_A_MIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (BYTES_A_MIB if sys.platform == "darwin" else KIB_A_MIB)
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import Batch, BucketSampler
+from ehr_embed.data.batches import Batch, BucketSampler, EventDataset
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
-from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.protocol import Task, records_of
+from ehr_embed.training.anchor import Anchor
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.optimizer import build_optimizer, parameter_groups
 from ehr_embed.training.processes import Processes
@@ -98,7 +99,9 @@ def set_up_training(
     if settings.compile:
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
-        model.to(fabric.device).adapt_to_records(train_inputs(embedding, settings=settings, task=task))
+        # Ranks among an aligned dataset's own numbers need no labels, and are the better the more records there are.
+        dataset = records_of(task) if about.get("alignment") is not None else task.dataset("train")
+        model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.
     wrapped = fabric.setup_module(model)
@@ -124,8 +127,19 @@ def set_up_training(
     scheduler, warmup, plateau = start(settings.schedule, optimizer, course)
     # After the model is on its device, and with the parameters that the optimizer changes.
     ema = None if settings.ema is None else Ema([*model.parameters(), *embedding.parameters()], settings.ema)
+    anchor = Anchor([*model.parameters(), *embedding.parameters()], settings.pull) if settings.pull else None
     state = TrainingState(
-        model, embedding, optimizer, scheduler, warmup, plateau, fabric.strategy.precision, about, processes, ema=ema
+        model,
+        embedding,
+        optimizer,
+        scheduler,
+        warmup,
+        plateau,
+        fabric.strategy.precision,
+        about,
+        processes,
+        ema=ema,
+        anchor=anchor,
     )
     rng = None if run is None else state.restore(run)
     if rng is None and processes.rank:  # else all ranks would drop and mask the same places
@@ -140,9 +154,10 @@ def set_up_training(
     return Training(wrapped, state, [*wrapped.parameters(), *embedding.parameters()], speed, rng)
 
 
-def train_inputs(embedding: EventEmbedding, *, settings: TrainerSettings, task: Task) -> Iterator[dict[str, Tensor]]:
-    """Yield what a model is given of all of train, at the prediction times; the same in every process."""
-    dataset = task.dataset("train")
+def inputs_of_all(
+    dataset: EventDataset, embedding: EventEmbedding, *, settings: TrainerSettings
+) -> Iterator[dict[str, Tensor]]:
+    """Yield what a model is given of all rows of a dataset, in order of length; the same in every process."""
     for rows in BucketSampler(
         dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
     ):

@@ -23,8 +23,9 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import FeatureSet
-from ehr_embed.tasks.protocol import WeighsSamples
+from ehr_embed.tasks.protocol import WeighsSamples, records_of
 from ehr_embed.training.fit_table import feature_set, inputs_of
+from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -84,13 +85,12 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
             "predicts something else. "
             "Type: trainer.teacher=null, or task=classification"
         )
-    if trainer.processes.size > 1:
-        raise UserError(
-            f"trainer.teacher=gbm is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
-        )
+    trainer.processes.refuse_several("trainer.teacher=gbm is fitted")
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
+    # Of pooled datasets; else there is nothing to adapt.
+    model.adapt_to_records(inputs_of_all(records_of(task), embedding, settings=trainer.settings))
     train = feature_set(trainer, model, embedding, "train")
     fold = folds(task.samples["train"].subject_ids, trainer.seed)
     config: Any = trainer.about["config"]

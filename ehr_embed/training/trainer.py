@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, distributed, nn
 
@@ -16,7 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
 from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
-from ehr_embed.data.samples import samples_digest
+from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
@@ -53,6 +54,8 @@ class Trainer:
 
     Attributes:
         teacher: gives each train batch targets in place of its labels; None = the labels stay. Set before `fit`.
+        weigh: returns the weights (n,), of mean 1, of samples of these subjects (n,): training draws samples by them, with
+            replacement; None = each sample once per epoch. Set before `fit`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
         self.teacher: Callable[[Batch], Batch] | None = None
+        self.weigh: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]] | None = None
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about: dict[str, Any] = {
             "config": config,
@@ -193,6 +197,8 @@ class Trainer:
         found["peak_memory_mib"] = peak_memory_mib(self.fabric.device)
         row |= {f"train/{name}": x for name, x in found.items()}
         row |= {f"tuning/{name}": metric for name, metric in tuning.items()}
+        if "loss" in tuning:  # the metric, which class weights, smoothing or a task's own loss do not change
+            row["tuning/trained_loss"] = tuning_loss
         return row, value
 
     def _reload_best(self, model: nn.Module, embedding: EventEmbedding) -> None:
@@ -321,6 +327,8 @@ class Trainer:
                 training.wrapped, state.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
             )
         state.optimizer.step()
+        if state.anchor is not None:
+            state.anchor.draw_back(state.optimizer.param_groups[0]["lr"])
         state.scheduler.step()
         state.optimizer.zero_grad()
         state.progress.step += 1
@@ -413,9 +421,26 @@ class Trainer:
             seed=self.seed,
             rank=self.processes.rank,
             world_size=self.processes.size,
+            weights=None if epoch is None else self._weights(dataset),
         )
         sampler.set_epoch(epoch or 0, first)
         return sampler
+
+    def _weights(self, dataset: EventDataset) -> npt.NDArray[np.float64] | None:
+        """Return the weights (n,) by which the samples of an epoch are drawn; None = each once.
+
+        Raises:
+            UserError: the rows are no samples, but pieces of several records.
+        """
+        if self.weigh is None:
+            return None
+        samples = getattr(dataset, "samples", None)
+        if not isinstance(samples, Samples) or len(samples) != len(dataset):
+            raise UserError(
+                "data.pool_weights=datasets draws samples, and this task packs pieces of several records into each row. Type: "
+                "data.pool_weights=samples"
+            )
+        return self.weigh(samples.subject_ids)
 
     def _keep(self, state: TrainingState) -> None:
         """Keep the latest checkpoint as the best one or as that of its epoch, where it is due."""

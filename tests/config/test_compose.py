@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,8 @@ from tests.helpers.configs import CONF, composed
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Options of conf/hydra/ are composed with the searches of docs/search.md.
 OPTIONS = [(path.parent.name, path.stem) for path in YAMLS if len(path.parts) == 2]
-CLASSIFY_ONLY = ("code_encoder", "code_tab", "cox", "gbm", "logistic", "mean_pool", "gru", "original")
-READ_TEXTS = ("text_encoder",)  # which need a vocabulary: tests/models/test_text_encoder.py
+MODELS = [option for group, option in OPTIONS if group == "model"]
+PREDICTS_CLASSES = r"model={} predicts classes.*Type: model=(\w+) for .*model=(\w+) for "
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=str)
@@ -38,10 +40,9 @@ def test_every_option_composes(group, option):
     OmegaConf.resolve(cfg)
 
 
-@pytest.mark.parametrize(
-    "option", [option for group, option in OPTIONS if group == "model" and option not in READ_TEXTS]
-)
+@pytest.mark.parametrize("option", MODELS)
 def test_every_model_builds_and_runs(option):
+    """A model predicts classes or says that it predicts numbers, and either predicts events too or names the models that do."""
     import torch
 
     cfg = composed(f"model={option}", "data=meds")
@@ -49,28 +50,45 @@ def test_every_model_builds_and_runs(option):
     inputs = {name: torch.rand(2, 5) for name in ("days", "gap_days", "elapsed_days")}
     inputs |= {"embeddings": torch.randn(2, 5, 24), "padding_mask": mask, "table": torch.randn(9, 24)}
     inputs |= {"token_ids": torch.randint(2, 7, (2, 5))}
-    classifier = instantiate(cfg.model, embedding_dim=24, num_classes=3, has_values=False)
+    build = partial(instantiate, cfg.model, embedding_dim=24, has_values=False)
+    classifier, refusal = built(build, num_classes=3)
+    if classifier is None:
+        assert "task=regression" in refusal
+        classifier, _ = built(build, num_classes=1)
     if isinstance(classifier, ReadsVocabulary):
         classifier.set_vocabulary(vocabulary())
-    if option == "cox":  # which predicts times from features: tests/models/test_cox.py
-        return
-    if isinstance(classifier, FitsAtOnce):  # which need a vocabulary and a fit: tests/models/test_baselines.py
+    if isinstance(classifier, FitsAtOnce):  # which need a fit: tests/models/test_baselines.py, test_cox.py
         assert isinstance(classifier, ReadsVocabulary)
     else:
         assert over_members(classifier(inputs)).shape == (2, 3)
-    if option in CLASSIFY_ONLY:
-        with pytest.raises(UserError, match=rf"model={option} predicts classes.*Type: model=decoder .*model=encoder"):
-            instantiate(cfg.model, embedding_dim=24, vocab_size=9, has_values=False)
-        return
-    predictor = instantiate(cfg.model, embedding_dim=24, vocab_size=9, has_values=False)
-    assert predictor(inputs).shape == (2, 5, 9)
+    predictor, refusal = built(build, vocab_size=9)
+    if predictor is None:
+        named = re.search(PREDICTS_CLASSES.format(option), refusal)
+        assert named, refusal
+        assert option not in named.groups()
+        assert set(named.groups()) <= set(MODELS)
+    else:
+        assert predictor(inputs).shape == (2, 5, 9)
+
+
+def built(build, **sizes):
+    """Return what is built, or None, and why it was refused."""
+    try:
+        return build(**sizes), ""
+    except UserError as error:
+        return None, str(error)
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [pair for pair in OPTIONS if pair[0] in ("embedder", "export", "task", "trainer")]
+    ("group", "option"),
+    [pair for pair in OPTIONS if pair[0] in ("calibration", "embedder", "export", "task", "trainer")],
 )
 def test_every_member_builds(group, option):
-    needed = {"zero_shot": ["task.codes=[A]"], "time_to_event": ["task.outcomes=auto"]}.get(option, [])
+    needed = {
+        "zero_shot": ["task.codes=[A]"],
+        "query": ["task.codes=[A]"],
+        "time_to_event": ["task.outcomes=auto"],
+    }.get(option, [])
     build = instantiate_embedder if group == "embedder" else instantiate
     build(composed(f"{group}={option}", *needed, name="embed")[group])
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -17,27 +14,9 @@ import polars as pl
 import pytest
 
 from tests.helpers.small_meds import ROOT
+from tests.helpers.wheels import build, call, source, wheel  # noqa: F401  (source and wheel are fixtures)
 
-SOURCES = ("ehr_embed", "conf", "sweeps", "docs", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE",
-           "CHANGELOG.md", "constraints.txt", "Makefile", "train.py", "embed.py")  # fmt: skip
 SMALL = ("data.n_subjects=300", "embedder=hashing", "trainer.epochs=1", "trainer.n_bootstrap=20", "trainer.threads=1")
-
-
-def call(*words: str | Path, cwd: Path, code: int = 0, timeout: float = 600) -> str:
-    """Run a program that does not see the checkout, and return its output."""
-    hidden = ("PYTHONPATH", "EHR_EMBED_CACHE", "VIRTUAL_ENV")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def build(kind: str, source: Path, target: Path) -> Path:
-    """Build a `wheel` or an `sdist` of a source folder as pip does, with this environment's setuptools."""
-    code = f"from setuptools import build_meta; print('built', build_meta.build_{kind}({str(target)!r}))"
-    return target / call(sys.executable, "-c", code, cwd=source).split("built ")[1].split()[0]
 
 
 def environment(folder: Path, *, what: Path, editable: bool = False) -> Path:
@@ -51,22 +30,6 @@ def environment(folder: Path, *, what: Path, editable: bool = False) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--ignore-installed"]
     call(*pip, *options, what, cwd=folder.parent)
     return folder / "bin"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    return build("wheel", source, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +51,7 @@ def test_the_wheel_has_every_module_configuration_and_file_of_the_template(wheel
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed").rglob("*.py")}
     texts = {str(Path("ehr_embed", path.relative_to(ROOT))) for name in ("conf", "sweeps")
              for path in (ROOT / name).rglob("*.yaml")}  # fmt: skip
-    template = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed" / "console" / "template").rglob("*")
+    template = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed" / "console").rglob("*")
                 if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
     tables = {str(path.relative_to(ROOT)) for path in (ROOT / "ehr_embed").rglob("*.csv")}
     assert (modules | texts | template | tables) - names == set()
@@ -127,6 +90,7 @@ def test_another_application_finds_the_configuration(bin_, tmp_path):
     assert "ehr_embed.models.gru" in call(bin_ / "python", "app.py", "model=gru", cwd=tmp_path).lower()
 
 
+@pytest.mark.slow
 def test_it_trains_and_predicts_from_an_empty_folder(bin_, trained):
     assert (trained / "runs" / "first" / "metrics.json").is_file()
     assert "ehr-embed train --config-path" in (trained / "runs" / "first" / "config.yaml").read_text()

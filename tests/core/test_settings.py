@@ -21,9 +21,9 @@ from ehr_embed.core.settings import (
 @pytest.mark.parametrize(
     ("rule", "good", "bad", "told"),
     [
-        (int, 3, 3.0, "a whole number, got float"),
-        (int, 3, True, "a whole number, got bool"),
-        (float, 3, "3", "a number, got str"),
+        (int, 3, 3.0, "a whole number, got the number 3.0"),
+        (int, 3, True, "a whole number, got true"),
+        (float, 3, "3", "a number, got the text '3'"),
         (bool, True, 1, "true or false"),
         (str | None, None, 3, "a text, or null"),
         (Count, 1, 0, "1 or more"),

@@ -104,6 +104,7 @@ def test_an_incomplete_folder_is_named(bundled, tmp_path):
         SentenceTransformerEmbedder(model=str(tmp_path / "none")).embed(["fever"])
 
 
+@pytest.mark.slow
 def test_hub_layout_offline(bundled, tmp_path):
     repository = tmp_path / "hub" / "models--sentence-transformers--all-MiniLM-L6-v2"
     commit = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"

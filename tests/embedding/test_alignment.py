@@ -96,6 +96,20 @@ def test_own_pairs_override_texts_and_a_written_table_can_be_given_back(two, tmp
     assert set(own.table.filter(origin="pair")["code"]) == {"dx//5", "lab//1"}
 
 
+def test_a_code_that_is_taken_is_no_other_ones_where_each_is_matched_once(two):
+    run, here = two
+    once = align(run, here, embed=embed, rules=Rules.read(), matching="one_to_one")
+    found = matched(once.table)
+    assert found["SAME"] == "SAME", "a code of one name is sure, whatever its text says"
+    assert found["lab//1"], found["vital//2"] == ("NA", "HR")
+    taken = [to for to in found.values() if to is not None]
+    assert len(taken) == len(set(taken))
+    kinds = {code: mean is None for code, (_, mean) in (RUN | HERE).items()}
+    assert all(kinds[code] == kinds[to] for code, to in found.items() if to is not None)
+    with pytest.raises(UserError, match=r"data\.alignment_matching 'one'"):
+        AlignmentSettings(matching="one")
+
+
 def test_shuffled_texts_leave_no_code_its_own(two):
     found = align(*two, embed=embed, rules=Rules.read(), texts="shuffled")
     true = matched(align(*two, embed=embed, rules=Rules.read()).table)

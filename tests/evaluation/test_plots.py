@@ -43,6 +43,11 @@ def legend_texts(figure: Figure) -> str:
     return "\n".join(text.get_text() for legend in legends if legend is not None for text in legend.get_texts())
 
 
+@pytest.fixture
+def quick_plots() -> None:
+    """The pictures themselves are tested here."""
+
+
 @pytest.mark.parametrize("draw", [plots.plot_roc, plots.plot_precision_recall, plots.plot_calibration])
 def test_curves(tmp_path: Path, figures: list[Figure], draw: Callable[..., None]) -> None:
     curves = {"tuning": sample(5000, 0), "held_out": sample(40, 1)}

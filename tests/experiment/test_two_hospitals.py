@@ -6,79 +6,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from omegaconf import DictConfig
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.representer import Representer
 from ehr_embed.inference.trained_run import open_run
 from ehr_embed.predict import predict
-from ehr_embed.sources.protocol import SPLITS
 from tests.helpers.configs import composed
-from tests.helpers.small_meds import Event, write_meds
-
-HOME = {
-    "HR": "Heart rate (beats per minute)",
-    "NA": "Sodium in serum (mEq/L)",
-    "GLU": "Glucose in serum (mg/dL)",
-    "FEVER": "Fever",
-    "WARD": "Ward: surgery",
-}
-AWAY = {
-    "v//1": "Vital signs > HR",
-    "l//2": "Labs: Sodium [mmol/L], hourly",
-    "l//3": "Labs: Glucose [mmol/L], hourly",
-    "d//4": "Diagnosis: fever",
-    "w//5": "Care plan: bed rails raised",
-    "w//6": "Care plan: call light within reach",
-}
-
-
-def write_hospital(root: Path, codes: dict[str, str], *, heart_unit: float, noise: int, seed: int, first: int) -> Path:
-    """A fast heart means the label; sodium, glucose and fever mean nothing; `noise` events of care codes fill the record."""
-    rng = np.random.default_rng(seed)
-    heart, sodium, glucose, fever, *care = codes
-    splits: dict[str, list[Event]] = {}
-    labels = []
-    for n, split in enumerate(SPLITS):
-        splits[split] = []
-        for subject in range(first + 1000 * n, first + 1000 * n + 90):
-            is_case = bool(rng.random() < 0.5)
-            for step in range(4):
-                at = float(step)
-                beats = rng.normal(120 if is_case else 80, 12)
-                splits[split].append((subject, at, heart, float(beats * heart_unit)))
-                splits[split].append((subject, at, sodium, float(rng.normal(139, 4))))
-                splits[split].append((subject, at, glucose, float(rng.normal(7, 2))))
-            splits[split].append((subject, 4.0, fever, None))
-            splits[split] += [(subject, 4.0, str(rng.choice(care)), None) for _ in range(noise)]
-            labels.append((subject, 9.0, is_case))
-    rows = [(code, text, None) for code, text in codes.items()]
-    return write_meds(root, splits, codes=rows, labels={"case": labels})
-
-
-MODELS = {
-    "gbm": ["model=gbm", "model.min_leaf_samples=5"],
-    "code_tab": [
-        "model=code_tab", "model.model_dim=16", "model.hidden_dim=16", "model.n_gates=4", "model.n_members=2",
-        "model.member_weights=text", "model.feeds_absent=false", "model.code_dropout=0.2", "model.text_noise=0.1",
-    ],
-    "encoder": ["model=encoder_small", "model.model_dim=32", "model.n_layers=1", "model.n_heads=2", "model.max_length=32"],
-    "code_encoder": ["model=code_encoder", "model.model_dim=32", "model.n_layers=1", "model.n_heads=2"],
-}  # fmt: skip
-TRAINER = (
-    "trainer.epochs=8", "trainer.batch_size=16", "trainer.learning_rate=5e-3", "trainer.warmup_steps=2", "trainer.n_bootstrap=0",
-    "trainer.precision=32-true", "trainer.threads=1", "audit=off",
-)  # fmt: skip
-
-
-def config(folder: Path, hospital: str, kind: str, run_dir: str, *overrides: str) -> DictConfig:
-    return composed(
-        "data=meds", f"data.root={folder / hospital}", "data.values=continuous", "data.min_count=1", *MODELS[kind], *TRAINER[1:],
-        f"run_dir={folder / run_dir}", f"cache_dir={folder / 'cache'}", *overrides,
-    )  # fmt: skip
+from tests.helpers.two_hospitals import AWAY, HOME, MODELS, TRAINER, config, write_hospital
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +71,32 @@ def test_predict_says_what_the_evaluation_says(hospitals, kind):
     np.testing.assert_allclose(again["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
 
 
+def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, caplog):
+    predictor = Predictor(hospitals / "encoder-home", needs_classes=False)
+    representer = Representer(predictor)
+
+    def vectors(aligned_to: str) -> tuple[np.ndarray, np.ndarray]:
+        frame = pl.concat(
+            representer.frames(
+                str(hospitals / "away"),
+                labels="case",
+                split="held_out",
+                alignment=AlignmentSettings(aligned_to=aligned_to),
+            )
+        )
+        return frame["vector"].to_numpy(), frame["boolean_value"].to_numpy()
+
+    x, is_case = vectors("auto")
+    away_from = x - x[::2].mean(0)
+    direction = x[::2][is_case[::2]].mean(0) - x[::2][~is_case[::2]].mean(0)
+    score, truth = (away_from @ direction)[1::2], is_case[1::2]
+    assert (score[truth][:, None] > score[~truth]).mean() > 0.9
+    assert not np.allclose(vectors("none")[0], x)
+    with caplog.at_level(logging.WARNING):
+        predictor.read(str(hospitals / "away"), labels="case", split="held_out", lookups=())
+    assert "this command reads them by their texts alone" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["code_tab", "encoder"])
 def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, kind):
     name = f"{kind}-tuned"
@@ -145,6 +109,18 @@ def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, 
     np.testing.assert_allclose(found["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
     with pytest.raises(UserError, match=r"a third dataset cannot be aligned with it"):
         run(config(hospitals, "home", kind, f"{kind}-third", f"init_from={hospitals / name}", "trainer.epochs=0"))
+
+
+def test_a_strong_pull_leaves_the_model_as_it_came(hospitals):
+    start = [f"init_from={hospitals / 'encoder-home'}"]
+    run(config(hospitals, "away", "encoder", "pulled", *start, "trainer.epochs=1", "trainer.pull=1e9"))
+    run(config(hospitals, "away", "encoder", "untouched", *start, "trainer.epochs=0"))
+    found, expected = (
+        pl.read_parquet(hospitals / name / "predictions" / "held_out.parquet") for name in ("pulled", "untouched")
+    )
+    np.testing.assert_allclose(*(f["predicted_boolean_probability"] for f in (found, expected)), atol=1e-6)
+    with pytest.raises(UserError, match=r"trainer\.pull=0\.1: .*init_from=RUN_DIR"):
+        run(config(hospitals, "away", "encoder", "refused", "trainer.epochs=1", "trainer.pull=0.1"))
 
 
 def test_own_pairs_and_none(hospitals, tmp_path):

@@ -63,6 +63,7 @@ def write_labels(folder: Path, rows: Sequence[tuple[int, float, Any]]) -> Path:
     column, dtype = {
         bool: ("boolean_value", pl.Boolean),
         int: ("integer_value", pl.Int64),
+        float: ("float_value", pl.Float64),
         str: ("categorical_value", pl.String),
     }[kind]
     schema: dict[str, Any] = {"subject_id": pl.Int64, "prediction_time": pl.Datetime("us"), column: dtype}

@@ -148,13 +148,13 @@ def write_shards(root: Path, *, n: int) -> Path:
 def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch, labels, chunk_events):
     root, read, held = write_shards(tmp_path / "shards", n=6), [], []
     predictor = ehr_embed.load(folder / "runs" / "first")
-    real_read, real_predict = MedsSource.read, Predictor._predict
+    real_read, real_predict = MedsSource.read, Predictor.predict_samples
     monkeypatch.setattr(predictor_module, "CHUNK_EVENTS", chunk_events)
     monkeypatch.setattr(MedsSource, "read", lambda self, shard: read.append(shard) or real_read(self, shard))
     monkeypatch.setattr(
         Predictor,
-        "_predict",
-        lambda self, events, *rest: held.append(len(events.token_ids)) or real_predict(self, events, *rest),
+        "predict_samples",
+        lambda self, data: held.append(len(data.events.token_ids)) or real_predict(self, data),
     )
     found = predictor.predict_proba(root, labels=labels, alignment=AlignmentSettings(aligned_to="none"))
     assert len(read) == len(set(read)) == 6

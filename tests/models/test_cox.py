@@ -1,4 +1,4 @@
-"""model=cox: planted coefficients are found, tuning chooses the penalty, and only times are fitted."""
+"""model=cox and model=boosted_hazards: planted coefficients are found, tuning chooses the size, and only times are fitted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.models.boosted_hazards import BoostedHazards
 from ehr_embed.models.cox import Cox
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.hazards import hazard_nll
@@ -57,6 +58,37 @@ def test_the_likelihood_of_new_subjects_is_near_that_of_the_truth():
     edges = torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64)
     found, best = (float(hazard_nll(own, days, status, edges).sum(1).mean()) for own in (log_hazard, truth))
     assert best < found < best + 0.02
+
+
+def test_boosted_hazards_come_near_the_truth_where_it_is_not_linear_and_are_restored():
+    def bent(seed: int) -> FeatureSet:
+        """The hazard is high where the first feature is far from 0, which Cox regression cannot see."""
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(1500, 3)).astype(np.float32)
+        rate = np.stack([0.05 * np.exp(2.0 * (np.abs(x[:, 0]) > 1)), np.full(1500, 0.05)], axis=1)
+        event, censor = rng.exponential(1 / rate), rng.uniform(1, 20, (1500, 1))
+        labels = np.concatenate([np.minimum(event, censor), event <= censor], axis=1).astype(np.float32)
+        labels[:50, 1] = np.nan  # not asked for
+        return FeatureSet(FeatureTable.from_blocks([(np.arange(1500), x)], 1500), labels, np.ones(1500))
+
+    model = BoostedHazards(embedding_dim=8, num_classes=12, learning_rate=0.1, feature_share=1.0)
+    model.set_hazards(sizes())
+    model.fit(bent(0), bent(1), score=lambda outputs: 0.0, is_higher_better=False, seed=0)
+    x = bent(2).features.dense(slice(None)).astype(np.float64)
+    risk = np.stack([own.predict(x, raw_score=True) for own in model.boosters], axis=1)
+    far = np.abs(x[:, 0]) > 1
+    assert risk[far, 0].mean() - risk[~far, 0].mean() == pytest.approx(2.0, abs=0.3)
+    hazard = np.exp(risk[:, 0]) * model.baseline[0].exp().numpy()[:, None]
+    assert hazard[:, ~far].mean() == pytest.approx(0.05, rel=0.25), "the offset is part of the fit"
+    assert np.abs(risk[:, 1]).max() < 0.5, "nothing is found where nothing is"
+    other = BoostedHazards(embedding_dim=8, num_classes=12)
+    other.set_extra_state(model.get_extra_state())
+    np.testing.assert_array_equal(other.boosters[0].predict(x, raw_score=True), risk[:, 0])
+    assert other.n_fitted() == model.n_fitted() > 10
+    with pytest.raises(UserError, match="task=time_to_event"):
+        BoostedHazards(embedding_dim=8, num_classes=12).fit(
+            bent(0), bent(1), score=lambda x: 0.0, is_higher_better=False, seed=0
+        )
 
 
 def test_without_times_it_says_what_to_type():

@@ -83,13 +83,13 @@ def test_trees_are_those_of_the_dense_table(n_classes, stop_on, monkeypatch):
     options = {"embedding_dim": 4, "num_classes": n_classes, "n_trees": 40, "learning_rate": 0.2, "stop_on": stop_on}
 
     def text(of: object) -> str:
-        monkeypatch.setattr(gbm, "_rows", of)
+        monkeypatch.setattr(gbm, "rows_of", of)
         model = GBM(**options)
         model.fit(train, tuning, score=lambda p: -np.log(p[np.arange(len(p)), tuning.labels]).mean(),
                   is_higher_better=False, seed=3)  # fmt: skip
         return model.get_extra_state()
 
-    sparse = gbm._rows
+    sparse = gbm.rows_of
     assert text(sparse) == text(lambda table, _: table.dense(slice(None)))
     assert text(sparse) != text(lambda table, _: table.cells), "an absent cell of a sparse matrix is 0, not missing"
 
@@ -99,7 +99,7 @@ def test_standardised_cells_are_those_of_the_dense_table():
     x = x[: len(train.labels)].astype(np.float64)
     median = np.nanmedian(x, axis=0)
     filled = np.where(np.isnan(x), median, x)
-    mean, scale = logistic._moments(train.features, median)
+    mean, scale = logistic.moments(train.features, median)
     np.testing.assert_allclose(mean, filled.mean(0), rtol=1e-12)
     np.testing.assert_allclose(scale, filled.std(0), rtol=1e-12)
     scale[scale == 0] = 1  # as in `Logistic.fit`
@@ -117,8 +117,8 @@ def test_coefficients_are_those_of_the_dense_table(n_classes, monkeypatch):
     monkeypatch.setattr(logistic, "LogisticRegression", lambda **o: LogisticRegression(**o, tol=1e-10))
     model.fit(train, tuning, score=lambda p: p.mean(), is_higher_better=True, seed=0)
     fitted = model.fitted
-    logits = logistic._standardise(torch.from_numpy(x), fitted) @ fitted["weight"].T + fitted["bias"]
-    standard = logistic._standardise(torch.from_numpy(x), fitted).numpy()
+    logits = logistic.standardise(torch.from_numpy(x), fitted) @ fitted["weight"].T + fitted["bias"]
+    standard = logistic.standardise(torch.from_numpy(x), fitted).numpy()
     half = len(train.labels)
     dense = LogisticRegression(C=1 / (0.01 * train.weights.sum()), max_iter=5000, tol=1e-10)
     dense.fit(standard[:half], train.labels, sample_weight=train.weights)

@@ -137,8 +137,10 @@ def test_an_error_of_another_kind_stays_what_it_is(tmp_path):
         _ = 1 / 0
     error = OSError(28, os.strerror(28))
     assert str(cannot_write("x", error)) == (
-        "cannot write x: No space left on device. Nothing was left half-written. Free space or choose another folder."
+        "cannot write x: No space left on device. No part of it was left there, and what was finished before stays. "
+        "Free space or choose another folder."
     )
+    assert "A part of it may have been left there: delete it." in str(cannot_write("x", error, is_whole=False))
 
 
 def test_a_read_only_folder(read_only):

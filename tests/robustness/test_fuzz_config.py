@@ -151,7 +151,7 @@ def _is_there(cfg: DictConfig, key: str, value: Any) -> bool:
 changes = st.lists(st.tuples(st.sampled_from(KEYS), YAML), min_size=1, max_size=2)
 
 
-@small(40)
+@small(25)
 @given(changes=changes)
 def test_any_value_in_any_place(dataset, changes):
     check_values(dataset, changes)
@@ -191,7 +191,7 @@ misspelt = (
 )
 
 
-@small(12)
+@small(8)
 @given(*misspelt)
 def test_a_misspelt_key(key, place, letter, value):
     check_misspelt(key, place, letter, value)
@@ -209,12 +209,12 @@ def test_a_misspelt_key_at_length(key, place, letter, value):
     [
         ("seed", -1, "seed=-1: expected a whole number from 0 to 4294967295"),
         ("seed", 1.5, "seed=1.5: expected a whole number"),
-        ("run_dir", None, "run_dir=null: expected a folder, got NoneType"),
-        ("cache_dir", 3, "cache_dir=3: expected a folder, got int"),
+        ("run_dir", None, "run_dir=null: expected a folder, got null"),
+        ("cache_dir", 3, "cache_dir=3: expected a folder, got the number 3"),
         ("init_from", 5, "init_from=5: expected a run's folder"),
         ("pretrain", True, "pretrain=True: expected groups of a first stage"),
         ("pretrain", {"trainr": {}}, "unknown key of pretrain 'trainr': did you mean 'trainer'"),
-        ("trusted_packages", "a", r"trusted_packages=a: expected a list of packages, got str"),
+        ("trusted_packages", "a", r"trusted_packages=a: expected a list of packages, got the text 'a'"),
         ("embedder", None, "embedder=null: expected a mapping with _target_"),
         ("model", 3, "model=3: expected a mapping with _target_"),
         ("data", "abc", "data=abc: expected a mapping"),
@@ -237,8 +237,8 @@ def test_a_misspelt_key_at_length(key, place, letter, value):
         ("trainer.n_bootstrap", -1, "trainer.n_bootstrap=-1: expected 0 to 1000000"),
         ("trainer.num_workers", -1, "trainer.num_workers=-1: expected 0 to 1024. 0 builds batches in this process"),
         ("trainer.accelerator", "gpus", "unknown trainer.accelerator 'gpus': did you mean 'gpu'"),
-        ("data.n_bins", "abc", "data.n_bins=abc: expected 2 to 10000 bins, got str"),
-        ("data.min_count", 1.5, "data.min_count=1.5: expected 1 or more events, got float"),
+        ("data.n_bins", "abc", "data.n_bins=abc: expected 2 to 10000 bins, got the text 'abc'"),
+        ("data.min_count", 1.5, "data.min_count=1.5: expected 1 or more events, got the number 1.5"),
         ("data.lookups", "abc", "data.lookups=abc: expected a list of CSV files"),
         ("data.lookups", [None], r"data.lookups=\[None\]: expected a list of CSV files"),
         ("data.min_text_coverage", 3, r"data.min_text_coverage=3: expected a share in \[0, 1\]"),
@@ -287,7 +287,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if n > 1 else []) for n, case in enumerate(CASES)],
+    [pytest.param(*case, marks=[pytest.mark.slow] if n else []) for n, case in enumerate(CASES)],
 )
 def test_the_command_line_says_it_in_one_line(tmp_path, arguments, told):
     command = [sys.executable, str(ROOT / "train.py"), *last_of_each(["embedder=hashing", *arguments])]

@@ -24,11 +24,11 @@ from ehr_embed.comparison.report import write_report
 from ehr_embed.config.instantiate import instantiate
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.outcome import message_of, outcome_of
-from ehr_embed.core.secrets import masked
+from ehr_embed.core.secrets import masked, without_private
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.search.tracking import log_search
-from ehr_embed.trackers.wandb import WandbTracker, without_private
+from ehr_embed.trackers.wandb import WandbTracker
 from tests.helpers.configs import composed
 from tests.helpers.no_account import no_account  # noqa: F401 (a fixture for all)
 from tests.helpers.pickles import Call

@@ -114,7 +114,7 @@ ATTACKS: list[tuple[str, Any]] = [
     ("task", named("ehr_embed.tasks.protocol.Task")),
     ("task", named("ehr_embed.tasks.protocol.check_class_weights", weights=[0])),
     ("task", named("ehr_embed.core.files.write_json", path="pwned", value=1)),
-    ("embedder", named("ehr_embed.embedders.sentence_transformer.SentenceTransformer", model_name_or_path="evil")),
+    ("embedder", named("ehr_embed.embedders.pooled_encoder.SentenceTransformer", model_name_or_path="evil")),
     ("embedder", named("ehr_embed.embedders.sentence_transformer.load_pretrained")),
     ("embedder", named("ehr_embed.embedders.shuffled_text.deranged", names=[], seed=0)),
     ("embedder", named("ehr_embed.embedders.protocol.Embedder")),

@@ -95,7 +95,7 @@ def test_an_old_target_of_ones_own_yaml_is_built(place):
     assert config.trainer["_target_"] == OLD_SETTINGS
     assert instantiate(config.trainer).epochs == 3
     config.trainer.epochs = "three"
-    with pytest.raises(UserError, match=r"trainer\.epochs=three: expected .*got str"):
+    with pytest.raises(UserError, match=r"trainer\.epochs=three: expected .*got the text 'three'"):
         instantiate(config.trainer)
 
 

@@ -135,11 +135,13 @@ def test_no_trial_waits_for_the_slowest(tmp_path):
     assert {job["threads"] for job in started(log)} == {os.environ["OMP_NUM_THREADS"]}
 
 
-def test_each_slot_has_its_own_device(tmp_path):
+def test_each_slot_has_its_own_device_and_each_trial_is_alone(tmp_path):
+    """A search that Slurm started as one of two tasks is a process on a study, and its trials are no parts of one run."""
     log = tmp_path / "started"
     arguments = ("x=0,1,2,3", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2", f"started={log}", "seconds=0.5")
-    search(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="5,7")
+    search(*arguments, cwd=tmp_path, CUDA_VISIBLE_DEVICES="5,7", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
     assert {job["gpu"] for job in started(log)} == {"5", "7"}
+    assert {job["n_launched"] for job in started(log)} == {1}
 
 
 def test_pruning_stops_a_planted_bad_trial_early(tmp_path):

@@ -101,7 +101,9 @@ def test_labels_that_cannot_be_used_are_refused(prepared):
     refused_labels(prepared, [(99, 2.0, True)], r"none of its 1 subjects \(such as 99\) has events")
     refused_labels(prepared, [(s, 2.0, s == 11) for s in SUBJECTS], "split tuning: only one class")
     refused_labels(prepared, good[:6], "no labels for the held_out split")
-    refused_labels(prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* Drop the other rows")
+    refused_labels(
+        prepared, [*good, (10, 2.0, True)], "subject 10 has several labels at .* contradict each other, false and true"
+    )
     refused_labels(
         prepared, [(s, 2.0, ("xz"[s % 2] if s < 20 else "y")) for s in SUBJECTS], "classes y do not occur in train"
     )

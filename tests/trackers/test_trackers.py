@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -252,3 +253,50 @@ def test_a_misspelt_mode_lists_the_valid_ones(tmp_path):
 def test_log_table_needs_the_table(tmp_path):
     with pytest.raises(UserError, match="log_table"):
         offline(tmp_path, log_table=True)
+
+
+def test_the_report_is_sent_as_a_page_and_without_codes_unless_asked(tmp_path):
+    def make(*, has_codes: bool = True) -> str:
+        return "<p>CODE//1</p>" if has_codes else "<p>no codes</p>"
+
+    for name, wanted in (("private", False), ("shared", True)):
+        with offline(tmp_path / name, log_examples=wanted) as tracker:
+            tracker.add_report(make)
+        run = only_run(tmp_path / name)
+        assert any("report/run" in row for row in run.history)
+        (page,) = (path for path in (tmp_path / name).rglob("*.html"))
+        assert ("CODE//1" in page.read_text()) is wanted
+    with offline(tmp_path / "search", job_type="search") as tracker:
+        tracker.add_report(make)
+    assert any("report/search" in row for row in only_run(tmp_path / "search").history)
+
+
+def test_a_sweep_of_wandb_types_overrides_that_compose():
+    """W&B's agent makes the command line; what it makes is composed here, without an account."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    from tests.helpers.configs import composed
+
+    sweep = OmegaConf.to_container(OmegaConf.load(ROOT / "sweeps" / "wandb" / "encoder.yaml"), resolve=False)
+    assert sweep["program"] == "train.py"
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["metric"]["name"].startswith("best/tuning/"), "held_out is not chosen by"
+    values = {
+        key: {"value": given["values"][-1] if "values" in given else given["max"]}
+        for key, given in sweep["parameters"].items()
+    }
+    made = create_sweep_command_args({"args": values})
+    sweep_vars = {
+        "interpreter": ["python"], "program": [sweep["program"]], "args": made["args"],
+        "args_no_hyphens": made["args_no_hyphens"], "env": ["/usr/bin/env"],
+    }  # fmt: skip
+    typed: list[str] = []
+    for word in sweep["command"]:
+        name = word.removeprefix("${").removesuffix("}") if re.fullmatch(r"\$\{\w+\}", word) else None
+        typed += sweep_vars[name] if name else [word]
+    assert typed[:3] == ["/usr/bin/env", "python", "train.py"]
+    cfg = composed(*typed[3:])
+    assert cfg.model.n_layers == 3
+    assert cfg.trainer.learning_rate == 0.01
+    assert cfg.tracker["_target_"].endswith("WandbTracker")
+    assert re.fullmatch(r"runs/wandb/\d{4}-\d\d-\d\d/[\d-]+", cfg.run_dir)

@@ -30,9 +30,12 @@ from ehr_embed.training.state import seed_of_rank
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.configs import composed
 from tests.helpers.overrides import last_of_each
+from tests.helpers.ranks import quick_ranks  # noqa: F401 (a fixture for all)
 from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
+# What starts Python for each process, as a run does: test_a_process_ends_with_the_one_that_started_it, and the slow ones.
+pytestmark = pytest.mark.usefixtures("quick_ranks")
 SMALL = (
     "embedder=hashing",
     "embedder.trainable=residual",
@@ -262,11 +265,16 @@ def test_when_one_fails_the_others_are_ended(monkeypatch, action, kind, words):
 
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path):
-    script = (
-        "import os\nfrom functools import partial\nfrom pathlib import Path\nfrom ehr_embed.training.processes import run_ranks\n"
-        "from tests.training.test_processes import announce\n"
-        f"if __name__ == '__main__': run_ranks(partial(announce, {str(tmp_path)!r}), 2)\n"
-    )
+    script = f"""
+import os, time
+from pathlib import Path
+from ehr_embed.training.processes import run_ranks
+def announce():
+    Path({str(tmp_path)!r}, f"{{os.getpid()}}.pid").touch()
+    time.sleep(1000)
+if __name__ == "__main__":
+    run_ranks(announce, 2)
+"""
     (tmp_path / "main.py").write_text(script)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], env=os.environ | {"PYTHONPATH": path})
@@ -280,11 +288,6 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-
-
-def announce(folder: str) -> None:
-    Path(folder, f"{os.getpid()}.pid").touch()
-    time.sleep(1000)
 
 
 def test_processes_and_devices_that_do_not_fit_are_refused(monkeypatch):
@@ -402,6 +405,7 @@ def test_all_start_from_what_rank_0_has():
     assert first < later
 
 
+@pytest.mark.slow
 def test_a_trial_is_alone_however_its_search_was_started(dataset, tmp_path):
     """Two searches of one step of Slurm's, as `srun -n 2` has them, are two processes on one study and not one run."""
     more = [o for o in overrides(dataset, tmp_path / "unused") if not o.startswith("run_dir")]

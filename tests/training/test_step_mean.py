@@ -28,8 +28,9 @@ from ehr_embed.training.sharding import whole_tensor
 from ehr_embed.training.trainer import Trainer
 from tests.helpers.planted import planted
 from tests.helpers.planted_events import planted as rounds
+from tests.helpers.ranks import quick_ranks
 
-__all__ = ["planted", "rounds"]  # the fixtures
+__all__ = ["planted", "quick_ranks", "rounds"]  # the fixtures
 WIDTH = 12
 
 
@@ -158,7 +159,7 @@ def on_rank(place: tuple[Any, ...], run_dir: Path, name: str, **settings: Any) -
     ("name", "batch_size", "n_batches", "strategy"), [("weighted classes", 8, 8, "ddp"), ("next events", 7, 6, "fsdp")]
 )
 def test_two_processes_have_the_gradient_of_the_mean_over_both(
-    planted, rounds, tmp_path, name, batch_size, n_batches, strategy
+    planted, rounds, quick_ranks, tmp_path, name, batch_size, n_batches, strategy
 ):
     place = (rounds[0], rounds[1] / "labels") if "events" in name else planted
     trainer, *_ = built(*place, tmp_path, TASKS[name](), batch_size=batch_size)

@@ -47,6 +47,7 @@ def test_a_seed_set_before_the_model_is_built_repeats_the_run(planted, tmp_path)
     assert without_times(first) != without_times(other)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same(planted, tmp_path, monkeypatch):
     """Traced, with gradients, for batches of any length; the compiler proper, which takes minutes, is torch's to test."""
     compiled: list[nn.Module] = []

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ehr_embed.config.instantiate import instantiate
+from ehr_embed.core.launchers import n_launched
 from ehr_embed.experiment.cli import run_main
 from ehr_embed.search.trial import current_trial
 
@@ -20,6 +21,7 @@ def main(cfg: DictConfig) -> float | tuple[float, float]:
     if cfg.started:
         record = {"pid": os.getpid(), "folder": HydraConfig.get().runtime.output_dir, "x": cfg.x, "text": cfg.text}
         record |= {"threads": os.environ.get("OMP_NUM_THREADS"), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        record["n_launched"] = n_launched()
         with open(cfg.started, "a") as file:
             file.write(json.dumps(record) + "\n")
     value = (cfg.x - (cfg.kind.name == "shifted")) ** 2 + cfg.y**2 + 0.01 * cfg.seed

@@ -1,0 +1,404 @@
+"""Draw the pictures of README.md and of the site's home page: `python docs/pictures.py`.
+
+The figures in them are read from the tables of docs/asking.md, docs/hospitals.md and docs/speed.md, so that a picture is renewed
+with its page; a test compares the pictures with the pages. `python docs/pictures.py --terminal` records the terminal anew, by a
+real run of the demo.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PICTURES = DOCS / "pictures"
+FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+MONO = "ui-monospace, 'SF Mono', 'DejaVu Sans Mono', monospace"
+LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1b2430",
+    "soft": "#5a6675",
+    "line": "#c9d3de",
+    "band": "#f1f5fa",
+    "good": "#0072b2",
+    "other": "#9aa7b5",
+    "bad": "#d55e00",
+    "green": "#00795a",
+    "accent": "#0072b2",
+}
+DARK = {
+    "paper": "#0d1117",
+    "ink": "#e6edf3",
+    "soft": "#9da9b6",
+    "line": "#39434f",
+    "band": "#161d27",
+    "good": "#56b4e9",
+    "other": "#6d7a88",
+    "bad": "#ff9a5c",
+    "green": "#35c79c",
+    "accent": "#56b4e9",
+}
+COLUMNS, N_FIRST_LINES = 104, 2
+MODES = {"light": LIGHT, "dark": DARK}
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def row(page: str, start: str) -> list[str]:
+    """Return the cells of the first table row of a page that starts with a text.
+
+    Raises:
+        SystemExit: the page has no such row any more; its picture must then be thought over.
+    """
+    for line in (DOCS / page).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().replace("**", "") for cell in line.strip().strip("|").split(" | ")]
+        if line.startswith("|") and cells[0].startswith(start):
+            return cells
+    sys.exit(f"docs/{page} has no table row that starts with {start!r}; a picture of docs/pictures.py tells it")
+
+
+def number(cell: str) -> float:
+    """Return the first decimal number of a cell."""
+    found = NUMBER.search(cell)
+    if found is None:
+        sys.exit(f"{cell!r} holds no number for a picture of docs/pictures.py")
+    return float(found[0])
+
+
+def interval(cell: str) -> tuple[float, float] | None:
+    """Return the ends of a cell's interval, if it has one.
+
+    >>> interval("0.806 [0.753, 0.851]"), interval("0.761")
+    ((0.753, 0.851), None)
+    """
+    found = re.search(r"\[(\d+\.\d+), (\d+\.\d+)\]", cell)
+    return (float(found[1]), float(found[2])) if found else None
+
+
+class Drawing:
+    """An SVG picture in one palette."""
+
+    def __init__(self, width: int, height: int, title: str, colours: dict[str, str]) -> None:
+        self.c = colours
+        self.parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
+            f"<title>{escape(title)}</title>",
+            f'<rect width="{width}" height="{height}" rx="10" fill="{colours["paper"]}"/>',
+        ]
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 14,
+        colour: str = "ink",
+        weight: int = 400,
+        anchor: str = "start",
+        mono: bool = False,
+    ) -> None:
+        """Write a line of text."""
+        family = MONO if mono else FONT
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" font-family="{family}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" '
+            f'fill="{self.c.get(colour, colour)}">{escape(text)}</text>'
+        )
+
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        fill: str = "band",
+        line: str = "line",
+        radius: int = 8,
+    ) -> None:
+        """Draw a box."""
+        self.parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" fill="{self.c.get(fill, fill)}" '
+            f'stroke="{self.c.get(line, line)}"/>'
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, *, colour: str = "line", width: float = 1.5) -> None:
+        """Draw a line."""
+        self.parts.append(
+            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{self.c.get(colour, colour)}" '
+            f'stroke-width="{width:g}"/>'
+        )
+
+    def dot(self, x: float, y: float, *, colour: str, radius: float = 5) -> None:
+        """Draw a dot."""
+        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{self.c.get(colour, colour)}"/>')
+
+    def arrow(self, x1: float, y: float, x2: float) -> None:
+        """Draw an arrow to the right."""
+        self.line(x1, y, x2 - 6, y, colour="soft", width=2)
+        self.parts.append(f'<path d="M{x2 - 9:g} {y - 5:g} l9 5 -9 5 z" fill="{self.c["soft"]}"/>')
+
+    def svg(self) -> str:
+        """Return the picture."""
+        return "\n".join([*self.parts, "</svg>", ""])
+
+
+def overview(c: dict[str, str]) -> str:
+    """Draw the way from the texts of events to an answer."""
+    d = Drawing(
+        1000, 250, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c
+    )
+    heads = (
+        (16, 225, "1  a record's events, as text"),
+        (285, 195, "2  each text embedded once"),
+        (524, 190, "3  a small model"),
+        (758, 226, "4  an answer, checked"),
+    )
+    for x, width, title in heads:
+        d.box(x, 44, width, 184)
+        d.text(x + width / 2, 30, title, size=14, weight=600, anchor="middle")
+    events = (
+        ("2 y", "Type 2 diabetes"),
+        ("14 mo", "Creatinine = 1.9"),
+        ("8 mo", "Shortness of breath"),
+        ("20 d", "Furosemide 40 mg"),
+        ("3 d", "Leg oedema"),
+    )
+    for number_, (when, text) in enumerate(events):
+        y = 74 + 31 * number_
+        d.text(66, y, when, size=12, colour="soft", anchor="end")
+        d.dot(80, y - 4, colour="accent", radius=4)
+        d.text(94, y, text, size=13)
+    shades = ((9, 3, 6, 1, 8, 4), (2, 7, 5, 9, 1, 6), (6, 1, 8, 4, 3, 9), (3, 9, 2, 7, 5, 1), (8, 4, 1, 6, 9, 2))
+    for line, values in enumerate(shades):
+        for column, value in enumerate(values):
+            d.parts.append(
+                f'<rect x="{305 + 26 * column}" y="{60 + 31 * line}" width="24" height="20" rx="3" fill="{c["good"]}" '
+                f'opacity="{value / 10}"/>'
+            )
+    d.text(382, 222, "one row per distinct text", size=12, colour="soft", anchor="middle")
+    for name, y in (("transformer", 62), ("or boosting", 106), ("code_tab, GRU, Cox", 150)):
+        d.box(544, y, 150, 34, fill="paper")
+        d.text(619, y + 22, name, size=13, anchor="middle")
+    d.text(619, 212, "config, search, seeds", size=12, colour="soft", anchor="middle")
+    d.text(774, 76, "Heart failure within a year", size=13, weight=600)
+    d.line(774, 106, 966, 106, colour="line", width=6)
+    d.line(850, 106, 910, 106, colour="green", width=6)
+    d.dot(881, 106, colour="green", radius=7)
+    d.text(774, 136, "risk, with what moved it", size=13)
+    for y, text in (
+        (162, "95 % intervals over subjects"),
+        (186, "audit: no later event is seen"),
+        (210, "report.html, model card"),
+    ):
+        d.text(774, y, f"✓ {text}", size=12, colour="soft")
+    for x in (245, 484, 718):
+        d.arrow(x, 136, x + 36)
+    return d.svg()
+
+
+def bars(
+    title: str,
+    told: str,
+    entries: list[tuple[str, float, tuple[float, float] | None, str]],
+    low: float,
+    high: float,
+    c: dict[str, str],
+    *,
+    unit: str = "AUROC",
+) -> str:
+    """Draw values with intervals on one axis: (name, value, interval, colour)."""
+    d = Drawing(480, 96 + 40 * len(entries), title, c)
+    d.text(20, 32, title, size=17, weight=600)
+    d.text(20, 53, told, size=12, colour="soft")
+    left, right, bottom = 220, 400, 64 + 40 * len(entries)
+
+    def at(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    for tick in (low, (low + high) / 2, high):
+        d.line(at(tick), 66, at(tick), bottom, colour="line", width=1)
+        d.text(at(tick), bottom + 18, f"{tick:g}", size=11, colour="soft", anchor="middle")
+    d.text(right + 68, bottom + 18, unit, size=11, colour="soft", anchor="end")
+    for place, (name, value, ends, colour) in enumerate(entries):
+        y = 86 + 40 * place
+        d.text(left - 12, y + 5, name, size=13, anchor="end")
+        if ends:
+            d.line(at(ends[0]), y, at(ends[1]), y, colour=colour, width=3)
+        d.dot(at(value), y, colour=colour, radius=6)
+        d.text(right + 16, y + 5, f"{value:.3f}", size=14, weight=600, colour="soft" if colour == "other" else colour)
+    return d.svg()
+
+
+def asking(c: dict[str, str]) -> str:
+    """Draw what an outcome in words is answered with, beside what sampled futures give."""
+    words, few, many = (
+        row("asking.md", start) for start in ('hazards, "osteoarthritis"', "20 sampled futures", "100 such futures")
+    )
+    entries = [
+        ("asked in words, one pass", number(words[1]), interval(words[1]), "good"),
+        ("20 sampled futures", number(few[1]), interval(few[1]), "other"),
+        ("100 sampled futures", number(many[1]), interval(many[1]), "other"),
+    ]
+    return bars(
+        "“osteoarthritis”, never labelled",
+        "held-out onset within a year, GiBleed, no label in training",
+        entries,
+        0.6,
+        0.9,
+        c,
+    )
+
+
+def hospitals(c: dict[str, str]) -> str:
+    """Draw what one model keeps in a hospital with other codes."""
+    aligned, alone = (
+        row("hospitals.md", "`code_tab`, PhysioNet 2012"),
+        row("hospitals.md", "the same with `data.aligned_to=none`"),
+    )
+    shuffled = [float(value) for value in NUMBER.findall(aligned[4])]
+    entries = [
+        ("codes aligned by text", number(aligned[2]), interval(aligned[2]), "good"),
+        ("without alignment", number(alone[2]), interval(alone[2]), "other"),
+        (f"wrong texts ({len(shuffled)} draws)", sum(shuffled) / len(shuffled), (min(shuffled), max(shuffled)), "bad"),
+    ]
+    return bars(
+        "A hospital with other codes", "trained on PhysioNet 2012, unchanged on 722 stays of eICU", entries, 0.4, 1.0, c
+    )
+
+
+def speed(c: dict[str, str]) -> str:
+    """Draw how many times faster or smaller things are than the designs that they are measured against."""
+    starts = (
+        ("training, per event", "training, events/s against the original"),
+        ("building batches", "building batches"),
+        ("embedding texts", "embedding texts of events"),
+        ("bytes on disk per event", "bytes on disk per event"),
+    )
+    told = []
+    for name, start in starts:
+        cell = row("speed.md", start)[1]
+        found = re.match(r"(?:1/)?(\d+)(?:x)?", cell)
+        if found is None:
+            sys.exit(f"docs/speed.md: {cell!r} does not begin with a ratio")
+        told.append((name, int(found[1])))
+    against = {
+        "training, per event": "the original design",
+        "building batches": "meds-torch-data",
+        "embedding texts": "encode per event",
+        "bytes on disk per event": "one .pt file per patient",
+    }
+    d = Drawing(480, 96 + 40 * len(told), "Speed and size against peers", c)
+    d.text(20, 32, "Times faster, times smaller", size=17, weight=600)
+    d.text(20, 53, "2 CPU cores, no GPU; the page says against what and how", size=12, colour="soft")
+    most = max(value for _, value in told)
+    for place, (name, value) in enumerate(told):
+        y = 76 + 40 * place
+        d.text(20, y + 13, name, size=13)
+        d.text(20, y + 27, against[name], size=11, colour="soft")
+        width = 12 + 170 * (value / most) ** 0.5
+        d.box(205, y + 4, width, 18, fill="good", line="good", radius=3)
+        d.text(205 + width + 8, y + 18, f"{value}x", size=14, weight=600)
+    d.text(20, 84 + 40 * len(told), "Lengths are square roots, so that all can be seen.", size=11, colour="soft")
+    return d.svg()
+
+
+def badge(left: str, right: str) -> str:
+    """Draw a badge: a name and a fact of this repository."""
+    a, b = 7 * len(left) + 14, 7 * len(right) + 14
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {a + b} 20" width="{a + b}" height="20" role="img">'
+        f"<title>{escape(left)}: {escape(right)}</title>"
+        f'<rect width="{a + b}" height="20" rx="4" fill="#3d4a59"/><rect x="{a}" width="{b}" height="20" rx="4" fill="#0072b2"/>'
+        f'<rect x="{a}" width="6" height="20" fill="#0072b2"/>'
+        f'<g fill="#ffffff" font-family="{FONT}" font-size="12" text-anchor="middle">'
+        f'<text x="{a / 2:g}" y="14">{escape(left)}</text><text x="{a + b / 2:g}" y="14">{escape(right)}</text></g></svg>\n'
+    )
+
+
+def drawn() -> dict[str, str]:
+    """Return every picture by file name, but the terminal."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    version = re.search(
+        r'^__version__ = "(.+)"', (ROOT / "ehr_embed" / "__init__.py").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert version is not None
+    found = {
+        f"{name}-{mode}.svg": draw(colours)
+        for name, draw in (("overview", overview), ("asking", asking), ("hospitals", hospitals), ("speed", speed))
+        for mode, colours in MODES.items()
+    }
+    badges = {
+        "version": version[1],
+        "python": project["requires-python"].removeprefix(">=") + "+",
+        "licence": project["license"],
+    }
+    return found | {f"badge-{name}.svg": badge(name, value) for name, value in badges.items()}
+
+
+def terminal() -> dict[str, str]:
+    """Return the pictures of a terminal in which `ehr-embed train` runs, from a real run of the demo."""
+    from rich.console import Console
+    from rich.terminal_theme import DIMMED_MONOKAI, MONOKAI, TerminalTheme
+    from rich.text import Text
+
+    with tempfile.TemporaryDirectory() as folder:
+        # As in a user's terminal: folders below the present one, and as many threads as the run itself chooses.
+        hidden = ("OMP_NUM_THREADS", "EHR_EMBED_CACHE")
+        environment = {key: value for key, value in os.environ.items() if key not in hidden}
+        environment |= {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+        command = [
+            sys.executable,
+            "-m",
+            "ehr_embed",
+            "train",
+            "data.n_subjects=2000",
+            "trainer.epochs=4",
+            "run_dir=runs/first",
+        ]
+        main, child = pty.openpty()
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child, stderr=child)
+        os.close(child)
+        output = b""
+        while True:
+            try:
+                part = os.read(main, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            output += part
+        if process.wait():
+            sys.exit(output.decode(errors="replace"))
+    lines = [line.split("\r")[-1] for line in output.decode(errors="replace").replace("\r\n", "\n").split("\n")]
+    shown = [line for line in lines if line.strip()]
+    first = next(number for number, line in enumerate(shown) if line.startswith("epoch"))
+    shown = [*shown[:N_FIRST_LINES], f"... {first - N_FIRST_LINES} lines of what was read and prepared", *shown[first:]]
+    if folder in "".join(shown):
+        sys.exit("the capture names a folder of this machine")
+    pictures = {}
+    light = TerminalTheme((255, 255, 255), (27, 36, 48), list(DIMMED_MONOKAI.ansi_colors._colors))
+    for mode, theme in (("light", light), ("dark", MONOKAI)):
+        console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+        console.print(Text("$ ehr-embed train data.n_subjects=2000 trainer.epochs=4 run_dir=runs/first", style="bold"))
+        for line in shown:
+            console.print(Text.from_ansi(line))
+        svg = console.export_svg(title="ehr-embed train", theme=theme)
+        # rich would load its font from another host.
+        pictures[f"terminal-{mode}.svg"] = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    return pictures
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    pictures = drawn() | (terminal() if "--terminal" in sys.argv else {})
+    for name, svg in pictures.items():
+        (PICTURES / name).write_text(svg, encoding="utf-8")
+    print(f"wrote {len(pictures)} pictures into {PICTURES.relative_to(ROOT)}")

@@ -1,0 +1,84 @@
+"""Write the leaderboard of docs/results.md from the tables in docs/results/: `python docs/results.py`.
+
+A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading,
+and say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+METRICS = ("auroc", "auprc", "concordance", "integrated_brier", "squared_error", "explained")
+SPLITS = ("held_out/", "ensemble/")
+FACTS = ("seconds", "train_seconds", "events_per_s", "n_parameters")
+PROVENANCE = ("command", "commit", "hardware", "date")
+NOT_KEYS = ("n_runs", "runs", "folder", *PROVENANCE)
+
+
+def cell(row: dict[str, str], name: str) -> str:
+    """Return a metric as mean, SD over runs, and interval.
+
+    >>> cell({"a": "0.8812", "a/sd": "0.0008", "a/low": "0.879", "a/high": "0.883"}, "a"), cell({"a": ""}, "a")
+    ('0.881 ± 0.001 [0.879, 0.883]', '')
+    """
+    if not row.get(name):
+        return ""
+    told = f"{float(row[name]):.3f}"
+    if row.get(f"{name}/sd"):
+        told += f" ± {float(row[f'{name}/sd']):.3f}"
+    if row.get(f"{name}/low") and row.get(f"{name}/high"):
+        told += f" [{float(row[f'{name}/low']):.3f}, {float(row[f'{name}/high']):.3f}]"
+    return told
+
+
+def table(path: Path, entry: dict[str, str]) -> str:
+    """Return one table of results as Markdown, with its provenance row by row."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])
+    keys = [
+        name for name in names if name not in (*NOT_KEYS, *FACTS) and "/" not in name and any(row[name] for row in rows)
+    ]
+    metrics = [
+        name for name in names if name.count("/") == 1 and name.startswith(SPLITS) and name.split("/")[1] in METRICS
+    ]
+    if any("seconds" in row and row["seconds"] for row in rows):
+        metrics.append("seconds")
+    told = [name for name in PROVENANCE if name in names and any(row[name] for row in rows)]
+    head = [*keys, "runs", *(name.replace("held_out/", "").replace("/", " ") for name in metrics), *told]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        values = [
+            *(row[name].rpartition(".")[2] if row[name].startswith("ehr_embed.") else row[name] for name in keys),
+            row["n_runs"],
+            *(f"{float(row[name]):.0f}" if name == "seconds" and row[name] else cell(row, name) for name in metrics),
+            *(f"`{row[name]}`" if name == "command" and row[name] else row[name] for name in told),
+        ]
+        lines.append(f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |")
+    about = f"{entry['about']}\n\n" if entry.get("about") else ""
+    return f"### {entry.get('title', path.stem.replace('_', ' '))}\n\n{about}" + "\n".join(lines) + "\n"
+
+
+def leaderboard() -> str:
+    """Return all tables, in the order of titles.yaml, then those without an entry there."""
+    titles: dict[str, dict[str, str]] = yaml.safe_load((TABLES / "titles.yaml").read_text(encoding="utf-8"))
+    paths = {path.stem: path for path in sorted(TABLES.glob("*.csv"))}
+    order = [name for name in titles if name in paths] + [name for name in paths if name not in titles]
+    return "\n".join(table(paths[name], titles.get(name, {})) for name in order)
+
+
+def expanded(page: str) -> str:
+    """Return the page with the leaderboard written anew."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{leaderboard()}\n{found[2]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(expanded(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote the leaderboard of {PAGE.relative_to(ROOT)}")
