@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import serve as benchmark
 from ehr_embed.experiment.run import run
 from tests.helpers.configs import composed
 from tests.helpers.small_meds import ROOT
@@ -147,3 +148,15 @@ def wait_until_begun(port: int) -> None:
                 return
         time.sleep(0.02)
     pytest.fail("the request was not begun")
+
+
+def test_the_benchmark_measures_a_server(folder, capsys):
+    root = next((folder.parents[2] / "cache").glob("demo-160-*"))
+    benchmark.main(["--run", str(folder), "--data", str(root), "--clients", "1", "3", "--seconds", "0.5"])
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    assert [row["clients"] for row in found["by_clients"]] == [1, 3]
+    for row in found["by_clients"]:
+        assert row["requests_per_s"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["cpu_ms_a_request"] > 0
+    assert found["by_clients"][0]["records_per_batch"] == pytest.approx(1)
