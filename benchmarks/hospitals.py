@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import polars as pl
 from hydra import compose, initialize_config_dir
 
 from benchmarks.common import report
+from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation.metrics import binary_metrics
 from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.layout import FINISHED, predictions_file
@@ -32,6 +32,11 @@ from ehr_embed.sources.protocol import SPLITS
 CONF = Path(__file__).parents[1] / "conf"
 PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
+WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
+        "pool": "boosting pooled"}  # fmt: skip
+WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm"}
+"""Runs of other parts that use all labels."""
+QUICK = ("trainer.n_bootstrap=0",)
 TRAINER = ("trainer.threads=1", "audit=off")
 LAST = ("trainer.keep=last", "trainer.patience=null")
 CODE_TAB = (
@@ -68,13 +73,16 @@ class Lab:
     folder: Path
     seeds: tuple[int, ...]
     draws: tuple[int, ...]
+    sizes: tuple[int, ...] = SIZES
+    ways: tuple[str, ...] = tuple(WAYS)
+    cache: tuple[str, ...] = ()
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Make a run unless it is there, and return its metrics."""
         folder = self.folder / name
         if not (folder / FINISHED).exists():
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg = compose("train", overrides=[*overrides, *TRAINER, f"run_dir={folder}"])
+                cfg = compose("train", overrides=[*overrides, *TRAINER, *self.cache, f"run_dir={folder}"])
             run(cfg)
         found: dict[str, Any] = json.loads((folder / FINISHED).read_text())
         return found
@@ -121,44 +129,42 @@ def few(lab: Lab) -> list[list[str]]:
     away, home = lab.away, lab.home
     start = lab.trained(home, "tab", 0)
     n_train = lab.run(f"{away.name}_gbm_0", *MODELS["gbm"], *away.data, "seed=0")["train"]["n"]
-    pool = pooled_data(lab)
-    rows = [
-        [
-            "0",
-            "",
-            "",
-            "",
-            held_out(lab.unchanged(home, away, "tab", 0, "texts")),
-            "",
-            held_out(lab.unchanged(home, away, "gbm", 0, "texts")),
-        ]
-    ]
-
-    def over_draws(name: str, share: float, *overrides: str, key: str = "task.label_fraction={}") -> str:
-        found = []
-        for draw in lab.draws:
-            metrics = lab.run(
-                f"few_{name}_{draw}",
-                *overrides,
-                key.format(share),
-                f"task.fraction_seed={draw}",
-                "trainer.n_bootstrap=0",
-            )
-            here = metrics.get("datasets", {}).get(away.root.name, metrics)
-            found.append(float(here["held_out"]["auroc"]["value"]))
-        return mean_sd(found)
-
-    for n in (*SIZES, n_train):
+    ways: dict[str, tuple[str, ...]] = {
+        "gbm": (*MODELS["gbm"], *away.data),
+        "gbm5": (*MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
+        "tab": (*MODELS["tab"], *away.data),
+        "tuned": (*READS["tab"], *TUNED, *away.data, f"init_from={start}"),
+        "pool": ("model=gbm", *pooled_data(lab)),
+    }
+    unchanged = {kind: held_out(lab.unchanged(home, away, kind, 0, "texts")) for kind in MODELS}
+    rows = [["0", *(f"{unchanged['tab']} (unchanged)" if way == "tuned" else "" for way in ways)]]
+    for n in (*lab.sizes, n_train):
         share = 1.0 if n == n_train else round(n / n_train, 6)
-        pooled = over_draws(f"pool_{n}", share, "model=gbm", *pool, key="task.label_fraction=[1.0,{}]")
-        rows.append([
-            f"{n}",
-            over_draws(f"gbm_{n}", share, *MODELS["gbm"], *away.data),
-            over_draws(f"gbm5_{n}", share, *MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
-            over_draws(f"tab_{n}", share, *MODELS["tab"], *away.data),
-            over_draws(f"tuned_{n}", share, *READS["tab"], *TUNED, *away.data, f"init_from={start}"),
-            pooled, "",
-        ])  # fmt: skip
+        cells = []
+        for way, overrides in ways.items():
+            found = []
+            # All labels leave nothing to draw: seeds take the place of draws.
+            numbers = lab.seeds if n == n_train else lab.draws
+            for number in numbers if way in lab.ways else ():
+                if n == n_train:
+                    name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
+                    drawn: tuple[str, ...] = (f"seed={number}",)
+                else:
+                    fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
+                    name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
+                try:
+                    metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
+                except UserError as error:
+                    if "only one class" not in str(error):
+                        raise
+                    continue  # a draw of few labels without a case, of which nothing can be learned
+                here = metrics.get("datasets", {}).get(away.root.name, metrics)
+                found.append(float(here["held_out"]["auroc"]["value"]))
+            told = (
+                "" if len(found) in (0, len(numbers)) else f" ({len(found)} of {len(numbers)} draws have both classes)"
+            )
+            cells.append(mean_sd(found) + told if found else "")
+        rows.append([str(n), *cells])
     return rows
 
 
@@ -250,8 +256,7 @@ def mean_sd(values: Sequence[float]) -> str:
 
 TABLES: dict[str, tuple[Callable[[Lab], list[list[str]]], Sequence[str]]] = {
     "unchanged": (unchanged, ("direction", "model", "AUROC", "AUPRC", "AUROC, texts shuffled", "AUROC, not aligned")),
-    "few": (few, ("labels", "boosting", "boosting, leaves of 5", "code_tab from scratch", "code_tab transferred", "boosting pooled",
-                  "boosting transferred")),
+    "few": (few, ("labels", *WAYS.values())),
     "pooled": (pooled, ("hospital", "model", "AUROC alone", "AUROC pooled", "AUPRC alone", "AUPRC pooled")),
 }  # fmt: skip
 
@@ -271,9 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=SIZES, help="numbers of labels of the part few, beside all"
+    )
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="ways to use them")
     chosen = parser.parse_args(arguments)
-    if chosen.cache is not None:
-        os.environ["EHR_EMBED_CACHE"] = str(chosen.cache)
     hours = ",".join(map(str, chosen.home_hours))
     shares = ",".join("0.2" for _ in chosen.home_hours)
     prefixes = (f"task.prefixes={{hours:[{hours}],shares:[{shares}]}}",) if chosen.home_hours else ()
@@ -283,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.folder,
         tuple(range(chosen.seeds)),
         tuple(range(chosen.draws)),
+        tuple(chosen.sizes),
+        tuple(chosen.ways),
+        () if chosen.cache is None else (f"cache_dir={chosen.cache}",),
     )
     tables = {}
     for part in chosen.parts:

@@ -4,7 +4,8 @@
     python -m benchmarks.serve --run RUN_DIR --data DIR --clients 1 8 32 --seconds 20 --records 1
 
 Each client asks again as soon as it is answered, over a connection that it keeps, for records of held_out at their last event. The
-clients are threads of this process and so share the machine with the server, which is a process of its own. Prints one JSON line.
+clients are threads of this process and so share the machine with the server, which is a process of its own. `cpu_ms_a_request` is
+the server's own CPU time, which other programs of the machine change little (Linux only). Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import http.client
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,13 +45,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     bodies, events = requests_of(options.data, options.records)
     rows = []
-    with served(options.run, options.threads) as port:
+    with served(options.run, options.threads) as (port, pid):
         load(port, bodies, n_clients=1, seconds=min(2.0, options.seconds))  # warm-up
         for n_clients in options.clients:
-            before = batches_of(port)
+            before, cpu_before = batches_of(port), cpu_seconds(pid)
             found = load(port, bodies, n_clients=n_clients, seconds=options.seconds)
             n_batches = batches_of(port) - before
-            rows.append(found | {"records_per_batch": found["n_requests"] * options.records / max(1, n_batches)})
+            cpu_ms = 1000 * (cpu_seconds(pid) - cpu_before) / found["n_requests"]
+            n_records = found["n_requests"] * options.records
+            rows.append(found | {"records_per_batch": n_records / max(1, n_batches), "cpu_ms_a_request": cpu_ms})
     result = {
         "by_clients": rows,
         "records_a_request": options.records,
@@ -75,8 +80,8 @@ def requests_of(root: str, n_records: int) -> tuple[list[bytes], float]:
 
 
 @contextmanager
-def served(run: str, threads: int) -> Iterator[int]:
-    """Start the server, yield its port, and end it."""
+def served(run: str, threads: int) -> Iterator[tuple[int, int]]:
+    """Start the server, yield its port and process id, and end it."""
     command = [sys.executable, "-m", "ehr_embed.serve", f"run={run}", "port=0", f"threads={threads}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -86,7 +91,7 @@ def served(run: str, threads: int) -> Iterator[int]:
         )
         if not port:
             raise SystemExit(f"the server of {run} did not start")
-        yield int(port)
+        yield int(port), process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -143,6 +148,15 @@ def batches_of(port: int) -> float:
     text = connection.getresponse().read().decode()
     found = re.search(r"^ehr_embed_batch_records_count (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has spent, NaN where the system does not tell it."""
+    path = Path(f"/proc/{pid}/stat")
+    if not path.exists():
+        return float("nan")
+    fields = path.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

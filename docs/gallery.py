@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
-N_COLOURS, WIDEST, MOST_BYTES = 64, 1200, 600_000
+N_COLOURS, WIDEST, MOST_BYTES = 48, 1000, 600_000
 SMALL = ("data.n_subjects=3000", "trainer.threads=1")
 TINY = ("data.n_subjects=800", "trainer.threads=1", "trainer.n_bootstrap=0")
 STEPS: dict[str, tuple[str, ...]] = {
@@ -83,9 +83,8 @@ PICTURES = {
     "search-param_importances": "search/plots/param_importances.png",
     "search-slice": "search/plots/slice.png",
     "search-parallel_coordinate": "search/plots/parallel_coordinate.png",
-    "compare-param_importances": "compared/plots/optimization_history.png",
     "ask-curves": "answers/plots/1_heart_failure.png",
-    "times-risk_groups": "times/plots/risk_groups.png",
+    "times-risk_groups": "times/plots/risk_groups_outcome.png",
 }
 """Picture of the page -> the file that a step left. A file that this version does not write is passed over."""
 PAGES = {"report-run": "run/report.html", "report-search": "search/report.html"}

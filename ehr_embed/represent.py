@@ -27,6 +27,7 @@ def represent(cfg: DictConfig) -> Path:
         UserError: `Predictor` or `Representer` refuses the run, the dataset or a setting.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.experiment.inputs import alignment_settings
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.representer import Representer
     from ehr_embed.inference.trained_run import device_named, trained_on
@@ -39,7 +40,14 @@ def represent(cfg: DictConfig) -> Path:
     if root is None:
         root = str(trained_on(predictor.run, trusted=tuple(cfg.trusted_packages)).labels_dir.parent)
     path, began = Path(cfg.output).expanduser(), time.perf_counter()
-    n_rows = representer.write(path, root, labels=cfg.task.labels, split=cfg.split, lookups=tuple(cfg.data.lookups))
+    n_rows = representer.write(
+        path,
+        root,
+        labels=cfg.task.labels,
+        split=cfg.split,
+        lookups=tuple(cfg.data.lookups),
+        alignment=alignment_settings(cfg),
+    )
     log.info("%d vectors in %.1f s", n_rows, time.perf_counter() - began)
     print(f"{n_rows} vectors in {path}")
     return path

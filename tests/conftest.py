@@ -27,16 +27,19 @@ def _searched_application() -> None:
 
 @pytest.fixture(autouse=True)
 def quick_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process draw their plots and write an empty picture of each, since turning four plots into pixels takes as long
-    as a tiny training. A module that tests the pictures has a fixture of this name that does nothing; processes write them too."""
+    """Runs in this process draw their plots and write a picture of one pixel each, since turning four plots into pixels takes as
+    long as a tiny training. A module that tests the pictures has a fixture of this name that does nothing; runs in processes of
+    their own write whole pictures."""
+    from PIL import Image
+
     from ehr_embed.core.files import atomic_path
     from ehr_embed.evaluation import plots
 
-    def write_nothing(figure: object, path: str) -> None:
+    def write_pixel(figure: object, path: str) -> None:
         with atomic_path(path) as temporary:
-            temporary.touch()
+            Image.new("L", (1, 1)).save(temporary, format="PNG")
 
-    monkeypatch.setattr(plots, "_save", write_nothing)
+    monkeypatch.setattr(plots, "_save", write_pixel)
 
 
 @pytest.fixture(autouse=True)

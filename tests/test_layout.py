@@ -118,6 +118,21 @@ def test_the_drawing_of_the_architecture_is_that_of_the_code():
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
 
 
+def test_one_number_is_followed_through_five_files():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.partition("## The way of one number")[2].partition("\n## ")[0]
+    steps = [re.findall(r"`([^`]+)`", step) for step in re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]]
+    assert len(steps) == 5
+    for number, (file, *names) in enumerate(steps):
+        source = (HOUSE / file).read_text()
+        assert f"def {names[0]}(" in source
+        called = [name for name in names if name.isidentifier() and name != "conclude"]
+        assert [name for name in called if not re.search(rf"\b{name}\b", source)] == [], file
+        if 0 < number < 4:
+            assert re.search(rf"\b{names[0]}\(", (HOUSE / steps[number - 1][0]).read_text()), "the file before calls it"
+    assert "finish(" in (HOUSE / steps[1][0]).read_text()
+
+
 def test_the_command_line_answers_before_torch_is_loaded():
     """A misspelt override or `--help` takes a fraction of a second, and each job of a search starts as fast."""
     code = "import sys, ehr_embed.experiment.cli, ehr_embed.search.trial; sys.exit('torch' in sys.modules)"

@@ -79,9 +79,8 @@ def _shown_parameters(study: optuna.Study) -> list[str] | None:
             values.setdefault(name, []).append(str(value))
     if len(values) <= MAX_PARAMETERS:
         return None
-    by_use = sorted(
-        values, key=lambda name: (-len(values[name]), -len(set(values[name])))
-    )  # stable: else the first ones
+    # The sort is stable: among equals the first ones are shown.
+    by_use = sorted(values, key=lambda name: (-len(values[name]), -len(set(values[name]))))
     log.info("%d settings differ; the plots by setting show %d, those that most runs have", len(values), MAX_PARAMETERS)
     return by_use[:MAX_PARAMETERS]
 

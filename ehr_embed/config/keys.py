@@ -260,7 +260,7 @@ class ServeKeys(DeviceKeys):
 class RepresentKeys(DeviceKeys):
     """Keys of conf/represent.yaml; `Representer` says which values `per` and `pooling` have."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     per: Text

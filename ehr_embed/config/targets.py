@@ -135,8 +135,20 @@ def own_object(target: str, trusted: Sequence[str] = ()) -> Any:
     raise UserError(
         f"_target_={target} is outside the trusted packages: expected a class of {PACKAGE}, or a public one of "
         "torch.nn (modules), torch.optim (optimizers), optuna.samplers or optuna.pruners. Building anything else would run its "
-        "code. If it is yours, type: trusted_packages=[PACKAGE]"
+        f"code.{_if_yours(target)}"
     )
+
+
+def _if_yours(target: str) -> str:
+    """Return the remedy for a class of a package that nobody trusts yet: none for Python's own modules, which are nobody's.
+
+    >>> _if_yours("my.conv.Conv"), _if_yours("os.system")
+    (' Only if you know the code of my, type: trusted_packages=[my]', '')
+    """
+    package = target.partition(".")[0]
+    if package in sys.stdlib_module_names or package in {PACKAGE, *(name.partition(".")[0] for name in LIBRARIES)}:
+        return ""
+    return f" Only if you know the code of {package}, type: trusted_packages=[{package}]"
 
 
 def check_stored_node(node: Any, group: str, trusted: Sequence[str] = ()) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def _stored_value(value: Any, where: str, trusted: tuple[str, ...]) -> Any:
         if not _is_below(target, trusted):
             raise UserError(
                 f"{where}._target_={target} is outside the trusted packages: a stored configuration names one class a group, and "
-                "takes no other where its constructor expects a value. If it is yours, type: trusted_packages=[PACKAGE]"
+                f"takes no other where its constructor expects a value.{_if_yours(target)}"
             )
         _trusted_object(target, trusted)
     for key, item in value.items():
@@ -238,8 +250,8 @@ def _member(target: str, group: Group, trusted: Sequence[str]) -> Any:
             return found
     raise UserError(
         f"{group.node}._target_={target} is outside the trusted packages: the configuration came with a checkpoint, so it may name "
-        f"a class of {group.package} with the methods of {group.package}.protocol.{group.protocol}, and nothing else. If it is "
-        "yours, type: trusted_packages=[PACKAGE]"
+        f"a class of {group.package} with the methods of {group.package}.protocol.{group.protocol}, and nothing "
+        f"else.{_if_yours(target)}"
     )
 
 

@@ -116,6 +116,9 @@ def restyle(figure: Figure) -> None:
         for spine in axes.spines.values():
             spine.set_color(CHANCE)
     for artist in figure.findobj():
+        mapped = getattr(artist, "get_array", None)
+        if mapped is not None and mapped() is not None:  # its colours tell values
+            continue
         for part in ("color", "facecolor", "edgecolor", "markerfacecolor"):
             get, put = getattr(artist, f"get_{part}", None), getattr(artist, f"set_{part}", None)
             if get is None or put is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -49,6 +50,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     JobReturn.return_value = property(_value_or_raise, JobReturn.return_value.fset)  # type: ignore[method-assign,assignment,attr-defined]
     try:
         refuse_repeated(sys.argv[1:])
+        refuse_separated(sys.argv[1:], config_name)
         main()
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -65,8 +67,8 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         if wants_traceback or 'Could not detect "srun"' not in str(error):
             raise
         print(
-            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Run it on a login node, "
-            "or hydra/launcher=submitit_local for processes on this machine",
+            "error: hydra/launcher=submitit_slurm: there is no Slurm on this machine (srun was not found). Run it on a login "
+            "node, or hydra/launcher=submitit_local for processes on this machine",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -101,6 +103,24 @@ def refuse_repeated(arguments: list[str]) -> None:
                 f"{key} is given twice, as {key}={values[key]} and {key}={value}: only one of them can be meant. Leave one out; to "
                 f"run both, one after the other, type: -m {key}={values[key]},{value}"
             )
+
+
+def refuse_separated(arguments: list[str], config_name: str) -> None:
+    """Refuse overrides that an option such as `--config-dir` separates: argparse would answer with its usage alone.
+
+    Raises:
+        UserError: names the option and gives the command in the order that is read.
+    """
+    known, unread = get_args_parser().parse_known_args(arguments)
+    is_unknown_option = any(argument.startswith("-") for argument in unread)  # of which argparse itself tells
+    if not unread or not known.overrides or is_unknown_option:
+        return
+    overrides = [*known.overrides, *unread]
+    options = [argument for argument in arguments if argument not in overrides]
+    raise UserError(
+        f"{unread[0]} stands after {shlex.join(options)}, and {known.overrides[0]} before it: overrides must stand together, with "
+        f"options before them. Type: {command(config_name)} {shlex.join([*options, *overrides])}"
+    )
 
 
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:

@@ -11,16 +11,17 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ehr_embed.calibration.protocol import Calibration
+from ehr_embed.core.errors import UserError
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.models.gbm import GBM
-from ehr_embed.run_folder.checkpoints import Continuation
+from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.origin import Origin
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.protocol import Source
-from ehr_embed.tasks.protocol import Outputs, Task
+from ehr_embed.tasks.protocol import Outputs, TakesSizes, Task
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
@@ -154,3 +155,20 @@ class EpochLog:
                 row["epoch"], row["train/loss"], row["tuning/loss"], self.monitor, value, f"{row['train/events_per_s']:,.0f}",
             )  # fmt: skip
         self.trial.report(value, step=epoch)
+
+
+def give_sizes(task: TakesSizes, init_from: str | Path | None, prepared: Prepared) -> None:
+    """Give a task the sizes of the run that the weights come from.
+
+    Raises:
+        UserError: that run has another vocabulary, whose token ids its sizes mean, or cannot be asked.
+    """
+    assert init_from is not None, "a task that trains nothing is refused without a run to start from"
+    path, checkpoint = read_checkpoint(init_from)
+    theirs, ours = checkpoint["identity"]["vocab_sha256"], prepared.identity["vocab_sha256"]
+    if theirs != ours:
+        raise UserError(
+            f"{path} has the vocabulary {theirs[:12]} and this dataset {ours[:12]}: the rates of its events would be those of "
+            f"others. Type: python -m ehr_embed.ask run={init_from} data.root=DIR, which reads new codes by their texts"
+        )
+    task.take_sizes(checkpoint["sizes"], path)

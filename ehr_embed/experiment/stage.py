@@ -23,6 +23,7 @@ from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
+from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.selected import SelectedStore
 from ehr_embed.data.vocabulary import Vocabulary
@@ -35,7 +36,7 @@ from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
-from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan
+from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
 from ehr_embed.models.ensemble import Ensemble
@@ -54,7 +55,7 @@ from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, Task, check_causality
+from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import KeepsReport, Tracker
 from ehr_embed.training.blend import blend
@@ -118,6 +119,11 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
         raise UserError(
             "this run trains nothing (because of its task or trainer), so it needs a trained model, and none is given. "
             "Type: init_from=RUN_DIR or a checkpoint"
+        )
+    if init_from is None and plan.settings.pull:
+        raise UserError(
+            f"trainer.pull={plan.settings.pull}: weights are drawn back to those that they start from, and this run starts from "
+            "random ones. Type: init_from=RUN_DIR, or trainer.pull=0"
         )
     return plan
 
@@ -196,6 +202,8 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     trainable = trainable_of(cfg.embedder)
     # A model that is aligned keeps the codes that it knows.
     vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
+    if isinstance(task, TakesSizes):
+        give_sizes(task, plan.init_from, prepared)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     read_pooled(model, inputs)
@@ -338,7 +346,8 @@ def fit(plan: Plan, built: Built) -> Fitted:
     if not plan.is_trained:
         if built.is_aligned and isinstance(model, AlignsCodes):  # ranks of numbers need no labels
             embedding.to(trainer.fabric.device)
-            model.to(trainer.fabric.device).adapt_to_records(inputs_of(trainer, embedding, "train"))
+            model.to(trainer.fabric.device)
+            model.adapt_to_records(Rereadable(lambda: inputs_of(trainer, embedding, "train")))
         facts = trainer.facts(model, embedding)
     elif isinstance(model, FitsAtOnce):
         facts = fit_at_once(trainer, model, embedding)
@@ -446,7 +455,7 @@ def write_results(
         made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
         save(made(), run_dir / REPORT)
         if isinstance(tracker, KeepsReport):
-            tracker.add_report(made)
+            tracker.add_report(partial(made, has_environment=False))
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))

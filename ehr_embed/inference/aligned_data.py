@@ -100,7 +100,7 @@ def read_aligned(
     if run.matches is not None and not run.is_pooled:
         log.info("the run reads its own codes as another's, so codes that it never saw are read by their texts alone")
         return None
-    if settings.aligned_to == AUTO and not _may_be_new(run.vocabulary, source, split):
+    if settings.aligned_to == AUTO and not may_be_new(run.vocabulary, source, split):
         return None
     own = run.vocabulary.settings
     fitted = fit_vocabulary(
@@ -130,7 +130,7 @@ def read_aligned(
     return AlignedData(vocabulary, EventEmbedding(table), alignment, alignment.keeps(vocabulary))
 
 
-def _may_be_new(run: Vocabulary, source: MedsSource, split: str | None) -> bool:
+def may_be_new(run: Vocabulary, source: MedsSource, split: str | None) -> bool:
     """Return whether most events of the first shard that has any have codes that the run never saw."""
     known = run.codes["code"].implode()
     for shard in source.shards:

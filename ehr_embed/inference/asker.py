@@ -20,7 +20,7 @@ from ehr_embed.data.outcomes import TokenPlaces, follow_up
 from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.inference.predictor import Dataset, Predictor
 from ehr_embed.inference.trained_run import TrainedRun, open_run
-from ehr_embed.models.hazards import HazardSizes, by_member, cumulative_incidence, hazard_sizes, outcome_inputs
+from ehr_embed.models.hazards import AskedSets, HazardSizes, hazard_sizes
 
 N_TIMES = 12
 """Times up to the horizon at which a risk curve is given."""
@@ -279,37 +279,27 @@ class Asker(Predictor):
                 )
         data = self.read(str(root), labels=labels, split=split, lookups=lookups)
         days = (horizon_days * np.arange(1, N_TIMES + 1) / N_TIMES).tolist()
-        incidence = self._incidence(data, resolved, days)
+        incidence = self.incidence(data, resolved, days)
         tokens = [question.tokens for question in resolved]
         places = TokenPlaces(data.events, len(data.vocabulary))
         prior = follow_up(data.events, data.samples, tokens, places=places, excludes_prior=False).has_prior
         return Answers(resolved, days, pl.DataFrame(data.samples.meds_keys), incidence, prior)
 
     @torch.inference_mode()
-    def _incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
+    def incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
         """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
-        sizes, embedding = self.sizes, data.embedding.to(self.device)
-        sets, rates = [question.tokens for question in questions], [question.log_rates for question in questions]
-        rival = None
-        if sizes.competing and not all(set(sizes.competing) <= set(own) for own in sets):
-            rival = len(sets)
-            sets = [*sets, sizes.competing]
-            known = sizes.competing_at
-            own_rates = None if known is None else torch.tensor(sizes.log_rates[known])
-            rates = [*rates, sizes.rates_of([sizes.competing])[0] if own_rates is None else own_rates]
-        ids = sizes.vectors == "learned"
-        asked = outcome_inputs(embedding.table, sets, torch.stack(rates), ids=ids)
+        embedding = data.embedding.to(self.device)
+        rates = torch.stack([question.log_rates for question in questions])
+        sets = AskedSets.of(self.sizes, [question.tokens for question in questions], rates)
+        asked = sets.inputs(embedding.table)
         for number, question in enumerate(questions):
             if question.vector is not None:
                 asked["outcome_vectors"][number] = question.vector.to(self.device)
                 asked["outcome_sizes"][number] = 1
-        competes = [rival is not None and not set(sizes.competing) <= set(own) for own in sets]
-        edges, grid = torch.tensor(sizes.edges, device=self.device), torch.tensor(days, device=self.device)
+        grid = torch.tensor(days, device=self.device)
         result = np.empty((len(data.samples), len(questions), len(days)))
         for rows, inputs in self.batches(data):
-            members = by_member(self.run.model(inputs | asked))
-            risk = cumulative_incidence(members, grid, edges, competing_at=rival, competes=competes).mean(1)
-            result[rows] = risk[:, : len(questions)].double().cpu().numpy()
+            result[rows] = sets.incidence(self.run.model(inputs | asked), grid).double().cpu().numpy()
         return result
 
 

@@ -172,8 +172,7 @@ def explain_subject(
     table = event_table(data, int(row), found)
     if np.isnan(found.gap):
         log.info(
-            "log-odds of %s: %.3f; %d events; each of %d codes was left out once, since no gradient "
-            "reaches this model's event vectors",
+            "log-odds of %s: %.3f; %d events; each of %d codes was left out once, since no gradient reaches their vectors",
             explainer.target, found.score, len(table), found.n_steps,
         )  # fmt: skip
     else:

@@ -19,18 +19,20 @@ from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
-from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler
+from ehr_embed.core.rereadable import Rereadable
+from ehr_embed.data.batches import BatchDataset, BucketSampler
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.selected import without_others
-from ehr_embed.data.store import STATIC_TIME, SplitEvents, encode_shards, joined
+from ehr_embed.data.store import SplitEvents, encode_shards, joined
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
-from ehr_embed.inference.aligned_data import AlignedData, read_aligned
+from ehr_embed.inference.aligned_data import AlignedData, may_be_new, read_aligned
+from ehr_embed.inference.loose_records import TextTokens, daily_events, has_texts, vector_tokens
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import (
     TrainedRun,
@@ -38,14 +40,14 @@ from ehr_embed.inference.trained_run import (
     open_run,
     samples_to_predict,
     say_static_only,
+    stored_calibrator,
     times_to_predict,
 )
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
-from ehr_embed.run_folder.calibration import read_calibration
-from ehr_embed.run_folder.layout import CALIBRATION, LOOKUPS, VOCABULARY
+from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
 from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS, Source
@@ -123,13 +125,20 @@ class Predictor:
             self._check(run_dir)
         self.run.model.to(self.device)
         self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
-        self.calibrator = self._stored_calibrator(Path(run_dir).expanduser()) if self.class_names else None
+        self.calibrator: Calibrator | None = None
+        if self.class_names:
+            self.calibrator = stored_calibrator(
+                Path(run_dir).expanduser(),
+                self.class_names,
+                is_exclusive=self.has_exclusive_classes,
+                trusted=self._trusted,
+            )
         lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
         self._lookups = [str(lookups)] if lookups.is_file() else []
         self._lookup_tables: dict[tuple[str, ...], pl.DataFrame] = {}
         self._vectors = KeptVectors(self._embedded)
         self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
-        self._texts: NewCodes | None = None
+        self._tokens_of = TextTokens(self.run, self._vectors)
         self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
     def _check(self, run_dir: str | Path) -> None:
@@ -144,19 +153,6 @@ class Predictor:
                 f"{run_dir} predicts events, so it has no classes. Type: python -m ehr_embed.generate run={run_dir}, or "
                 f"fine-tune it: python train.py task=classification init_from={run_dir}"
             )
-
-    def _stored_calibrator(self, folder: Path) -> Calibrator | None:
-        """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked."""
-        found = read_calibration(folder, self.class_names)
-        if found is None:
-            return None
-        method = instantiate(check_stored(found, "calibration", self._trusted), trusted=self._trusted)
-        is_exclusive = self.has_exclusive_classes
-        try:
-            parameters = method.check(found["parameters"], len(self.class_names), is_exclusive=is_exclusive)
-        except UserError as error:
-            raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
-        return Calibrator(method, parameters, is_exclusive)
 
     @property
     def has_exclusive_classes(self) -> bool:
@@ -238,8 +234,9 @@ class Predictor:
             return self._predict_dataset(str(records), labels, split, lookups, alignment or AlignmentSettings())
         if not len(records):
             raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
-        if isinstance(records, list | tuple) and _has_texts(records):
-            token_ids, vocabulary, embedding = self._tokens([records] if isinstance(records[0], str) else records)
+        if isinstance(records, list | tuple) and has_texts(records):
+            texts = [records] if isinstance(records[0], str) else records
+            token_ids, vocabulary, embedding = self._tokens_of(texts, reads_text=lambda: self.reads_text)
         elif isinstance(self.run.model, ReadsVocabulary):
             raise UserError(
                 f"{type(self.run.model).__name__} reads the codes or texts of events, which vectors do not contain. Give "
@@ -248,14 +245,20 @@ class Predictor:
             )
         else:
             is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
-            token_ids, embedding = _vector_tokens([records] if is_one else list(records))
+            token_ids, embedding = vector_tokens([records] if is_one else list(records))
             vocabulary = self.run.vocabulary
-        events, samples = self._events(token_ids)
+        events = daily_events(token_ids, has_values=self.run.vocabulary.settings.has_values)
+        samples = samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
         return self.predict_samples(Dataset(vocabulary, embedding, events, samples)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
         """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
         source = _source(root, split)
+        if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
+            log.warning(
+                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
+                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
+            )  # fmt: skip
         new = self._new_codes(source, lookups)
         events = joined(list(encode_shards(source, new.vocabulary_for, split)))
         samples = samples_to_predict(
@@ -267,16 +270,8 @@ class Predictor:
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> pl.DataFrame:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
-        aligned = read_aligned(
-            self.run,
-            _source(root, split),
-            alignment,
-            split=split,
-            lookups=[*self._lookups, *lookups],
-            embed=self._embedded if self.reads_text else None,
-        )
         frames = []
-        with self._aligned(aligned, root, labels=labels, split=split, lookups=lookups):
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
             for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
                 found = self.predict_samples(data).probabilities
                 columns = {name: found[:, i] for i, name in enumerate(self.columns)}
@@ -441,6 +436,25 @@ class Predictor:
                 yield np.asarray(rows), embedding.inputs(dataset[rows].to(self.device))
 
     @contextmanager
+    def aligned(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[AlignedData | None]:
+        """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        data = None
+        if self.class_names:
+            data = read_aligned(
+                self.run,
+                _source(root, split),
+                alignment,
+                split=split,
+                lookups=[*self._lookups, *lookups],
+                embed=self._embedded if self.reads_text else None,
+            )
+        with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
+            yield data
+
+    @contextmanager
     def _aligned(
         self, data: AlignedData | None, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]
     ) -> Iterator[None]:
@@ -461,9 +475,14 @@ class Predictor:
         try:
             if isinstance(model, AlignsCodes):
                 model.align(data.alignment.matches)
-                chunks = self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data)
+
+                def read() -> Iterator[dict[str, Tensor]]:
+                    for chunk, _ in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data):
+                        for _, inputs in self.batches(chunk):
+                            yield inputs
+
                 with torch.inference_mode():
-                    model.adapt_to_records(inputs for chunk, _ in chunks for _, inputs in self.batches(chunk))
+                    model.adapt_to_records(Rereadable(read))
             yield
         finally:
             self._present = self.run.vocabulary
@@ -486,54 +505,6 @@ class Predictor:
             yield
         finally:
             model.set_vocabulary(self.run.vocabulary)
-
-    def _events(self, token_ids: list[npt.NDArray[np.int32]]) -> tuple[SplitEvents, Samples]:
-        """Return records without times as events one day apart, and one sample per whole record."""
-        lengths = np.array([len(tokens) for tokens in token_ids])
-        if not lengths.all():
-            raise UserError(f"record {int(lengths.argmin())} has no events, so there is nothing to predict from.")
-        days = np.concatenate([np.arange(n) for n in lengths])
-        values = np.full(len(days), np.nan, np.float32) if self.run.vocabulary.settings.has_values else None
-        events = SplitEvents(
-            token_ids=np.concatenate(token_ids),
-            times=days * MICROSECONDS_PER_DAY,
-            values=values,
-            subject_ids=np.arange(len(lengths)),
-            offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            birth_times=np.full(len(lengths), STATIC_TIME),
-        )
-        return events, samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
-
-    def _tokens(
-        self, records: Sequence[Sequence[str]]
-    ) -> tuple[list[npt.NDArray[np.int32]], Vocabulary, EventEmbedding]:
-        """Return the token ids of texts, and the run's vocabulary and vectors extended by the texts that are new."""
-        known = self._token_of_text
-        wanted = dict.fromkeys(text for record in records for text in record if text not in known)
-        if blank := [text for text in wanted if not text.strip()]:
-            raise UserError(
-                f"{len(blank)} texts are empty: an empty text has no meaning to embed. Leave the event out."
-            )
-        if wanted and not self.reads_text:
-            raise UserError(
-                f"{next(iter(wanted))!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
-                "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
-            )
-        if self._texts is None or self._texts.is_full:
-            self._texts = NewCodes(self.run, self._vectors, None)
-        # A token needs a code, and a text has none, so it gets a name that no code has.
-        self._texts.add({f"TEXT//{text}": text for text in wanted})
-        token_of = self._texts.token_of
-        token_ids = [
-            np.array([known[text] if text in known else token_of[f"TEXT//{text}"] for text in record], np.int32)
-            for record in records
-        ]
-        return token_ids, self._texts.vocabulary, self._texts.embedding
-
-    @cached_property
-    def _token_of_text(self) -> dict[str, int]:
-        """Return text -> token for the texts of the run's vocabulary; the first token of a text that several tokens share."""
-        return {text: token for token, text in reversed(list(enumerate(self.run.vocabulary.texts))) if text}
 
     def _embedded(self, texts: list[str]) -> Tensor:
         """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
@@ -568,21 +539,3 @@ def _source(root: str, split: str | None) -> MedsSource:
     if split is not None and split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     return MedsSource(root=root, needs_splits=split is not None)
-
-
-def _has_texts(records: Sequence[Any]) -> bool:
-    first = records[0]
-    return isinstance(first, str) or (isinstance(first, list | tuple) and all(isinstance(x, str) for x in first))
-
-
-def _vector_tokens(records: Sequence[Any]) -> tuple[list[npt.NDArray[np.int32]], EventEmbedding]:
-    """Return one token per vector, and the table of the vectors, whose row 0 is the zero vector of padding."""
-    vectors = [torch.as_tensor(record, dtype=torch.float32) for record in records]
-    if wrong := [tuple(record.shape) for record in vectors if record.ndim != 2]:
-        raise UserError(
-            f"expected the vectors of a record as (N, E), got {wrong[0]}. Texts are given as a list, or a list of lists."
-        )
-    table = torch.cat([torch.zeros(1, vectors[0].shape[1]), *vectors])
-    ends = np.cumsum([len(record) for record in vectors])
-    token_ids = [np.arange(end - len(v), end, dtype=np.int32) + 1 for end, v in zip(ends, vectors, strict=True)]
-    return token_ids, EventEmbedding(table)

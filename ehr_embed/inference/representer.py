@@ -17,6 +17,7 @@ from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
 from ehr_embed.data.samples import ragged_arange
 from ehr_embed.data.store import STATIC_TIME
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.inference.predictor import ROW, Dataset, Predictor
 from ehr_embed.models.heads import LogitLinear, Pooling
 from ehr_embed.models.protocol import declarations
@@ -58,6 +59,7 @@ class Representer:
         labels: str | None = None,
         split: str | None = None,
         lookups: tuple[str, ...] = (),
+        alignment: AlignmentSettings | None = None,
     ) -> int:
         """Write the vectors of a MEDS dataset to a parquet file, chunk by chunk, in the order of the dataset's shards.
 
@@ -66,7 +68,7 @@ class Representer:
 
         Args:
             path: the file; written whole or not at all.
-            root, labels, split, lookups: as for `Predictor.predict_proba`.
+            root, labels, split, lookups, alignment: as for `Predictor.predict_proba`.
 
         Returns:
             The number of rows.
@@ -78,7 +80,7 @@ class Representer:
         with atomic_path(path) as temporary:
             writer = None
             try:
-                for frame in self.frames(root, labels=labels, split=split, lookups=lookups):
+                for frame in self.frames(root, labels=labels, split=split, lookups=lookups, alignment=alignment):
                     table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
                     if writer is None:
                         writer = pq.ParquetWriter(temporary, table.schema)
@@ -90,17 +92,25 @@ class Representer:
         return n_rows
 
     def frames(
-        self, root: str, *, labels: str | None = None, split: str | None = None, lookups: tuple[str, ...] = ()
+        self,
+        root: str,
+        *,
+        labels: str | None = None,
+        split: str | None = None,
+        lookups: tuple[str, ...] = (),
+        alignment: AlignmentSettings | None = None,
     ) -> Iterator[pl.DataFrame]:
         """Yield the rows of `write`, one frame per chunk of shards."""
-        chunks = self.predictor.chunks(
-            root, labels=labels, split=split, lookups=lookups, is_per_subject=self.per == "subject"
-        )
-        for data, times in chunks:
-            keys = times.drop(ROW, strict=False)
-            if self.per == "event":
-                keys = keys[np.repeat(np.arange(len(keys)), data.samples.lengths)].with_columns(self._events(data))
-            yield keys.with_columns(as_vectors(self._vectors(data)))
+        asked = AlignmentSettings() if alignment is None else alignment
+        with self.predictor.aligned(root, labels=labels, split=split, lookups=lookups, alignment=asked) as aligned:
+            chunks = self.predictor.chunks(
+                root, labels=labels, split=split, lookups=lookups, is_per_subject=self.per == "subject", aligned=aligned
+            )
+            for data, times in chunks:
+                keys = times.drop(ROW, strict=False)
+                if self.per == "event":
+                    keys = keys[np.repeat(np.arange(len(keys)), data.samples.lengths)].with_columns(self._events(data))
+                yield keys.with_columns(as_vectors(self._vectors(data)))
 
     @torch.inference_mode()
     def _vectors(self, data: Dataset) -> npt.NDArray[np.float32]:

@@ -12,8 +12,9 @@ import polars as pl
 import torch
 from torch import nn
 
+from ehr_embed.calibration.calibrator import Calibrator
 from ehr_embed.config.build_model import build_model
-from ehr_embed.config.instantiate import check_stored, instantiate_stored_source
+from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_stored_source
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.manifest import checked
@@ -27,8 +28,9 @@ from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
 from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary
+from ehr_embed.run_folder.calibration import read_calibration
 from ehr_embed.run_folder.checkpoints import read_checkpoint
-from ehr_embed.run_folder.layout import TABLE, VOCABULARY
+from ehr_embed.run_folder.layout import CALIBRATION, TABLE, VOCABULARY
 from ehr_embed.run_folder.origin import checked_matches
 from ehr_embed.sources.protocol import Source
 
@@ -109,6 +111,31 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         matches=matches,
         is_pooled=is_pooled,
     )
+
+
+def stored_calibrator(
+    folder: Path, class_names: list[str], *, is_exclusive: bool, trusted: tuple[str, ...] = ()
+) -> Calibrator | None:
+    """Return the calibration of the run's folder, which may name a calibration only; its numbers are checked.
+
+    Args:
+        folder: the run's folder.
+        class_names: what the run predicts.
+        is_exclusive: whether a sample has one of the classes.
+        trusted: further packages from which a calibration may come.
+
+    Raises:
+        UserError: the calibration is missing, damaged, foreign or another run's.
+    """
+    found = read_calibration(folder, class_names)
+    if found is None:
+        return None
+    method = instantiate(check_stored(found, "calibration", trusted), trusted=trusted)
+    try:
+        parameters = method.check(found["parameters"], len(class_names), is_exclusive=is_exclusive)
+    except UserError as error:
+        raise UserError(f"{folder / CALIBRATION}: {error} Restore the run's folder, or train again.") from error
+    return Calibrator(method, parameters, is_exclusive)
 
 
 def trained_on(run: TrainedRun, *, trusted: tuple[str, ...] = ()) -> Source:

@@ -34,7 +34,7 @@ class EventInput(nn.Module):
 
     Text vectors have norm one whatever their width, so they are first brought to unit variance: by a layer norm, or with
     `whiten` by a `Whitening`, which the model's `adapt_to_vectors` fits to those of train's tokens. Text vectors of one domain
-    share most of their length, and behind a layer norm the first thousand steps go into telling them apart. A small MLP reads the
+    share most of their length, and behind a layer norm a short training hardly learns to tell them apart. A small MLP reads the
     value and a flag that says whether there is one. With `values=film` the MLP returns a scale and a shift of the vector (Perez et
     al. 2018, arXiv:1709.07871), with `add` a shift alone; both start at zero. `none` ignores the values.
     """
@@ -59,6 +59,11 @@ class EventInput(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.values = nn.Sequential(nn.Linear(2, model_dim), nn.GELU(), last)
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening, if there is one, to the vectors (V, E) of train's tokens."""
+        if isinstance(self.norm, Whitening):
+            self.norm.fit(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the projected events, (B, T, D).

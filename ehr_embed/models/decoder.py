@@ -13,6 +13,7 @@ from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
 from ehr_embed.models.packing import Packing, product_dtype
+from ehr_embed.models.whitening import Shrinkage
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
 POOLINGS = ("last", "mean", "max", "attention")
@@ -37,6 +38,9 @@ class Decoder(nn.Module):
             prediction are not offered, because they would reveal how long a record continues.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
+            unit variance.
+        shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
     """
@@ -59,6 +63,8 @@ class Decoder(nn.Module):
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = ("gap", "elapsed"),
         values: Values = "film",
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
         vocabulary_head: VocabularyHead = "text_tied",
     ) -> None:
@@ -74,6 +80,8 @@ class Decoder(nn.Module):
             positions=positions,
             times=times,
             values=values,
+            whiten=whiten,
+            shrinkage=shrinkage,
         )
         self.head = build_head(
             num_classes=num_classes,
@@ -85,6 +93,10 @@ class Decoder(nn.Module):
             vocabulary_head=vocabulary_head,
             dropout=dropout,
         )
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening to the vectors (V, E) of train's tokens."""
+        self.body.input.adapt_to_vectors(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
         """Return logits (B, num_classes), or the output of `EventHead` for a model built with `vocab_size`.

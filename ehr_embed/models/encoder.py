@@ -12,7 +12,7 @@ from ehr_embed.core.settings import Count, OneOf, Width, checked
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.heads import POOLINGS, EventScores, VocabularyHead, build_head
-from ehr_embed.models.whitening import Shrinkage, Whitening
+from ehr_embed.models.whitening import Shrinkage
 
 POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
@@ -95,8 +95,7 @@ class Encoder(nn.Module):
 
     def adapt_to_vectors(self, vectors: Tensor) -> None:
         """Fit the whitening to the vectors (V, E) of train's tokens."""
-        if isinstance(whitening := self.body.input.norm, Whitening):
-            whitening.fit(vectors)
+        self.body.input.adapt_to_vectors(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | EventScores:
         """Return logits (B, num_classes), or the output of `EventHead` for a model built with `vocab_size`.

@@ -101,8 +101,11 @@ class Ensemble(nn.Module):
                 member.pool(matches, dataset_of)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """After `align`, give the members another dataset's records; they were fitted to train in their own runs."""
-        batches = list(train)
+        """After `align`, give the members another dataset's records; they were fitted to train in their own runs.
+
+        Each member reads `train` by itself. What can be read only once, such as a generator, is kept in memory for that.
+        """
+        batches = list(train) if iter(train) is train else train
         for member in self.members:
             if isinstance(member, AlignsCodes):
                 member.adapt_to_records(batches)

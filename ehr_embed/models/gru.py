@@ -12,6 +12,7 @@ from ehr_embed.core.settings import OneOf, Width, checked
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import EventInput, Layers, TimeInput, Times
 from ehr_embed.models.heads import PooledHead, check_classifies
+from ehr_embed.models.whitening import Shrinkage
 
 POOLINGS = ("last", "mean", "max", "attention")
 
@@ -28,9 +29,13 @@ class GRUBody(nn.Module):
         n_layers: int,
         dropout: float,
         times: Sequence[str],
+        whiten: bool,
+        shrinkage: float,
     ) -> None:
         super().__init__()
-        self.input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
+        self.input = EventInput(
+            embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, whiten=whiten, shrinkage=shrinkage
+        )
         self.times = TimeInput(kinds=times, model_dim=model_dim) if times else None
         # torch applies dropout between layers only, and warns if there is just one layer.
         between = dropout if n_layers > 1 else 0.0
@@ -58,6 +63,9 @@ class GRU(nn.Module):
         dropout: dropout probability between layers and on the pooled state.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
+            unit variance.
+        shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
 
     Raises:
@@ -79,6 +87,8 @@ class GRU(nn.Module):
         dropout: DropShare = 0.1,
         max_length: int = 512,
         times: Times = ("gap", "elapsed", "age"),
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
     ) -> None:
         super().__init__()
@@ -91,7 +101,13 @@ class GRU(nn.Module):
             n_layers=n_layers,
             dropout=dropout,
             times=times,
+            whiten=whiten,
+            shrinkage=shrinkage,
         )
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening to the vectors (V, E) of train's tokens."""
+        self.body.input.adapt_to_vectors(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits (B, num_classes).

@@ -222,6 +222,54 @@ def outcome_inputs(
     return inputs | ({"outcome_ids": torch.arange(len(sets), device=device)} if ids else {})
 
 
+@dataclass(frozen=True)
+class AskedSets:
+    """Sets of events that a trained head is asked for, with the competing events among them (`with_competing`).
+
+    Attributes:
+        sizes: of the head.
+        sets: token ids of each set.
+        log_rates: (K, J).
+        n_asked: sets without the competing one that was added.
+        rival: number of the competing set; None = there is none.
+        competes: whether the competing set competes with each set.
+    """
+
+    sizes: HazardSizes
+    sets: list[list[int]]
+    log_rates: Tensor
+    n_asked: int
+    rival: int | None
+    competes: list[bool]
+
+    @classmethod
+    def of(cls, sizes: HazardSizes, sets: Sequence[Sequence[int]], log_rates: Tensor) -> AskedSets:
+        """Add the competing events, where the run's data have them and not every set holds them.
+
+        Args:
+            sizes: of the head.
+            sets: token ids of each set.
+            log_rates: (K, J) of each set.
+        """
+        asked, rival, competes = with_competing(sets, sizes.competing)
+        if len(asked) > len(sets):
+            known = sizes.competing_at
+            rate = sizes.rates_of([sizes.competing])[0] if known is None else torch.tensor(sizes.log_rates[known])
+            log_rates = torch.cat([log_rates, rate[None]])
+        return cls(sizes, asked, log_rates, len(sets), rival, competes)
+
+    def inputs(self, table_VE: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of the head, given the vectors of all tokens."""
+        return outcome_inputs(table_VE, self.sets, self.log_rates, ids=self.sizes.vectors == "learned")
+
+    def incidence(self, log_hazard: Tensor, days_G: Tensor) -> Tensor:
+        """Return the cumulative incidence (B, Q, G) of the asked sets by the times `days_G`, the mean over members."""
+        edges = torch.tensor(self.sizes.edges, device=log_hazard.device)
+        members = by_member(log_hazard)
+        found = cumulative_incidence(members, days_G, edges, competing_at=self.rival, competes=self.competes)
+        return found.mean(1)[:, : self.n_asked]
+
+
 def by_member(log_hazard: Tensor) -> Tensor:
     """Return log hazards as (B, M, K, J): those of a model without members, (B, K, J), are those of one."""
     return log_hazard.unsqueeze(1) if log_hazard.ndim == 3 else log_hazard
@@ -251,7 +299,8 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
 
     Args:
         log_hazard: (..., K, J) per day.
-        days: (..., K) days to the event or to censoring; a NaN gives 0.
+        days: (..., K) days to the event or to censoring, of a shape that broadcasts to that of the hazards, as (B, 1, K) for M
+            members; a NaN gives 0.
         is_event: (..., K) bool.
         edges_J: lower bounds of the bins in days.
 
@@ -261,8 +310,37 @@ def hazard_nll(log_hazard: Tensor, days: Tensor, is_event: Tensor, edges_J: Tens
     """
     known = ~days.isnan()
     days = days.nan_to_num()
-    at_event = log_hazard.gather(-1, bin_of(days, edges_J).unsqueeze(-1)).squeeze(-1)
+    # `gather` takes a smaller index without a word, and would give all members the event of the first.
+    at = bin_of(days, edges_J).unsqueeze(-1).expand(*log_hazard.shape[:-1], 1)
+    at_event = log_hazard.gather(-1, at).squeeze(-1)
     return ((log_hazard.exp() * exposure(days, edges_J)).sum(-1) - at_event * is_event) * known
+
+
+def with_competing(
+    sets: Sequence[Sequence[int]], competing: Sequence[int]
+) -> tuple[list[list[int]], int | None, list[bool]]:
+    """Return outcomes with the competing events among them, the number of these, and which outcomes they compete with.
+
+    An outcome that holds all competing events, such as death itself, has no competitor. Where that is every outcome, or no event
+    competes, none is added and the number is None. An outcome that is just the competing events stands for them.
+
+    Args:
+        sets: the tokens of each outcome.
+        competing: tokens of the competing events.
+
+    >>> with_competing([[3]], [9])
+    ([[3], [9]], 1, [True, False])
+    >>> with_competing([[9], [3]], [9])
+    ([[9], [3]], 0, [False, True])
+    >>> with_competing([[9, 3]], [9])
+    ([[9, 3]], None, [False])
+    """
+    found, at = [list(own) for own in sets], None
+    if competing and not all(set(competing) <= set(own) for own in found):
+        same = [number for number, own in enumerate(found) if set(own) == set(competing)]
+        at = same[0] if same else len(found)
+        found += [] if same else [list(competing)]
+    return found, at, [at is not None and not set(competing) <= set(own) for own in found]
 
 
 def cumulative_incidence(

@@ -10,6 +10,7 @@ from ehr_embed.core.settings import OneOf, Width, checked
 from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, check_classifies
+from ehr_embed.models.whitening import Shrinkage
 
 POOLINGS = ("mean", "max", "attention")
 
@@ -25,6 +26,9 @@ class MeanPool(nn.Module):
         model_dim: width D of the projection and of the MLP.
         dropout: dropout probability on the pooled vector and within the MLP.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
+            unit variance.
+        shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `max`, `attention`.
 
     Raises:
@@ -42,11 +46,15 @@ class MeanPool(nn.Module):
         model_dim: Width = 256,
         dropout: DropShare = 0.1,
         max_length: int = 512,
+        whiten: bool = False,
+        shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
     ) -> None:
         super().__init__()
         n_outputs = check_classifies("model=mean_pool", num_classes, vocab_size)
-        event_input = EventInput(embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values)
+        event_input = EventInput(
+            embedding_dim=embedding_dim, model_dim=model_dim, has_values=has_values, whiten=whiten, shrinkage=shrinkage
+        )
         self.body = nn.ModuleDict({"input": event_input})
         self.pooling = Pooling(pooling, model_dim=model_dim)
         self.head = nn.Sequential(
@@ -56,6 +64,12 @@ class MeanPool(nn.Module):
             Dropout(dropout),
             LogitLinear(model_dim, n_outputs),
         )
+
+    def adapt_to_vectors(self, vectors: Tensor) -> None:
+        """Fit the whitening to the vectors (V, E) of train's tokens."""
+        event_input = self.body["input"]
+        assert isinstance(event_input, EventInput)
+        event_input.adapt_to_vectors(vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits (B, num_classes).

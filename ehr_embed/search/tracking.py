@@ -69,9 +69,9 @@ def log_search(example: DictConfig, study: optuna.Study, folder: Path, table: pd
     with tracker:
         # An error message may quote a path or a record, and a host name is private, so neither column is sent.
         tracker.add_table("trials", table.drop(columns=["error", "host"], errors="ignore"))
-        page = folder / "report.html"
-        if page.is_file() and hasattr(tracker, "add_report"):
-            tracker.add_report(lambda *, has_codes=True: page.read_text(encoding="utf-8"))
+        pages = sorted(folder.glob("*.html"))  # the report is the only page beside the table
+        if pages and hasattr(tracker, "add_report"):
+            tracker.add_report(lambda *, has_codes=True: pages[0].read_text(encoding="utf-8"))
         tracker.summarise({f"n_{state}": count for state, count in facts["n_by_state"].items()})
         if facts["best"]:
             best = facts["best"][0]

@@ -1,8 +1,7 @@
 """Import the original pipeline's tokenised corpus, pickled lists of token ids, once as MEDS.
 
-Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps':
-    [seconds
-since 1970, 0 = static]}; vocab.csv (token, str); labels.csv (subject_id, is_case and, where known, site, cancerdate).
+Layout: `<data_dir>/{train,tuning,held_out}/*.pkl`, each a list of {'subject_id', 'tokens': [int], 'timestamps': [seconds since
+1970, 0 = static]}; vocab.csv (token, str); labels.csv (subject_id, is_case and, where known, site, cancerdate).
 Every token becomes an event whose code is its string. The formats are those written by
 https://github.com/Ashvin-Gupta/CancEHR-Tokenisation and read by https://github.com/Ashvin-Gupta/CancEHR-Training.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import polars as pl
@@ -22,6 +21,7 @@ from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.core.fingerprints import fingerprint, known_fingerprints
 from ehr_embed.core.plain_pickle import load_pickle
 from ehr_embed.core.progress import ProgressBar
+from ehr_embed.core.settings import Count, Told, checked
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
@@ -36,6 +36,7 @@ END_TOKEN = "<end>"
 CODES: dict[str, Any] = {"code": pl.String, "description": pl.String}
 
 
+@checked("data")
 def tokenized_source(
     *,
     data_dir: str | None,
@@ -44,7 +45,7 @@ def tokenized_source(
     lookup_files: Mapping[str, str | None],
     prefixes: Mapping[str, Any],
     prefix_file: str | None = None,
-    cutoff_months: int | None = None,
+    cutoff_months: Annotated[Count, Told("1 or more months", remedy="null keeps all events.")] | None = None,
     root: str | None = None,
     cache_dir: str = "cache",
     overwrite: bool = False,
@@ -70,8 +71,6 @@ def tokenized_source(
         UserError: a file is missing, damaged or not in this layout, or the import was made from other files.
     """
     shards = find_shards(data_dir, ".pkl", "python train.py data=tokenized data.data_dir=DIR data.vocab_filepath=FILE")
-    if cutoff_months is not None and cutoff_months < 1:
-        raise UserError(f"data.cutoff_months={cutoff_months}: expected 1 or more months, or null to keep all events.")
     strings = read_token_strings(vocab_filepath)
     rules = read_rules(prefixes, prefix_file)
     lookups = {name: read_lookup(name, lookup_files.get(name)) for name in LOOKUPS}

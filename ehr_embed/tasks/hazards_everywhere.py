@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from meds import birth_code
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.settings import Count, Share, check_settings
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.samples import Samples, window_samples
@@ -69,21 +70,16 @@ class AutoOutcomes:
             for outcomes that it was never trained on.
     """
 
-    per_batch: int = 64
-    places: int = 4096
-    min_events: int = 20
-    neighbours: float = 0.2
-    unions: float = 0.2
-    rarity: float = 0.0
+    per_batch: Count = 64
+    places: Count = 4096
+    min_events: Count = 20
+    neighbours: Share = 0.2
+    unions: Share = 0.2
+    rarity: Share = 0.0
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_range("task.auto.per_batch", self.per_batch, 1)
-        check_range("task.auto.places", self.places, 1)
-        check_range("task.auto.min_events", self.min_events, 1)
-        for name, share in (("neighbours", self.neighbours), ("unions", self.unions)):
-            check_range(f"task.auto.{name}", share, 0, 1)
-        check_range("task.auto.rarity", self.rarity, 0, 1)
+        check_settings(type(self), vars(self), "task.auto", only_rules=True)
         if self.neighbours + self.unions > 1:
             raise UserError(
                 f"task.auto.neighbours={self.neighbours}, task.auto.unions={self.unions}: expected shares whose sum is at most 1."

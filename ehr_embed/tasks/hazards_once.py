@@ -37,6 +37,7 @@ from ehr_embed.models.hazards import (
     exposure,
     hazard_nll,
     outcome_inputs,
+    with_competing,
 )
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import split_labels
@@ -93,12 +94,7 @@ class AskOnce:
         tokens = tokens_by_name(self._sets, vocabulary)
         competing = list(EventSet(codes=settings.competing).tokens(vocabulary))
         end = EventSet(codes=settings.end).tokens(vocabulary)
-        sets = list(tokens.values())
-        competing_at = None
-        if competing and not all(set(competing) <= set(own) for own in sets):
-            same = [number for number, own in enumerate(sets) if set(own) == set(competing)]
-            competing_at = same[0] if same else len(sets)
-            sets += [] if same else [competing]
+        sets, competing_at, competes = with_competing(list(tokens.values()), competing)
         self._events = {split: store.split(split) for split in SPLITS}
         for split, (events, frame) in self._times(labels_dir).items():
             samples = build_samples(events, frame, np.zeros(len(frame), np.int64), max_length=max_length)
@@ -127,7 +123,7 @@ class AskOnce:
             bin_log_ratios=(log_rates - log_rates.mean(1, keepdims=True)).mean(0).tolist(),
             competing=competing,
             competing_at=competing_at,
-            competes=[competing_at is not None and not set(competing) <= set(own) for own in sets],
+            competes=competes,
         )
         self._edges = torch.tensor(edges)
         self._grid = torch.tensor(self.grid, dtype=torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -183,6 +183,19 @@ class ChecksFirst(Protocol):
 
         Raises:
             UserError: the task cannot train as it is configured or installed.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesSizes(Protocol):
+    """A task that asks a trained model as that run built it, so that `sizes` are those of the run."""
+
+    def take_sizes(self, sizes: Mapping[str, Any], where: Path) -> None:
+        """Take the sizes of the checkpoint that the weights come from; called after `setup`, before the model is built.
+
+        Raises:
+            UserError: that model cannot be asked.
         """
         ...
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from ehr_embed.data.boundary import check_boundary, say_unseen
+from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.tasks.protocol import Task
+
+log = logging.getLogger(__name__)
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
@@ -30,3 +37,15 @@ def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> 
         events, where = store.split(split), f"{type(task).__name__}, split {split}"
         check_boundary(events, samples, where=where)
         say_unseen(events, samples, where=where)
+    if task.needs_causal is None:  # windows of whole records, as of pretraining, are cut on purpose
+        say_cut(task.samples, max_length)
+
+
+def say_cut(samples: Mapping[str, Samples], max_length: int) -> None:
+    """Log which share of each split's samples have older events than the model reads, if any."""
+    shares = {split: float(np.mean(own.start > own.static_stop)) for split, own in samples.items() if len(own)}
+    if any(shares.values()):
+        log.info(
+            "model.max_length=%d: samples with older events, which the model does not read: %s",
+            max_length, ", ".join(f"{100 * share:.1f}% of {split}" for split, share in shares.items()),
+        )  # fmt: skip

@@ -60,12 +60,10 @@ def blend(
     check_setting("ensemble.weights", how, Weights)
     refuse_task(task)
     assert isinstance(task, WeighsSamples)
-    if trainer.processes.size > 1:
-        raise UserError(
-            f"runs are blended in one process, but this run has {trainer.processes.size}. Train the members as runs of "
-            "their own, then "
-            "type: trainer.devices=1 ensemble.runs=[RUN_DIR,...]"
-        )
+    trainer.processes.refuse_several(
+        "runs are blended",
+        "Train the members as runs of their own, then type: trainer.devices=1 ensemble.runs=[RUN_DIR,...]",
+    )
     began = time.perf_counter()
     groups, seconds = [], 0.0
     for member, run, checkpoint in zip(model.members, runs, _checkpoints(trainer, runs), strict=True):

@@ -128,10 +128,7 @@ def _refuse_gradients(trainer: Trainer, model: nn.Module, embedding: EventEmbedd
             f"task.label_smoothing={task.label_smoothing}: {name} is fitted to labels that are not smoothed. Type: "
             "task.label_smoothing=0"
         )
-    if trainer.processes.size > 1:
-        raise UserError(
-            f"{name} is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
-        )
+    trainer.processes.refuse_several(f"{name} is fitted")
 
 
 def inputs_of(trainer: Trainer, embedding: EventEmbedding, split: str) -> Iterator[dict[str, Tensor]]:

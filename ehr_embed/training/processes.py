@@ -63,6 +63,19 @@ class Processes:
         """Return whether this process is rank 0, which writes the files."""
         return self.rank == 0
 
+    def refuse_several(self, what: str, remedy: str = "Type: trainer.devices=1") -> None:
+        """Refuse several processes for what one process does.
+
+        Args:
+            what: subject and verb of the sentence, such as "GBM is fitted".
+            remedy: what to type.
+
+        Raises:
+            UserError: the run has several processes.
+        """
+        if self.size > 1:
+            raise UserError(f"{what} in one process, but this run has {self.size}. {remedy}")
+
     def gather(self, value: T) -> list[T]:
         """Return the value of every rank, in the order of the ranks."""
         if self._group is None:

@@ -15,6 +15,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task, records_of
+from ehr_embed.training.anchor import Anchor
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.optimizer import build_optimizer, parameter_groups
 from ehr_embed.training.processes import Processes
@@ -126,8 +127,19 @@ def set_up_training(
     scheduler, warmup, plateau = start(settings.schedule, optimizer, course)
     # After the model is on its device, and with the parameters that the optimizer changes.
     ema = None if settings.ema is None else Ema([*model.parameters(), *embedding.parameters()], settings.ema)
+    anchor = Anchor([*model.parameters(), *embedding.parameters()], settings.pull) if settings.pull else None
     state = TrainingState(
-        model, embedding, optimizer, scheduler, warmup, plateau, fabric.strategy.precision, about, processes, ema=ema
+        model,
+        embedding,
+        optimizer,
+        scheduler,
+        warmup,
+        plateau,
+        fabric.strategy.precision,
+        about,
+        processes,
+        ema=ema,
+        anchor=anchor,
     )
     rng = None if run is None else state.restore(run)
     if rng is None and processes.rank:  # else all ranks would drop and mask the same places

@@ -55,6 +55,7 @@ class TrainerSettings:
         ]
         | None
     ) = None
+    pull: NotNegative = 0.0
     ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
     teacher: Annotated[str, OneOf("gbm")] | None = None
     teacher_share: Share = 0.5
@@ -102,6 +103,11 @@ class TrainerSettings:
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             raise UserError(
                 f"trainer.warmup_steps={self.warmup_steps}: expected a whole number of steps, or a share of all steps below 1."
+            )
+        if self.pull and self.strategy == "fsdp":
+            raise UserError(
+                "trainer.pull with trainer.strategy=fsdp: a pull of weights that are spread over devices is not supported. "
+                "Type: trainer.pull=0 or trainer.strategy=ddp"
             )
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise UserError(

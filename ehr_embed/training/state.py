@@ -22,6 +22,7 @@ from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.run_folder.checkpoints import Continuation, write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST, epoch_checkpoint
+from ehr_embed.training.anchor import Anchor
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.sharding import load_optimizer, load_weights, whole
@@ -144,6 +145,7 @@ class TrainingState:
         processes: processes that train together; all must call `save` and `restore`, and rank 0 writes.
         ema: averages of the weights, with which the run predicts; None = there are none. A checkpoint's `model_state_dict` holds
             the averages, and the learned weights are beside them.
+        anchor: the weights of the start, towards which those of the run are drawn; None = they are not.
         progress: progress of the run.
     """
 
@@ -158,6 +160,7 @@ class TrainingState:
     processes: Processes
     progress: Progress = field(default_factory=Progress)
     ema: Ema | None = None
+    anchor: Anchor | None = None
 
     def __post_init__(self) -> None:
         self.progress.n_processes = self.processes.size
@@ -195,6 +198,8 @@ class TrainingState:
         if self.ema is not None:
             rest["learning_state_dict"] = self.model.state_dict()
             rest["learning_embedding_state_dict"] = self.embedding.state_dict()
+        if self.anchor is not None:
+            rest["anchor"] = self.anchor.start
         if others:
             rest["other_rng_states"] = others
         write_latest(run_dir, weights, dict(vars(self.progress)), self.about | rest, rng)
@@ -240,6 +245,12 @@ class TrainingState:
             elif self.ema is not None:  # a run that had none until now
                 self.ema.take()
             load_optimizer(self.optimizer, saved["optimizer_state_dict"])
+            if self.anchor is not None:
+                if "anchor" in saved:
+                    for start, kept in zip(self.anchor.start, saved["anchor"], strict=True):
+                        start.copy_(kept)
+                else:  # a run that had none until now is drawn to where it is
+                    self.anchor = Anchor(self.anchor.parameters, self.anchor.pull)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{run.path} does not fit this model or its optimizer ({str(error).splitlines()[-1].strip()}), so resume=force "

@@ -85,10 +85,7 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
             "predicts something else. "
             "Type: trainer.teacher=null, or task=classification"
         )
-    if trainer.processes.size > 1:
-        raise UserError(
-            f"trainer.teacher=gbm is fitted in one process, but this run has {trainer.processes.size}. Type: trainer.devices=1"
-        )
+    trainer.processes.refuse_several("trainer.teacher=gbm is fitted")
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))

@@ -327,6 +327,8 @@ class Trainer:
                 training.wrapped, state.optimizer, max_norm=self.settings.clip_norm, error_if_nonfinite=False
             )
         state.optimizer.step()
+        if state.anchor is not None:
+            state.anchor.draw_back(state.optimizer.param_groups[0]["lr"])
         state.scheduler.step()
         state.optimizer.zero_grad()
         state.progress.step += 1

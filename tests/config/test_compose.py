@@ -84,7 +84,11 @@ def built(build, **sizes):
     [pair for pair in OPTIONS if pair[0] in ("calibration", "embedder", "export", "task", "trainer")],
 )
 def test_every_member_builds(group, option):
-    needed = {"zero_shot": ["task.codes=[A]"], "time_to_event": ["task.outcomes=auto"]}.get(option, [])
+    needed = {
+        "zero_shot": ["task.codes=[A]"],
+        "query": ["task.codes=[A]"],
+        "time_to_event": ["task.outcomes=auto"],
+    }.get(option, [])
     build = instantiate_embedder if group == "embedder" else instantiate
     build(composed(f"{group}={option}", *needed, name="embed")[group])
 

@@ -178,3 +178,16 @@ def test_events_alone_bound_a_batch_and_fill_it():
 def test_a_sample_over_the_budget_is_refused():
     with refused("trainer.batch_tokens=64", "104 events"):
         BucketSampler(np.array([100]), batch_size=2, batch_tokens=64, shuffle=True)
+
+
+def test_weights_draw_samples_with_replacement():
+    weights = np.r_[np.full(90, 0.5), np.full(10, 5.5)]
+    sampler = BucketSampler(np.full(100, 8), batch_size=10, batch_tokens=1000, shuffle=True, weights=weights, seed=1)
+    drawn = []
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        rows = np.concatenate(list(sampler))
+        assert len(rows) == 100
+        drawn.append(rows)
+    share = float((np.concatenate(drawn) >= 90).mean())
+    assert 0.5 < share < 0.6, "5.5 of 10 by weight"

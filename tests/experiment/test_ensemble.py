@@ -15,6 +15,7 @@ import ehr_embed
 from ehr_embed.comparison.compare import compare
 from ehr_embed.config.targets import check_stored_node
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.inference.explainer import Explainer
@@ -211,6 +212,11 @@ def test_all_members_align_or_none():
     trees = GBM(embedding_dim=4, num_classes=2)
     told: list = []
     trees.align = told.append
+    read: list = []
+    trees.adapt_to_records = lambda batches: read.append(sum(1 for _ in batches))
+    for batches in (Rereadable(lambda: iter([{}, {}])), iter([{}, {}])):  # read by each member, or kept for the second
+        ensemble(trees, trees).adapt_to_records(batches)
+    assert read == [2, 2, 2, 2]
     ensemble(trees, trees).align({"A": ("B", 1.0)})
     assert told == [{"A": ("B", 1.0)}] * 2
     mixed = ensemble(trees, MeanPool(embedding_dim=4, num_classes=2))

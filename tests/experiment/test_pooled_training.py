@@ -16,7 +16,7 @@ from ehr_embed.inference.trained_run import open_run
 from tests.helpers.configs import composed
 from tests.helpers.two_hospitals import AWAY, HOME, MODELS, TRAINER, write_hospital
 
-KINDS = ["gbm", "code_tab"]
+KINDS = ["gbm", pytest.param("code_tab", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ def test_one_dataset_is_left_out_and_read_unchanged(hospitals):
     assert metrics["all_splits"]["auroc"]["value"] > 0.95
 
 
+@pytest.mark.slow
 def test_encoders_read_the_vectors_of_what_codes_are_read_as_and_datasets_may_weigh_alike(hospitals):
     metrics = pooled(
         hospitals, "encoder", "encoder", TRAINER[0], "data.pool_weights=datasets", "task.label_fraction=[1.0,0.1]"

@@ -12,6 +12,7 @@ from ehr_embed.core.files import read_json
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.representer import Representer
 from ehr_embed.inference.trained_run import open_run
 from ehr_embed.predict import predict
 from tests.helpers.configs import composed
@@ -70,6 +71,32 @@ def test_predict_says_what_the_evaluation_says(hospitals, kind):
     np.testing.assert_allclose(again["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
 
 
+def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, caplog):
+    predictor = Predictor(hospitals / "encoder-home", needs_classes=False)
+    representer = Representer(predictor)
+
+    def vectors(aligned_to: str) -> tuple[np.ndarray, np.ndarray]:
+        frame = pl.concat(
+            representer.frames(
+                str(hospitals / "away"),
+                labels="case",
+                split="held_out",
+                alignment=AlignmentSettings(aligned_to=aligned_to),
+            )
+        )
+        return frame["vector"].to_numpy(), frame["boolean_value"].to_numpy()
+
+    x, is_case = vectors("auto")
+    away_from = x - x[::2].mean(0)
+    direction = x[::2][is_case[::2]].mean(0) - x[::2][~is_case[::2]].mean(0)
+    score, truth = (away_from @ direction)[1::2], is_case[1::2]
+    assert (score[truth][:, None] > score[~truth]).mean() > 0.9
+    assert not np.allclose(vectors("none")[0], x)
+    with caplog.at_level(logging.WARNING):
+        predictor.read(str(hospitals / "away"), labels="case", split="held_out", lookups=())
+    assert "this command reads them by their texts alone" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["code_tab", "encoder"])
 def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, kind):
     name = f"{kind}-tuned"
@@ -82,6 +109,18 @@ def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, 
     np.testing.assert_allclose(found["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
     with pytest.raises(UserError, match=r"a third dataset cannot be aligned with it"):
         run(config(hospitals, "home", kind, f"{kind}-third", f"init_from={hospitals / name}", "trainer.epochs=0"))
+
+
+def test_a_strong_pull_leaves_the_model_as_it_came(hospitals):
+    start = [f"init_from={hospitals / 'encoder-home'}"]
+    run(config(hospitals, "away", "encoder", "pulled", *start, "trainer.epochs=1", "trainer.pull=1e9"))
+    run(config(hospitals, "away", "encoder", "untouched", *start, "trainer.epochs=0"))
+    found, expected = (
+        pl.read_parquet(hospitals / name / "predictions" / "held_out.parquet") for name in ("pulled", "untouched")
+    )
+    np.testing.assert_allclose(*(f["predicted_boolean_probability"] for f in (found, expected)), atol=1e-6)
+    with pytest.raises(UserError, match=r"trainer\.pull=0\.1: .*init_from=RUN_DIR"):
+        run(config(hospitals, "away", "encoder", "refused", "trainer.epochs=1", "trainer.pull=0.1"))
 
 
 def test_own_pairs_and_none(hospitals, tmp_path):

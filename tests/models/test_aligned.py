@@ -121,6 +121,20 @@ def test_several_codes_of_one_share_its_place_by_their_gates():
     assert z[2].isnan().tolist() == [False, True]
 
 
+def test_a_record_lacks_codes_of_its_own_dataset_only():
+    """Counts of a code of the second dataset are ranked among its 41 records, not among those of the first."""
+    found = []
+    for dataset_of in ({"x": 0, "y": 1}, None):
+        matches = CodeMatches(["A"], n_summaries=1, counts=(0,))
+        matches.match({"x": ("A", 1.0), "y": ("A", 1.0)}, dataset_of)
+        few, many = torch.arange(41), torch.arange(41, 441)
+        row, code = torch.cat([few, many]), torch.cat([torch.ones(41), torch.zeros(400)]).long()
+        matches.fit([(row, code, torch.cat([torch.arange(1.0, 42.0), torch.arange(400.0)])[:, None], 441)])
+        found.append(float(matches.merged(torch.tensor([0]), torch.tensor([1]), torch.tensor([[21.0]]))[2]))
+    assert found[0] == pytest.approx(0.0, abs=1e-4), "the middle of its own"
+    assert found[1] > 1.5, "with the zeros of all records it would seem large"
+
+
 def test_aligned_and_back():
     model = trained_tab()
     before = model(batch(seed=5))

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import POSITIONS, Encoder
+from ehr_embed.models.gru import GRU
 from ehr_embed.models.heads import POOLINGS
+from ehr_embed.models.mean_pool import MeanPool
 from tests.helpers.refusals import refused
 
 TIMES = ("days", "gap_days", "elapsed_days", "age_days")
@@ -126,3 +129,31 @@ def test_bad_sizes_are_refused():
         encoder()({"embeddings": torch.zeros(1, 2, 5), "padding_mask": torch.ones(1, 2, dtype=torch.bool)})
     with refused("40 events", "model.max_length", "32"):
         encoder()(inputs([40], 40))
+
+
+@pytest.mark.parametrize("kind", [Encoder, Decoder, GRU, MeanPool])
+def test_whitened_vectors_are_told_apart_from_the_start(kind):
+    """Texts of one domain share most of their vector: behind a layer norm records hardly differ, whitened they do."""
+    sizes = {"n_heads": 2} if kind in (Encoder, Decoder) else {}
+    shared, own = torch.randn(12, generator=torch.Generator().manual_seed(2)), inputs([1] * 40, 1)
+    vectors = shared + 0.02 * own["embeddings"][:, 0]
+    given = own | {"embeddings": vectors[:, None]} | {name: torch.ones(40, 1) for name in TIMES}
+
+    def spread(**options) -> tuple[float, torch.nn.Module]:
+        torch.manual_seed(0)
+        model = kind(embedding_dim=12, num_classes=2, model_dim=16, **sizes, **options).eval()
+        model.adapt_to_vectors(vectors)
+        return float(model(given).detach().std(0).mean()), model
+
+    plain, _ = spread()
+    white, model = spread(whiten=True)
+    assert white > 5 * plain
+    as_rows = given | {"rows": vectors, "row_ids": torch.arange(40)[:, None]}
+    del as_rows["embeddings"]
+    torch.testing.assert_close(model(as_rows), model(given))
+    _, again = spread(whiten=True)
+    again.adapt_to_vectors(torch.randn(40, 12))
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(given), model(given))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (model(as_rows).float() - model(given).float()).abs().max() < 0.1

@@ -84,6 +84,15 @@ def test_an_outcome_that_is_not_asked_for_has_no_loss_and_no_gradient():
     assert log_hazard.grad[0, 1].abs().sum() > 0
 
 
+def test_each_member_has_the_likelihood_of_its_own_hazards():
+    log_hazard, edges = torch.randn(4, 3, 2, 3), torch.tensor([0.0, 2.0, 5.0])
+    days = torch.tensor([[1.0, 6.0], [3.0, 3.0], [7.0, torch.nan], [2.0, 0.5]])
+    is_event = torch.tensor([[True, False], [True, True], [True, False], [False, True]])
+    found = hazard_nll(log_hazard, days.unsqueeze(1), is_event.unsqueeze(1), edges)
+    alone = [hazard_nll(member, days, is_event, edges) for member in log_hazard.unbind(1)]
+    torch.testing.assert_close(found, torch.stack(alone, 1))
+
+
 @given(st.lists(st.floats(-4, 0), min_size=6, max_size=6), st.floats(0.1, 30))
 def test_outcome_rival_and_neither_add_up_to_one(log_hazards, days):
     log_hazard = torch.tensor(log_hazards, dtype=torch.float64).view(2, 3)

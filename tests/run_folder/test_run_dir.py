@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ehr_embed.config.check import check_config
 from ehr_embed.config.keys import ExplainKeys, GenerateKeys, PredictKeys
 from ehr_embed.core.errors import UserError
-from ehr_embed.experiment.cli import refuse_repeated
+from ehr_embed.experiment.cli import refuse_repeated, refuse_separated
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.trajectories import write_futures
 from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
@@ -115,6 +115,14 @@ def test_what_is_no_repetition_passes():
     refuse_repeated(
         ["seed=1", "seed=1", "--config-dir", "a", "--config-dir=b", "~x=1", "~x=2", "model=gru", "model.n_layers=1"]
     )
+
+
+def test_options_between_overrides_are_refused_with_the_command_in_order(tmp_path, inside):
+    output = inside("train.py", "model=gru", "--config-dir", "my", "seed=1", "run_dir=x", cwd=tmp_path, code=2)
+    assert "train.py --config-dir my model=gru seed=1 run_dir=x" in output
+    assert list(tmp_path.iterdir()) == []
+    for arguments in (["--config-dir", "my", "model=gru", "seed=1"], ["-m", "seed=1,2"], ["model=gru", "--cfg", "job"]):
+        refuse_separated(arguments, "train")
 
 
 def test_two_models_are_refused_by_the_command_line(tmp_path, inside):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import serve as benchmark
 from ehr_embed.experiment.run import run
 from tests.helpers.configs import composed
 from tests.helpers.small_meds import ROOT
@@ -26,7 +27,8 @@ from tests.serving.test_serve import SMALL
 pytestmark = pytest.mark.slow
 RECORD = {"events": [{"time": f"2020-01-{day:02}", "code": "A", "description": "fever"} for day in range(1, 20)]}
 SLOW = {"records": [RECORD] * 8, "attributions": True}
-"""A request that takes seconds with so many points."""
+LONG = ("n_steps=512", "max_steps=512", "timeout_s=120", "shutdown_s=120")
+"""With so many points it takes a second or more."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 def test_a_request_that_was_begun_is_answered_before_the_server_ends(folder):
     before, answers = files(folder), []
-    with served(folder, "n_steps=2048", "max_steps=2048") as (process, port):
+    with served(folder, *LONG) as (process, port):
         asking = threading.Thread(target=lambda: answers.append(post(port, SLOW)))
         asking.start()
         wait_until_begun(port)
@@ -100,7 +102,7 @@ def test_killed_in_mid_request_it_leaves_nothing_and_serves_again(folder):
         except (OSError, http.client.HTTPException) as error:
             broken.append(error)
 
-    with served(folder, "n_steps=2048", "max_steps=2048") as (process, port):
+    with served(folder, *LONG) as (process, port):
         asking = threading.Thread(target=ask, args=(port,))
         asking.start()
         wait_until_begun(port)
@@ -146,3 +148,15 @@ def wait_until_begun(port: int) -> None:
                 return
         time.sleep(0.02)
     pytest.fail("the request was not begun")
+
+
+def test_the_benchmark_measures_a_server(folder, capsys):
+    root = next((folder.parents[2] / "cache").glob("demo-160-*"))
+    benchmark.main(["--run", str(folder), "--data", str(root), "--clients", "1", "3", "--seconds", "0.5"])
+    (found,) = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    assert [row["clients"] for row in found["by_clients"]] == [1, 3]
+    for row in found["by_clients"]:
+        assert row["requests_per_s"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["cpu_ms_a_request"] > 0
+    assert found["by_clients"][0]["records_per_batch"] == pytest.approx(1)

@@ -23,10 +23,12 @@ from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.hazards_everywhere import targets
+from ehr_embed.tasks.hazards_everywhere import AutoOutcomes, targets
+from ehr_embed.tasks.query import Query
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.tasks.time_to_event import TimeToEvent
 from tests.helpers.configs import composed
+from tests.helpers.refusals import refused
 from tests.helpers.small_meds import Event, write_meds
 
 TEXTS = [
@@ -156,6 +158,47 @@ def test_pretraining_beats_constant_rates_and_answers_in_words(everywhere, root)
     assert np.isfinite(literal.incidence).all()
     by_code = asker.ask({"heart": {"codes": ["MI"]}}, root, horizon_days=30, labels="infarction_30d")
     np.testing.assert_allclose(by_code.incidence[:, 0], answers.incidence[:, 0], atol=1e-6)
+
+
+def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):
+    from benchmarks import ask as benchmark
+
+    given = small(
+        root, "next", "model=decoder_small", "model.max_length=80", "trainer.epochs=1", "trainer.n_bootstrap=0"
+    )
+    given[given.index("task=time_to_event")] = "task=next_event"
+    run(composed(*given))
+    runs = [str(everywhere), str(root.parent / "next")]
+    benchmark.main(
+        [*runs, str(root), "infarction_30d", "--question", "Influenza", "--subjects", "20", "--repeats", "1"]
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["predictions"] == 20
+    assert found["ratio"] > 1
+
+
+def test_a_query_is_judged_like_any_run_and_gives_the_risks_of_ask(everywhere, root, store, tmp_path):
+    given = small(root, "query", "model=decoder_small", "model.max_length=64", f"init_from={everywhere}",
+                  "task.text_pattern=infarct", "task.horizon_days=30", "task.labels=infarction_30d")  # fmt: skip
+    given[given.index("task=time_to_event")] = "task=query"
+    run(composed(*given))
+    folder = root.parent / "query"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["held_out"]["auroc"]["value"] > 0.6
+    asked = ehr_embed.load(everywhere).ask({"mi": {"codes": ["MI"]}}, root, horizon_days=30, labels="infarction_30d")
+    written = pl.read_parquet(folder / "predictions" / "held_out.parquet")
+    both = written.join(asked.frame, on=["subject_id", "prediction_time"])
+    assert len(both) == len(written) == 90
+    np.testing.assert_allclose(both["predicted_boolean_probability"], both["mi/risk"], atol=1e-5)
+    with refused("no hazard head", "pretrain_hazards"):
+        Query(codes=["MI"]).take_sizes({"num_classes": 2}, tmp_path)
+    with refused("one event set", "task.text_pattern=REGEX"):
+        Query()
+    shorter = [own for own in given if not own.startswith("run_dir")]
+    with refused("vocabulary", "ehr_embed.ask"):  # value bins give other tokens
+        other = write_smokers(tmp_path / "other", n=60)
+        run(composed(*(f"data.root={other}" if own.startswith("data.root") else own for own in shorter),
+                     "data.min_count=70", f"run_dir={tmp_path / 'run'}"))  # fmt: skip
 
 
 def test_a_run_that_predicts_no_times_says_how_to_get_one(root, tmp_path):
@@ -315,3 +358,13 @@ def test_codes_are_asked_on_the_command_line_without_labels(everywhere, root, tm
     assert {event["code"] for event in found["events"]} == {"MI", "FLU"}
     assert 0 < found["mean_risk"] < 1
     assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("per_batch", 0), ("neighbours", 1.5), ("rarity", "much"), ("min_events", 2.5)]
+)
+def test_options_of_automatic_outcomes_are_checked(name, value):
+    with refused(f"task.auto.{name}={value}", "expected"):
+        AutoOutcomes(**{name: value})
+    with refused("task.auto.unions=0.6", "at most 1"):
+        AutoOutcomes(neighbours=0.6, unions=0.6)

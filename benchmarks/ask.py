@@ -1,0 +1,96 @@
+"""Seconds to answer a question by the hazard head in one forward pass, against sampled futures of a next-event decoder.
+
+    python benchmarks/ask.py HAZARD_RUN NEXT_EVENT_RUN DATA NAME --question osteoarthritis
+    python benchmarks/ask.py HAZARD_RUN NEXT_EVENT_RUN DATA NAME --question osteoarthritis --n_samples 20 --subjects 200 --repeats 3
+
+Both runs are trained on the dataset DATA, since how long a future gets depends on what the decoder has learned. They answer for the
+same held-out prediction times of the label set NAME, whose labels are not read. Both ways alternate in one run; prints one JSON
+line with the median of the pairs' ratios. Reading the data and finding the question's events are not part of either time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.samples import Samples
+from ehr_embed.inference.asker import Asker
+from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.trained_run import samples_to_predict
+from ehr_embed.inference.trajectories import sample_futures
+from ehr_embed.models.sampling import Sampling
+
+MAX_NEW_EVENTS = 64
+
+
+def first(samples: Samples, n: int) -> Samples:
+    """Return the first n samples."""
+    return samples.take(np.arange(min(n, len(samples))))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("hazard_run", "next_event_run", "data", "labels"):
+        parser.add_argument(name)
+    parser.add_argument("--question", required=True)
+    for name, default in (("n_samples", 20), ("subjects", 200), ("repeats", 3), ("horizon_days", 365)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args(arguments)
+
+    asker = Asker(options.hazard_run)
+    questions = asker.questions([options.question])
+    data = asker.read(options.data, labels=options.labels, split="held_out", lookups=())
+    asked = Dataset(data.vocabulary, data.embedding, data.events, first(data.samples, options.subjects))
+    days = (options.horizon_days * np.arange(1, 13) / 12).tolist()
+
+    sampler = Predictor(options.next_event_run, needs_classes=False)
+    own = sampler.read(options.data, labels=options.labels, split="held_out", lookups=())
+    n_prompt = sampler.run.config["model"]["max_length"] - MAX_NEW_EVENTS
+    labels_dir = Path(options.data) / "labels"
+    prompts = first(samples_to_predict(own.events, options.labels, labels_dir, max_length=n_prompt), options.subjects)
+    sampling = Sampling(n_samples=options.n_samples, horizon_days=options.horizon_days, max_new_events=MAX_NEW_EVENTS)
+
+    def seconds_of_question() -> float:
+        began = time.perf_counter()
+        asker.incidence(asked, questions, days)
+        return time.perf_counter() - began
+
+    def seconds_of_futures() -> float:
+        began = time.perf_counter()
+        sample_futures(
+            sampler.run, BatchDataset(own.events, prompts), sampling, device=torch.device("cpu"), batch_size=64, seed=0,
+            use_cache=True,
+        )  # fmt: skip
+        return time.perf_counter() - began
+
+    seconds_of_question()  # warm-up
+    pairs = [(seconds_of_question(), seconds_of_futures()) for _ in range(options.repeats)]
+    print(
+        json.dumps(
+            {
+                "benchmark": "ask",
+                "ms_per_prediction_asked": round(1000 * statistics.median(a for a, _ in pairs) / len(prompts), 3),
+                "ms_per_prediction_futures": round(1000 * statistics.median(b for _, b in pairs) / len(prompts), 3),
+                "ratio": round(statistics.median(b / a for a, b in pairs), 1),
+                "ratios": [round(b / a, 1) for a, b in pairs],
+                "predictions": len(prompts),
+                **{name: getattr(options, name) for name in ("question", "n_samples", "repeats", "horizon_days")},
+                "processor": platform.processor() or "cpu",
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

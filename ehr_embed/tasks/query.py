@@ -1,0 +1,100 @@
+"""Zero-shot risk by a hazard head: one forward pass answers for a set of events that need not have been an outcome in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ehr_embed.core.errors import UserError
+from ehr_embed.core.settings import checked
+from ehr_embed.data.batches import Batch
+from ehr_embed.data.event_set import EventSet
+from ehr_embed.data.store import EventStore
+from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.hazards import HAZARDS, AskedSets, HazardSizes
+from ehr_embed.models.sampling import HorizonDays
+from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.protocol import StepResult, logits_of
+
+
+class Query(Classification):
+    """Estimates the risk of a boolean label with a run of task=time_to_event, without training.
+
+    The label must mean that an event of a set occurs within a horizon after the prediction time. Death competes if the run's data
+    have deaths.
+
+    Args:
+        codes, code_pattern, text_pattern: the event set; see `EventSet`.
+        definition: YAML file that holds these three keys instead.
+        horizon_days: the horizon of the label, in days.
+        options: options of `Classification`, such as `labels` and `monitor`.
+    """
+
+    is_trained = False
+    needs_causal: bool | None = None
+
+    @checked("task")
+    def __init__(
+        self,
+        *,
+        codes: Sequence[str] = (),
+        code_pattern: str | None = None,
+        text_pattern: str | None = None,
+        definition: str | None = None,
+        horizon_days: HorizonDays = 365.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        inline = EventSet(codes=codes, code_pattern=code_pattern, text_pattern=text_pattern)
+        if (inline != EventSet()) == (definition is not None):
+            raise UserError(
+                "task=query needs one event set. Type: task.codes=[CODE,CODE], task.code_pattern=REGEX, task.text_pattern=REGEX, "
+                "or task.definition=FILE.yaml; python -m ehr_embed.ask takes words"
+            )
+        self._event_set = inline if definition is None else EventSet.read(definition)
+        self.horizon_days = horizon_days
+        self._hazards: HazardSizes | None = None
+
+    def take_sizes(self, sizes: Mapping[str, Any], where: Path) -> None:
+        """Take the time bins and rates of the run that the weights come from; called before the model is built.
+
+        Raises:
+            UserError: that run has no hazard head, or learned vectors of its own outcomes.
+        """
+        if HAZARDS not in sizes or sizes[HAZARDS]["vectors"] != "text":
+            raise UserError(
+                f"{where} has no hazard head that knows an outcome by its texts, so it cannot be asked. Type: python train.py "
+                "experiment=pretrain_hazards data.root=DIR run_dir=RUN_DIR, and init_from=RUN_DIR"
+            )
+        self._hazards = HazardSizes(**sizes[HAZARDS])
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        assert self._hazards is not None
+        return {"num_classes": self._hazards.num_classes, HAZARDS: self._hazards.plain()}
+
+    def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
+        super().setup(store, labels_dir, max_length)
+        if self.class_names != ["false", "true"]:
+            raise UserError(f"task=query takes boolean labels, got classes {', '.join(self.class_names)}.")
+        self._tokens = list(self._event_set.tokens(store.vocabulary))
+        if not self._tokens:
+            raise UserError(
+                f"no token of the vocabulary is in {self._event_set}, so nothing is asked for. vocabulary/vocab.csv in the run's "
+                "folder lists the codes and texts."
+            )
+
+    def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
+        """Return the cross-entropy of the risks, their number, and the class probabilities."""
+        assert self._hazards is not None
+        device = batch.token_ids.device
+        asked = AskedSets.of(self._hazards, [self._tokens], self._hazards.rates_of([self._tokens]))
+        log_hazard = logits_of(model, embedding.inputs(batch) | asked.inputs(embedding.table))
+        risk_B = asked.incidence(log_hazard, torch.tensor([self.horizon_days], device=device))[:, 0, 0].double()
+        risk_B = risk_B.clamp(1e-7, 1 - 1e-7)
+        loss_B = -torch.where(batch.labels == 1, risk_B, 1 - risk_B).log()
+        return StepResult(loss_B.sum(), len(loss_B), torch.stack([1 - risk_B, risk_B], dim=-1))
