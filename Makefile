@@ -28,10 +28,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/installed-dev

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -76,13 +75,14 @@ class Lab:
     draws: tuple[int, ...]
     sizes: tuple[int, ...] = SIZES
     ways: tuple[str, ...] = tuple(WAYS)
+    cache: tuple[str, ...] = ()
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Make a run unless it is there, and return its metrics."""
         folder = self.folder / name
         if not (folder / FINISHED).exists():
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg = compose("train", overrides=[*overrides, *TRAINER, f"run_dir={folder}"])
+                cfg = compose("train", overrides=[*overrides, *TRAINER, *self.cache, f"run_dir={folder}"])
             run(cfg)
         found: dict[str, Any] = json.loads((folder / FINISHED).read_text())
         return found
@@ -281,8 +281,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="ways to use them")
     chosen = parser.parse_args(arguments)
-    if chosen.cache is not None:
-        os.environ["EHR_EMBED_CACHE"] = str(chosen.cache)
     hours = ",".join(map(str, chosen.home_hours))
     shares = ",".join("0.2" for _ in chosen.home_hours)
     prefixes = (f"task.prefixes={{hours:[{hours}],shares:[{shares}]}}",) if chosen.home_hours else ()
@@ -294,6 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tuple(range(chosen.draws)),
         tuple(chosen.sizes),
         tuple(chosen.ways),
+        () if chosen.cache is None else (f"cache_dir={chosen.cache}",),
     )
     tables = {}
     for part in chosen.parts:

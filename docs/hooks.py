@@ -1,10 +1,11 @@
-"""Give every file of the repository that a page links to a page of its own on the mkdocs site.
+"""Give every file of the repository that a page links to, and every notebook, a page of its own on the mkdocs site.
 
 A link such as `../conf/train.yaml` then works on the site as it does in the repository.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -33,8 +34,37 @@ def outside(target: str, page: str) -> str | None:
     return path if path.split("/")[0] not in ("docs", "..") and (ROOT / path).is_file() else None
 
 
+def notebook_page(notebook: dict[str, Any], name: str) -> str:
+    """Return a notebook as Markdown: its texts, its code, and what outputs it holds as text.
+
+    >>> cells = [{"cell_type": "markdown", "source": ["# A"]}, {"cell_type": "code", "source": ["1 + 1"], "outputs": []}]
+    >>> print(notebook_page({"cells": cells}, "a.ipynb"))
+    # A
+    <BLANKLINE>
+    ```python
+    1 + 1
+    ```
+    <BLANKLINE>
+    [The notebook as a file](a.ipynb)
+    <BLANKLINE>
+    """
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            shown_text = "".join(output.get("text", output.get("data", {}).get("text/plain", [])))
+            if shown_text.strip():
+                parts.append(f"```text\n{shown_text.rstrip()}\n```")
+    return "\n\n".join([*parts, f"[The notebook as a file]({name})"]) + "\n"
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for every file of the repository that is linked to."""
+    """Add a page for every notebook, and for every file of the repository that is linked to."""
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        notebook = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
+        page = notebook_page(notebook, posixpath.basename(file.src_uri))
+        files.append(File.generated(config, file.src_uri.removesuffix(".ipynb") + ".md", content=page))
     found = {
         path
         for page in files.documentation_pages()

@@ -16,6 +16,7 @@ from benchmarks import (
     embedding,
     generation_cache,
     gpu,
+    hospitals,
     packing,
     scale,
     selection,
@@ -26,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.common import write_cohort
 from ehr_embed.sources.meds import MedsSource
+from tests.helpers.two_hospitals import AWAY, HOME, write_hospital
 
 STATED = {"benchmark", "dataset", "device", "threads", "versions"}
 TINY_MODEL = ("--subjects", "40", "--model-dim", "16", "--layers", "1", "--device", "cpu")
@@ -205,3 +207,25 @@ def test_f1_picks_the_better_model_less_often_than_auroc(capsys):
     assert 0.8 < found["auroc"] < 0.97
     selection.main(["--n-draws", "3", "--n", "100"])
     assert "| auroc | auprc | f1 | loss | brier |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
+    home = write_hospital(tmp_path / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    away = write_hospital(tmp_path / "away", AWAY, heart_unit=1 / 60, noise=6, seed=1, first=0)
+    arguments = [
+        "--home", str(home), "--away", str(away), "--home-labels", "case", "--away-labels", "case", "--home-hours",
+        "--folder", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--seeds", "1", "--draws", "1", "--sizes", "80",
+        "--ways", "gbm", "tuned", "pool",
+    ]  # fmt: skip
+    found = line(hospitals.main, capsys, *arguments)
+    unchanged, few, pooled = (found["tables"][part] for part in ("unchanged", "few", "pooled"))
+    code_tab = unchanged[1]
+    assert code_tab[:2] == ["home to away, 270 labels", "code_tab"]
+    assert float(code_tab[2].split()[0]) > 0.7, "18 steps"
+    assert float(code_tab[4]) < float(code_tab[2].split()[0]) - 0.1, "wrong texts"
+    assert [row[0] for row in few[1:]] == ["0", "80", "90"]
+    assert len(pooled) == 5
+    metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+    assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
+    assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]

@@ -11,7 +11,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
+import ehr_embed
 from ehr_embed.comparison.report import report_folder
 from ehr_embed.reports.html_report import write_report
 from tests.helpers.browser import OUTSIDE_OF_PICTURE, SCHEMES, WIDTHS, browser, serve, troubles  # noqa: F401  (a fixture)
@@ -40,6 +42,17 @@ def test_the_leaderboard_is_that_of_the_committed_tables():
         text = path.read_text(encoding="utf-8")
         assert "hardware" in text.splitlines()[0]
         assert re.findall(r"(?<![\w.])/[a-z]+/", text) == [], path
+
+
+def test_a_release_has_one_version():
+    assert f"version: {ehr_embed.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(
+        rf"^## {re.escape(ehr_embed.__version__)}, \d{{4}}-\d\d-\d\d$",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE,
+    )
+    for path in (ROOT / ".github").rglob("*.yml"):
+        assert yaml.safe_load(path.read_text()), path
 
 
 def test_pictures_are_small_load_nothing_and_are_all_shown():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ehr_embed.core.files import read_json
 from ehr_embed.core.outcome import read_outcome
-from ehr_embed.core.secrets import without_private
+from ehr_embed.core.secrets import without_folders
 from ehr_embed.run_folder.layout import ENVIRONMENT
 
 COLUMNS = ("command", "commit", "hardware", "date")
@@ -52,8 +52,8 @@ def command_of(lines: Sequence[Sequence[str]]) -> str:
     values: dict[str, dict[str, None]] = {}
     for line in lines:
         for override in line:
-            key, _, value = override.partition("=")
-            values.setdefault(key, {})[str(without_private({key.lstrip("+"): value})[key.lstrip("+")])] = None
+            key, _, value = without_folders(override).partition("=")
+            values.setdefault(key, {})[value] = None
     words = [shlex.quote(f"{key}={','.join(found)}") for key, found in values.items()]
     # A YAML of sweeps/ says by itself that there are many runs.
     flag = ["-m"] if "sweeps" not in values and any(len(found) > 1 for found in values.values()) else []

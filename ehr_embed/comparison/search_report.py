@@ -14,7 +14,7 @@ import pandas as pd
 
 from ehr_embed import __version__
 from ehr_embed.core.files import read_json
-from ehr_embed.core.secrets import without_private
+from ehr_embed.core.secrets import without_folders, without_private
 from ehr_embed.reports.html_report import save
 from ehr_embed.reports.page import picture, render, shown
 from ehr_embed.run_folder.layout import PLOTS, REPORT
@@ -60,7 +60,7 @@ def report_of_folder(folder: Path) -> Path:
         plots_of=pictures,
         tests=_tests(tests),
         facts=[(name, _told(facts[name])) for name in TOLD if name in facts],
-        fixed=[_fixed(line) for line in facts.get("fixed", [])],
+        fixed=[without_folders(str(line)) for line in facts.get("fixed", [])],
         version=__version__,
     )
     return save(page, folder / REPORT)
@@ -208,11 +208,6 @@ def _told(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count} {name}" for name, count in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else shown(value)
-
-
-def _fixed(line: Any) -> str:
-    key, equals, value = str(line).partition("=")
-    return f"{key}={without_private({key: value})[key]}" if equals else key
 
 
 def _contents(pictures: Sequence[tuple[str, str, Any]], has_tests: bool) -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ MASK = "***"
 _USER_INFO = (re.compile(r"(://[^:/@\s]*):\S*@"), re.compile(r"(://[^:/@\s]*):[^@]*@"))
 """Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the
 word or, if the word has none, at the first @ after it."""
+FOLDERS = re.compile(r"(?<![\w:/.])(?:~|\.{1,2})?/(?:[^\s,\]\[/'\"]+/)*")
+"""Matches the folders of absolute paths, and of those from the present or the home folder."""
 _KEY = re.compile(r"([\w.%\-]+)=")
 _VALUE = re.compile(r"'[^']*'?|\"[^\"]*\"?|[^\s&'\"]*")
 
@@ -84,6 +86,19 @@ def without_private(value: Any) -> Any:
     if value.startswith(("/", "~", "./", "../")) or PureWindowsPath(value).is_absolute() or _is_there(value):
         return PureWindowsPath(value).name if "\\" in value else PurePosixPath(value).name
     return masked(value)
+
+
+def without_folders(override: str) -> str:
+    """Return an override without its secrets, and without the folders of every path in its value, within lists too.
+
+    >>> without_folders("data.lookups=[/data/ann/a.csv,~/b.csv]"), without_folders("model=gbm"), without_folders("+x.api_key=k")
+    ('data.lookups=[a.csv,b.csv]', 'model=gbm', '+x.api_key=***')
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return override
+    kept = str(without_private({key.lstrip("+"): value})[key.lstrip("+")])
+    return f"{key}={FOLDERS.sub('', kept)}"
 
 
 def _is_there(value: str) -> bool:

@@ -455,7 +455,7 @@ def write_results(
         made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
         save(made(), run_dir / REPORT)
         if isinstance(tracker, KeepsReport):
-            tracker.add_report(made)
+            tracker.add_report(partial(made, has_environment=False))
     tracker.summarise(summary_of(metrics))
     tracker.add_plots(plots)
     tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))

@@ -77,6 +77,7 @@ def report_of(
     metrics: dict[str, Any],
     choices: Sequence[str],
     has_codes: bool = True,
+    has_environment: bool = True,
 ) -> str:
     """Return the report of a run as HTML.
 
@@ -86,6 +87,7 @@ def report_of(
         metrics: content of metrics.json.
         choices: the options of the config groups as `group=option`.
         has_codes: also show what quotes codes or texts of the data: subgroups, findings of the audit, and moved predictions.
+        has_environment: also show the versions of packages and the hardware.
     """
     card_file = run_dir / MODEL_CARD
     card = sections(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
@@ -116,7 +118,7 @@ def report_of(
         contents=_contents(values),
         choices=choices,
         differences=_differences(config, choices),
-        environment=_environment(run_dir / ENVIRONMENT),
+        environment=_environment(run_dir / ENVIRONMENT) if has_environment else [],
         version=__version__,
         **values,
     )

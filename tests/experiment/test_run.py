@@ -72,8 +72,9 @@ def test_shuffled_labels_land_at_chance(place, inside):
 
 def test_a_run_leaves_what_the_readme_says(demo):
     files = {str(path.relative_to(demo)) for path in demo.rglob("*") if path.is_file()}
-    plots = {f"plots/{name}.png" for name in ("loss", "roc", "precision_recall", "calibration")}
+    plots = {f"plots/{name}.png" for name in ("loss", "roc", "precision_recall", "calibration", "decision_curve")}
     assert files - {"checkpoint_epoch_10.pt", ".lock"} == plots | {
+        "plots/decision_curve.csv",
         "manifest.json",
         "metrics.json",
         "metrics.jsonl",

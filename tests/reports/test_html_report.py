@@ -143,6 +143,9 @@ def test_what_strangers_wrote_stays_text(folder, tmp_path):
     without = report_of(tmp_path / "run", config=hostile, metrics=metrics, choices=[], has_codes=False)
     assert "SEX//M" in page
     assert "SEX//M" not in without
+    assert "sentence-transformers" in page
+    private = report_of(tmp_path / "run", config=hostile, metrics=metrics, choices=[], has_environment=False)
+    assert "sentence-transformers" not in private, "a tracker is not told the packages"
 
 
 def test_a_report_can_be_switched_off_and_a_finding_names_no_subject(folder, tmp_path):

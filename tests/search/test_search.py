@@ -15,8 +15,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.helpers.entry_points import inside  # noqa: F401 (a fixture)
+from tests.helpers.overrides import last_of_each
 from tests.helpers.search_app.run import (
     APP,
+    STUDY,
     counted,
     distinct,
     environment,
@@ -27,6 +30,7 @@ from tests.helpers.search_app.run import (
     states,
     trials_of,
 )
+from tests.helpers.small_meds import ROOT
 
 X = "x=interval(0,1)"
 
@@ -243,23 +247,18 @@ def test_several_objectives(tmp_path):
     assert {"pareto_front.png", "slice_objective_1.html"} <= {path.name for path in (folder / "plots").iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("raise_above", "RuntimeError: CUDA out of memory"),
-        ("nan_above", "the objective is nan"),
-        ("die_above", "killed by SIGKILL"),
-    ],
-)
-def test_a_failed_job_is_recorded_and_the_search_goes_on(tmp_path, key, message):
-    arguments = ("x=0,1,2,9", "hydra/sweeper/sampler=grid", f"{key}=5", "hydra.sweeper.max_failure_rate=0.25")
-    search(*arguments, "hydra.sweeper.n_jobs=2", cwd=tmp_path)
+def test_failed_jobs_are_recorded_and_the_search_goes_on(tmp_path):
+    """One raises, one is killed, one returns NaN, in one search."""
+    failing = ("raise_above=8.5", "die_above=7.5", "nan_above=6.5", "hydra.sweeper.max_failure_rate=0.6")
+    search("x=0,1,7,8,9", "hydra/sweeper/sampler=grid", *failing, "hydra.sweeper.n_jobs=2", cwd=tmp_path)
     trials = {trial.params["x"]: trial for trial in trials_of(tmp_path)}
-    assert trials["9"].state.name == "FAIL"
-    assert message in trials["9"].user_attrs["error"]
-    assert states([trials[x] for x in "012"]) == ["COMPLETE"] * 3
-    table = pd.read_csv(tmp_path / "multirun" / "app" / "summary.csv")
-    assert message in table["error"].iloc[-1]
+    assert states([trials[x] for x in "01"]) == ["COMPLETE"] * 2
+    table = pd.read_csv(tmp_path / "multirun" / "app" / "summary.csv").set_index("x")
+    messages = {"9": "RuntimeError: CUDA out of memory", "8": "killed by SIGKILL", "7": "the objective is nan"}
+    for x, message in messages.items():
+        assert trials[x].state.name == "FAIL"
+        assert message in trials[x].user_attrs["error"]
+        assert message in table.loc[int(x), "error"]
 
 
 def test_too_many_failures_stop_the_search(tmp_path):
@@ -330,10 +329,13 @@ def stored(tmp_path_factory) -> Path:
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_input_is_refused_before_the_first_trial(stored, arguments, message, tmp_path):
+def test_bad_input_is_refused_before_the_first_trial(stored, arguments, message, tmp_path, inside, monkeypatch):
+    monkeypatch.setenv("EHR_EMBED_CONF", str(ROOT / "conf"))
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
     before = (stored / "multirun" / "app" / "study.journal").read_bytes()
     log = tmp_path / "started"
-    output = search(*STORED, "hydra.sweeper.n_trials=9", f"started={log}", *arguments, cwd=stored, code=2)
+    typed = last_of_each([*STUDY, *STORED, "hydra.sweeper.n_trials=9", f"started={log}", *arguments])
+    output = inside(str(APP), *typed, cwd=stored, code=2)
     assert re.search(message, output), output
     assert "secret" not in output
     assert not log.exists(), "a trial was started"

@@ -110,7 +110,9 @@ def test_wandb_has_one_run_a_trial_and_one_for_the_search(searched):
 
 def test_the_search_run_holds_the_table_of_trials(searched):
     run = wandb_runs(searched)["rates-search"]
-    table = run.history[-1]["tables/trials"]
+    table = next(row["tables/trials"] for row in run.history if "tables/trials" in row)
+    page = next(row["report/search"] for row in run.history if "report/search" in row)
+    assert page["_type"] == "html-file"
     assert (table["_type"], table["nrows"]) == ("table-file", 3)
     (path,) = (searched / "multirun" / "rates").glob(f"wandb/offline-run-*/files/{table['path']}")
     stored = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.evaluation.regression import regression_metrics
+from ehr_embed.experiment.outlook import tell_outlook
 from ehr_embed.experiment.preflight import preflight
 from ehr_embed.experiment.run import run
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.representer import Representer
 from ehr_embed.models.label_outputs import LabelOutputs, OutputGroup
 from ehr_embed.predict import predict
 from ehr_embed.sources.meds import MedsSource
@@ -116,7 +120,7 @@ def test_a_planted_number_is_learned_by_every_model_and_the_run_is_whole(runs):
         assert "Intervals wider" not in card or "mae (" not in card
 
 
-def test_a_run_that_predicts_numbers_predicts_again_is_compared_and_tabulated(runs, root):
+def test_a_run_that_predicts_numbers_predicts_again_is_compared_and_tabulated(runs, root, capsys):
     written = pl.read_parquet(runs["mean_pool"] / "predictions" / "held_out.parquet")
     loaded = ehr_embed.load(runs["mean_pool"])
     again = loaded.predict_proba(root, labels="stay", split="held_out")
@@ -130,6 +134,12 @@ def test_a_run_that_predicts_numbers_predicts_again_is_compared_and_tabulated(ru
         np.testing.assert_allclose(
             pl.read_parquet(path)["predicted_float_value"], own["predicted_float_value"], rtol=1e-5
         )
+    Representer(Predictor(runs["mean_pool"])).write(
+        root.parent / "vectors.parquet", str(root), labels="stay", split="held_out"
+    )
+    assert pl.read_parquet(root.parent / "vectors.parquet")["float_value"].equals(written["float_value"])
+    tell_outlook(config(root, "outlook", *STAY, "model=mean_pool"), root.parent / "outlook")
+    assert re.search(r"label stay +train 120 \(median 10[34]", capsys.readouterr().out)
     predictions = {name: read_predictions(folder / "predictions" / "held_out.parquet") for name, folder in runs.items()}
     pairs = paired_tests(predictions, n_bootstrap=50)
     assert set(pairs["metric"]) == {"mae", "rmse", "r2", "spearman"}
