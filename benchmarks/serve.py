@@ -119,6 +119,7 @@ def load(port: int, bodies: Sequence[bytes], *, n_clients: int, seconds: float) 
                 failed.append(text.decode())
                 break
             took[number].append(time.perf_counter() - began)
+        connection.close()
 
     clients = [threading.Thread(target=ask, args=(number,)) for number in range(n_clients)]
     for client in clients:
@@ -146,6 +147,7 @@ def batches_of(port: int) -> float:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
+    connection.close()
     found = re.search(r"^ehr_embed_batch_records_count (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 

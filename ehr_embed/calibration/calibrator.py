@@ -38,7 +38,7 @@ class Calibrator:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of fitting a calibration.
+    """The result of fitting a calibration.
 
     Attributes:
         calibrator: the fitted calibration; None = probabilities stay as they are.

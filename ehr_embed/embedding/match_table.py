@@ -46,7 +46,7 @@ SHOWN = 40
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Which code of a run stands for each code of a dataset.
+    """The codes of a run that stand for the codes of a dataset.
 
     Attributes:
         table: one row per code of the dataset, the most frequent first: code, text, matched_code and matched_text (null = none),

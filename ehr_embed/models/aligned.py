@@ -18,7 +18,7 @@ MAX_FITTED = 2**21
 
 
 class CodeMatches(nn.Module):
-    """Which known code each matched code of another dataset is read as, how far it counts, and its numbers' quantiles.
+    """The known code as which each matched code of another dataset is read, how far it counts, and its numbers' quantiles.
 
     Each number of a matched code becomes the normal score of its rank among the same code's numbers in the other dataset, which
     needs no labels and no common unit. Where several matched codes of one known code occur in a record, the scores of each summary

@@ -1,4 +1,4 @@
-"""What a model's logits mean for each label set: a probability, the probabilities of classes, or a number.
+"""Turn a model's logits into the outputs of each label set: a probability, the probabilities of classes, or a number.
 
 The mean and standard deviation of train's numbers are part of the model's state, so that weights from another run keep the scale
 on which they were trained.

@@ -40,7 +40,7 @@ LARGE = 1 << 17
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost; conf/serve.yaml explains each."""
+    """Limits of the cost of a request; conf/serve.yaml explains each."""
 
     max_body_mib: float = 16.0
     max_records: int = 64

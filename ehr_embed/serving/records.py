@@ -1,4 +1,4 @@
-"""What a request holds: records as MEDS events in JSON. They are checked here, one by one, before any of them is predicted for."""
+"""Check the records of a request, MEDS events in JSON, one by one before any of them is predicted for."""
 
 from __future__ import annotations
 

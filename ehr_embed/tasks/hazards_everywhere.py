@@ -55,7 +55,7 @@ ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOutcomes:
-    """Which sets of events are outcomes where `task.outcomes=auto`.
+    """The settings by which sets of events become outcomes where `task.outcomes=auto`.
 
     Attributes:
         per_batch: sets that are drawn for each training batch.

@@ -28,8 +28,10 @@ class Anchor:
 
         >>> weight = nn.Parameter(torch.tensor([1.0]))
         >>> anchor = Anchor([weight], pull=50.0)
-        >>> weight.data.fill_(3.0), anchor.draw_back(0.01), weight.item()
-        (tensor([3.]), None, 2.0)
+        >>> _ = weight.data.fill_(3.0)
+        >>> anchor.draw_back(0.01)
+        >>> weight.item()
+        2.0
         """
         for parameter, start in zip(self.parameters, self.start, strict=True):
             parameter.lerp_(start, min(1.0, learning_rate * self.pull))

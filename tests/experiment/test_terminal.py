@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
-import select
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
+from docs.terminal import PAGE, on_a_terminal
 from tests.helpers.entry_points import inside  # noqa: F401 (a fixture)
 from tests.helpers.small_meds import ROOT
 
 SMALL = ("data.n_subjects=200", "trainer.epochs=2", "trainer.n_bootstrap=20", "trainer.threads=1", "cache_dir=cache")
-STRANGE = ("Warning", "Traceback", "requires_grad", "Loading weights", "Loading SentenceTransformer", "A new study",
+STRANGE = ("Warning", "Traceback", "requires_grad", "Loading weights", "Loading SentenceTransformer", "A new study", "NumExpr",
            "Error executing job")  # fmt: skip
 
 
-def on_a_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
-    """Run a command in a pseudo-terminal of 120 columns, and return its exit code and what it wrote there."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    parts = []
-    while True:
-        if not select.select([master], [], [], 120)[0]:
-            process.kill()
-            raise AssertionError("it hangs")
-        try:
-            part = os.read(master, 65_536)
-        except OSError:  # the other end was closed
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(master)
-    return process.wait(), b"".join(parts).decode()
+def typed(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Run train.py in a pseudo-terminal, and return its exit code and what it wrote there."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return on_a_terminal(str(ROOT / "train.py"), *arguments, cwd=cwd, environment=environment, silent_s=120)
 
 
 def test_no_bar_is_torn(tmp_path):
-    code, output = on_a_terminal(*SMALL, "run_dir=run", cwd=tmp_path)
+    code, output = typed(*SMALL, "run_dir=run", cwd=tmp_path)
     assert code == 0, output
     assert [word for word in STRANGE if word in output] == []
     assert "embedding texts: " in output
@@ -59,8 +37,8 @@ def test_no_bar_is_torn(tmp_path):
         assert not re.search(r"\d+%\|.*\|.*(?:train loss|metrics|Warning)", shown), shown
 
 
-def test_a_mistake_is_one_line_on_a_terminal(tmp_path):
-    code, output = on_a_terminal(*SMALL, "task.labels=absent", "run_dir=run", cwd=tmp_path)
+def test_a_mistake_is_one_line_typed(tmp_path):
+    code, output = typed(*SMALL, "task.labels=absent", "run_dir=run", cwd=tmp_path)
     assert code == 2
     lines = [line for line in output.splitlines() if line.strip()]
     assert lines[-1].startswith("error: unknown task.labels 'absent'")
@@ -88,3 +66,20 @@ def test_many_runs_say_nothing_of_a_study_in_memory(tmp_path, inside):
         cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert "A new study" not in done.stdout + done.stderr
+
+
+def test_the_recorded_terminal_has_no_line_to_wonder_at():
+    """docs/terminal.md, which `python docs/terminal.py` records."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert [word for word in STRANGE if word in text] == []
+    terminal, log = re.findall(r"^```text\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    for recorded in (terminal, log):
+        assert [line.split()[2] for line in recorded.splitlines() if line.startswith("$ python ")] == [
+            "embed.py",
+            "train.py",
+        ]
+        assert re.search(r"^│ auroc +│ 0\.\d+ \[", recorded, flags=re.MULTILINE), "the metrics table"
+        assert re.search(r"^[\d,]+ parameters, best epoch .* s in all$", recorded, flags=re.MULTILINE)
+        assert "\x1b" not in recorded
+        assert "\r" not in recorded
+    assert "%|" not in log, "a bar in a log file"

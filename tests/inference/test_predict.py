@@ -137,7 +137,7 @@ def test_the_command_line(folder, new, inside):
         (["run=moved", "output=x"], "data.root is not set"),
         (
             ["run=moved", "data.root=new", "output=x", "split=train"],
-            "no split. Expected metadata/subject_splits.parquet",
+            "Expected metadata/subject_splits.parquet",
         ),
         (["run=moved", "data.root=new", "output=x", "device=gpu9"], "device=gpu9: expected auto, cpu or cuda"),
         (["run=moved", "data.root=new", "output=x", "label=y"], "unknown key or group 'label'"),

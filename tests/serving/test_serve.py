@@ -327,8 +327,11 @@ def test_a_slow_answer_ends_in_504_and_nothing_stays_behind(predictor, labelled)
         many = client.post("/predict", json={"records": labelled[1][:2]})
         assert (many.status_code, many.headers["retry-after"]) == (503, "1")
         release.set()
-        (answer,) = asked(client, labelled[1][:1])
-        assert answer["probabilities"]["true"] == pytest.approx(labelled[0]["probability_true"][0], abs=1e-6)
+        tries = (
+            client.post("/predict", json=labelled[1][0]) for _ in range(30)
+        )  # a busy machine may take longer than 0.6 s
+        found = next(answer for answer in tries if answer.status_code == 200).json()["predictions"][0]
+        assert found["probabilities"]["true"] == pytest.approx(labelled[0]["probability_true"][0], abs=1e-6)
 
 
 def test_what_was_begun_is_answered_before_the_end():

@@ -314,7 +314,7 @@ def test_a_bad_shard_is_named_and_nothing_is_left(corpus, name):
         ("data.labels_filepath=CORPUS/lab.csv", r"lab\.csv: column `subject_id` is missing"),
         ("data.lab_lookup_filepath=CORPUS/vocab.csv", r"vocab\.csv: expected columns code,term, found token, str"),
         ("data.region_lookup_filepath=nowhere.csv", r"data\.region_lookup_filepath: no such file"),
-        ("data.cutoff_months=0", r"data\.cutoff_months=0: expected 1 or more"),
+        ("data.cutoff_months=0", r"cutoff_months=0: expected 1 or more"),
         ("data.prefix_file=nowhere.yaml", r"data\.prefix_file: no such file"),
         ("data.prefix_file=CORPUS/bad.yaml", r"unknown key of prefix 'X' 'txt'|no rule"),
         ("data.root=CORPUS", r"exists and is not an import"),
