@@ -407,7 +407,7 @@ def terminal() -> dict[str, str]:
         console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
         console.print(Text("$ ehr-embed train data.n_subjects=2000 trainer.epochs=4 run_dir=runs/first", style="bold"))
         for line in shown:
-            console.print(Text.from_ansi(line))
+            console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
         svg = console.export_svg(title="ehr-embed train", theme=theme)
         # rich would load its font from another host.
         pictures[f"terminal-{mode}.svg"] = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
