@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,6 +21,7 @@ import ehr_embed
 from docs.hooks import outside
 from docs.options import AXES, expanded
 from ehr_embed.inference.trained_run import open_run
+from tests.helpers.built_site import build, site  # noqa: F401  (a fixture)
 from tests.helpers.corpora import record, write_corpus
 from tests.helpers.entry_points import checked, inside, metrics_of  # noqa: F401  (a fixture)
 from tests.helpers.overrides import last_of_each
@@ -33,20 +33,6 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTI
 SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
 """What pages link to."""
 DEMO_SIZE = 400
-
-
-def build(root: Path, site: Path, *, api: bool = True) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "API_REFERENCE": str(api).lower()}
-    return subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    done = build(ROOT, folder)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_every_page_is_on_the_site_and_loads_nothing_from_elsewhere(site):

@@ -17,8 +17,8 @@ import ehr_embed
 from ehr_embed.comparison.report import report_folder
 from ehr_embed.reports.html_report import write_report
 from tests.helpers.browser import OUTSIDE_OF_PICTURE, SCHEMES, WIDTHS, browser, serve, troubles  # noqa: F401  (a fixture)
+from tests.helpers.built_site import site  # noqa: F401  (a fixture)
 from tests.helpers.small_meds import ROOT
-from tests.test_docs import site  # noqa: F401  (a fixture)
 
 OLD = ROOT / "tests" / "fixtures" / "ab44340" / "finished"
 PICTURES = [*(ROOT / "docs").glob("*.svg"), *(ROOT / "docs" / "pictures").glob("*.svg")]

@@ -17,11 +17,10 @@ import pytest
 from ehr_embed.core.pretrained_weights import BUNDLED
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
 from ehr_embed.embedding.vector_cache import embed_texts
+from tests.helpers.many_texts import MANY, TEXTS
 from tests.helpers.small_meds import ROOT
 
 pytestmark = pytest.mark.slow  # each starts three processes that import torch
-TEXTS = [f"{'Heart failure ' * (number % 7 + 1)}of grade {number}" for number in range(90)]
-MANY = [f"Finding {number} of the {'left ' * (number % 30)}lung" for number in range(30_000)]
 PROGRAM = """
 from pathlib import Path
 import sys
@@ -29,7 +28,7 @@ import numpy as np
 from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
 from ehr_embed.core.errors import UserError
-from tests.embedders.test_embedding_pool import MANY, TEXTS
+from tests.helpers.many_texts import MANY, TEXTS
 if __name__ == "__main__":
     embedder = SentenceTransformerEmbedder(model="bundled", device=["cpu", "cpu"], batch_size=16)
     embedder.embed(TEXTS[:2])

@@ -12,7 +12,7 @@ from ehr_embed.models.cox import Cox
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.hazards import hazard_nll
 from ehr_embed.models.protocol import FeatureSet
-from tests.models.test_hazards import sizes
+from tests.helpers.hazard_sizes import sizes
 
 
 def split(seed: int, n: int = 1500) -> FeatureSet:

@@ -12,7 +12,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.models.code_encoder import CodeEncoder
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.protocol import Declarations, body_of, check_vectors, declarations
-from tests.experiment.test_finetune import CONFIG, IDENTITY, saved, start
+from tests.helpers.first_weights import CONFIG, IDENTITY, saved, start
 from tests.helpers.small_meds import ROOT
 
 

@@ -14,30 +14,15 @@ from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.hazards import (
     HazardHead,
-    HazardSizes,
     cumulative_incidence,
     hazard_nll,
     hazard_sizes,
     outcome_inputs,
     with_hazards,
 )
+from tests.helpers.hazard_sizes import sizes
 
 EDGES = torch.tensor([0.0, 2.0, 5.0])
-
-
-def sizes(**changed) -> HazardSizes:
-    facts = {
-        "edges": [0.0, 2.0, 5.0],
-        "width": 4,
-        "names": ["a", "b"],
-        "tokens": [[2], [3, 4]],
-        "log_rates": [[-3.0] * 3, [-4.0] * 3],
-        "token_log_rates": [-9.0, -9.0, -3.0, -4.5, -4.5, -5.0],
-        "bin_log_ratios": [0.0, 0.0, 0.0],
-        "competing": [],
-        "competes": [False, False],
-    }
-    return HazardSizes(**(facts | changed))
 
 
 def test_one_bin_and_one_outcome_are_the_exponential_model():

@@ -24,8 +24,8 @@ from ehr_embed.reports.page import render, sections
 from ehr_embed.run_folder.finish import read_config, read_metrics
 from tests.helpers.configs import composed
 from tests.helpers.homonyms import KINDS, config
+from tests.helpers.people import FIRST_ID, write_people
 from tests.helpers.small_meds import ROOT
-from tests.reports.test_model_card import FIRST_ID, write_people
 
 OLD = ROOT / "tests" / "fixtures" / "ab44340" / "finished"
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)>[a](javascript:alert(2))![b](http://evil.example/b)'

@@ -27,14 +27,8 @@ from ehr_embed.serving.app import Limits, create_app
 from ehr_embed.serving.microbatches import MicroBatches, QueueFullError
 from ehr_embed.serving.server import listen
 from tests.helpers.configs import composed
+from tests.helpers.small_ensemble import SMALL
 from tests.helpers.small_meds import ROOT, Event, write_meds
-
-SMALL = (
-    "embedder=hashing", "embedder.embedding_dim=16", "data.n_subjects=160", "model=mean_pool", "trainer=short", "trainer.epochs=1",
-    "trainer.batch_size=16", "trainer.learning_rate=1e-2", "trainer.n_bootstrap=0", "trainer.precision=32-true",
-    "trainer.threads=1", "audit=off", "data.values=continuous", "+ensemble.members.pooled.seeds=2",
-    "calibration=temperature", "calibration.min_per_class=2",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ import pytest
 from benchmarks import serve as benchmark
 from ehr_embed.experiment.run import run
 from tests.helpers.configs import composed
+from tests.helpers.small_ensemble import SMALL
 from tests.helpers.small_meds import ROOT
-from tests.serving.test_serve import SMALL
 
 pytestmark = pytest.mark.slow
 RECORD = {"events": [{"time": f"2020-01-{day:02}", "code": "A", "description": "fever"} for day in range(1, 20)]}
