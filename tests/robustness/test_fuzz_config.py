@@ -73,7 +73,7 @@ def base(dataset: Path, *overrides: str) -> DictConfig:
 def elsewhere() -> Iterator[None]:
     """In an empty folder, without plots, which take longer than all the rest."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "write_plots", lambda *_: [])
+        patch.setattr(stage, "write_plots", lambda *_, **__: [])
         yield
 
 
