@@ -41,6 +41,36 @@ class EventSet:
                 raise UserError(f"{name}={getattr(self, name)!r} is not a regular expression: {error}.") from error
 
     @classmethod
+    def given(
+        cls,
+        task: str,
+        *,
+        codes: Sequence[str],
+        code_pattern: str | None,
+        text_pattern: str | None,
+        definition: str | None,
+        else_type: str = "",
+    ) -> EventSet:
+        """Return the set that a task's keys give, or that of the file `definition`.
+
+        Args:
+            task: name of the task, for the message.
+            codes, code_pattern, text_pattern: the set.
+            definition: YAML file that holds these keys instead; see `read`.
+            else_type: further remedy at the end of the message.
+
+        Raises:
+            UserError: neither is given, or both.
+        """
+        inline = cls(codes=codes, code_pattern=code_pattern, text_pattern=text_pattern)
+        if (inline != cls()) == (definition is not None):
+            raise UserError(
+                f"task={task} needs one event set. Type: task.codes=[CODE,CODE], task.code_pattern=REGEX, "
+                f"task.text_pattern=REGEX, or task.definition=FILE.yaml{else_type}"
+            )
+        return inline if definition is None else cls.read(definition)
+
+    @classmethod
     def read(cls, path: str | Path) -> EventSet:
         """Read a set from a YAML file with the keys codes, code_pattern, text_pattern.
 

@@ -49,6 +49,21 @@ class Prefixes:
         return cut(events, samples, hours[drawn], max_length=max_length)
 
 
+def drawn(
+    prefixes: Prefixes | None,
+    events: SplitEvents,
+    samples: Samples,
+    rng: np.random.Generator | None,
+    *,
+    max_length: int,
+) -> Samples:
+    """Return the samples as training draws them by `prefixes`, or as they are: without prefixes, and in evaluation, where `rng` is
+    None."""
+    if prefixes is None or rng is None:
+        return samples
+    return prefixes.draw(events, samples, rng, max_length=max_length)
+
+
 def cut(events: SplitEvents, samples: Samples, hours: npt.NDArray[np.float64], *, max_length: int) -> Samples:
     """Return the samples as of `hours` (n,) before their prediction times, each with the last `max_length` events that are visible
     then; one that would have no timed event left stays as it is."""

@@ -19,7 +19,7 @@ from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.pool import Pool
-from ehr_embed.data.prefixes import Prefixes
+from ehr_embed.data.prefixes import Prefixes, drawn
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore, SplitEvents
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -28,7 +28,15 @@ from ehr_embed.evaluation.metrics import CLASS_METRICS, binary_metrics, choose_t
 from ehr_embed.evaluation.predictions import write_multiclass_predictions, write_predictions
 from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
-from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
+from ehr_embed.tasks.protocol import (
+    Curves,
+    Outputs,
+    StepResult,
+    as_tensor,
+    check_class_weights,
+    check_losses,
+    logits_of,
+)
 
 Fraction = Annotated[float, Field(gt=0, le=1), Told("a share of train's subjects in (0, 1]")]
 
@@ -157,9 +165,7 @@ class Classification:
         return np.ones(len(labels)) if self._weights is None else self._weights.double().numpy()[labels]
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        samples = self.samples[split]
-        if rng is not None and self.prefixes is not None:
-            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        samples = drawn(self.prefixes, self._events[split], self.samples[split], rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
 
     def records(self) -> BatchDataset:
@@ -170,12 +176,8 @@ class Classification:
         """Return the sum of the samples' losses, their number, and the probabilities of the classes, whose rows sum to one."""
         logits = logits_of(model, embedding.inputs(batch))
         loss_B = loss_over_members(self.loss, logits, batch.labels)
-        if loss_B.shape != batch.labels.shape[:1]:
-            raise UserError(
-                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected "
-                f"{tuple(batch.labels.shape[:1])}, one loss per sample: the trainer takes the mean over all samples of a step. "
-                'Leave the mean out, as in: F.cross_entropy(logits, labels, reduction="none")'
-            )
+        example = ', as in: F.cross_entropy(logits, labels, reduction="none")'
+        check_losses(self, loss_B, batch.labels.shape[:1], "sample", example)
         return StepResult(loss_B.sum(), len(loss_B), self.probabilities(logits))
 
     @staticmethod
@@ -311,6 +313,20 @@ def draw_subjects(labels: pl.DataFrame, fraction: float, seed: int) -> pl.DataFr
     n_drawn = max(1, round(fraction * len(subjects)))
     drawn = np.random.default_rng(seed).permutation(subjects)[:n_drawn]
     return labels.filter(pl.col("subject_id").is_in(pl.Series(drawn).implode()))
+
+
+def check_boolean(task: Classification, name: str) -> None:
+    """Refuse a label set whose values are no booleans.
+
+    Args:
+        task: a task that was set up.
+        name: its name in `task=NAME`.
+
+    Raises:
+        UserError: names the classes.
+    """
+    if task.class_names != ["false", "true"]:
+        raise UserError(f"task={name} takes boolean labels, got classes {', '.join(task.class_names)}.")
 
 
 def class_names(labels: LabelSet, train: pl.DataFrame) -> list[str]:

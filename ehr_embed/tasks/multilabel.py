@@ -18,7 +18,7 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
-from ehr_embed.data.prefixes import Prefixes
+from ehr_embed.data.prefixes import Prefixes, drawn
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -27,7 +27,15 @@ from ehr_embed.evaluation.metrics import CLASS_METRICS, choose_threshold, multil
 from ehr_embed.models.members import loss_over_members, over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import encode_classes, refuse_missing_classes, split_labels
-from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, as_tensor, check_class_weights, logits_of
+from ehr_embed.tasks.protocol import (
+    Curves,
+    Outputs,
+    StepResult,
+    as_tensor,
+    check_class_weights,
+    check_losses,
+    logits_of,
+)
 
 
 class Multilabel:
@@ -130,20 +138,14 @@ class Multilabel:
         return _of_mean_one(np.array(self.class_weights, np.float64), rate)
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        samples = self.samples[split]
-        if rng is not None and self.prefixes is not None:
-            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        samples = drawn(self.prefixes, self._events[split], self.samples[split], rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the losses of all known labels, their number, and the probabilities, each label's on its own."""
         logits = logits_of(model, embedding.inputs(batch))
         loss_BL = loss_over_members(self.loss, logits, batch.labels)
-        if loss_BL.shape != batch.labels.shape:
-            raise UserError(
-                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_BL.shape)}, expected "
-                f"{tuple(batch.labels.shape)}, one loss per sample and label: the trainer takes the mean. Leave the mean out"
-            )
+        check_losses(self, loss_BL, batch.labels.shape, "sample and label")
         return StepResult(loss_BL.sum(), (~batch.labels.isnan()).sum(), self.probabilities(logits))
 
     @staticmethod

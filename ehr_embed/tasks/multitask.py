@@ -20,7 +20,7 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.core.settings import check_setting, checked
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
-from ehr_embed.data.prefixes import Prefixes
+from ehr_embed.data.prefixes import Prefixes, drawn
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -220,9 +220,7 @@ class Multitask:
         return torch.from_numpy(weights_T * n_T.sum() / (weights_T * n_T).sum()).float()
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        samples = self.samples[split]
-        if rng is not None and self.prefixes is not None:
-            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        samples = drawn(self.prefixes, self._events[split], self.samples[split], rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:

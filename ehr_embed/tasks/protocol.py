@@ -122,6 +122,19 @@ class Task(Protocol):
         ...
 
 
+def check_losses(task: object, losses: Tensor, expected: tuple[int, ...], each: str, example: str = "") -> None:
+    """Refuse losses of another shape than one per sample (or what `each` names), as a task's own loss may return.
+
+    Raises:
+        UserError: names the task, both shapes and the remedy.
+    """
+    if losses.shape != expected:
+        raise UserError(
+            f"{type(task).__name__}.loss returned a tensor of shape {tuple(losses.shape)}, expected {tuple(expected)}, one loss "
+            f"per {each}: the trainer takes the mean over a whole step. Leave the mean out{example}"
+        )
+
+
 @runtime_checkable
 class WeighsSamples(Protocol):
     """A task whose samples have one class each, and whose loss is the mean of the samples' weighted losses."""

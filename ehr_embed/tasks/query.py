@@ -17,7 +17,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.hazards import HAZARDS, AskedSets, HazardSizes
 from ehr_embed.models.sampling import HorizonDays
-from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.classification import Classification, check_boolean
 from ehr_embed.tasks.protocol import StepResult, logits_of
 
 
@@ -49,13 +49,14 @@ class Query(Classification):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        inline = EventSet(codes=codes, code_pattern=code_pattern, text_pattern=text_pattern)
-        if (inline != EventSet()) == (definition is not None):
-            raise UserError(
-                "task=query needs one event set. Type: task.codes=[CODE,CODE], task.code_pattern=REGEX, task.text_pattern=REGEX, "
-                "or task.definition=FILE.yaml; python -m ehr_embed.ask takes words"
-            )
-        self._event_set = inline if definition is None else EventSet.read(definition)
+        self._event_set = EventSet.given(
+            "query",
+            codes=codes,
+            code_pattern=code_pattern,
+            text_pattern=text_pattern,
+            definition=definition,
+            else_type="; python -m ehr_embed.ask takes words",
+        )
         self.horizon_days = horizon_days
         self._hazards: HazardSizes | None = None
 
@@ -79,8 +80,7 @@ class Query(Classification):
 
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         super().setup(store, labels_dir, max_length)
-        if self.class_names != ["false", "true"]:
-            raise UserError(f"task=query takes boolean labels, got classes {', '.join(self.class_names)}.")
+        check_boolean(self, "query")
         self._tokens = list(self._event_set.tokens(store.vocabulary))
         if not self._tokens:
             raise UserError(

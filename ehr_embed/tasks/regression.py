@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import DrawSeed, OneOf, Told, checked
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet
-from ehr_embed.data.prefixes import Prefixes
+from ehr_embed.data.prefixes import Prefixes, drawn
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -29,7 +28,7 @@ from ehr_embed.models.members import loss_over_members
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.classification import draw_subjects, split_labels
 from ehr_embed.tasks.numbers import numbers_in, read_numbers
-from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, logits_of
+from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, check_losses, logits_of
 
 LOSSES = ("squared", "absolute", "huber")
 Loss = Annotated[str, OneOf(*LOSSES)]
@@ -120,9 +119,7 @@ class Regression:
         self.group = OutputGroup(name=label_set.name, kind=NUMBER, mean=float(own.mean()), sd=float(own.std()))
 
     def dataset(self, split: str, rng: np.random.Generator | None = None) -> BatchDataset:
-        samples = self.samples[split]
-        if rng is not None and self.prefixes is not None:
-            samples = self.prefixes.draw(self._events[split], samples, rng, max_length=self._max_length)
+        samples = drawn(self.prefixes, self._events[split], self.samples[split], rng, max_length=self._max_length)
         return BatchDataset(self._events[split], samples)
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
@@ -131,11 +128,7 @@ class Regression:
         assert isinstance(scale, LabelOutputs)
         target_B = scale.standard(batch.labels)
         loss_B = loss_over_members(self.loss, logits, target_B)
-        if loss_B.shape != target_B.shape:
-            raise UserError(
-                f"{type(self).__name__}.loss returned a tensor of shape {tuple(loss_B.shape)}, expected {tuple(target_B.shape)}, "
-                "one loss per sample: the trainer takes the mean over all samples of a step. Leave the mean out"
-            )
+        check_losses(self, loss_B, target_B.shape, "sample")
         return StepResult(loss_B.sum(), len(loss_B), scale.decode(logits))
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.sampling import HorizonDays, Sampling, Temperature, TopK, TopP, check_lengths, generate
-from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.classification import Classification, check_boolean
 from ehr_embed.tasks.protocol import Outputs, StepResult
 
 log = logging.getLogger(__name__)
@@ -66,13 +66,13 @@ class ZeroShot(Classification):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        inline = EventSet(codes=codes, code_pattern=code_pattern, text_pattern=text_pattern)
-        if (inline != EventSet()) == (definition is not None):
-            raise UserError(
-                "task=zero_shot needs one event set. Type: task.codes=[CODE,CODE], task.code_pattern=REGEX, "
-                "task.text_pattern=REGEX, or task.definition=FILE.yaml"
-            )
-        self._event_set = inline if definition is None else EventSet.read(definition)
+        self._event_set = EventSet.given(
+            "zero_shot",
+            codes=codes,
+            code_pattern=code_pattern,
+            text_pattern=text_pattern,
+            definition=definition,
+        )
         self._sampling = Sampling(
             n_samples=n_samples,
             horizon_days=horizon_days,
@@ -95,8 +95,7 @@ class ZeroShot(Classification):
         n_prompt = max_length - self._sampling.max_new_events
         check_lengths(n_prompt, self._sampling.max_new_events, max_length)
         super().setup(store, labels_dir, n_prompt)
-        if self.class_names != ["false", "true"]:
-            raise UserError(f"task=zero_shot takes boolean labels, got classes {', '.join(self.class_names)}.")
+        check_boolean(self, "zero_shot")
         self._vocab_size = len(store.vocabulary)
         tokens = self._event_set.tokens(store.vocabulary)
         if not tokens:
