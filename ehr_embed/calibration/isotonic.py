@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
-from ehr_embed.calibration.log_odds import checked_numbers
+from ehr_embed.calibration.log_odds import checked_lists
 from ehr_embed.calibration.protocol import Floats, Parameters
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, checked
@@ -54,12 +54,10 @@ class Isotonic:
 
     def check(self, parameters: Mapping[str, Any], n_classes: int, *, is_exclusive: bool) -> Parameters:
         n = len(_columns(n_classes, is_exclusive=is_exclusive))
-        found: dict[str, list[list[float]]] = {}
-        for name in ("probabilities", "rates"):
-            lists = parameters.get(name)
-            if not isinstance(lists, list) or len(lists) != n:
-                raise UserError(f"its parameter {name} is not a list of {n} lists, which train.py writes.")
-            found[name] = [checked_numbers({name: own}, name, n=None, low=0, high=1) for own in lists]
+        found = {
+            name: checked_lists(parameters, name, n_lists=n, n=None, low=0, high=1)
+            for name in ("probabilities", "rates")
+        }
         for x, y in zip(found["probabilities"], found["rates"], strict=True):
             if len(x) != len(y) or not _rises(x) or not _rises(y) or min(y) <= 0 or max(y) >= 1:
                 raise UserError(

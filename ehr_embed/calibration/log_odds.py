@@ -70,6 +70,19 @@ def fit_problem(z_NC: Floats, y_N: Any, *, has_shifts: bool) -> tuple[float, lis
     return float(x[0]), [0.0, *map(float, x[1:])] if has_shifts else [0.0] * n_classes
 
 
+def fit_problems(
+    probabilities_NC: Floats, labels_NC: Floats, *, is_exclusive: bool, has_shifts: bool
+) -> list[tuple[float, list[float]]]:
+    """Return slope and shifts of each problem, fitted to the samples whose label is known (`fit_problem`)."""
+    of_problems, known = (
+        problems(probabilities_NC, is_exclusive=is_exclusive),
+        targets(labels_NC, is_exclusive=is_exclusive),
+    )
+    return [
+        fit_problem(z[is_known], y, has_shifts=has_shifts) for z, (is_known, y) in zip(of_problems, known, strict=True)
+    ]
+
+
 def scaled(probabilities_NC: Floats, slopes: list[float], shifts: list[list[float]], *, is_exclusive: bool) -> Floats:
     """Return the probabilities (N, C) of softmax(a z + b) of each problem."""
     found = []
@@ -98,6 +111,20 @@ def checked_numbers(
         if is_number and all(low <= x <= high for x in values):
             return [float(x) for x in values]
     raise UserError(f"its parameter {name} is not {expected}, which train.py writes.")
+
+
+def checked_lists(
+    parameters: Mapping[str, Any], name: str, *, n_lists: int, n: int | None, low: float, high: float
+) -> list[list[float]]:
+    """Return lists of finite numbers in [low, high] among parameters that a file holds, as `checked_numbers` does one.
+
+    Raises:
+        UserError: there are no such lists.
+    """
+    lists = parameters.get(name)
+    if not isinstance(lists, list) or len(lists) != n_lists:
+        raise UserError(f"its parameter {name} is not a list of {n_lists} lists, which train.py writes.")
+    return [checked_numbers({name: own}, name, n=n, low=low, high=high) for own in lists]
 
 
 def _log(p: Floats) -> Floats:

@@ -9,14 +9,12 @@ from ehr_embed.calibration.log_odds import (
     LARGEST_SHIFT,
     LARGEST_SLOPE,
     LEAST_SLOPE,
+    checked_lists,
     checked_numbers,
-    fit_problem,
-    problems,
+    fit_problems,
     scaled,
-    targets,
 )
 from ehr_embed.calibration.protocol import Floats, Parameters
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, checked
 
 
@@ -36,14 +34,7 @@ class Platt:
         self.min_per_class = min_per_class
 
     def fit(self, probabilities: Floats, labels: Floats, *, is_exclusive: bool) -> Parameters | None:
-        found = [
-            fit_problem(z[is_known], y, has_shifts=True)
-            for z, (is_known, y) in zip(
-                problems(probabilities, is_exclusive=is_exclusive),
-                targets(labels, is_exclusive=is_exclusive),
-                strict=True,
-            )
-        ]
+        found = fit_problems(probabilities, labels, is_exclusive=is_exclusive, has_shifts=True)
         return {"slopes": [slope for slope, _ in found], "shifts": [shifts for _, shifts in found]}
 
     def apply(self, probabilities: Floats, parameters: Parameters, *, is_exclusive: bool) -> Floats:
@@ -51,16 +42,9 @@ class Platt:
 
     def check(self, parameters: Mapping[str, Any], n_classes: int, *, is_exclusive: bool) -> Parameters:
         n, n_columns = (1, n_classes) if is_exclusive else (n_classes, 2)
-        shifts = parameters.get("shifts")
-        if not isinstance(shifts, list) or len(shifts) != n:
-            raise UserError(f"its parameter shifts is not a list of {n} lists, which train.py writes.")
-        return {
-            "slopes": checked_numbers(parameters, "slopes", n=n, low=LEAST_SLOPE, high=LARGEST_SLOPE),
-            "shifts": [
-                checked_numbers({"shifts": own}, "shifts", n=n_columns, low=-LARGEST_SHIFT, high=LARGEST_SHIFT)
-                for own in shifts
-            ],
-        }
+        shifts = checked_lists(parameters, "shifts", n_lists=n, n=n_columns, low=-LARGEST_SHIFT, high=LARGEST_SHIFT)
+        slopes = checked_numbers(parameters, "slopes", n=n, low=LEAST_SLOPE, high=LARGEST_SLOPE)
+        return {"slopes": slopes, "shifts": shifts}
 
     def describe(self, parameters: Parameters) -> str:
         pairs = zip(parameters["slopes"], parameters["shifts"], strict=True)

@@ -9,10 +9,8 @@ from ehr_embed.calibration.log_odds import (
     LARGEST_SLOPE,
     LEAST_SLOPE,
     checked_numbers,
-    fit_problem,
-    problems,
+    fit_problems,
     scaled,
-    targets,
 )
 from ehr_embed.calibration.protocol import Floats, Parameters
 from ehr_embed.core.settings import Count, checked
@@ -33,15 +31,8 @@ class Temperature:
         self.min_per_class = min_per_class
 
     def fit(self, probabilities: Floats, labels: Floats, *, is_exclusive: bool) -> Parameters | None:
-        slopes = [
-            fit_problem(z[is_known], y, has_shifts=False)[0]
-            for z, (is_known, y) in zip(
-                problems(probabilities, is_exclusive=is_exclusive),
-                targets(labels, is_exclusive=is_exclusive),
-                strict=True,
-            )
-        ]
-        return {"temperatures": [1 / slope for slope in slopes]}
+        found = fit_problems(probabilities, labels, is_exclusive=is_exclusive, has_shifts=False)
+        return {"temperatures": [1 / slope for slope, _ in found]}
 
     def apply(self, probabilities: Floats, parameters: Parameters, *, is_exclusive: bool) -> Floats:
         slopes = [1 / temperature for temperature in parameters["temperatures"]]

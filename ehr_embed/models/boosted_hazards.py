@@ -11,12 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, ShareAbove0, checked
 from ehr_embed.models.cox import baseline_of, times_of
 from ehr_embed.models.feature_table import FeatureTable
-from ehr_embed.models.gbm import GBM, lightgbm_module, rows_of
-from ehr_embed.models.hazards import HazardSizes, exposure
+from ehr_embed.models.gbm import GBM, best_trees, lightgbm_module, n_leaves, rows_of
+from ehr_embed.models.hazards import FittedToOutcomes, exposure
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
@@ -42,7 +41,7 @@ class Asked(NamedTuple):
         """Take the samples of a split that are asked for outcome k."""
         days, is_event = times_of(split, k, n_outcomes)
         rows = np.flatnonzero(~np.isnan(days))
-        return cls(FeatureTable(split.features.cells[rows], split.features.usual), days[rows], is_event[rows])
+        return cls(split.features.rows(rows), days[rows], is_event[rows])
 
     @property
     def dense(self) -> npt.NDArray[np.float32]:
@@ -50,7 +49,7 @@ class Asked(NamedTuple):
         return self.table.dense(slice(None))
 
 
-class BoostedHazards(GBM):
+class BoostedHazards(FittedToOutcomes, GBM):
     """LightGBM trees f(x) on `CodeFeatures`, one sum of trees per outcome, with the hazard baseline_j * exp(f(x)) in time bin j.
 
     Given the baseline, the likelihood of right-censored times is that of a Poisson count (0 or 1) whose mean is exp(f(x)) times
@@ -67,6 +66,8 @@ class BoostedHazards(GBM):
     Raises:
         UserError: the task predicts events, or a number is out of range.
     """
+
+    option, of_classes = "boosted_hazards", "gbm"
 
     @checked("model")
     def __init__(
@@ -105,25 +106,12 @@ class BoostedHazards(GBM):
             sample_share=sample_share,
             l2=l2,
         )
-        self.sizes: HazardSizes | None = None
         self.boosters: list[Any] = []
         self.baseline = torch.empty(0)
 
     @property
     def _objective(self) -> tuple[str, str]:
         return "poisson", "poisson"
-
-    def set_hazards(self, sizes: HazardSizes) -> None:
-        """Take the time bins and outcomes of the task.
-
-        Raises:
-            UserError: the task draws outcomes anew for each batch, and trees are fitted to named ones.
-        """
-        if not sizes.names:
-            raise UserError(
-                "model=boosted_hazards is fitted to named outcomes. Type: task.outcomes={NAME: {codes: [CODE]}}, or model=decoder"
-            )
-        self.sizes = sizes
 
     def get_extra_state(self) -> Any:
         """Return the trees of each outcome as text, and the log baseline hazard (K, J) float64."""
@@ -136,8 +124,7 @@ class BoostedHazards(GBM):
 
     def n_fitted(self) -> int:
         """Return the number of leaves of all trees, and of baseline hazards."""
-        trees = [tree for booster in self.boosters for tree in booster.dump_model()["tree_info"]]
-        return sum(int(tree["num_leaves"]) for tree in trees) + self.baseline.numel()
+        return sum(n_leaves(booster) for booster in self.boosters) + self.baseline.numel()
 
     def fit(
         self,
@@ -153,9 +140,7 @@ class BoostedHazards(GBM):
         Raises:
             UserError: the task has no times, since it is no time-to-event task.
         """
-        if self.sizes is None:
-            raise UserError("model=boosted_hazards predicts times. Type: task=time_to_event, or model=gbm for classes")
-        K, edges = len(self.sizes.tokens), torch.tensor(self.sizes.edges, dtype=torch.float64)
+        K, edges = self.outcomes_and_edges()
         self.features.remember(train.features)
         self.boosters, baselines = [], []
         for k in range(K):
@@ -186,8 +171,7 @@ class BoostedHazards(GBM):
             valid_sets=[data.create_valid(rows_of(tuning.table, too_rare), **given(tuning))],
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
-        # The trees are read back from their text, so that this model predicts exactly as one loaded from a checkpoint.
-        return lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+        return best_trees(booster)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return log hazards per day, (B, K, J) float32; inputs as in `CodeFeatures`."""

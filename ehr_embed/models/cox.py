@@ -11,20 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, checked
 from ehr_embed.data.outcomes import EVENT
 from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.feature_table import FeatureTable
-from ehr_embed.models.hazards import HazardSizes, bin_of, exposure, hazard_nll
+from ehr_embed.models.hazards import FittedToOutcomes, bin_of, exposure, hazard_nll
 from ehr_embed.models.heads import check_classifies
+from ehr_embed.models.linear import LIMIT, standardise
 from ehr_embed.models.protocol import FeatureSet
 
-LIMIT = 10.0
-"""Limit, in standard deviations, to which standardised features are clipped."""
 
-
-class Cox(ReadsCodeFeatures):
+class Cox(FittedToOutcomes, ReadsCodeFeatures):
     """Cox regression (scikit-survival's elastic net) on `CodeFeatures`, one per outcome.
 
     It reads codes, values and times, not the event vectors. A missing feature is replaced by its median in train, and each
@@ -45,6 +42,8 @@ class Cox(ReadsCodeFeatures):
         UserError: the task predicts events, or a number is out of range.
     """
 
+    option, of_classes = "cox", "logistic"
+
     @checked("model")
     def __init__(
         self,
@@ -62,20 +61,7 @@ class Cox(ReadsCodeFeatures):
         super().__init__(has_values=has_values, max_codes=max_codes, times=times)
         check_classifies("model=cox", num_classes, vocab_size)
         self.l1_ratio, self.n_penalties = l1_ratio, n_penalties
-        self.sizes: HazardSizes | None = None
         self.fitted: dict[str, Tensor] = {}
-
-    def set_hazards(self, sizes: HazardSizes) -> None:
-        """Take the time bins and outcomes of the task.
-
-        Raises:
-            UserError: the task draws outcomes anew for each batch, and a Cox model is fitted to named ones.
-        """
-        if not sizes.names:
-            raise UserError(
-                "model=cox is fitted to named outcomes. Type: task.outcomes={NAME: {codes: [CODE]}}, or model=decoder"
-            )
-        self.sizes = sizes
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the fitted median, mean, scale (F,), weight (K, F) and log baseline hazard (K, J), float64."""
@@ -105,9 +91,7 @@ class Cox(ReadsCodeFeatures):
         """
         from sksurv.linear_model import CoxnetSurvivalAnalysis
 
-        if self.sizes is None:
-            raise UserError("model=cox predicts times. Type: task=time_to_event, or model=logistic for classes")
-        K, edges = len(self.sizes.tokens), torch.tensor(self.sizes.edges, dtype=torch.float64)
+        K, edges = self.outcomes_and_edges()
         median = train.features.medians()
         x = _filled(train.features, median)
         mean, scale = x.mean(0), x.std(0)
@@ -141,9 +125,7 @@ class Cox(ReadsCodeFeatures):
         """Return log hazards per day, (B, K, J) float32; inputs as in `CodeFeatures`."""
         features = self.features(inputs)
         fitted = {name: x.to(features.device) for name, x in self.fitted.items()}
-        x = torch.where(features.isnan(), fitted["median"], features.double())
-        x = ((x - fitted["mean"]) / fitted["scale"]).clamp(-LIMIT, LIMIT)
-        return ((x @ fitted["weight"].T).unsqueeze(-1) + fitted["baseline"]).float()
+        return ((standardise(features, fitted) @ fitted["weight"].T).unsqueeze(-1) + fitted["baseline"]).float()
 
 
 def _filled(table: FeatureTable, median: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -67,6 +67,10 @@ class FeatureTable:
         cells.indptr = indptr.astype(np.int32) if indptr[-1] < np.iinfo(np.int32).max else indptr
         return cls(cells, usual)
 
+    def rows(self, chosen: npt.NDArray[np.int64]) -> FeatureTable:
+        """Return the table of some rows, (m,) numbers."""
+        return FeatureTable(self.cells[chosen], self.usual)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.cells.shape[0], len(self.usual)

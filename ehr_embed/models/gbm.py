@@ -97,8 +97,7 @@ class GBM(ReadsCodeFeatures):
 
     def n_fitted(self) -> int:
         """Return the number of leaves of all trees."""
-        trees = self.booster.dump_model()["tree_info"]
-        return sum(int(tree["num_leaves"]) for tree in trees)
+        return n_leaves(self.booster)
 
     def fit(
         self,
@@ -121,7 +120,7 @@ class GBM(ReadsCodeFeatures):
         self.features.remember(train.features)
         too_rare = self._too_rare(train.features)
         data = lightgbm.Dataset(rows_of(train.features, too_rare), train.labels, weight=train.weights)
-        self.booster = lightgbm.train(
+        booster = lightgbm.train(
             parameters,
             data,
             num_boost_round=self.n_trees,
@@ -129,17 +128,14 @@ class GBM(ReadsCodeFeatures):
             feval=None if by_loss else evaluate,
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False)],
         )
-        # The trees are read back from their text, so that this model predicts exactly as one loaded from a checkpoint.
-        self.booster = lightgbm.Booster(
-            model_str=self.booster.model_to_string(num_iteration=self.booster.best_iteration)
-        )
+        self.booster = best_trees(booster)
 
     def cross_fit(self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.float64]:
         """Return probabilities (n, C) of train's samples by `n_trees` trees that were fitted to the other folds, (n,)."""
         found = np.zeros((len(train.labels), self.num_classes))
         for number in np.unique(fold):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-            part = FeatureTable(train.features.cells[outside], train.features.usual)
+            part = train.features.rows(outside)
             labels, weights = train.labels[outside], train.weights[outside]
             data = lightgbm_module().Dataset(rows_of(part, self._too_rare(part)), labels, weight=weights)
             booster = lightgbm_module().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
@@ -208,6 +204,17 @@ def rows_of(table: FeatureTable, too_rare: npt.NDArray[np.bool_]) -> Any:
             return found
 
     return Rows()
+
+
+def n_leaves(booster: Any) -> int:
+    """Return the number of leaves of all trees."""
+    return sum(int(tree["num_leaves"]) for tree in booster.dump_model()["tree_info"])
+
+
+def best_trees(booster: Any) -> Any:
+    """Return the trees up to the best number. They are read back from their text, so that a model which was just fitted predicts
+    exactly as one that is loaded from a checkpoint."""
+    return lightgbm_module().Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
 
 
 def lightgbm_module() -> ModuleType:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Protocol, cast, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -220,6 +220,45 @@ def outcome_inputs(
     vectors = F.embedding_bag(flat, table_VE, sizes.cumsum(0) - sizes, mode="mean")
     inputs = {"outcome_vectors": vectors, "outcome_sizes": sizes, "outcome_log_rates": log_rates_KJ.to(device)}
     return inputs | ({"outcome_ids": torch.arange(len(sets), device=device)} if ids else {})
+
+
+class FittedToOutcomes:
+    """Base class of models that are fitted at once to the named outcomes of a task.
+
+    Attributes:
+        option: the model's name in `model=NAME`.
+        of_classes: that of its sibling that predicts classes.
+        sizes: time bins and outcomes of the task; None = the task has none.
+    """
+
+    option: ClassVar[str]
+    of_classes: ClassVar[str]
+    sizes: HazardSizes | None = None
+
+    def set_hazards(self, sizes: HazardSizes) -> None:
+        """Take the time bins and outcomes of the task.
+
+        Raises:
+            UserError: the task draws outcomes anew for each batch, and this model is fitted to named ones.
+        """
+        if not sizes.names:
+            raise UserError(
+                f"model={self.option} is fitted to named outcomes. Type: task.outcomes={{NAME: {{codes: [CODE]}}}}, or "
+                "model=decoder"
+            )
+        self.sizes = sizes
+
+    def outcomes_and_edges(self) -> tuple[int, Tensor]:
+        """Return the number K of outcomes and the lower bounds of the bins in days, (J,) float64.
+
+        Raises:
+            UserError: the task has no times, since it is no time-to-event task.
+        """
+        if self.sizes is None:
+            raise UserError(
+                f"model={self.option} predicts times. Type: task=time_to_event, or model={self.of_classes} for classes"
+            )
+        return len(self.sizes.tokens), torch.tensor(self.sizes.edges, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -11,17 +11,15 @@ import torch
 from annotated_types import MinLen
 from pydantic import Field
 from sklearn.linear_model import Ridge as RidgeRegression
-from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, Told, checked
-from ehr_embed.models.code_features import ReadsCodeFeatures
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.logistic import moments, standard_cells, standardise
+from ehr_embed.models.linear import LinearOnFeatures
 from ehr_embed.models.protocol import FeatureSet
 
 
-class Ridge(ReadsCodeFeatures):
+class Ridge(LinearOnFeatures):
     """Ridge regression on `CodeFeatures`, standardised as for `Logistic`; it reads codes, values and times, not the event vectors.
 
     The monitored metric on tuning chooses the penalty.
@@ -61,15 +59,6 @@ class Ridge(ReadsCodeFeatures):
                 "task=regression"
             )
         self.penalties = tuple(penalties)
-        self.fitted: dict[str, Tensor] = {}
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """Return the fitted median, mean and scale (F,), weight (1, F) and bias (1,), float64; empty before fitting."""
-        return self.fitted
-
-    def set_extra_state(self, state: Any) -> None:
-        """Set the coefficients to those of another run."""
-        self.fitted = dict(state)
 
     def n_fitted(self) -> int:
         """Return the number of coefficients and the intercept."""
@@ -85,13 +74,7 @@ class Ridge(ReadsCodeFeatures):
         seed: int,
     ) -> None:
         """Fit to train once per penalty, and keep the fit with the best score on tuning."""
-        self.features.remember(train.features)
-        median = train.features.medians()
-        mean, scale = moments(train.features, median)
-        scale[scale == 0] = 1
-        fixed = {name: torch.from_numpy(a) for name, a in (("median", median), ("mean", mean), ("scale", scale))}
-        standard, offset = standard_cells(train.features, median, mean, scale)
-        of_tuning, tuning_offset = standard_cells(tuning.features, median, mean, scale)
+        fixed, (standard, offset), (of_tuning, tuning_offset) = self.standardised(train, tuning)
         best = None
         for penalty in self.penalties:
             estimator = RidgeRegression(alpha=penalty * len(train.labels), random_state=seed)
@@ -102,9 +85,3 @@ class Ridge(ReadsCodeFeatures):
             if best is None or (value > best if is_higher_better else value < best):
                 best = value
                 self.fitted = fixed | {"weight": torch.from_numpy(weight.copy()), "bias": torch.from_numpy(bias)}
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the number in standard deviations of train, (B, 1) float64; inputs as in `CodeFeatures`."""
-        features = self.features(inputs)
-        fitted = {name: x.to(features.device) for name, x in self.fitted.items()}
-        return standardise(features, fitted) @ fitted["weight"].T + fitted["bias"]

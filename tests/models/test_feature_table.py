@@ -11,10 +11,11 @@ from sklearn.linear_model import LogisticRegression
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.run import run
-from ehr_embed.models import gbm, logistic
+from ehr_embed.models import gbm, linear, logistic
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.gbm import GBM
-from ehr_embed.models.logistic import LIMIT, Logistic, standard_cells
+from ehr_embed.models.linear import LIMIT, standard_cells
+from ehr_embed.models.logistic import Logistic
 from ehr_embed.models.protocol import FeatureSet
 from ehr_embed.training import fit_table
 from tests.helpers.value_levels import config, write_levels
@@ -99,7 +100,7 @@ def test_standardised_cells_are_those_of_the_dense_table():
     x = x[: len(train.labels)].astype(np.float64)
     median = np.nanmedian(x, axis=0)
     filled = np.where(np.isnan(x), median, x)
-    mean, scale = logistic.moments(train.features, median)
+    mean, scale = linear.moments(train.features, median)
     np.testing.assert_allclose(mean, filled.mean(0), rtol=1e-12)
     np.testing.assert_allclose(scale, filled.std(0), rtol=1e-12)
     scale[scale == 0] = 1  # as in `Logistic.fit`
@@ -117,8 +118,8 @@ def test_coefficients_are_those_of_the_dense_table(n_classes, monkeypatch):
     monkeypatch.setattr(logistic, "LogisticRegression", lambda **o: LogisticRegression(**o, tol=1e-10))
     model.fit(train, tuning, score=lambda p: p.mean(), is_higher_better=True, seed=0)
     fitted = model.fitted
-    logits = logistic.standardise(torch.from_numpy(x), fitted) @ fitted["weight"].T + fitted["bias"]
-    standard = logistic.standardise(torch.from_numpy(x), fitted).numpy()
+    logits = linear.standardise(torch.from_numpy(x), fitted) @ fitted["weight"].T + fitted["bias"]
+    standard = linear.standardise(torch.from_numpy(x), fitted).numpy()
     half = len(train.labels)
     dense = LogisticRegression(C=1 / (0.01 * train.weights.sum()), max_iter=5000, tol=1e-10)
     dense.fit(standard[:half], train.labels, sample_weight=train.weights)
