@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "terminal.md"
 COMMANDS = ("embed.py", "train.py")
-"""What `make demo` types when the environment is made."""
+"""The commands that `make demo` runs after it has made the environment."""
 COLUMNS, LINES = 120, 40
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 HEAD = """# What the terminal shows

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Parameters = dict[str, Any]
-"""What was fitted, as values that JSON holds."""
+"""The fitted parameters of a calibration by name, as values that JSON can hold."""
 
 
 class Calibration(Protocol):

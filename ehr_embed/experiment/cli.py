@@ -44,7 +44,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
     register(SearchedRuns())
-    # Which pandas and scikit-survival load, and which counts the cores aloud.
+    # pandas and scikit-survival load numexpr, which logs the number of cores.
     logging.getLogger("numexpr").setLevel(logging.WARNING)
     # Hydra would write "Error executing job with overrides", and all of them, above a message of one line.
     JobReturn.return_value = property(_value_or_raise, JobReturn.return_value.fset)  # type: ignore[method-assign,assignment,attr-defined]

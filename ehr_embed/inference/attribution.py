@@ -110,7 +110,7 @@ def occlusion(score: Score, inputs: dict[str, Tensor], group_T: npt.NDArray[np.i
     full_score = float(score(inputs))
     changes = []
     for groups in np.array_split(np.arange(len(found)), -(-len(found) // POINTS_AT_ONCE)):
-        # What is left of a record is moved up, since no model expects padding between events.
+        # The remaining events are moved together, since no model expects padding between events.
         kept = [places_N[of_event != group] for group in groups]
         n_kept = torch.tensor([len(places) for places in kept])
         place_GT = torch.zeros(len(groups), max(int(n_kept.max()), 1), dtype=torch.int64)

@@ -10,7 +10,7 @@ import torch
 
 KIB_A_MIB, BYTES_A_MIB = 2**10, 2**20
 STATUS = Path("/proc/self/status")
-"""Where Linux says how much memory this process has had."""
+"""File in which Linux reports the memory use of this process."""
 
 
 def peak_memory_mib(device: torch.device) -> float:

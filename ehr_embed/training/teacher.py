@@ -89,7 +89,7 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
     embedding.to(trainer.fabric.device)
     model.to(trainer.fabric.device)
     model.choose_features(inputs_of(trainer, embedding, "train"))
-    # Of pooled datasets; else there is nothing to adapt.
+    # This ranks the numbers of pooled datasets among their own; without a pool, no record is read here.
     model.adapt_to_records(inputs_of_all(records_of(task), embedding, settings=trainer.settings))
     train = feature_set(trainer, model, embedding, "train")
     fold = folds(task.samples["train"].subject_ids, trainer.seed)

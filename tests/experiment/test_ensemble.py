@@ -229,7 +229,7 @@ def test_all_members_align_or_none():
 
 
 def test_it_is_evaluated_unchanged_and_explained_by_leaving_codes_out(place, tmp_path):
-    """Of the members, boosting has no gradient: integrated gradients would explain the others alone."""
+    """Boosting, one of the members, has no gradient, so integrated gradients would leave it out of the explanation."""
     whole = place / "whole"
     trained = [o for o in SMALL if not o.startswith("trainer")]
     evaluated = composed(

@@ -25,7 +25,7 @@ from tests.helpers.small_meds import ROOT, write_meds
 
 N = 600
 COHORT = f"data.n_subjects={N}"
-"""Of most runs here; the demo as a user types it is a slow test, and shuffled labels need many subjects."""
+"""Overrides of most runs in this module. A slow test runs the demo as a user types it, and shuffled labels need many subjects."""
 SMALL = ("trainer.epochs=1", "trainer.n_bootstrap=20", "embedder=hashing", "model.n_layers=1", "model.model_dim=16")
 
 
