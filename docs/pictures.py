@@ -8,9 +8,7 @@ real run of the demo.
 from __future__ import annotations
 
 import os
-import pty
 import re
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -367,35 +365,21 @@ def terminal() -> dict[str, str]:
     from rich.terminal_theme import DIMMED_MONOKAI, MONOKAI, TerminalTheme
     from rich.text import Text
 
+    sys.path.insert(0, str(ROOT))
+    from docs.terminal import on_a_terminal
+
     with tempfile.TemporaryDirectory() as folder:
         # As in a user's terminal: folders below the present one, and as many threads as the run itself chooses.
         hidden = ("OMP_NUM_THREADS", "EHR_EMBED_CACHE")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
-        environment |= {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-        command = [
-            sys.executable,
-            "-m",
-            "ehr_embed",
-            "train",
-            "data.n_subjects=2000",
-            "trainer.epochs=4",
-            "run_dir=runs/first",
-        ]
-        main, child = pty.openpty()
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child, stderr=child)
-        os.close(child)
-        output = b""
-        while True:
-            try:
-                part = os.read(main, 4096)
-            except OSError:
-                break
-            if not part:
-                break
-            output += part
-        if process.wait():
-            sys.exit(output.decode(errors="replace"))
-    lines = [line.split("\r")[-1] for line in output.decode(errors="replace").replace("\r\n", "\n").split("\n")]
+        environment |= {"COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT)}
+        command = ("-m", "ehr_embed", "train", "data.n_subjects=2000", "trainer.epochs=4", "run_dir=runs/first")
+        code, output = on_a_terminal(
+            *command, cwd=Path(folder), environment=environment, columns=COLUMNS, kind="xterm-256color"
+        )
+        if code:
+            sys.exit(output)
+    lines = [line.split("\r")[-1] for line in output.replace("\r\n", "\n").split("\n")]
     shown = [line for line in lines if line.strip()]
     first = next(number for number, line in enumerate(shown) if line.startswith("epoch"))
     shown = [*shown[:N_FIRST_LINES], f"... {first - N_FIRST_LINES} lines of what was read and prepared", *shown[first:]]

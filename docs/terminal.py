@@ -40,7 +40,12 @@ Recorded on {machine}.
 
 
 def on_a_terminal(
-    *arguments: str, cwd: Path, environment: Mapping[str, str], silent_s: float | None = None
+    *arguments: str,
+    cwd: Path,
+    environment: Mapping[str, str],
+    silent_s: float | None = None,
+    columns: int = COLUMNS,
+    kind: str = "xterm",
 ) -> tuple[int, str]:
     """Run a Python program in a pseudo-terminal, and return its exit code and what it wrote there.
 
@@ -49,16 +54,18 @@ def on_a_terminal(
         cwd: the folder in which it runs.
         environment: its environment variables.
         silent_s: seconds without a byte after which the program is killed; None = it may take as long as it will.
+        columns: width of the terminal.
+        kind: what it tells the program that it is, in TERM.
 
     Raises:
         TimeoutError: the program wrote nothing for so long.
     """
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**environment, "TERM": "xterm"},
+        env={**environment, "TERM": kind},
         stdin=slave,
         stdout=slave,
         stderr=slave,
