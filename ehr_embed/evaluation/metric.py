@@ -52,3 +52,12 @@ can no longer be judged on held_out. Type: task.monitor=auroc
             )
         raise unknown_name("task.monitor", name, tuple(by_name))
     return by_name[name]
+
+
+def title_of(name: str) -> str:
+    """Return the name of a metric or a split for people, with abbreviations in capitals and spaces in place of underscores.
+
+    >>> title_of("held_out"), title_of("auroc"), title_of("time_loss")
+    ('held out', 'AUROC', 'time loss')
+    """
+    return name.upper() if name in {"auroc", "auprc", "f1", "ece"} else name.replace("_", " ")

@@ -80,15 +80,6 @@ def split_style(name: str, index: int) -> dict[str, Any]:
     return found | {"linestyle": (0, (1, 1)), "marker": "x"} if name.endswith(BEFORE) else found
 
 
-def title_of(name: str) -> str:
-    """Return a name for the legend, with abbreviations in capitals and spaces in place of underscores.
-
-    >>> title_of("held_out"), title_of("auroc")
-    ('held out', 'AUROC')
-    """
-    return name.upper() if name in {"auroc", "auprc", "f1", "ece"} else name.replace("_", " ")
-
-
 def finish(axes: Axes, title: str, x_label: str, y_label: str, *, place: Place | None = "best") -> None:
     """Give axes their titles, frame, grid and, where something has a label, a legend; `place=None` draws no legend."""
     axes.set(title=title, xlabel=x_label, ylabel=y_label)

@@ -27,6 +27,7 @@ from sklearn.metrics import (
 
 from ehr_embed.core.files import atomic_path
 from ehr_embed.evaluation.bootstrap import N_CALIBRATION_BINS, calibration_bin
+from ehr_embed.evaluation.metric import title_of
 from ehr_embed.evaluation.metrics import check_binary
 from ehr_embed.evaluation.plot_style import (
     BEFORE,
@@ -40,7 +41,6 @@ from ehr_embed.evaluation.plot_style import (
     frame,
     in_style,
     split_style,
-    title_of,
 )
 
 Curves = Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]

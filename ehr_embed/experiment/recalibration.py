@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.parts import Plan
 from ehr_embed.run_folder.calibration import write_calibration
-from ehr_embed.sources.protocol import EVALUATED
 from ehr_embed.tasks.protocol import GivesProbabilities, Outputs, Task, WeighsSamples
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,15 @@ def check_calibration(cfg: DictConfig, task: Task) -> None:
     )
 
 
-def recalibrate(plan: Plan, outputs: dict[str, Outputs]) -> Recalibrated:
+def recalibrate(
+    plan: Plan, outputs: dict[str, Outputs], *, evaluate: Callable[[Task, dict[str, Outputs]], dict[str, Any]]
+) -> Recalibrated:
     """Fit the calibration of a stage on tuning, apply it to every split, and write it into the run's folder.
+
+    Args:
+        plan: the stage.
+        outputs: the model's own, of each split.
+        evaluate: returns the metrics of the evaluated splits, here of the model's own outputs, to be shown beside the calibrated.
 
     Returns:
         The outputs as they are to be evaluated and written.
@@ -88,12 +95,10 @@ def recalibrate(plan: Plan, outputs: dict[str, Outputs]) -> Recalibrated:
     return Recalibrated(
         {split: calibrator(values) for split, values in outputs.items()},
         outputs,
-        facts | {"fitted": told, "before": _before(task, outputs, n_bootstrap=plan.settings.n_bootstrap)},
+        facts | {"fitted": told, "before": _before(evaluate(task, outputs))},
     )
 
 
-def _before(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
-    """Return the metrics of the model's own outputs on each evaluated split."""
-    task.fit_thresholds(outputs["tuning"])
-    found = {split: task.evaluate(split, outputs[split], n_bootstrap=n_bootstrap) for split in reversed(EVALUATED)}
-    return {split: {name: own[name] for name in SHOWN if name in own} for split, own in found.items()}
+def _before(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are shown of each evaluated split."""
+    return {split: {name: own[name] for name in SHOWN if name in own} for split, own in metrics.items()}

@@ -368,7 +368,7 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
 
     Only the first process concludes.
     """
-    calibrated = recalibrate(plan, fitted.outputs)
+    calibrated = recalibrate(plan, fitted.outputs, evaluate=partial(evaluate, n_bootstrap=plan.settings.n_bootstrap))
     fitted = replace(fitted, outputs=calibrated.outputs)
     metrics = measure(plan, inputs, built, fitted)
     if calibrated.facts is not None:

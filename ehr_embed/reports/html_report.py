@@ -17,8 +17,9 @@ from ehr_embed.config.differences import differences_from_options
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, read_json
 from ehr_embed.core.secrets import without_private
+from ehr_embed.evaluation.metric import title_of
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
-from ehr_embed.reports.page import from_markdown, name_of, picture, render, sections, shown, table_in
+from ehr_embed.reports.page import from_markdown, picture, render, sections, shown, table_in
 from ehr_embed.run_folder.finish import read_config, read_metrics
 from ehr_embed.run_folder.layout import (
     AUDIT,
@@ -140,7 +141,7 @@ def _tiles(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     tiles = []
     for name in list(first or values)[:2]:
         value, _, interval = with_interval(held_out[name]).partition(" ")
-        tiles.append((f"{name_of(name)}, held out", value, interval))
+        tiles.append((f"{title_of(name)}, held out", value, interval))
     tiles.append(("samples, held out", shown(held_out.get("n")), f"{shown(held_out.get('n_subjects'))} subjects"))
     if "prevalence" in held_out:
         tiles.append(("prevalence", f"{held_out['prevalence']:.3f}", "held out"))
@@ -169,7 +170,7 @@ def _metric_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         is_share = bool(numbers) and min(numbers) >= 0 and max(numbers) <= 1
         low, high = (0.0, 1.0) if is_share else (min(numbers, default=0.0), max(numbers, default=0.0))
         room = 0.0 if is_share else 0.05 * (high - low)
-        row: dict[str, Any] = {"name": name_of(name), "low": low - room, "high": high + room}
+        row: dict[str, Any] = {"name": title_of(name), "low": low - room, "high": high + room}
         for split, entry in entries.items():
             row[split] = entry and {"low": None, "high": None} | entry | {
                 "text": with_interval({"low": None, "high": None} | entry)
@@ -184,16 +185,16 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     names = [
         name for name, value in splits[0].items() if isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    rows = [(name_of(name), *(split.get(name) for split in splits)) for name in names]
+    rows = [(title_of(name), *(split.get(name) for split in splits)) for name in names]
     for baseline, found in splits[0].get("baselines", {}).items():
         rows += [
-            (f"{name_of(name)}, {baseline}", *(split["baselines"][baseline].get(name) for split in splits))
+            (f"{title_of(name)}, {baseline}", *(split["baselines"][baseline].get(name) for split in splits))
             for name in found
         ]
     if best := metrics.get("bayes_auroc"):
         rows.append(("best possible AUROC", *(best.get(split) for split in reversed(EVALUATED))))
     for name, of in metrics.get("transfer", {}).items():
-        rows.append((f"{name_of(name)} kept of where it was trained", of["kept"], None))
+        rows.append((f"{title_of(name)} kept of where it was trained", of["kept"], None))
     return rows
 
 

@@ -21,7 +21,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_PICTURE_BYTES = 2**22
 """A larger picture is no plot of this package and would make the page heavy; the page names it instead."""
-BLANK = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "ece": "ECE"}
 
 
 @lru_cache(1)
@@ -68,15 +67,6 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def name_of(metric: str) -> str:
-    """Return the name of a metric for people.
-
-    >>> name_of("auroc"), name_of("time_loss"), name_of("recall")
-    ('AUROC', 'time loss', 'recall')
-    """
-    return BLANK.get(metric, metric.replace("_", " "))
 
 
 def picture(path: Path) -> str | None:
