@@ -148,12 +148,12 @@ def check_optimizer(make: Any, *, weight_decay: float) -> None:
     group: dict[str, Any] = {"params": [nn.Parameter(torch.zeros(1, 1))], "lr": 1e-4, "weight_decay": 0.0}
     try:
         optimizer = kind([group], **options)
-    except (TypeError, ValueError, IndexError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # a class of torch or of one's own may raise anything for options that do not suit it
         shown = ", ".join(
             f"{key}={list(value) if isinstance(value, tuple) else value}" for key, value in options.items()
         )
         raise UserError(
-            f"trainer.optimizer: {name}({shown}) cannot be built for a weight ({str(error) or type(error).__name__}). Check the "
+            f"trainer.optimizer: {name}({shown}) cannot be built for a weight ({type(error).__name__}: {error}). Check the "
             "keys of its YAML under conf/trainer/optimizer/."
         ) from error
     if not isinstance(optimizer, Optimizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.provenance import group_choices
 from ehr_embed.run_folder.checkpoints import Continuation, read_checkpoint
 from ehr_embed.run_folder.resume import differences
-from ehr_embed.training.optimizer import build_optimizer, kind_of, options_of
+from ehr_embed.training.optimizer import build_optimizer, check_optimizer, kind_of, options_of
 from ehr_embed.training.protocol import Course, FollowsMetric, Schedule, warmup_steps_of
 from ehr_embed.training.schedules import BY_NAME, Constant, Cosine, Linear, Plateau, start
 from ehr_embed.training.settings import TrainerSettings
@@ -217,6 +218,12 @@ def test_another_schedule_or_optimizer_is_another_setting_and_the_message_says_h
 def test_what_cannot_be_meant_is_refused_in_a_second(typed, message):
     with pytest.raises(UserError, match=f"^(?:{message})"):
         settings_of(*typed)
+
+
+def test_whatever_an_optimizers_constructor_raises_is_refused():
+    """A YAML file may hold a mapping where torch expects two numbers, and torch then raises KeyError."""
+    with pytest.raises(UserError, match=r"AdamW\(betas=\{\}\) cannot be built .*KeyError"):
+        check_optimizer(partial(torch.optim.AdamW, betas={}), weight_decay=0.0)
 
 
 @pytest.mark.parametrize("option", OPTIMIZERS)
