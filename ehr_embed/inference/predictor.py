@@ -20,8 +20,9 @@ from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.rereadable import Rereadable
-from ehr_embed.data.batches import BatchDataset, BucketSampler
+from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.boundary import UnseenRecords
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.selected import without_others

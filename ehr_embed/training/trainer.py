@@ -16,7 +16,8 @@ from torch import Tensor, distributed, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
-from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
+from ehr_embed.data.batches import Batch, EventDataset, batch_loader
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.samples import Samples, samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
