@@ -207,7 +207,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
             "is_pooled": True,
         }
     if cfg.data.get("pool_weights") == "datasets" and (pool := Pool.of(prepared.store.manifest)) is not None:
-        trainer.weigh = pool.weights
+        trainer.batches.weigh = pool.weights
     origins = made_from(
         prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
