@@ -107,8 +107,8 @@ def check_events(events: pl.DataFrame, shard: Path) -> None:
     """Refuse events that MEDS does not allow.
 
     Raises:
-        UserError: a row has no subject or no code, a number is NaN or infinite, a time lies outside the years 1 to 9999, a subject's rows are not contiguous, or
-            they are not ordered by time.
+        UserError: a row has no subject or no code, a number is NaN or infinite, a time lies outside the years 1 to 9999, or a
+            subject's rows are not contiguous or not ordered by time.
     """
 
     def refuse(rows: pl.DataFrame, expected: str) -> None:
