@@ -301,7 +301,9 @@ def test_the_cache_of_another_embedder_is_refused(tmp_path):
     other = HashingEmbedder(embedding_dim=8)
     embed_texts(other, TEXTS[:3], cache_dir=tmp_path / "other")
     path.replace(cache_file(tmp_path / "other"))
-    with pytest.raises(UserError, match=r"holds the vectors of another embedder"):
+    with pytest.raises(
+        UserError, match=r"expected .*\"embedding_dim\": 8.*, found .*\"embedding_dim\": 9.*Delete this file"
+    ):
         embed_texts(other, TEXTS, cache_dir=tmp_path / "other")
 
 
@@ -310,9 +312,7 @@ def test_a_truncated_cache_is_named(tmp_path):
     embed_texts(embedder, TEXTS, cache_dir=tmp_path)
     path = cache_file(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(
-        UserError, match=rf"{path}: not a readable vector cache .* Delete this file; the texts are then embedded again"
-    ):
+    with pytest.raises(UserError, match=rf"{path}: .* Delete this file"):
         embed_texts(embedder, TEXTS, cache_dir=tmp_path)
 
 

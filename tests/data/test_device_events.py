@@ -304,7 +304,7 @@ def test_where_events_cannot_be_held_is_said(monkeypatch):
         is_gathered_there(events, GPU, "device")
     mps = torch.device("mps")
     assert not is_gathered_there(events, mps, "auto")
-    with pytest.raises(UserError, match=r"mps has no float64.*data_device=host"):
+    with pytest.raises(UserError, match=r"data_device=device: mps .*float64.*Type: trainer\.data_device=host"):
         is_gathered_there(events, mps, "device")
 
 

@@ -139,9 +139,9 @@ def test_a_subject_has_one_row_at_its_last_time(folder, tmp_path):
 
 def test_it_is_refused_where_there_is_no_vector(folder):
     for name, overrides, message in (
-        ("gbm", (), "GBM makes no vector"),
-        ("mean_pool", ("per=event",), "keeps no vector per event.*Type: per=prediction_time"),
-        ("mean_pool", ("pooling=max",), "nothing to pool.*Type: pooling=auto"),
+        ("gbm", (), "GBM .*Choose a run"),
+        ("mean_pool", ("per=event",), "per=event: .*Type: per=prediction_time"),
+        ("mean_pool", ("pooling=max",), "pooling=max: .*Type: pooling=auto"),
         ("encoder", ("per=evnt",), "unknown per 'evnt': did you mean 'event'"),
         ("encoder", ("pooling=first",), "unknown pooling 'first'"),
     ):

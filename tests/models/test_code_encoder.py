@@ -223,7 +223,7 @@ def test_what_cannot_be_built_is_refused(options, message):
 
 def test_vectors_without_tokens_and_of_another_width_are_refused():
     model, given = build(), inputs()
-    with pytest.raises(UserError, match="vectors contain no codes"):
+    with pytest.raises(UserError, match="Give texts or a MEDS dataset to predict on"):
         model({name: x for name, x in given.items() if name != "token_ids"})
     with pytest.raises(UserError, match=f"built for {WIDTH}"):
         model(given | {"rows": torch.zeros(8, WIDTH + 1)})

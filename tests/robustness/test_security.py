@@ -157,7 +157,7 @@ def test_no_config_builds_more_than_is_trusted(tmp_path, monkeypatch, config):
     whole = OmegaConf.create(
         {"node": config, "evil": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False}}
     )
-    with pytest.raises(UserError, match=r"outside the trusted packages|would be resolved after|cannot find"):
+    with pytest.raises(UserError, match=r"_target_=\S+ .*class of ehr_embed|_target_=?.*Write the|Check _target_"):
         instantiate(whole.node)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt"]
 
@@ -181,7 +181,7 @@ def test_a_foreign_run_builds_members_of_its_groups_only(trained, tmp_path, monk
         ehr_embed.load(folder).predict_proba([["a text that it never saw"]])
         explain(composed(f"run={folder}", name="explain"))
 
-    with pytest.raises(UserError, match="outside the trusted packages"):
+    with pytest.raises(UserError, match=r"_target_=\S+ .*nothing else"):
         use()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = stored(trained, tmp_path)
     torch.save({"model_state_dict": Call(os.system, PWN)}, folder / "best_checkpoint.pt")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"best_checkpoint\.pt: .*Train it again, or use another"):
         ehr_embed.load(folder)
     assert not (tmp_path / "pwned").exists()
 
