@@ -139,7 +139,7 @@ def test_a_missing_or_foreign_calibration_is_refused(place, tmp_path):
         ({"calibration": {"_target_": "ehr_embed.calibration.temperature.Temperature", "_args_": [1]}}, "_args_"),
         ({"calibration": {"_target_": "ehr_embed.calibration.temperature.Temperature", "x": 1}}, "'x'"),
         ({"calibration": 3}, "mapping with _target_"),
-        ({"class_names": ["no", "yes"]}, "no, yes"),
+        ({"class_names": ["no", "yes"]}, "'no', 'yes'.*false, true"),
         ({"format": 2}, "format 1"),
         ({"more": 2}, "format 1"),
     ):
