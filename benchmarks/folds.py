@@ -4,9 +4,9 @@
     python train.py sweeps=folds data.root=DIR task.labels=NAME data.splits=FOLDS.parquet
     python -m benchmarks.folds table multirun/folds
 
-A set of a few hundred labels, or a few dozen positive ones in held_out, tells recipes apart only over several folds: each subject is
-held out once. `table` gives the mean over folds of each recipe's seeds, of the ensemble, and their paired differences from one of
-the recipes.
+A set of a few hundred labels, or a few dozen positive ones in held_out, tells recipes apart only over several folds. Each subject
+is held out once. `table` gives the mean over folds of each recipe's seeds and of the ensemble, and their paired differences from
+one of the recipes.
 """
 
 from __future__ import annotations
