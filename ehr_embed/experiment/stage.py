@@ -54,6 +54,7 @@ from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.demo_times import bayes_concordance
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
@@ -408,6 +409,8 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["pooled"] = inputs.pooled.facts
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
+    if "concordance" in metrics["held_out"] and (best := best_possible_concordance(inputs.source, metrics)):
+        metrics["bayes_concordance"] = best
     return metrics
 
 
@@ -476,3 +479,13 @@ def best_possible_auroc(source: Source) -> dict[str, float] | None:
     """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
     known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
     return {split: value for split, value in known.items() if value is not None} or None
+
+
+def best_possible_concordance(source: Source, metrics: dict[str, Any]) -> dict[str, float] | None:
+    """Return the concordance of the true hazards on each evaluated split of `data=demo_times`; None where no true hazard is known,
+    or where the run's samples and events are not those whose hazard is known."""
+    known = {split: bayes_concordance(source.labels_dir.parent, split) for split in EVALUATED}
+    asked = {split: (metrics[split]["n"], metrics[split].get("n_events")) for split in EVALUATED}
+    if any(best is None or (best.n, best.n_events) != asked[split] for split, best in known.items()):
+        return None
+    return {split: best.concordance for split, best in known.items() if best is not None}
