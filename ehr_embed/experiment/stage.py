@@ -35,7 +35,7 @@ from ehr_embed.embedding.pooling import pool_alignment, pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
@@ -56,7 +56,7 @@ from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.demo_times import bayes_concordance
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, TakesSizes, Task, check_causality
+from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import KeepsReport, Tracker
 from ehr_embed.training.blend import blend
@@ -205,6 +205,9 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
     if isinstance(task, TakesSizes):
         give_sizes(task, plan.init_from, prepared)
+    if isinstance(task, ReadsWords) and task.words is not None:
+        words = task.words
+        task.take_words(plan.processes.first(lambda: vector_of_words(cfg, words)), prepared.table)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     read_pooled(model, inputs)

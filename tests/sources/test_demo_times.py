@@ -80,7 +80,8 @@ def test_the_events_say_what_the_table_of_times_says(cohort):
     assert happened["is_event"].all()
     assert np.allclose(happened["found"], happened["days"])
     ends = events.filter(code=END).select("subject_id", end="time")
-    assert ends["subject_id"].is_unique().all() and len(ends) == N
+    assert ends["subject_id"].is_unique().all()
+    assert len(ends) == N
     assert (events.join(ends, on="subject_id")["time"] <= events.join(ends, on="subject_id")["end"]).all()
 
 
