@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ehr_embed.core.transfer import sent
 from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, ragged_arange
@@ -209,8 +210,8 @@ def gather(
         sequences.prediction_times, births,
     ])  # fmt: skip
 
-    lengths_B, starts_B, shift_B = _sent(of_row, device)
-    lengths_S, starts_S, n_static_S, static_start_S, origin_S, jump_S, first_timed_S, predicted_S, birth_S = _sent(
+    lengths_B, starts_B, shift_B = sent(of_row, device)
+    lengths_S, starts_S, n_static_S, static_start_S, origin_S, jump_S, first_timed_S, predicted_S, birth_S = sent(
         of_sequence, device
     )
     first_times_S = events.times.index_select(0, first_timed_S.clamp(min=0))
@@ -261,18 +262,12 @@ def gather(
         segments=None if sequence_BT is None else (sequence_BT + 1).mul_(is_event_BT).int(),
         event_index=None if sequence_BT is None else position_BT * is_event_BT,
         places=places_N,
-        sequence_starts=_sent(sequence_starts.astype(np.int32), device),
-        labels=_sent(labels, device),
-        sample=_sent(np.asarray(sample, np.int64), device),
+        sequence_starts=sent(sequence_starts.astype(np.int32), device),
+        labels=sent(labels, device),
+        sample=sent(np.asarray(sample, np.int64), device),
         n_events=n_events,
         n_pairs=int(np.square(lengths).sum()),
     )
-
-
-def _sent(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Return the array on `device`; the copy to a GPU does not block the host."""
-    x = torch.from_numpy(array)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _taken(x: Tensor, index_BT: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ehr_embed.embedding.pooling import pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import calibration_of, recalibrate
@@ -49,8 +49,9 @@ from ehr_embed.run_folder.origin import is_of_other_data
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.demo_times import bayes_concordance
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import HasBaselines, Outputs, TakesSizes, Task, check_causality
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.blend import blend
@@ -160,6 +161,9 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
     if isinstance(task, TakesSizes):
         give_sizes(task, plan.init_from, prepared)
+    if isinstance(task, ReadsWords) and task.words is not None:
+        words = task.words
+        task.take_words(plan.processes.first(lambda: vector_of_words(cfg, words)), prepared.table)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
     pool_model(model, inputs)
@@ -343,6 +347,8 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["pooled"] = inputs.pooled.facts
     if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
         metrics["bayes_auroc"] = best
+    if "concordance" in metrics["held_out"] and (best := best_possible_concordance(inputs.source, metrics)):
+        metrics["bayes_concordance"] = best
     return metrics
 
 
@@ -371,3 +377,13 @@ def best_possible_auroc(source: Source) -> dict[str, float] | None:
     """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
     known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
     return {split: value for split, value in known.items() if value is not None} or None
+
+
+def best_possible_concordance(source: Source, metrics: dict[str, Any]) -> dict[str, float] | None:
+    """Return the concordance of the true hazards on each evaluated split of `data=demo_times`; None where no true hazard is known,
+    or where the run's samples and events are not those whose hazard is known."""
+    known = {split: bayes_concordance(source.labels_dir.parent, split) for split in EVALUATED}
+    asked = {split: (metrics[split]["n"], metrics[split].get("n_events")) for split in EVALUATED}
+    if any(best is None or (best.n, best.n_events) != asked[split] for split, best in known.items()):
+        return None
+    return {split: best.concordance for split, best in known.items() if best is not None}
