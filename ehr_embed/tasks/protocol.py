@@ -60,7 +60,7 @@ class Task(Protocol):
     """True = only causal models can do the task, False = only bidirectional models can, None = both can."""
 
     is_trained: bool
-    """Whether the task trains the model; otherwise a trained model is only evaluated."""
+    """True if the task trains the model; if False, a trained model is only evaluated."""
 
     @property
     def sizes(self) -> dict[str, Any]:

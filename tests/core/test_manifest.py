@@ -128,7 +128,7 @@ def elsewhere(path: Path, folder: Path) -> str:
 
 
 def continued(folder: Path) -> float:
-    """What train.py does in the folder of a finished run."""
+    """Do in the folder of a finished run what train.py does there."""
     return run(settings(folder))
 
 
@@ -173,7 +173,7 @@ def test_what_a_run_was_made_from_stands_in_its_manifest(two_runs):
 
 
 def attempt(opening: Callable[[], Any], path: Path) -> Any:
-    """What is opened, or None where it is refused by an error that names the file."""
+    """Return the opened object, or None where an error that names the file refuses it."""
     try:
         return opening()
     except UserError as error:
@@ -317,7 +317,7 @@ def test_a_truncated_cache_is_named(tmp_path):
 
 
 def test_a_cache_without_checksums_is_kept(tmp_path):
-    """Of an earlier version: what took hours to embed is not embedded again."""
+    """A cache of an earlier version is taken over, since embedding its texts again may take hours."""
     Counting.n_texts = 0
     embedder = Counting(embedding_dim=8)
     expected = embed_texts(embedder, TEXTS, cache_dir=tmp_path)

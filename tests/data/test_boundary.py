@@ -164,7 +164,7 @@ def _visible(samples: Samples, number: int) -> list[int]:
 
 
 def _is_honest(events: SplitEvents, samples: Samples, number: int) -> bool:
-    """By brute force: every event of a sample lies in its subject's record, none after the prediction time."""
+    """Brute force finds every event of a sample in its subject's record, and none after the prediction time."""
     row = events.subject_ids.tolist().index(samples.subject_ids[number])
     own = range(int(events.offsets[row]), int(events.offsets[row + 1]))
     return all(

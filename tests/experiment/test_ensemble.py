@@ -177,7 +177,7 @@ def test_a_stored_configuration_names_models_alone_as_members():
 
 
 def test_few_labels_tell_no_weights():
-    """Of noise in place of knowledge, unequal weights are rare; a member that misleads on many labels loses its weight."""
+    """When members predict noise, unequal weights are rare; a member that misleads on many labels loses its weight."""
     rng, n_unequal = np.random.default_rng(0), 0
     for _ in range(50):
         labels = (rng.random(40) < 0.1).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong in a second is refused before the event store; check=true says what would be done."""
+"""Mistakes that a second can find are refused before the event store is built; check=true says what would be done."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def readme_snippets() -> list[str]:
 
 
 def test_the_snippets_of_the_readme_run(folder, monkeypatch, expected):
-    """In a folder with the run runs/first, on which they agree."""
+    """The README's lines run in a folder with the run runs/first."""
     monkeypatch.chdir(folder)
     place: dict = {"DIR": str(folder / "set"), "NAME": "case"}
     predictor = ehr_embed.load("runs/first")

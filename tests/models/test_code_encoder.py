@@ -28,7 +28,7 @@ WIDTH = 12
 
 
 def inputs(records=RECORDS, width: int | None = None) -> dict[str, Tensor]:
-    """Of `batch`, with vectors by token and the ages that births tell."""
+    """Return the inputs of `batch`, with vectors by token and the ages that births tell."""
     found = batch(records, width)
     rows = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(3))
     ages = torch.tensor([next((days for token, days, _ in record if token == 6), NAN) for record in records])

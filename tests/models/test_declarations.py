@@ -1,4 +1,4 @@
-"""What a model declares decides which tasks, weights and vectors it is given; no list elsewhere names a model or its options."""
+"""A model's declarations decide which tasks, weights and vectors it is given; no list elsewhere names a model or its options."""
 
 from __future__ import annotations
 

@@ -71,14 +71,14 @@ def base(dataset: Path, *overrides: str) -> DictConfig:
 
 @contextlib.contextmanager
 def elsewhere() -> Iterator[None]:
-    """In an empty folder, without plots, which take longer than all the rest."""
+    """Work in an empty folder, without plots, which take longer than all the rest."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "write_plots", lambda *_, **__: [])
         yield
 
 
 def outcome(cfg: DictConfig) -> float | str:
-    """What `train.py` makes of a configuration: the metric it returns, or the line it prints."""
+    """Return what `train.py` makes of a configuration: its metric, or the line that it prints."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return run(cfg)

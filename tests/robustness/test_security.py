@@ -65,7 +65,7 @@ UNSAFE_YAML = ("yaml.load", "yaml.unsafe_load", "yaml.full_load")
 
 
 def dangers(code: str, name: str = "ehr_embed/x.py") -> list[str]:
-    """What in a module would run a foreign file's code, with its line."""
+    """Return the calls in a module that would run a foreign file's code, with their lines."""
     tree = ast.parse(code)
     renamed = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def secrets(ward, monkeypatch) -> Iterator[list[str]]:
-    """What must not leave the machine."""
+    """Texts that must not leave the machine."""
     wandb.teardown()  # a key is read once a process: neither one of before, nor this one in later tests
     monkeypatch.setenv("WANDB_API_KEY", "c0ffee" * 6 + "beef")
     monkeypatch.setenv("HF_TOKEN", "hf_notforeveryone")

@@ -1,4 +1,4 @@
-"""What a version with another layout left is opened, resumed, replayed and continued."""
+"""Runs, checkpoints and searches of a version with another layout are opened, resumed, replayed and continued."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
 
 
 class Killed(BaseException):
-    """As from kill -9: nothing is saved on the way out."""
+    """Ends a run as kill -9 does: nothing is saved on the way out."""
 
 
 def kill() -> None:
@@ -91,7 +91,7 @@ def kill() -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(dataset) -> Callable[[str], dict[str, Any]]:
-    """What an uninterrupted run of a kind leaves; each is run once."""
+    """Return what an uninterrupted run of a kind leaves; each kind is run once."""
     done: dict[str, dict[str, Any]] = {}
 
     def find(kind: str) -> dict[str, Any]:

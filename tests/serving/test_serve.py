@@ -80,7 +80,7 @@ def asked(client: TestClient, records: list[dict[str, Any]], **more: Any) -> lis
 
 @pytest.fixture(scope="module")
 def labelled(place, predictor) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
-    """What `predict` says at the labels of held_out, and the same records as requests have them."""
+    """Return what `predict` says at the labels of held_out, and the same records in the form of requests."""
     root = cohort(place)
     found = predictor.predict_proba(root, labels=next((root / "labels").iterdir()).name)
     return found, records_of(root, found)
@@ -281,7 +281,7 @@ def test_other_requests_are_refused_in_a_sentence(client):
 
 
 def test_one_bad_record_fails_alone(client, labelled, predictor, caplog):
-    """Of the records of a batch, which may be several callers', one makes the model fail."""
+    """One record of a batch makes the model fail; the batch may hold records of several callers."""
     found, records = labelled
     app_predict = Answers.predict
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
