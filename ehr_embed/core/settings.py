@@ -264,7 +264,8 @@ _adapters: dict[int, tuple[Any, TypeAdapter | None]] = {}
 
 def _adapter(key: str, rule: Any) -> TypeAdapter | None:
     """Return pydantic's adapter for an annotation, None where pydantic knows no rule for the type."""
-    # By identity, since not every annotation can be hashed; the rule is kept, so that its identity is not given again.
+    # Adapters are found by the identity of the rule, since not every annotation can be hashed. The rule is kept, so that no other
+    # object gets its identity.
     if id(rule) not in _adapters:
         try:
             adapter = TypeAdapter(rule)

@@ -61,7 +61,7 @@ class Declarations:
 def declarations(model: nn.Module | type) -> Declarations:
     """Return what a model, or its class, declares; this is the only place that reads these attributes and knows their defaults.
 
-    What a model says only when it is built, by a property, has its default in the class.
+    Where a property declares something only after the model is built, its class has the default.
 
     Raises:
         UserError: an attribute has another type.

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class QueueFullError(Exception):
-    """So many items wait that another would wait too long."""
+    """The queue is full: one more item would wait too long."""
 
 
 @dataclass
