@@ -72,7 +72,7 @@ def test_plain_data_load_as_they_were(tmp_path, protocol):
 def test_anything_else_is_refused_before_it_runs(tmp_path, monkeypatch, value, named, protocol):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path / "a.pkl", value, protocol)
-    with pytest.raises(UserError, match=rf"a\.pkl: .* {named}.*write the file again as plain data"):
+    with pytest.raises(UserError, match=rf"a\.pkl: .*\b{named}.*write the file again as plain data"):
         load_pickle(path)
     assert not (tmp_path / "pwned").exists()
 

@@ -74,7 +74,7 @@ def test_bad_spaces_are_refused(argument, message):
 def test_a_condition_names_a_value_that_is_searched():
     with refused("'z'", "Valid: x, y"):
         space_of("b=x,y", 'a=tag("b=z",choice(1,2))')
-    with pytest.raises(UserError, match=r"conditions of a, b\b"):
+    with pytest.raises(UserError, match=r"conditions of b, a\b"):
         space_of('b=tag("a=1",choice(1,2))', 'a=tag("b=1",choice(1,2))')
 
 

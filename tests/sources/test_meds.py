@@ -65,7 +65,7 @@ def test_one_mixed_shard_is_divided_by_subject_splits(tmp_path):
 def test_missing_root_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: .*MEDS dataset"):
         MedsSource(root=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"Type: data\.root=DIR"):
+    with pytest.raises(UserError, match=r"Type: python train\.py data=meds data\.root=DIR"):
         MedsSource(root=None)
 
 

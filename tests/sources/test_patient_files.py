@@ -177,7 +177,7 @@ def test_the_table_is_exported_alone(place):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["export=patient_files"], r"export\.dir\b.*Type: export\.dir="),
+        (["export=patient_files"], r"Type: python embed\.py export=\.\.\. export\.dir=DIR"),
         (["export=vocab_pt", "export.dir=PLACE/meds"], r"export\.dir=\S*/meds .*Type: export\.dir=ANOTHER"),
         (
             ["export=patient_files", "export.dir=PLACE/x", "export.dtype=float8"],

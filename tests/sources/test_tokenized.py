@@ -247,7 +247,7 @@ def test_it_trains_as_its_conversion_does(corpus, tmp_path, converted, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=meds", "data.root=x"], "Type: .*data=meds"),
+        (["data=meds", "data.root=x"], r"Type: python -m ehr_embed\.convert data=tokenized"),
         (["data=tokenized", "data.data_dir=x"], r"Type: data\.root=OUT"),
     ],
 )
