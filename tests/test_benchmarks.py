@@ -248,7 +248,12 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
     assert max(sizes) - min(sizes) <= 1, "the cases are spread evenly"
 
     for fold, (better, worse) in enumerate([(0.9, 0.8), (0.7, 0.5)]):
-        for folder, value in {"": better, "members/tab-0": better, "members/tab-1": worse, "members/gbm-0": worse}.items():
+        for folder, value in {
+            "": better,
+            "members/tab-0": better,
+            "members/tab-1": worse,
+            "members/gbm-0": worse,
+        }.items():
             place = tmp_path / "sweep" / str(fold) / folder
             place.mkdir(parents=True, exist_ok=True)
             metrics = {name: {"value": value} for name in folds.METRICS}
