@@ -7,7 +7,6 @@ path, so that it can be shared.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
