@@ -46,7 +46,9 @@ def output_page(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         content = "".join("".join(data["image/png"]).split())
-        return f'<p class="output"><img alt="The figure that the cell returns" src="data:image/png;base64,{content}"></p>'
+        return (
+            f'<p class="output"><img alt="The figure that the cell returns" src="data:image/png;base64,{content}"></p>'
+        )
     table = TABLE.search("".join(data.get("text/html", [])))
     if table:
         return f'<div class="output">{table[0]}</div>'

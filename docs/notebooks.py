@@ -55,7 +55,9 @@ def execute(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hidden = ("EHR_EMBED_CACHE", "PYTHONPATH")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
-        client = NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}, record_timing=False)
+        client = NotebookClient(
+            notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}, record_timing=False
+        )
         client.execute(env=environment | {"PYTHONPATH": str(DOCS.parent)})
     for cell in notebook.cells:
         cell.pop("execution_count", None)

@@ -52,7 +52,9 @@ def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_holds_what_its_cells_gave(name):
     notebook = json.loads((ROOT / "docs" / name).read_text(encoding="utf-8"))
-    assert notebook["metadata"]["executed"]["code"] == digest(notebook), "a cell changed. Type: python docs/notebooks.py"
+    assert notebook["metadata"]["executed"]["code"] == digest(notebook), (
+        "a cell changed. Type: python docs/notebooks.py"
+    )
     outputs = [output for cell in cells(name) for output in cell["outputs"]]
     assert "error" not in {output["output_type"] for output in outputs}
     assert any("text/html" in output.get("data", {}) for output in outputs), "a table"
