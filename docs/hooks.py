@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWN = "repository"
 """Folder of the site that holds the pages of these files."""
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
-TABLE = re.compile(r"<table.*</table>", flags=re.DOTALL)
+TABLE = re.compile(r"<table[^>]*>(.*)</table>", flags=re.DOTALL)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".md": "markdown", ".toml": "toml"}
 
 
@@ -36,24 +37,24 @@ def outside(target: str, page: str) -> str | None:
 
 
 def output_page(output: dict[str, Any]) -> str:
-    """Return one output of a cell as Markdown: a picture, else a table, else text.
+    """Return one output of a cell as Markdown: a picture, else a table, else text without its colours.
 
-    >>> output_page({"output_type": "stream", "text": ["epoch 1\\n"]})
-    '```text\\nepoch 1\\n```'
+    >>> print(output_page({"output_type": "stream", "text": ["\\x1b[1mepoch\\x1b[0m 1\\n"]}))
+    ```{ .text .no-copy }
+    epoch 1
+    ```
     >>> output_page({"output_type": "display_data", "data": {"image/png": "aGk=", "text/plain": "<Figure>"}})
-    '<p class="output"><img alt="The figure that the cell returns" src="data:image/png;base64,aGk="></p>'
+    '<img alt="The figure that the cell returns" src="data:image/png;base64,aGk=">'
     """
     data = output.get("data", {})
     if "image/png" in data:
         content = "".join("".join(data["image/png"]).split())
-        return (
-            f'<p class="output"><img alt="The figure that the cell returns" src="data:image/png;base64,{content}"></p>'
-        )
+        return f'<img alt="The figure that the cell returns" src="data:image/png;base64,{content}">'
     table = TABLE.search("".join(data.get("text/html", [])))
     if table:
-        return f'<div class="output">{table[0]}</div>'
-    text = "".join(output.get("text", data.get("text/plain", []))).rstrip()
-    return f"```text\n{text}\n```" if text.strip() else ""
+        return f"<table>{table[1]}</table>"
+    text = COLOUR.sub("", "".join(output.get("text", data.get("text/plain", [])))).rstrip()
+    return f"```{{ .text .no-copy }}\n{text}\n```" if text.strip() else ""
 
 
 def notebook_page(notebook: dict[str, Any], name: str) -> str:
@@ -74,7 +75,9 @@ def notebook_page(notebook: dict[str, Any], name: str) -> str:
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-        parts += [shown for output in cell.get("outputs", []) if (shown := output_page(output))]
+        shown_outputs = [shown for output in cell.get("outputs", []) if (shown := output_page(output))]
+        if shown_outputs:
+            parts += ['<div class="output" markdown="1">', *shown_outputs, "</div>"]
     executed = notebook.get("metadata", {}).get("executed")
     where = f", executed on {executed['hardware']}, {executed['date']}" if executed else ""
     return "\n\n".join([*parts, f"[The notebook as a file]({name}){where}"]) + "\n"

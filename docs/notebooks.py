@@ -1,7 +1,8 @@
 """Execute the notebooks of the documentation and keep their outputs in them: `python docs/notebooks.py [NAME ...]`.
 
-Each runs from its first cell in a fresh kernel and an empty folder. The site shows the outputs that lie in the files, so that building it
-takes seconds; a test says when a cell was changed after it was executed, and executes the cells. The command needs the extra `notebooks`.
+Each runs from its first cell in a fresh kernel and an empty folder. The site shows the outputs that lie in the files, so that
+building it takes seconds; a test says when a cell was changed after it was executed, and executes the cells. The command needs
+the extra `notebooks`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ DOCS = Path(__file__).resolve().parent
 EXECUTED = "executed"
 """Key of a notebook's metadata that says of which cells its outputs are, and where and when they were made."""
 TIMEOUT = 900
+NO_WIDGETS = "ignore:IProgress not found"
+"""tqdm says it where Jupyter's widgets are not installed; nothing here draws one."""
 
 
 def digest(notebook: dict[str, Any]) -> str:
@@ -32,6 +35,17 @@ def digest(notebook: dict[str, Any]) -> str:
     """
     sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """Return the outputs of a cell with the pieces of a stream as one."""
+    found: list[Any] = []
+    for output in outputs:
+        if found and output.output_type == "stream" == found[-1].output_type and output.name == found[-1].name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def smaller(png: str) -> str:
@@ -58,12 +72,14 @@ def execute(path: Path) -> None:
         client = NotebookClient(
             notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}}, record_timing=False
         )
-        client.execute(env=environment | {"PYTHONPATH": str(DOCS.parent)})
+        client.execute(env=environment | {"PYTHONPATH": str(DOCS.parent), "PYTHONWARNINGS": NO_WIDGETS})
     for cell in notebook.cells:
-        cell.pop("execution_count", None)
         if cell.cell_type == "code":
             cell["execution_count"] = None
+            cell.outputs = joined(cell.outputs)
             for output in cell.outputs:
+                if output.get("name") == "stderr":
+                    sys.exit(f"{path.name}: a cell wrote to stderr: {output.text}")
                 if "execution_count" in output:
                     output["execution_count"] = None
                 if "image/png" in output.get("data", {}):

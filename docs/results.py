@@ -77,7 +77,12 @@ def table(path: Path, entry: dict[str, Any]) -> str:
     if any("seconds" in row and row["seconds"] for row in rows):
         metrics.append("seconds")
     told = [name for name in PROVENANCE if name in names and any(row[name] for row in rows)]
-    head = [*keys, "runs", *(name.replace("held_out/", "").replace("/", " ") for name in metrics), *told]
+    head = [
+        *(f"`{key.removesuffix('._target_')}`" for key in keys),
+        "runs",
+        *(name.replace("held_out/", "").replace("/", " ") for name in metrics),
+        *told,
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         values = [
