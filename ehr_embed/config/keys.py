@@ -179,7 +179,7 @@ class PredictKeys(DeviceKeys):
 class ExplainKeys(DeviceKeys):
     """Keys of conf/explain.yaml; a rule of several keys stands where they are used."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     target: Annotated[Text | None, Told("a class of the run, or null", example="null")]
@@ -209,7 +209,7 @@ class GenerateKeys(DeviceKeys, Sampling):
 class AskKeys(DeviceKeys):
     """Keys of conf/ask.yaml."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     questions: Annotated[Sequence[Text], Told("a list of words", example="[osteoarthritis]")]
     codes: Annotated[Sequence[Text], Told("a list of codes", example="[CODE]")]
     code_pattern: Annotated[Text | None, Told("a regular expression, or null", example="null")]

@@ -68,12 +68,15 @@ class Dataset(NamedTuple):
         vocabulary, embedding: vocabulary and vectors of the run, extended by the dataset's new codes.
         events: events of the chosen subjects.
         samples: one sample per prediction time, with the events visible at that time and labels of zero.
+        aligned: how the run's codes stand for the dataset's, whose tokens vocabulary and vectors then have; None = its codes are
+            read as they are.
     """
 
     vocabulary: Vocabulary
     embedding: EventEmbedding
     events: SplitEvents
     samples: Samples
+    aligned: AlignedData | None = None
 
 
 class Predicted(NamedTuple):
@@ -252,19 +255,35 @@ class Predictor:
         return self.predict_samples(Dataset(vocabulary, embedding, events, samples)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
-        """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
+        """Read a whole MEDS dataset with the run's vocabulary, codes that the run never saw by their own texts; `opened` reads them
+        as the run's. The arguments are those of `predict_proba`."""
         source = _source(root, split)
         if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
             log.warning(
-                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
-                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
+                "most events of %s have codes that the run never saw, which are read here by their texts alone, without their "
+                "numbers; Predictor.opened reads them as the run's own (docs/hospitals.md)", root,
             )  # fmt: skip
-        new = self._new_codes(source, lookups)
-        events = joined(list(encode_shards(source, new.vocabulary_for, split)))
+        return self._whole(source, self._new_codes(source, lookups), labels, split)
+
+    def _whole(
+        self, source: MedsSource, reads: NewCodes | AlignedData, labels: str | None, split: str | None
+    ) -> Dataset:
+        events = joined(list(self._chunks(source, reads, split)))
         samples = samples_to_predict(
             events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
         )
-        return Dataset(new.vocabulary, new.embedding, events, samples)
+        aligned = reads if isinstance(reads, AlignedData) else None
+        return Dataset(reads.vocabulary, reads.embedding, events, samples, aligned)
+
+    @contextmanager
+    def opened(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[Dataset]:
+        """Yield a whole MEDS dataset as the model reads it while inside; the arguments are those of `predict_proba`."""
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
+            source = _source(root, split)
+            reads = self._new_codes(source, lookups) if aligned is None else aligned
+            yield self._whole(source, reads, labels, split)
 
     def _predict_dataset(
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
@@ -440,9 +459,10 @@ class Predictor:
         self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> Iterator[AlignedData | None]:
         """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
-        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts the next events reads codes as they
+        are."""
         data = None
-        if self.class_names:
+        if self.class_names or hazard_sizes(self.run.model) is not None:
             data = read_aligned(
                 self.run,
                 _source(root, split),
