@@ -18,6 +18,7 @@ from ehr_embed.embedding.alignment import Matching
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
 from ehr_embed.embedding.pooling import PoolCodes
+from ehr_embed.embedding.variants import Kind
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
@@ -47,6 +48,8 @@ class DataKeys(Keys, VocabularySettings):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    text_variants: Share
+    variant_kinds: Annotated[Sequence[Kind], Told("a list of synonyms, words, neighbours", example="[synonyms]")]
     pool_codes: PoolCodes
     pool_weights: PoolWeights
 

@@ -35,12 +35,20 @@ from ehr_embed.embedding.pooling import pool_alignment, pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text, variants_of
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, PoolsCodes, ReadsVocabulary, adapt, check_vectors
+from ehr_embed.models.protocol import (
+    AlignsCodes,
+    FitsAtOnce,
+    PoolsCodes,
+    ReadsVocabulary,
+    adapt,
+    check_variants,
+    check_vectors,
+)
 from ehr_embed.reports.dataset_metrics import by_dataset
 from ehr_embed.reports.example_records import examples_of
 from ehr_embed.reports.html_report import report_of, save
@@ -209,7 +217,10 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     read_pooled(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
-    embedding = EventEmbedding(prepared.table, trainable)
+    variants = variants_of(cfg, prepared, plan.alignment.read()) if plan.is_trained else None
+    if variants is not None:
+        check_variants(model, variants.share)
+    embedding = EventEmbedding(prepared.table, trainable, variants)
     if found.checkpoint is None:
         give_first_weights(plan, inputs, model, embedding)
     if inputs.aligned is not None:
