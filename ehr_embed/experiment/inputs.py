@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ehr_embed.config.check import checks_config
 from ehr_embed.config.instantiate import builder, instantiate_embedder
@@ -17,6 +19,7 @@ from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import NONE, AlignmentSettings
 from ehr_embed.embedding.alignment import Rules
 from ehr_embed.embedding.prepare import Prepared, prepare, report
+from ehr_embed.embedding.table import as_stored
 from ehr_embed.embedding.variants import TextVariants, text_variants
 from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.exports.protocol import Export
@@ -87,6 +90,24 @@ def reads_text(cfg: DictConfig) -> bool:
     embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
     try:
         return bool(embedder.reads_text)
+    finally:
+        embedder.close()
+
+
+def vector_of_words(cfg: DictConfig, words: str) -> Tensor:
+    """Return the vector (E,) of words by a configuration's embedder.
+
+    Raises:
+        UserError: the embedder reads no texts.
+    """
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
+    try:
+        if not embedder.reads_text:
+            raise UserError(
+                f"task.words={words}: this run's embedder has vectors for its own vocabulary only, so it cannot read words. Type: "
+                "task.codes=[CODE,CODE]"
+            )
+        return as_stored(torch.from_numpy(embed_texts(embedder, [words], cache_dir=Path(cfg.cache_dir)))).float()[0]
     finally:
         embedder.close()
 

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
-from ehr_embed.data.vocabulary import FIRST_TOKEN
 from ehr_embed.embedding.aligning import AlignmentSettings
-from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.embedding.nearest_events import near_enough, nearest_events, nothing_near, with_bins
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import TrainedRun, open_run
 from ehr_embed.models.hazards import AskedSets, HazardSizes, hazard_sizes
 
@@ -168,12 +168,12 @@ class Asker(Predictor):
             )
         if repeated := sorted({words for words in asked if list(asked).count(words) > 1}):
             raise UserError(f"questions={list(asked)}: {repeated[0]} is asked twice. Leave one out")
-        if not self._reads_vectors or not self._embedder.reads_text:
+        if not self.records.reads_vectors or not self.records.embedder.reads_text:
             raise UserError(
                 "this run's embedder has vectors for its own vocabulary only, so it cannot read a question in words. Type: "
                 "codes=[CODE,CODE]"
             )
-        vectors = self._vectors(list(asked))
+        vectors = self.records.vectors(list(asked))
         return [
             self._in_words(words, vector, literal=literal, n_events=n_events, min_cosine=min_cosine, margin=margin)
             for words, vector in zip(asked, vectors, strict=True)
@@ -182,41 +182,34 @@ class Asker(Predictor):
     def _in_words(
         self, words: str, vector: Tensor, *, literal: bool, n_events: int, min_cosine: float, margin: float
     ) -> Question:
-        vocabulary, table = self.run.vocabulary, self.run.embedding.table.cpu()
-        counts = torch.from_numpy(vocabulary.tokens["count"].to_numpy().copy())
-        # A code is one event whatever its value: its plain token's text says it.
-        plain = torch.from_numpy(np.unique(vocabulary.plain_tokens[FIRST_TOKEN:]))
-        cosine = F.cosine_similarity(table[plain], vector[None], dim=1)
-        order = cosine.argsort(descending=True, stable=True)
-        best = float(cosine[order[0]])
-        near = [i for i in order[:n_events].tolist() if cosine[i] >= max(min_cosine, best - margin)]
-        if not near and not literal:
-            listed = "; ".join(f"{vocabulary.texts[int(plain[i])]} ({cosine[i]:.2f})" for i in order[:3].tolist())
-            raise UserError(
-                f"question {words!r}: no event of the run's vocabulary has a text with a cosine of min_cosine={min_cosine} or "
-                f"more; the nearest are {listed}. Type: min_cosine=SMALLER if one of them is meant, codes=[CODE], or literal=true "
-                "to give the model the words themselves"
-            )
+        vocabulary, table = self.run.vocabulary, self.run.embedding.table
+        counts = vocabulary.tokens["count"].to_numpy()
+        nearest = nearest_events(vector, vocabulary, table, n_events=max(n_events, NEAREST_RATES))
+        near = near_enough(nearest[:n_events], min_cosine=min_cosine, margin=margin)
         if literal:
-            near = order[:NEAREST_RATES].tolist()
-        own = self._with_bins([int(plain[i]) for i in near])
+            near = nearest[:NEAREST_RATES]
+        elif not near:
+            raise nothing_near(
+                words,
+                nearest,
+                vocabulary,
+                min_cosine=min_cosine,
+                else_type="codes=[CODE], or literal=true to give the model the words themselves",
+            )
+        of_code = [with_bins([event.token], vocabulary) for event in near]
         found = [
             FoundEvent(
-                str(vocabulary.token_codes[int(plain[i])]),
-                vocabulary.texts[int(plain[i])],
-                float(cosine[i]),
-                int(counts[self._with_bins([int(plain[i])])].sum()),
+                str(vocabulary.token_codes[event.token]),
+                vocabulary.texts[event.token],
+                event.cosine,
+                int(counts[tokens].sum()),
             )
-            for i in near
+            for event, tokens in zip(near, of_code, strict=True)
         ]
+        own = with_bins([event.token for event in near], vocabulary)
         if not literal:
             return Question(words, own, found, None, self.sizes.rates_of([own])[0])
-        rates = self.sizes.rates_of([self._with_bins([int(plain[i])]) for i in near]).mean(0)
-        return Question(words, own, found, vector, rates)
-
-    def _with_bins(self, plain: list[int]) -> list[int]:
-        """Return the tokens of codes, those of their value bins included."""
-        return np.flatnonzero(np.isin(self.run.vocabulary.plain_tokens, plain)).tolist()
+        return Question(words, own, found, vector, self.sizes.rates_of(of_code).mean(0))
 
     def _by_code(self, name: str, events: EventSet) -> Question:
         tokens = list(events.tokens(self.run.vocabulary))

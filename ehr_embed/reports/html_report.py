@@ -191,8 +191,9 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, Any, Any]]:
             (f"{title_of(name)}, {baseline}", *(split["baselines"][baseline].get(name) for split in splits))
             for name in found
         ]
-    if best := metrics.get("bayes_auroc"):
-        rows.append(("best possible AUROC", *(best.get(split) for split in reversed(EVALUATED))))
+    for name in ("auroc", "concordance"):
+        if best := metrics.get(f"bayes_{name}"):
+            rows.append((f"best possible {title_of(name)}", *(best.get(split) for split in reversed(EVALUATED))))
     for name, of in metrics.get("transfer", {}).items():
         rows.append((f"{title_of(name)} kept of where it was trained", of["kept"], None))
     return rows

@@ -91,8 +91,9 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         for metric in ("perplexity", "top1_accuracy"):
             cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
             table.add_row(f"{metric}, {name}", *cells)
-    if bayes := metrics.get("bayes_auroc"):
-        table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
+    for name in ("auroc", "concordance"):
+        if bayes := metrics.get(f"bayes_{name}"):
+            table.add_row(f"best possible {name}", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
     # A path, or a sentence in a log, is not cut at the width of a terminal that is not there.
     console.print(f"held-out and tuning metrics with 95 % intervals, {run_dir}", highlight=False, soft_wrap=True)

@@ -214,6 +214,22 @@ class TakesSizes(Protocol):
 
 
 @runtime_checkable
+class ReadsWords(Protocol):
+    """A task that may be given its outcome in words, which the run's embedder embeds."""
+
+    words: str | None
+    """The words; None = the outcome is given otherwise, and `take_words` is not called."""
+
+    def take_words(self, vector: Tensor, table: Tensor) -> None:
+        """Take the vector (E,) of the words and those of the vocabulary (V, E); called after `setup`.
+
+        Raises:
+            UserError: no event of the vocabulary is near to the words.
+        """
+        ...
+
+
+@runtime_checkable
 class HasBaselines(Protocol):
     """A task that has baselines without a model, whose metrics are reported beside the model's."""
 

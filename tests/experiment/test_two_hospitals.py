@@ -95,7 +95,7 @@ def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, c
     assert not np.allclose(vectors("none")[0], x)
     with caplog.at_level(logging.WARNING):
         predictor.read(str(hospitals / "away"), labels="case", split="held_out", lookups=())
-    assert "which are read here by their texts alone" in caplog.text
+    assert "which are read by their texts alone" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["code_tab", "encoder"])

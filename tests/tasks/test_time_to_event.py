@@ -209,7 +209,7 @@ def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsy
     assert found["ratio"] > 1
 
 
-def test_a_query_is_judged_like_any_run_and_gives_the_risks_of_ask(everywhere, root, store, tmp_path):
+def test_a_query_is_judged_like_any_run_and_gives_the_risks_of_ask(everywhere, root, store, tmp_path, caplog):
     given = small(root, "query", "model=decoder_small", "model.max_length=64", f"init_from={everywhere}",
                   "task.text_pattern=infarct", "task.horizon_days=30", "task.labels=infarction_30d")  # fmt: skip
     given[given.index("task=time_to_event")] = "task=query"
@@ -222,9 +222,20 @@ def test_a_query_is_judged_like_any_run_and_gives_the_risks_of_ask(everywhere, r
     both = written.join(asked.frame, on=["subject_id", "prediction_time"])
     assert len(both) == len(written) == 90
     np.testing.assert_allclose(both["predicted_boolean_probability"], both["mi/risk"], atol=1e-5)
+    caplog.set_level("INFO", logger="ehr_embed")
+    in_words = [own for own in given if not own.startswith(("task.text_pattern", "run_dir"))]
+    run(composed(*in_words, "task.words=heart infarction", "task.min_cosine=0.3", f"run_dir={tmp_path / 'words'}"))
+    worded = pl.read_parquet(tmp_path / "words" / "predictions" / "held_out.parquet")
+    assert worded.equals(written)
+    assert "Myocardial infarction (cosine" in caplog.text
+    with refused("zzzz", "task.min_cosine=SMALLER", "task.codes=[CODE]"):
+        run(composed(*in_words, "task.words=zzzz qqqq", f"run_dir={tmp_path / 'nothing'}"))
+    assert not (tmp_path / "nothing" / "metrics.json").exists()
+    with refused("task.words=stroke", "task.codes", "Leave one out"):
+        Query(words="stroke", codes=["MI"])
     with refused("no hazard head", "pretrain_hazards"):
         Query(codes=["MI"]).take_sizes({"num_classes": 2}, tmp_path)
-    with refused("one event set", "task.text_pattern=REGEX"):
+    with refused("one event set", "task.text_pattern=REGEX", "task.words=WORDS"):
         Query()
     shorter = [own for own in given if not own.startswith("run_dir")]
     with refused("vocabulary", "ehr_embed.ask"):  # value bins give other tokens
