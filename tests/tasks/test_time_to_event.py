@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
 from ehr_embed.data.samples import build_samples, window_samples
 from ehr_embed.data.store import EventStore, build_store
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.evaluation import survival_library
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
@@ -158,6 +160,36 @@ def test_pretraining_beats_constant_rates_and_answers_in_words(everywhere, root)
     assert np.isfinite(literal.incidence).all()
     by_code = asker.ask({"heart": {"codes": ["MI"]}}, root, horizon_days=30, labels="infarction_30d")
     np.testing.assert_allclose(by_code.incidence[:, 0], answers.incidence[:, 0], atol=1e-6)
+
+
+def test_another_hospitals_codes_are_read_as_the_runs_own(everywhere, root, tmp_path):
+    """The same subjects under other codes have the same risks and the same earlier outcomes as under the run's own."""
+    away = {
+        "SMOKE": ("x1", "Smokes tobacco"), "VISIT": ("x2", "Clinic visit"), "MI": ("x3", "Heart attack"),
+        "FLU": ("x4", "Influenza"), "MEDS_DEATH": ("MEDS_DEATH", "Death"), "END": ("x5", "End of the follow-up"),
+    }  # fmt: skip
+    shutil.copytree(root, tmp_path / "away")
+    for path in (tmp_path / "away" / "data").glob("*/*.parquet"):
+        frame = pl.read_parquet(path)
+        frame.with_columns(pl.col("code").replace({code: new for code, (new, _) in away.items()})).write_parquet(path)
+    rows = [(code, text, None) for code, text in away.values()]
+    schema = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
+    pl.DataFrame(rows, schema=schema, orient="row").write_parquet(tmp_path / "away" / "metadata" / "codes.parquet")
+    asker = ehr_embed.load(everywhere)
+    asked = {"heart": {"codes": ["MI"]}, "flu": {"codes": ["FLU"]}}
+    own = asker.ask(asked, root, horizon_days=30, labels="infarction_30d")
+    settings = AlignmentSettings(matching="one_to_one")
+    away_too = asker.ask(asked, tmp_path / "away", horizon_days=30, labels="infarction_30d", alignment=settings)
+    np.testing.assert_allclose(away_too.incidence, own.incidence, atol=1e-6)
+    np.testing.assert_array_equal(away_too.has_prior, own.has_prior)
+    unread = asker.ask(
+        asked,
+        tmp_path / "away",
+        horizon_days=30,
+        labels="infarction_30d",
+        alignment=AlignmentSettings(aligned_to="none"),
+    )
+    assert np.abs(unread.incidence - own.incidence).max() > 0.01
 
 
 def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):
