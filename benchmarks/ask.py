@@ -26,7 +26,8 @@ import torch
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.inference.asker import Asker
-from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import samples_to_predict
 from ehr_embed.inference.trajectories import sample_futures
 from ehr_embed.models.sampling import Sampling

@@ -33,6 +33,14 @@ def test_pictures_are_those_of_the_pages():
     assert stored == drawn, "Type: python docs/pictures.py"
 
 
+def test_bars_are_as_long_as_their_figures():
+    svg = (ROOT / "docs" / "pictures" / "speed-light.svg").read_text(encoding="utf-8")
+    lengths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)" height="18"', svg)]
+    figures = [float(figure) for figure in re.findall(r">(\d+)x</text>", svg)]
+    assert len(lengths) == len(figures) >= 4
+    assert [length / max(lengths) for length in lengths] == pytest.approx([f / max(figures) for f in figures], rel=0.01)
+
+
 def test_the_leaderboard_is_that_of_the_committed_tables():
     """`python docs/results.py` was run after a table was added to docs/results/, and no table names a folder of a machine."""
     module = runpy.run_path(str(ROOT / "docs" / "results.py"))

@@ -21,6 +21,7 @@ from ehr_embed.embedding.pooling import PoolCodes
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
+from ehr_embed.models.whitening import Shrinkage
 from ehr_embed.run_folder.resume import Mode as ResumeMode
 from ehr_embed.sources.hidden_codes import HiddenShare
 from ehr_embed.sources.protocol import SPLITS
@@ -107,6 +108,15 @@ MemberName = Annotated[
 ]
 
 
+class EventVectorsKeys(Keys):
+    """Keys of `event_vectors`, from which models that whiten the vectors of events take what a pipeline sets."""
+
+    has_only_these = True
+    expected = "a mapping with whiten and shrinkage, as in conf/pipeline/embedded_based.yaml"
+    whiten: Switch
+    shrinkage: Shrinkage
+
+
 class EnsembleKeys(Keys):
     """Keys of `ensemble`."""
 
@@ -127,6 +137,7 @@ class RunKeys(StageKeys):
     init_from: Annotated[Text | None, Told("a run's folder, a checkpoint, or null", example="RUN_DIR")]
     pretrain: PretrainKeys | None
     ensemble: EnsembleKeys
+    event_vectors: EventVectorsKeys
     integrity: Integrity
     audit: AuditMode
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]

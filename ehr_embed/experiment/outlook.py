@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ehr_embed.config.instantiate import builder, instantiate, instantiate_embedder
+from ehr_embed.config.instantiate import builder, instantiate_embedder
 from ehr_embed.core.threads import use_threads
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.data.vocabulary import VocabularySettings
@@ -91,8 +92,14 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
     found = measured(
         cfg, settings, width=width, n_tokens=n_tokens, shape=(n_rows, length), n_classes=_n_classes(label_sets)
     )
-    lines.append(("model", f"{cfg.model._target_.rsplit('.', 1)[-1]}, {found.n_parameters:,} parameters"))
-    if found.seconds is None:
+    members = _members(cfg)
+    of_what = f" of {len(members)} members" if members else ""
+    lines.append(("model", f"{cfg.model._target_.rsplit('.', 1)[-1]}{of_what}, {found.n_parameters:,} parameters"))
+    if members:
+        lines.append(
+            ("time", "that of the members, which are told one by one, and of evaluating what they predict together")
+        )
+    elif found.seconds is None:
         lines.append(("time", "not estimated: this model is not trained by steps on vectors"))
     else:
         n_batches = -(-n_train // n_rows)
@@ -220,13 +227,14 @@ def measured(
     has_values = cfg.data["values"] in ("continuous", "both")
     sizes: dict[str, Any] = {"num_classes": n_classes} if n_classes else {"vocab_size": n_tokens}
     torch.manual_seed(0)
-    model: nn.Module = instantiate(
-        cfg.model, trusted=tuple(cfg.trusted_packages), embedding_dim=width, has_values=has_values, **sizes
-    )
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = _members(cfg)
+    build = partial(builder(cfg), embedding_dim=width, has_values=has_values, **sizes)
+    models: list[nn.Module] = [build(config) for config in parts or [cfg.model]]
+    model = models[0]
+    n_parameters = sum(p.numel() for part in models for p in part.parameters() if p.requires_grad)
     precision = choose_precision(settings.precision, settings.accelerator)
     where = f"{device.type} in {precision} with {torch.get_num_threads()} threads"
-    if isinstance(model, ReadsVocabulary | FitsAtOnce):
+    if parts or isinstance(model, ReadsVocabulary | FitsAtOnce):
         return Measured(n_parameters, None, peak_memory_mib(device) / MIB_PER_GIB, where)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -266,6 +274,12 @@ def total(outputs: Any) -> Tensor:
         [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     )
     return torch.stack([part.float().mean() for part in parts]).sum()
+
+
+def _members(cfg: DictConfig) -> list[DictConfig]:
+    """Return the configurations of the models that an ensemble blends; empty for any other model."""
+    members = cfg.model.get("members")
+    return list(members) if OmegaConf.is_list(members) else []
 
 
 def _device(settings: TrainerSettings) -> torch.device:

@@ -17,7 +17,8 @@ from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
 from ehr_embed.embedding.nearest_events import near_enough, nearest_events, nothing_near, with_bins
-from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import TrainedRun, open_run
 from ehr_embed.models.hazards import AskedSets, HazardSizes, hazard_sizes
 
@@ -166,12 +167,12 @@ class Asker(Predictor):
             )
         if repeated := sorted({words for words in asked if list(asked).count(words) > 1}):
             raise UserError(f"questions={list(asked)}: {repeated[0]} is asked twice. Leave one out")
-        if not self._reads_vectors or not self._embedder.reads_text:
+        if not self.records.reads_vectors or not self.records.embedder.reads_text:
             raise UserError(
                 "this run's embedder has vectors for its own vocabulary only, so it cannot read a question in words. Type: "
                 "codes=[CODE,CODE]"
             )
-        vectors = self._vectors(list(asked))
+        vectors = self.records.vectors(list(asked))
         return [
             self._in_words(words, vector, literal=literal, n_events=n_events, min_cosine=min_cosine, margin=margin)
             for words, vector in zip(asked, vectors, strict=True)

@@ -23,7 +23,8 @@ from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.evaluation.code_screening import visible_events
 from ehr_embed.inference.attribution import Attribution, integrated_gradients, occlusion
 from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_timeline, write_timeline_html
-from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import Dataset
 from ehr_embed.models.ensemble import log_probabilities
 from ehr_embed.models.members import over_members
 from ehr_embed.models.protocol import passes_gradients

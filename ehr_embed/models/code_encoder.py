@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
+from ehr_embed.core.transfer import grouped, reads_freely
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import Block, DropShare
 from ehr_embed.models.body import Layers, check_heads, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
-from ehr_embed.models.heads import PooledHead, check_classifies
+from ehr_embed.models.heads import PooledHead, check_classifies, without_autocast
 from ehr_embed.models.whitening import Shrinkage, Whitening
 
 POOLINGS = ("max", "mean", "attention")
@@ -80,35 +81,43 @@ class CodeInput(ReadsCodes):
 
         The codes are in the vocabulary's order.
         """
-        is_event_BT = inputs["padding_mask"]
-        n_rows, n_codes = len(is_event_BT), len(self.token_codes)
-        row_N, _ = is_event_BT.nonzero(as_tuple=True)
-        code_N = self.code_of_token[self.tokens(inputs)[is_event_BT]]
-        key_G, group_N = (row_N * n_codes + code_N).unique(return_inverse=True)
-        groups = Groups(group_N, len(key_G))
-        x_GD = groups.mean(self._vectors(inputs, is_event_BT))
-        if self.join is not None:
-            summaries_GF = self._summarise(groups, self.values(inputs)[is_event_BT], inputs["days"][is_event_BT])
-            x_GD = x_GD + self.join(torch.cat([x_GD, summaries_GF.to(x_GD.dtype)], dim=-1))
+        n_rows, n_places = inputs["padding_mask"].shape
+        n_codes, place_N = len(self.token_codes), event_places(inputs)
+        code_N = self.code_of_token[self.tokens(inputs).flatten()[place_N]]
+        key_N = place_N // n_places * n_codes + code_N
+        counts = reads_freely(key_N.device)
+        # Without counting, there are as many groups as events. The empty ones come last, in a row that is cut off below.
+        key_G, group_N = key_N.unique(return_inverse=True) if counts else grouped(key_N, n_rows * n_codes)
         row_G = key_G // n_codes
-        first_B = torch.searchsorted(row_G, torch.arange(n_rows, device=row_G.device))
+        groups = Groups(group_N, len(key_G))
+        # An empty group has zeros, since its NaN times a gradient of 0 would be NaN.
+        x_GD = groups.total(self._vectors(inputs, place_N))
+        x_GD = x_GD / groups.count().clamp(min=1).to(x_GD.dtype).unsqueeze(-1)
+        if self.join is not None:
+            values_N, days_N = self.values(inputs).flatten()[place_N], inputs["days"].flatten()[place_N]
+            summaries_GF = self._summarise(groups, values_N, days_N)
+            if not counts:
+                summaries_GF = torch.where((row_G < n_rows).unsqueeze(-1), summaries_GF, 0.0)
+            x_GD = x_GD + self.join(torch.cat([x_GD, summaries_GF.to(x_GD.dtype)], dim=-1))
+        first_B = torch.searchsorted(row_G, torch.arange(n_rows + 1, device=row_G.device))
         place_G = torch.arange(len(row_G), device=row_G.device) - first_B[row_G]
-        shape = (n_rows, int(place_G.max()) + 1)
+        width = int(place_G.max()) + 1 if counts else min(n_places, n_codes)
+        place_G, shape = place_G.clamp(max=width - 1), (n_rows + 1, width)
         x_BSD = x_GD.new_zeros(*shape, x_GD.shape[-1]).index_put((row_G, place_G), x_GD)
         is_code_BS = torch.zeros(shape, dtype=torch.bool, device=x_GD.device)
         is_code_BS[row_G, place_G] = True
-        return x_BSD, is_code_BS
+        return x_BSD[:n_rows], is_code_BS[:n_rows]
 
-    def _vectors(self, inputs: dict[str, Tensor], is_event_BT: Tensor) -> Tensor:
+    def _vectors(self, inputs: dict[str, Tensor], place_N: Tensor) -> Tensor:
         """Return the projected vectors of the events, (N, D) float32."""
         has_rows = "rows" in inputs
-        vectors = inputs["rows"] if has_rows else inputs["embeddings"][is_event_BT]
+        vectors = inputs["rows"] if has_rows else inputs["embeddings"].flatten(0, 1)[place_N]
         check_width(vectors, self.embedding_dim)
         # In half precision the small differences that whitening amplifies, and the sums over events, would be rounded
         # away.
-        with torch.autocast(vectors.device.type, enabled=False):
+        with without_autocast(vectors):
             projected = self.project(self.norm(vectors.float()))
-        return F.embedding(inputs["row_ids"][is_event_BT], projected) if has_rows else projected
+        return F.embedding(inputs["row_ids"].flatten()[place_N], projected) if has_rows else projected
 
     def _summarise(self, groups: Groups, values_N: Tensor, days_N: Tensor) -> Tensor:
         """Return the summaries of G codes, (G, F) float32.
@@ -127,7 +136,9 @@ class CodeInput(ReadsCodes):
     @staticmethod
     def _values(groups: Groups, values_N: Tensor) -> Tensor:
         has_value_N = ~values_N.isnan()
-        valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
+        valued, x_N = groups.only(has_value_N), values_N
+        if reads_freely(values_N.device):  # where few events have a value, the others would take most of the time
+            valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
         mean_G = valued.mean(x_N)
         # The epsilon keeps the gradient finite, because the square root has none at zero.
         sd_G = (valued.mean((x_N - valued.spread(mean_G)).square()) + 1e-12).sqrt()
@@ -135,6 +146,17 @@ class CodeInput(ReadsCodes):
         found_GF = torch.stack([valued.first(x_N), valued.last(x_N), mean_G, *extremes, sd_G], dim=-1)
         # Some values are a thousand standard deviations off, so asinh compresses the large ones.
         return torch.cat([found_GF.nan_to_num().asinh(), (valued.count() > 0).float().unsqueeze(-1)], dim=-1)
+
+
+def event_places(inputs: dict[str, Tensor]) -> Tensor:
+    """Return the number of the place, b * T + t, of each event, (N,) int64, ascending.
+
+    On a GPU they are the input `places`, where it is given, since counting the events would make the host wait.
+    """
+    mask_BT = inputs["padding_mask"]
+    if "places" in inputs and not reads_freely(mask_BT.device):
+        return inputs["places"]
+    return mask_BT.flatten().nonzero().squeeze(1)
 
 
 class Subject(nn.Module):

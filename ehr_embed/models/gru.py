@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ehr_embed.core.settings import OneOf, Width, checked
+from ehr_embed.core.transfer import reads_freely
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import EventInput, Layers, TimeInput, Times
 from ehr_embed.models.heads import PooledHead, check_classifies
@@ -46,7 +47,9 @@ class GRUBody(nn.Module):
         x_BTD, mask_BT = self.input(inputs), inputs["padding_mask"]
         if self.times is not None:
             x_BTD = x_BTD + self.times(inputs)
-        packed = pack_padded_sequence(x_BTD, mask_BT.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        if not reads_freely(x_BTD.device):  # packing needs the lengths on the host; a state depends on no later event
+            return self.gru(x_BTD)[0] * mask_BT.unsqueeze(-1)
+        packed = pack_padded_sequence(x_BTD, mask_BT.sum(1), batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=mask_BT.shape[1])[0]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf, check_setting
+from ehr_embed.core.transfer import sent
 from ehr_embed.models.heads import without_autocast
 from ehr_embed.models.protocol import FitsAtOnce, declarations
 
@@ -147,16 +148,16 @@ class GivesHazards(nn.Module):
     hazards: HazardHead
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return log hazards: (B, K, J), (B, M, K, J) of M members, or (N, K, J) at the N places of `asked_at` (B, T) bool.
+        """Return log hazards: (B, K, J), (B, M, K, J) of M members, or (N, K, J) at the N places of `asked_at`.
 
         Args:
-            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` for a causal model that is asked at
-                many events of a record at once.
+            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` (N,) int64, numbers b * T + t of places,
+                for a causal model that is asked at many events of a record at once.
         """
         if "asked_at" not in inputs:
             return self.hazards(super().forward(inputs), inputs)
         model = cast(Any, self)
-        x_ND = model.hidden(inputs)[inputs["asked_at"]]
+        x_ND = model.hidden(inputs).flatten(0, 1)[inputs["asked_at"]]
         return self.hazards(model.head.classes(model.head.dropout(x_ND)), inputs)
 
 
@@ -215,10 +216,10 @@ def outcome_inputs(
         ids: whether outcomes have learned vectors, whose numbers are their places in `sets`.
     """
     device = table_VE.device
-    sizes = torch.tensor([len(tokens) for tokens in sets], device=device)
-    flat = torch.tensor([token for tokens in sets for token in tokens], device=device)
+    sizes = sent([len(tokens) for tokens in sets], device)
+    flat = sent([token for tokens in sets for token in tokens], device)
     vectors = F.embedding_bag(flat, table_VE, sizes.cumsum(0) - sizes, mode="mean")
-    inputs = {"outcome_vectors": vectors, "outcome_sizes": sizes, "outcome_log_rates": log_rates_KJ.to(device)}
+    inputs = {"outcome_vectors": vectors, "outcome_sizes": sizes, "outcome_log_rates": sent(log_rates_KJ, device)}
     return inputs | ({"outcome_ids": torch.arange(len(sets), device=device)} if ids else {})
 
 

@@ -101,12 +101,15 @@ class EventScores(NamedTuple):
         time_nll: (N,) negative log likelihood of the gap's bin given the token.
         value_nll: (N,) negative log likelihood, given the token, of the presence of a value plus, if there is one, of
             its density; None without values.
+        is_target: (N,) bool, which of the N are targets, where the host does not know how many there are; all other numbers of
+            the rest are 0. None = all are.
     """
 
     nll: Tensor
     rank: Tensor | None
     time_nll: Tensor
     value_nll: Tensor | None
+    is_target: Tensor | None = None
 
 
 class ValueDistribution(NamedTuple):
@@ -188,17 +191,26 @@ class EventHead(nn.Module):
         Args:
             x_BTD: hidden states.
             inputs: `table` (V, E), the vectors of all tokens; for scores also `targets` (B, T) token ids, 0 = none,
-                `target_gap_days` (B, T), and `target_values` (B, T), NaN = none, if events carry values.
+                `target_gap_days` (B, T), and `target_values` (B, T), NaN = none, if events carry values. With `target_places`
+                (N,), numbers of places b * T + t among which all targets are, -1 = none, the targets are not counted, which
+                would make the host wait for a GPU.
         """
         table_VE = inputs["table"]
         if "targets" not in inputs:
             return self.logits(x_BTD, table_VE)
-        place_N = inputs["targets"].flatten().nonzero().squeeze(1)  # once, because counting the targets waits for a GPU
+        is_target_N = None
+        if "target_places" in inputs:
+            place_N = inputs["target_places"].clamp(min=0)
+            is_target_N = (inputs["target_places"] >= 0) & (inputs["targets"].flatten()[place_N] > 0)
+        else:
+            place_N = inputs["targets"].flatten().nonzero().squeeze(1)
 
         def chosen(name: str) -> Tensor:
             return inputs[name].flatten()[place_N]
 
         x_ND, target_N = x_BTD.flatten(0, 1)[place_N], chosen("targets").long()
+        if is_target_N is not None:  # any token that has a finite score
+            target_N = target_N.clamp(min=N_SPECIAL)
         weight_VD, bias_V = self.token_weights(table_VE)
         # Half precision would round scores to ties and spoil the ranks; training needs no ranks, and is twice as fast
         # with it.
@@ -211,7 +223,8 @@ class EventHead(nn.Module):
         value_nll_N = None
         if value is not None:
             value_nll_N = value.nll(chosen("target_values"))
-        return EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
+        scores = EventScores(nll_N, rank_N, time_nll_N, value_nll_N)
+        return scores if is_target_N is None else _only(scores, is_target_N)
 
     def time_and_value(self, x_ND: Tensor, vectors_NE: Tensor) -> tuple[Tensor, ValueDistribution | None]:
         """Return the scores of the gap's bins, (N, N_TIME_BINS) float32, and the distribution of the normalised value.
@@ -231,6 +244,15 @@ class EventHead(nn.Module):
                 return time_NQ, None
             mean_N, log_sd_N, present_N = self.value(given_ND).float().unbind(-1)
             return time_NQ, ValueDistribution(mean_N, log_sd_N.clamp(-5, 5), present_N)
+
+
+def _only(scores: EventScores, is_target_N: Tensor) -> EventScores:
+    """Return the scores with 0 for all that are no targets."""
+    kept = [None if x is None else torch.where(is_target_N, x, torch.zeros_like(x)) for x in scores[:-1]]
+    nll_N, rank_N, time_nll_N, value_nll_N = kept
+    assert nll_N is not None
+    assert time_nll_N is not None
+    return EventScores(nll_N, rank_N, time_nll_N, value_nll_N, is_target_N)
 
 
 def token_logits(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:

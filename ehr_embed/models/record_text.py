@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import LENGTH_MULTIPLE
+from ehr_embed.core.transfer import reads_freely
+from ehr_embed.data.batches import padded_length
 from ehr_embed.data.store import DAYS_PER_YEAR
 
 DAYS_A_MONTH = 30.4375
@@ -74,6 +75,7 @@ class RecordText(nn.Module):
         long = self._split([f"{text};" if text else "" for text in texts])
         pieces = [*self._gaps, *(piece[: self._longest_text] for piece in long)]
         self.n_texts, device = len(texts), self.lengths.device
+        self._longest_event = max(map(len, self._gaps), default=0) + max(map(len, pieces), default=0)
         self.lengths = torch.tensor([len(piece) for piece in pieces], device=device)
         self.starts = self.lengths.cumsum(0) - self.lengths
         self.texts = torch.tensor([number for piece in pieces for number in piece], device=device)
@@ -95,23 +97,28 @@ class RecordText(nn.Module):
             unit_BTK = torch.cat([gap_number(inputs["gap_days"]).unsqueeze(-1), unit_BTK], dim=-1)
         is_kept_BT = self._fitting(self.lengths[unit_BTK].sum(-1), token_BT, inputs.get("is_static"))
         count_BTK = self.lengths[unit_BTK] * is_kept_BT.unsqueeze(-1)
-        n_B = count_BTK.sum((1, 2))
+        count_BU, unit_BU = count_BTK.flatten(1), unit_BTK.flatten(1)
+        n_B, end_BU = count_BU.sum(1), count_BU.cumsum(1)
+        total_B, device = n_B + len(self.first) + len(self.last), n_B.device
+        width = padded_length(int(total_B.max()) if reads_freely(device) else self._most_pieces(token_BT.shape[1]))
 
-        count_F = count_BTK.flatten()
-        place_N = torch.repeat_interleave(torch.arange(len(count_F), device=count_F.device), count_F)
-        index_N = torch.arange(len(place_N), device=count_F.device)
-        within_N = index_N - (count_F.cumsum(0) - count_F)[place_N]
-        row_N = place_N // (count_F.numel() // len(n_B))
-        column_N = index_N - (n_B.cumsum(0) - n_B)[row_N] + len(self.first)
-
-        total_B = n_B + len(self.first) + len(self.last)
-        width = -(-int(total_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        pieces_BL = torch.full((len(n_B), width), self.padding, device=count_F.device)
-        pieces_BL[row_N, column_N] = self.texts[self.starts[unit_BTK.flatten()[place_N]] + within_N]
-        pieces_BL[:, : len(self.first)] = torch.tensor(self.first, dtype=torch.long, device=count_F.device)
+        # Each column holds a piece of the first unit that ends beyond it.
+        column_L = torch.arange(width, device=device) - len(self.first)
+        is_text_BL = (column_L >= 0) & (column_L < n_B.unsqueeze(1))
+        at_BL = torch.searchsorted(end_BU, column_L.expand(len(n_B), -1).contiguous(), right=True)
+        at_BL = at_BL.clamp(max=end_BU.shape[1] - 1)
+        within_BL = column_L - (end_BU - count_BU).gather(1, at_BL)
+        place_BL = torch.where(is_text_BL, self.starts[unit_BU.gather(1, at_BL)] + within_BL, 0)
+        pieces_BL = torch.where(is_text_BL, self.texts[place_BL], self.padding)
+        for column, piece in enumerate(self.first):
+            pieces_BL[:, column] = piece
         for offset, piece in enumerate(self.last):
             pieces_BL.scatter_(1, (n_B + len(self.first) + offset).unsqueeze(1), piece)
-        return pieces_BL, torch.arange(width, device=count_F.device) < total_B.unsqueeze(1)
+        return pieces_BL, torch.arange(width, device=device) < total_B.unsqueeze(1)
+
+    def _most_pieces(self, n_events: int) -> int:
+        """Return the most pieces that a record of `n_events` may have, which the host knows without counting them."""
+        return min(self.budget, n_events * self._longest_event) + len(self.first) + len(self.last)
 
     def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         if not self.n_texts:

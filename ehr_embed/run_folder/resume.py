@@ -39,6 +39,7 @@ HARMLESS = (
     "tracker",
     "hydra",
     "defaults",
+    "event_vectors",  # defaults of model.whiten and model.shrinkage, which are compared
     "trainer.checkpoint_every",
     "trainer.save_every",
     "trainer.num_workers",

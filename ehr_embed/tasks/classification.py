@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import DrawSeed, ShareBelow1, Told, checked
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
@@ -196,7 +197,7 @@ class Classification:
         loss_B = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none")
         if self._weights is None:
             return loss_B
-        weights_C = self._weights.to(labels.device)
+        weights_C = kept_on(labels.device, self._weights)
         return loss_B * (labels @ weights_C if labels.is_floating_point() else weights_C[labels])
 
     def fit_thresholds(self, outputs: Outputs) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap
 from ehr_embed.evaluation.metric import Metric
@@ -87,7 +88,7 @@ def sum_by_sample(scores: EventScores, targets_BT: Tensor, families: Families) -
     if scores.rank is None:
         return result
     sample_N, place_N = targets_BT.nonzero(as_tuple=True)
-    first_N = families.of_token.to(device)[targets_BT[sample_N, place_N].long()] * len(PER_FAMILY)
+    first_N = kept_on(device, families.of_token)[targets_BT[sample_N, place_N].long()] * len(PER_FAMILY)
     columns = [torch.ones_like(scores.nll), scores.nll, *(scores.rank < k for k in TOP)]
     for offset, column in enumerate(columns):
         result.index_put_((sample_N, first_N + offset), column.detach().double(), accumulate=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.settings import Count, Share, check_settings
+from ehr_embed.core.transfer import kept_on, reads_freely, sent
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.samples import Samples, window_samples
@@ -94,11 +95,14 @@ class Targets(NamedTuple):
 
     Attributes:
         asked_at: (B, T) bool, the last event of each time that something observed follows.
+        places: (N,) int64, number b * T + t of each asked place, ascending. On a GPU in training some may not be asked for
+            anything, since counting those that are would make the host wait.
         days: (N, K) to the outcome or to the end of observation, NaN where the outcome is not asked for.
         is_event: (N, K) bool.
     """
 
     asked_at: Tensor
+    places: Tensor
     days: Tensor
     is_event: Tensor
 
@@ -128,17 +132,24 @@ def targets(
     follows_BT = F.pad(is_timed_BT[:, 1:] & (batch.gap_days[:, 1:] > 0), (0, 1))
     is_stopped_BT = is_stop_BT.long().cumsum(1) > 0
     asked_BT = is_timed_BT & follows_BT & ~is_stopped_BT
+    places = None
     if most_places is not None:
         lot_BT = torch.rand(asked_BT.shape, device=asked_BT.device).masked_fill(~asked_BT, 2.0)
         drawn = lot_BT.flatten().topk(min(most_places, lot_BT.numel()), largest=False).indices
         asked_BT = asked_BT & torch.zeros_like(asked_BT).flatten().index_fill(0, drawn, True).view_as(asked_BT)
-    when_NK = _next(hits_BTK & is_timed_BT.unsqueeze(-1), elapsed_BT)[asked_BT]
-    now_N1, end_N1 = elapsed_BT[asked_BT].unsqueeze(-1), end_BT[asked_BT].unsqueeze(-1)
+        places = None if reads_freely(drawn.device) else drawn.sort().values
+    is_known = places is None
+    if places is None:
+        places = asked_BT.flatten().nonzero().squeeze(1)
+    when_NK = _next(hits_BTK & is_timed_BT.unsqueeze(-1), elapsed_BT).flatten(0, 1)[places]
+    now_N1, end_N1 = elapsed_BT.flatten()[places].unsqueeze(-1), end_BT.flatten()[places].unsqueeze(-1)
     days_NK = torch.minimum(when_NK, end_N1) - now_N1
+    if not is_known:
+        days_NK = days_NK.masked_fill(~asked_BT.flatten()[places].unsqueeze(-1), torch.nan)
     if excludes_prior:
-        has_prior_NK = (hits_BTK.int().cumsum(1) > 0)[asked_BT]
+        has_prior_NK = (hits_BTK.int().cumsum(1) > 0).flatten(0, 1)[places]
         days_NK = days_NK.masked_fill(has_prior_NK, torch.nan)
-    return Targets(asked_BT, days_NK, (when_NK <= end_N1) & ~days_NK.isnan())
+    return Targets(asked_BT, places, days_NK, (when_NK <= end_N1) & ~days_NK.isnan())
 
 
 def _next(hits_BTK: Tensor, elapsed_BT: Tensor) -> Tensor:
@@ -295,22 +306,22 @@ class AskEverywhere:
         sets = self._drawn_sets(table) if model.training else self._fixed_sets(table)
         own = targets(
             batch,
-            _members(sets, len(table)).to(device),
-            self._stops_V.to(device),
+            sent(_members(sets, len(table)), device),
+            kept_on(device, self._stops_V),
             excludes_prior=self.settings.excludes_prior,
             most_places=self.auto.places if model.training else None,
         )
-        rates = self.sizes.rates_of(sets).to(device)
-        inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.asked_at}
-        edges, log_hazard_NKJ = self._edges.to(device), model(inputs)
-        log_rate_K = torch.tensor(self.sizes.log_rates_of(sets), device=device)
+        rates = sent(self.sizes.rates_of(sets), device)
+        inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.places}
+        edges, log_hazard_NKJ = kept_on(device, self._edges), model(inputs)
+        log_rate_K = sent(self.sizes.log_rates_of(sets), device)
         weight_K = (-self.auto.rarity * (log_rate_K - self._usual_log_rate)).exp()
         nll_NK = hazard_nll(log_hazard_NKJ, own.days, own.is_event, edges) * weight_K
         with torch.no_grad():
             of_rates_NK = hazard_nll(rates.expand_as(log_hazard_NKJ), own.days, own.is_event, edges) * weight_K
             asked_NK = ~own.days.isnan()
             sums_N4 = torch.stack([x.double().sum(1) for x in (nll_NK, of_rates_NK, own.is_event, asked_NK)], dim=1)
-            row_N = own.asked_at.nonzero()[:, 0]
+            row_N = own.places // batch.token_ids.shape[1]
             sums_B4 = torch.zeros(len(batch.token_ids), len(OUTPUTS), dtype=torch.float64, device=device)
             sums_B4.index_add_(0, row_N, sums_N4)
         return StepResult(nll_NK.sum(), asked_NK.sum(), sums_B4)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.event_set import EventSet
@@ -111,7 +112,7 @@ class AskOnce:
         for split in SPLITS:
             self._refuse_undefined(split)
         edges = self._fit_grid()
-        log_rates = self._log_rates(edges)
+        log_rates = self._observed_log_rates(edges)
         self.sizes = HazardSizes(
             edges=edges,
             width=settings.width,
@@ -127,6 +128,7 @@ class AskOnce:
         )
         self._edges = torch.tensor(edges)
         self._grid = torch.tensor(self.grid, dtype=torch.float32)
+        self._log_rates = torch.tensor(self.sizes.log_rates)
 
     def _times(self, labels_dir: Path) -> dict[str, tuple[SplitEvents, pl.DataFrame]]:
         """Return the events and the prediction times of each split."""
@@ -207,7 +209,7 @@ class AskOnce:
         self.horizons = np.asarray(self.settings.horizons_days, np.float32).tolist()
         return [0.0, *edges[edges > 0].tolist()]
 
-    def _log_rates(self, edges: list[float]) -> npt.NDArray[np.float64]:
+    def _observed_log_rates(self, edges: list[float]) -> npt.NDArray[np.float64]:
         """Return the log of the events per day of each outcome in each bin of train, (K, J).
 
         Half an event at the outcome's mean rate is added to each bin, so that no rate is infinite.
@@ -228,10 +230,9 @@ class AskOnce:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the negative log likelihoods of all outcomes asked for, their number, and the outputs."""
         K = len(self.sizes.tokens)
-        rates = torch.tensor(self.sizes.log_rates)
-        asked = outcome_inputs(embedding.table, self.sizes.tokens, rates, ids=self.sizes.vectors == "learned")
+        asked = outcome_inputs(embedding.table, self.sizes.tokens, self._log_rates, ids=self.sizes.vectors == "learned")
         log_hazard = logits_of(model, embedding.inputs(batch) | asked)
-        edges, grid = self._edges.to(log_hazard.device), self._grid.to(log_hazard.device)
+        edges, grid = kept_on(log_hazard.device, self._edges), kept_on(log_hazard.device, self._grid)
         days, is_event = batch.labels[:, :K], batch.labels[:, K:] == EVENT
         members = by_member(log_hazard)
         nll_BK = hazard_nll(members, days.unsqueeze(1), is_event.unsqueeze(1), edges).mean(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Told, checked
+from ehr_embed.core.transfer import places_of
 from ehr_embed.data.batches import Batch
 from ehr_embed.data.vocabulary import FIRST_TOKEN, PADDING
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -46,6 +48,16 @@ class MaskedEvent(NextEvent):
         if is_training:
             return candidate_BT & (torch.rand(shape, device=device) < self.mask_share)
         return candidate_BT & (repeatable_draws(batch.sample, shape[1]) < self.mask_share)
+
+    def target_places(self, batch: Batch, targets_BT: Tensor) -> Tensor:
+        """Return the places of the masked events, then -1.
+
+        The number of masked events is random. The result has room for eight standard deviations above its mean, beyond which not
+        one batch in 10^14 lies; masked events without room would be left out of that step's loss.
+        """
+        n, share = batch.n_events, self.mask_share
+        most = min(n, int(n * share + 8 * math.sqrt(n * share * (1 - share))) + 8)
+        return places_of(targets_BT.flatten() > 0, most)
 
     def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
         """Return the model's inputs: the batch with masked targets, and the targets' tokens, gaps and values."""

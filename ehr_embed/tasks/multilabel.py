@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
@@ -162,7 +163,7 @@ class Multilabel:
         loss_BL = F.binary_cross_entropy_with_logits(logits.float(), known_BL, reduction="none") * is_known_BL
         if self._weights is None:
             return loss_BL
-        of_negative_L, of_positive_L = self._weights.to(labels.device)
+        of_negative_L, of_positive_L = kept_on(labels.device, self._weights)
         return loss_BL * torch.where(known_BL == 1, of_positive_L, of_negative_L)
 
     def fit_thresholds(self, outputs: Outputs) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.settings import check_setting, checked
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
 from ehr_embed.data.prefixes import Prefixes, drawn
@@ -252,7 +253,7 @@ class Multitask:
             else:
                 found = number_loss(self.kind_of_loss, own[:, 0], target)
             losses.append(found * is_known)
-        return torch.stack(losses, dim=1) * self._weights_T.to(logits.device)
+        return torch.stack(losses, dim=1) * kept_on(logits.device, self._weights_T)
 
     def _known(
         self, split: str, outputs: Outputs

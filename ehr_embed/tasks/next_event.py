@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.settings import NotNegative, OneOf, checked
+from ehr_embed.core.transfer import reads_freely
 from ehr_embed.data.batches import Batch, BatchDataset, EventDataset, PackedDataset
 from ehr_embed.data.samples import Samples, packed_samples, window_samples
 from ehr_embed.data.store import EventStore, SplitEvents
@@ -147,17 +148,24 @@ class NextEvent:
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the sum of the losses of the predicted events, their number, and the outputs of `sum_by_sample`."""
         inputs = self.inputs(embedding, batch, self.is_target(batch, is_training=model.training))
+        if model.training and not reads_freely(batch.token_ids.device):
+            inputs["target_places"] = self.target_places(batch, inputs["targets"])
         scores = model(inputs)
         if not isinstance(scores, EventScores):
             raise UserError(f"{type(model).__name__} was not built to predict events. Type: model=decoder")
         loss_sum = scores.nll.sum() + self.time_weight * scores.time_nll.sum()
         if scores.value_nll is not None:
             loss_sum = loss_sum + self.value_weight * scores.value_nll.sum()
-        return StepResult(loss_sum, len(scores.nll), sum_by_sample(scores, inputs["targets"], self._families))
+        n_targets = len(scores.nll) if scores.is_target is None else scores.is_target.sum()
+        return StepResult(loss_sum, n_targets, sum_by_sample(scores, inputs["targets"], self._families))
 
     def is_target(self, batch: Batch, *, is_training: bool = False) -> Tensor:
         """Return which events of a batch are predicted, (B, T) bool."""
         return batch.is_next & (batch.token_ids >= FIRST_TOKEN)
+
+    def target_places(self, batch: Batch, targets_BT: Tensor) -> Tensor:
+        """Return the numbers of places, b * T + t, among which all targets are, (N,), -1 = none; the host knows N."""
+        return batch.places  # a target follows an event
 
     def inputs(self, embedding: EventEmbedding, batch: Batch, is_target_BT: Tensor) -> dict[str, Tensor]:
         """Return the model's inputs, and as the targets of each place the token, gap and value of the next event."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, DrawSeed, checked
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.data.batches import Batch
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.store import EventStore
@@ -116,7 +117,7 @@ class ZeroShot(Classification):
         # The seed depends on the batch's first sample, so that a batch gives the same futures whatever came before.
         generator = torch.Generator(batch.token_ids.device).manual_seed(self._seed * 1_000_003 + int(batch.sample[0]))
         futures = generate(model, embedding, batch, self._sampling, generator)
-        occurs = torch.isin(futures.token_ids, self._tokens.to(futures.token_ids.device))
+        occurs = torch.isin(futures.token_ids, kept_on(futures.token_ids.device, self._tokens))
         n_samples = self._sampling.n_samples
         has_event = torch.zeros(len(batch.labels), n_samples, dtype=torch.float64, device=occurs.device)
         has_event[futures.prompt[occurs], futures.sample[occurs]] = 1

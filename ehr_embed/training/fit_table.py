@@ -149,8 +149,8 @@ def feature_set(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding, 
         for batch in trainer.loader(split)
     )
     weights = task.sample_weights(split) if isinstance(task, WeighsSamples) else np.ones(len(labels))
-    if trainer.weigh is not None:
-        weights = weights * trainer.weigh(task.samples[split].subject_ids)
+    if trainer.batches.weigh is not None:
+        weights = weights * trainer.batches.weigh(task.samples[split].subject_ids)
     return FeatureSet(FeatureTable.from_blocks(blocks, len(labels)), labels, weights)
 
 

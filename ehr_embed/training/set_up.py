@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.data.batches import Batch, BucketSampler, EventDataset
+from ehr_embed.data.batches import Batch, EventDataset
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.transfer import kept_on
 from ehr_embed.data.batches import Batch
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
@@ -52,7 +53,7 @@ class Teacher:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with targets (B, C) in place of labels."""
-        return replace(batch, labels=self.targets.to(batch.labels.device)[batch.sample])
+        return replace(batch, labels=kept_on(batch.labels.device, self.targets)[batch.sample])
 
 
 def teacher_model(

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, BucketSampler, batch_loader
+from ehr_embed.data.batches import MICROSECONDS_PER_DAY, BatchDataset, batch_loader
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.samples import build_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from tests.helpers.refusals import refused

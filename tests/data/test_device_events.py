@@ -18,15 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data import device_events as module
-from ehr_embed.data.batches import (
-    HOST,
-    MICROSECONDS_PER_DAY,
-    Batch,
-    BatchDataset,
-    BucketSampler,
-    PackedDataset,
-    batch_loader,
-)
+from ehr_embed.data.batches import HOST, MICROSECONDS_PER_DAY, Batch, BatchDataset, PackedDataset, batch_loader
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.device_events import GIB, event_tensors, is_gathered_there
 from ehr_embed.data.samples import Samples, build_samples, packed_samples, window_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents

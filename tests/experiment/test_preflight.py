@@ -159,6 +159,15 @@ def test_the_outlook_of_other_tasks_and_models(tiny, tmp_path, capsys, overrides
     assert ("not estimated" if "gbm" in overrides[0] else "an epoch on cpu") in output
 
 
+def test_the_outlook_of_an_ensemble_tells_each_member(tiny, tmp_path, capsys):
+    members = ("+ensemble.members.own.seeds=2", "+model@ensemble.members.trees.model=gbm",
+               "ensemble.members.trees.model.max_length=256")  # fmt: skip
+    data = ("data=meds", f"data.root={tiny}", "task.labels=outcome", f"cache_dir={tmp_path / 'cache'}")
+    run(composed(*data, *SMALL, *members, "check=true", f"run_dir={tmp_path / 'run'}"))
+    models = re.findall(r"^model +(.*), [\d,]+ parameters$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert models == ["Ensemble of 3 members", "GBM", "Encoder", "Encoder"]
+
+
 def test_a_run_after_its_check_is_that_run(tiny, tmp_path):
     """`check` is no setting of the run: what it found is trained without a complaint, and continued later."""
     overrides = ("data=meds", f"data.root={tiny}", "data.min_count=1", "task.labels=outcome", *SMALL)

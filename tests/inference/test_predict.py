@@ -67,7 +67,7 @@ def test_new_subjects_need_no_split_and_new_codes_have_their_texts(folder, new):
     predictor = ehr_embed.load(folder / "moved")
     vectors = predictor.run.embedding.table
     known = vectors[predictor.run.vocabulary.strings.index("N1")].numpy()
-    by_text = predictor._embedder.embed(["Broken leg", "Asthma"])
+    by_text = predictor.records.embedder.embed(["Broken leg", "Asthma"])
     records = [np.stack([vector, vector]) for vector in (*by_text, known)]
     np.testing.assert_allclose(found["probability_true"], predictor.predict_proba(records)[:, 1], atol=1e-3)
     assert found["probability_true"].n_unique() == 3

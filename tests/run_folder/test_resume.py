@@ -73,6 +73,12 @@ def test_keys_that_an_earlier_version_did_not_have_are_no_difference():
     assert differences(old, new) == ["trainer.devices was 1, now 2"]
     stages = [{"pretrain": {"trainer": trainer}} for trainer in ({"epochs": 5}, {"epochs": 5, "ema": None})]
     assert differences(*stages) == [], "nor those of a first stage"
+    old = {"model": {"whiten": True, "shrinkage": 100.0}}  # of a pipeline that set the model's keys themselves
+    new = old | {"event_vectors": {"whiten": True, "shrinkage": 100.0}}
+    assert differences(old, new) == []
+    assert differences(old, new | {"model": {"whiten": False, "shrinkage": 100.0}}) == [
+        "model.whiten was True, now False"
+    ]
 
 
 class Killed(BaseException):
