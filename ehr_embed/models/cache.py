@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ehr_embed.models.blocks import Attend, attention
@@ -34,6 +35,7 @@ class KeyValueCache:
         self.prompts: list[tuple[Tensor, Tensor]] = []
         self.own: list[tuple[Tensor, Tensor]] = []
         self.n_layers = n_layers
+        self._is_joined = False
         self.lengths: Tensor
         self._bias: Tensor
 
@@ -52,7 +54,14 @@ class KeyValueCache:
         self.n_futures = n_futures
         self.lengths = self.lengths.repeat_interleave(n_futures)
         shape = (len(self.lengths), self.prompts[0][0].shape[1], self.n_new, self.prompts[0][0].shape[3])
-        self.own = [tuple(k.new_zeros(shape) for _ in range(2)) for k, _ in self.prompts]  # type: ignore[misc]
+        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in self.prompts]
+        self._is_joined = n_futures == 1
+        if self._is_joined:  # nothing to share, so that torch's attention reads prompt and future together
+            self.own = [
+                (torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2))
+                for (k, v), (own_k, own_v) in zip(self.prompts, self.own, strict=True)
+            ]
+            self._bias = F.pad(self._bias, (0, self.n_new))
 
     def end_event(self) -> None:
         """Count the event that all layers have stored."""
@@ -73,10 +82,15 @@ class KeyValueCache:
 
     def _attend(self, layer: int, q_RH1K: Tensor, k_RH1K: Tensor, v_RH1K: Tensor) -> Tensor:
         """Store the next event of each future, and return what it attends to in its prompt and its future, (R, H, 1, K)."""
-        n, stop = self.n_futures, self.n_done + 1
+        n, k_PHSK, v_PHSK = self.n_futures, *self.prompts[layer]
         own_k, own_v = self.own[layer]
-        own_k[:, :, self.n_done : stop], own_v[:, :, self.n_done : stop] = k_RH1K, v_RH1K
-        k_PHSK, v_PHSK = self.prompts[layer]
+        start = self.n_done + (k_PHSK.shape[2] if self._is_joined else 0)
+        stop = start + 1
+        own_k[:, :, start:stop], own_v[:, :, start:stop] = k_RH1K, v_RH1K
+        if self._is_joined:
+            bias = self._bias[:, None, None, :stop].to(own_k.dtype)
+            own_k, own_v = own_k[:, :, :stop], own_v[:, :, :stop]
+            return F.scaled_dot_product_attention(q_RH1K.to(own_k.dtype), own_k, own_v, attn_mask=bias)
         q_RH1K = (q_RH1K / math.sqrt(q_RH1K.shape[-1])).to(k_PHSK.dtype)
         q_PHnK = q_RH1K.unflatten(0, (-1, n)).squeeze(3).transpose(1, 2)
         scores_PHnS = (q_PHnK @ k_PHSK.transpose(-1, -2)).float() + self._bias[:, None, None, :]
@@ -91,8 +105,9 @@ class KeyValueCache:
     def select(self, prompts: Tensor | None, futures: Tensor) -> None:
         """Keep the prompts (P',), None = all, and the futures (R',), as many of each kept prompt, in that order."""
         if prompts is not None:
-            self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
             self._bias = self._bias[prompts]
+            if not self._is_joined:
+                self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
         self.n_futures = len(futures) // len(self._bias)
         self.own = [(k[futures], v[futures]) for k, v in self.own]
         self.lengths = self.lengths[futures]

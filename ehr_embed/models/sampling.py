@@ -185,9 +185,7 @@ def generate(
     kept = happens.nonzero().squeeze(1)
     kept = kept[torch.argsort(future[kept], stable=True)]
     prompt, sample = future[kept] // sampling.n_samples, future[kept] % sampling.n_samples
-    return Trajectories(
-        is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[kept], days[kept], values[kept]
-    )
+    return Trajectories(is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[kept], days[kept], values[kept])
 
 
 class _Sequences:
