@@ -254,3 +254,18 @@ def check_vectors(model: nn.Module, trainable: str) -> None:
             f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
             "learned. Type: embedder.trainable=frozen"
         )
+
+
+def check_variants(model: nn.Module, share: float) -> None:
+    """Refuse variants of texts (`data.text_variants`) with a model that would never read them: one that reads codes or texts, or
+    that copies the vectors of the known codes before training.
+
+    Raises:
+        UserError: it would not.
+    """
+    declared = declarations(model)
+    if isinstance(model, FitsAtOnce) or not (declared.learns_vectors and declared.reads_vectors):
+        raise UserError(
+            f"data.text_variants={share}: {type(model).__name__} does not look up vectors of tokens while it trains, so no "
+            "other words would ever reach it. Type: data.text_variants=0 (model=code_tab has model.text_noise)"
+        )

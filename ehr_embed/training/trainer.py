@@ -242,6 +242,7 @@ class Trainer:
         """
         settings, state, progress = self.settings, training.state, training.state.progress
         training.wrapped.train()
+        state.embedding.train()
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
@@ -362,6 +363,7 @@ class Trainer:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
+        embedding.eval()
         loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)

@@ -11,6 +11,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.experiment.run import run
+from ehr_embed.explain import explain
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.representer import Representer
 from ehr_embed.inference.trained_run import open_run
@@ -94,7 +95,7 @@ def test_vectors_of_another_hospital_are_made_of_the_runs_own_codes(hospitals, c
     assert not np.allclose(vectors("none")[0], x)
     with caplog.at_level(logging.WARNING):
         predictor.read(str(hospitals / "away"), labels="case", split="held_out", lookups=())
-    assert "this command reads them by their texts alone" in caplog.text
+    assert "which are read by their texts alone" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["code_tab", "encoder"])
@@ -182,3 +183,19 @@ def test_settings_say_when():
     assert AlignmentSettings(aligned_to="runs/a").is_wanted(0.0)
     assert AlignmentSettings().is_wanted(0.6)
     assert not AlignmentSettings(aligned_to="none").is_wanted(1.0)
+
+
+def test_an_explanation_reads_another_hospitals_codes_as_the_prediction_does(hospitals, tmp_path):
+    path = tmp_path / "p.parquet"
+    common = [f"data.root={hospitals / 'away'}", "task.labels=case"]
+    for kind in ("gbm", "encoder"):
+        asked = [f"run={hospitals / f'{kind}-home'}", *common]
+        predict(composed(*asked, f"output={path}", name="predict"))
+        subject = int(pl.read_parquet(path)["subject_id"][3])
+        explain(composed(*asked, f"subject={subject}", f"output={tmp_path / kind}", name="explain"))
+        table = pl.read_csv(tmp_path / kind / f"subject_{subject}.csv")
+        assert set(table["code"]) <= {"v//1", "l//2", "l//3", "d//4"}, (
+            "events without a match are left out, as in predict"
+        )
+        moved = table.group_by("code").agg(pl.col("attribution").abs().sum()).sort("attribution")
+        assert moved["code"][-1] == "v//1", "the heart rate means the label"

@@ -277,11 +277,15 @@ def test_risks_from_futures_are_the_planted_outcome(planted, pretrained):
 def test_many_events_a_day_are_reported_as_cut(planted, pretrained, caplog):
     store, root = planted
     model, embedding, trainer = pretrained
-    task = ZeroShot(codes=["B"], n_samples=2, horizon_days=30.0, max_new_events=4, monitor="auroc")
-    task.setup(store, root / "labels", 32)
-    before, trainer.task = trainer.task, task
-    assert task.evaluate("tuning", trainer.predict(model, embedding, "tuning"), n_bootstrap=0)["cut_share"] > 0.9
+    before, cut = trainer.task, []
+    for code in ("SEX//F", "B"):  # the first never follows, and the second follows soon
+        trainer.task = task = ZeroShot(codes=[code], n_samples=2, horizon_days=30.0, max_new_events=4, monitor="auroc")
+        task.setup(store, root / "labels", 32)
+        found = task.evaluate("tuning", trainer.predict(model, embedding, "tuning"), n_bootstrap=0)
+        cut.append(found["cut_share"])
     trainer.task = before
+    assert cut[0] > 0.9
+    assert cut[1] < 0.1, "a future ends with the event that is asked for"
     assert "of the futures were cut at task.max_new_events=4" in caplog.text
 
 
