@@ -25,6 +25,7 @@ from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.experiment.preflight import splits_of
 from ehr_embed.inference.trained_run import device_named
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import ReadsLabels, Task
@@ -248,7 +249,7 @@ def measured(
         if step == N_WARM:
             _wait(device)
             began = time.perf_counter()
-        with autocast_of_run(settings.precision, precision, device):
+        with autocast_of_run(settings.precision, precision, device), named_inputs(type(model).__name__):
             loss = total(model(inputs))
         loss.backward()
         optimizer.step()
@@ -261,8 +262,10 @@ def random_inputs(shape: tuple[int, int], width: int, n_tokens: int, *, has_valu
     """Return inputs of a model as `EventEmbedding.inputs` gives them, of random events without padding."""
     inputs = {name: torch.rand(shape).cumsum(1) for name in ("days", "gap_days", "elapsed_days", "age_days")}
     inputs |= {"padding_mask": torch.ones(shape, dtype=torch.bool), "is_static": torch.zeros(shape, dtype=torch.bool)}
+    n_rows = max(1, min(n_tokens, shape[0] * shape[1]))
     inputs |= {
-        "embeddings": torch.randn(*shape, width),
+        "rows": torch.randn(n_rows, width),
+        "row_ids": torch.randint(n_rows, shape),
         "token_ids": torch.randint(2, max(3, n_tokens), shape, dtype=torch.int32),
     }
     return inputs | ({"values": torch.randn(shape)} if has_values else {})
