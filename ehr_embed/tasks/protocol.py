@@ -174,11 +174,6 @@ class HasUnlabelled(Protocol):
         ...
 
 
-def records_of(task: Task) -> EventDataset:
-    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
-    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
-
-
 @runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
