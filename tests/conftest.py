@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.small_meds import DATA, write_tiny
+from tests.helpers.small_meds import DATA, write_meds
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,7 +52,25 @@ def _quiet_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Nine subjects, three a split, codes A (with values), B and C, label set `outcome`."""
-    return write_tiny(tmp_path / "tiny")
+    splits = {
+        split: [
+            event
+            for s in range(3)
+            for subject in [10 * (number + 1) + s]
+            for event in [
+                (subject, None, "SEX//F" if s % 2 else "SEX//M", None),
+                (subject, 0.0, "A", float(s)),
+                (subject, 1.0, "B", None),
+                (subject, 1.0, "A", float(s + 1)),
+                (subject, 2.5, "C", None),
+            ]
+        ]
+        for number, split in enumerate(("train", "tuning", "held_out"))
+    }
+    subjects = [10 * (number + 1) + s for number in range(3) for s in range(3)]
+    labels = {"outcome": [(subject, 2.0, subject % 2 == 1) for subject in subjects]}
+    codes = [("A", "Sodium, mmol/L", None), ("B", "Fever", None), ("C", None, ["B"]), ("SEX//F", "Female", None)]
+    return write_meds(tmp_path / "tiny", splits, codes=codes, labels=labels)
 
 
 @pytest.fixture

@@ -151,8 +151,8 @@ class GivesHazards(nn.Module):
         """Return log hazards: (B, K, J), (B, M, K, J) of M members, or (N, K, J) at the N places of `asked_at`.
 
         Args:
-            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` (N,) int64, numbers b * T + t of places, for a causal
-                model that is asked at many events of a record at once.
+            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` (N,) int64, numbers b * T + t of places,
+                for a causal model that is asked at many events of a record at once.
         """
         if "asked_at" not in inputs:
             return self.hazards(super().forward(inputs), inputs)

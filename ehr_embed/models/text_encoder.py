@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.pretrained_weights import load_pretrained
 from ehr_embed.core.settings import Count, OneOf, Told, checked
+from ehr_embed.core.transfer import reads_freely
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.heads import PooledHead, check_classifies
@@ -93,7 +94,11 @@ class TextEncoder(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return logits (B, num_classes); inputs as in `RecordText.forward`."""
         pieces_BL, is_piece_BL = self.text(inputs)
-        x_BLD = self.body(input_ids=pieces_BL, attention_mask=is_piece_BL.long()).last_hidden_state
+        mask = is_piece_BL.long()
+        if not reads_freely(mask.device) and getattr(self.body.config, "_attn_implementation", None) == "sdpa":
+            # Given (B, L), transformers reads back whether any piece is padding; the mask of all pairs it takes as it is.
+            mask = is_piece_BL[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        x_BLD = self.body(input_ids=pieces_BL, attention_mask=mask).last_hidden_state
         return self.head(x_BLD, {"padding_mask": is_piece_BL})
 
 

@@ -205,7 +205,7 @@ USES = {
 def test_nor_predicted_explained_or_generated_from(finished, use, monkeypatch, tmp_path):
     """There the samples are the package's own, whatever the run's task does; a fault in them is refused too."""
     monkeypatch.chdir(tmp_path)
-    for module in ("trained_run", "predictor"):
+    for module in ("trained_run", "records"):
         monkeypatch.setattr(f"ehr_embed.inference.{module}.build_samples", _looking_ahead)
     with refused("284 of 300 samples", "past their prediction time"):
         USES[use](finished)

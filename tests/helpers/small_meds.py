@@ -69,26 +69,3 @@ def write_labels(folder: Path, rows: Sequence[tuple[int, float, Any]]) -> Path:
     schema: dict[str, Any] = {"subject_id": pl.Int64, "prediction_time": pl.Datetime("us"), column: dtype}
     pl.DataFrame([(s, day(t), v) for s, t, v in rows], schema=schema, orient="row").write_parquet(folder / "0.parquet")
     return folder
-
-
-def write_tiny(root: Path) -> Path:
-    """Write nine subjects, three a split, codes A (with values), B and C, label set `outcome`."""
-    splits = {
-        split: [
-            event
-            for s in range(3)
-            for subject in [10 * (number + 1) + s]
-            for event in [
-                (subject, None, "SEX//F" if s % 2 else "SEX//M", None),
-                (subject, 0.0, "A", float(s)),
-                (subject, 1.0, "B", None),
-                (subject, 1.0, "A", float(s + 1)),
-                (subject, 2.5, "C", None),
-            ]
-        ]
-        for number, split in enumerate(("train", "tuning", "held_out"))
-    }
-    subjects = [10 * (number + 1) + s for number in range(3) for s in range(3)]
-    labels = {"outcome": [(subject, 2.0, subject % 2 == 1) for subject in subjects]}
-    codes = [("A", "Sodium, mmol/L", None), ("B", "Fever", None), ("C", None, ["B"]), ("SEX//F", "Female", None)]
-    return write_meds(root, splits, codes=codes, labels=labels)

@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
-from ehr_embed.sources.cohort import LABELS, OUTCOMES, write_demo_cohort
+from ehr_embed.sources.cohort import LABELS, write_demo_cohort
+from ehr_embed.sources.cohort_codes import OUTCOMES
 from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import SPLITS
 

@@ -7,12 +7,19 @@ page-locked, so it is refused too. Models and tasks are those of `conf/`; a new 
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,25 +30,31 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.experiment.inputs import prepare_from
-from ehr_embed.models.protocol import AdaptsToRecords, FitsAtOnce, adapt
+from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.protocol import AdaptsToRecords, FitsAtOnce, adapt, declarations
 from ehr_embed.tasks.protocol import Task, check_causality, run_step
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.step_mean import StepMean
 from tests.helpers.configs import CONF, composed
-from tests.helpers.small_meds import write_labels, write_tiny
+from tests.helpers.small_meds import Event, write_meds
 
 META = torch.device("meta")
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+SLOW = [pytest.param("text_encoder", marks=pytest.mark.slow)]
+"""It loads a pretrained encoder for each task."""
+MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {slow.values[0] for slow in SLOW})
 TASKS = sorted(path.stem for path in (CONF / "task").glob("*.yaml"))
+MAX_LENGTH = 128
 GIVEN = (
     (),
     ("task.labels=outcome",),
-    ("task.labels=[outcome,other]",),
+    ("task.labels=outcome", "task.class_weights=balanced"),
+    ("task.labels=[outcome,other]", "task.class_weights=balanced"),
     ("task.labels=[outcome,score]",),
     ("task.labels=score",),
+    ("task.windows=packed",),
     ("task.outcomes=auto", "task.auto.min_events=1"),
-    ("task.outcomes={fever: {codes: [B]}, end: {codes: [C]}}",),
+    ("task.outcomes={fever: {codes: [B]}, end: {codes: [C]}}", "task.times=early"),
     ("task.codes=[C]", "task.labels=outcome"),
 )
 """What the tasks need to know of the dataset below; each task takes all that it does not refuse."""
@@ -68,75 +81,140 @@ class NoNumbers(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def write_data(root: Path) -> Path:
+    """Twelve subjects with one to nine codes' events, some with values, and labels of three kinds."""
+    splits: dict[str, list[Event]] = {}
+    for number, split in enumerate(("train", "tuning", "held_out")):
+        splits[split] = []
+        for s in range(4):
+            subject = 10 * (number + 1) + s
+            splits[split] += [(subject, None, f"SEX//{'FM'[s % 2]}", None), (subject, 0.0, "A", float(s))]
+            for day in range(1, 2 + 3 * s):
+                splits[split] += [(subject, float(day), "ABC"[(s + day) % 3], 1.0 * day if day % 2 else None)]
+            splits[split] += [(subject, 20.0, "B", None), (subject, 30.0, "C", None), (subject, 40.0, "A", 2.0)]
+    subjects = [10 * (number + 1) + s for number in range(3) for s in range(4)]
+    labels: dict[str, list[tuple[int, float, Any]]] = {
+        "outcome": [(s, 12.0, s % 2 == 1) for s in subjects],
+        "other": [(s, 12.0, s % 4 > 1) for s in subjects],
+        "early": [(s, 0.5, s % 2 == 1) for s in subjects],
+        "score": [(s, 12.0, s / 7) for s in subjects],
+    }
+    return write_meds(root, splits, labels=labels)
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[Case]:
     """Every task that trains, set up on a small dataset with each of `GIVEN` that it takes."""
-    root, cache = write_tiny(tmp_path_factory.mktemp("waits") / "tiny"), tmp_path_factory.mktemp("cache")
-    subjects = [10 * (number + 1) + s for number in range(3) for s in range(3)]
-    write_labels(root / "labels" / "score", [(subject, 2.0, subject / 7) for subject in subjects])
-    write_labels(root / "labels" / "other", [(subject, 2.0, subject % 3 > 0) for subject in subjects])
+    root, cache = write_data(tmp_path_factory.mktemp("waits") / "data"), tmp_path_factory.mktemp("cache")
     found: list[Case] = []
+    prepared = None
     for name in TASKS:
-        taken = []
+        taken, refusals = [], []
+        base = composed(
+            "data=meds", f"data.root={root}", "data.min_count=1", "data.values=both", f"cache_dir={cache}",
+            "embedder=hashing", f"task={name}",
+        )  # fmt: skip
+        prepared = prepared or prepare_from(base)[1]
         for given in GIVEN:
+            cfg = base.copy()
             try:
-                cfg = composed(
-                    "data=meds", f"data.root={root}", "data.min_count=1", "data.values=both", f"cache_dir={cache}",
-                    "embedder=hashing", "trainer=short", f"task={name}", *given,
-                )  # fmt: skip
-                task, prepared = builder(cfg)(cfg.task), prepare_from(cfg)[1]
-                set_up(task, prepared.store, root / "labels", 128)
-            except Exception as error:  # keys that it has not, labels of another kind
-                last = error
+                for key, value in (text.split("=", 1) for text in given):
+                    OmegaConf.update(cfg, key, yaml.safe_load(value))
+                task = builder(cfg)(cfg.task)
+                set_up(task, prepared.store, root / "labels", MAX_LENGTH)
+            except (UserError, OmegaConfBaseException) as error:  # labels of another kind, or keys that it has not
+                refusals.append(f"{given}: {str(error)[:200]}")
                 continue
             taken.append((f"{name} {' '.join(given)}", task, prepared))
-        assert taken, f"task={name} takes none of GIVEN: {last}"
+        assert taken, f"task={name} takes none of GIVEN: {refusals}"
         found += [case for case in taken if case[1].is_trained]
     return found
 
 
-def built(name: str, task: Task, prepared: Prepared) -> torch.nn.Module | None:
-    """The model for the task; None where the two are refused together."""
-    cfg = composed("data=meds", "data.root=none", f"model={name}", "model.max_length=128")
+@cache
+def small(name: str) -> DictConfig:
+    """The configuration of a model, of one layer where it has layers."""
+    cfg = composed("data=meds", "data.root=none", f"model={name}", f"model.max_length={MAX_LENGTH}")
+    if "n_layers" in cfg.model:
+        cfg.model.n_layers = 1
+    return cfg
+
+
+def built(name: str, task: Task, prepared: Prepared) -> tuple[nn.Module, EventEmbedding] | None:
+    """The model for the task, after what comes before training; None where the two are refused together."""
+    cfg = small(name)
     sizes: dict[str, Any] = {"embedding_dim": prepared.table.shape[1], "has_values": True} | task.sizes
+    embedding = EventEmbedding(prepared.table)
     try:
-        model = build_model(cfg.model, prepared.store.vocabulary, trusted=(), sizes=sizes)
+        torch.manual_seed(0)
+        model = build_model(cfg.model, prepared.store.vocabulary, trusted=(), sizes=sizes).train()
         check_causality(task, model)
+        if isinstance(model, FitsAtOnce):  # it has no steps
+            return model, embedding
+        adapt(model, embedding.table, prepared.store.vocabulary)
+        train = task.dataset("train")
+        if isinstance(model, AdaptsToRecords):
+            model.adapt_to_records([embedding.inputs(train[np.arange(len(train))])])
+        run_step(task, model, embedding, train[np.arange(len(train))])  # fills what is kept for later steps
     except UserError:
         return None
-    return model
+    return model, embedding
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *SLOW])
 def test_no_step_waits_for_the_device(name, cases):
-    tried = []
-    processes = Processes(Fabric(accelerator="cpu", devices=1))
+    processes, tried = Processes(Fabric(accelerator="cpu", devices=1)), 0
     for case, task, prepared in cases:
-        model = built(name, task, prepared)
-        if model is None:
+        found = built(name, task, prepared)
+        if found is None:
             continue
-        if isinstance(model, FitsAtOnce):  # it has no steps
-            tried.append(case)
+        tried += 1
+        model, embedding = (part.to(META) for part in found)
+        if isinstance(model, FitsAtOnce) or declarations(model).reads_back:
             continue
-        embedding = EventEmbedding(prepared.table)
-        adapt(model, embedding.table, prepared.store.vocabulary)
         dataset = task.dataset("train", np.random.default_rng(0))
-        index = np.arange(len(dataset))
-        if isinstance(model, AdaptsToRecords):
-            model.adapt_to_records([embedding.inputs(task.dataset("train")[np.arange(len(task.dataset("train")))])])
-        try:  # the first step fills what is kept for later ones
-            run_step(task, model.train(), embedding, dataset[index])
-        except UserError:  # together with this task, the model is refused
-            continue
-        tried.append(case)
-        batch = dataset.on(META)[index]
-        model, embedding = model.to(META), embedding.to(META)
-        mean = StepMean(processes, META)
+        batch, mean = dataset.on(META)[np.arange(len(dataset))], StepMean(processes, META)
         run_step(task, model, embedding, batch)
         with NoCopy(), NoNumbers():
             for _ in range(2):
-                result = run_step(task, model, embedding, batch)
-                mean.loss(result).backward()
+                mean.loss(run_step(task, model, embedding, batch)).backward()
             mean.finish(model.parameters(), n_batches=2)
         assert any(p.grad is not None for p in model.parameters()), case
-    assert tried
+    assert tried, "no task takes this model"
+
+
+@pytest.mark.parametrize("name", ["code_encoder", "decoder_small", "encoder_small", "gru", *SLOW])
+def test_steps_that_count_nothing_learn_the_same(name, cases, monkeypatch):
+    """Steps on a CPU count what they need; those on a GPU compute with upper bounds, which change neither loss nor gradient."""
+    n_patched = 0
+    for case, task, prepared in cases:
+        if "class_weights" in case or (found := built(name, task, prepared)) is None:
+            continue
+        model, embedding = found
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.n_dropped = 0
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif isinstance(module, nn.RNNBase):
+                module.dropout = 0.0
+        dataset = task.dataset("train", np.random.default_rng(0))
+        batch, results = dataset[np.arange(len(dataset))], []
+        for counts in (True, False):
+            with monkeypatch.context() as patch:
+                for module_name, module in list(sys.modules.items()):
+                    if module_name.startswith("ehr_embed.") and hasattr(module, "reads_freely"):
+                        patch.setattr(module, "reads_freely", lambda device, counts=counts: counts)
+                        n_patched += 1
+                torch.manual_seed(1)
+                model.zero_grad()
+                step = run_step(task, model, embedding, batch)
+                step.loss_sum.backward()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            results.append((step.loss_sum.detach(), torch.as_tensor(step.count), gradient))
+        (loss, count, gradient), (bound_loss, bound_count, bound_gradient) = results
+        assert count == bound_count > 0, case
+        torch.testing.assert_close(bound_loss, loss, rtol=1e-5, atol=1e-5, msg=case)
+        assert bound_gradient.isfinite().all(), case
+        assert (bound_gradient - gradient).norm() <= 1e-4 * gradient.norm(), case
+    assert n_patched
