@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from ehr_embed.core.files import read_json
@@ -9,6 +10,8 @@ from ehr_embed.core.settings import DrawSeed
 from ehr_embed.sources.cohort import Subjects, write_demo_cohort
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
+
+log = logging.getLogger(__name__)
 
 
 def demo_source(
@@ -32,10 +35,20 @@ def demo_source(
     Raises:
         UserError: as for `import_once`, `write_demo_cohort` and `MedsSource`.
     """
+
+    def write(folder: Path) -> None:
+        log.info(
+            "%s is filled with a SYNTHETIC cohort of %s subjects (data=demo). Your own data are read by: data=meds data.root=DIR "
+            "task.labels=NAME",
+            root,
+            f"{n_subjects:,}",
+        )
+        write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
+
     import_once(
         Path(root).expanduser(),
         {"n_subjects": n_subjects, "seed": seed},
-        lambda folder: write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed),
+        write,
         overwrite=overwrite,
     )
     return MedsSource(root=root, name="demo", splits=splits, split_column=split_column)
