@@ -57,7 +57,7 @@ class Ensemble(nn.Module):
         check_classifies("an ensemble", num_classes, vocab_size)
         if not members:
             raise UserError(
-                "model.members=[]: an ensemble of nothing predicts nothing. Type: experiment=physionet2012_ensemble, or "
+                "model.members=[]: an ensemble of nothing predicts nothing. Type: experiment=physionet2012, or "
                 "ensemble.runs=[RUN_DIR,RUN_DIR]"
             )
         self.members = nn.ModuleList(members)  # type: ignore[arg-type]
