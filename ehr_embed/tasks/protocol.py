@@ -22,6 +22,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import declarations
 
 log = logging.getLogger(__name__)
@@ -173,11 +174,6 @@ class HasUnlabelled(Protocol):
         ...
 
 
-def records_of(task: Task) -> EventDataset:
-    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
-    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
-
-
 @runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
@@ -296,7 +292,8 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
     Raises:
         UserError: the task returned something other than a `StepResult`, such as a mean loss.
     """
-    result = task.step(model, embedding, batch)
+    with named_inputs(type(getattr(model, "module", model)).__name__):
+        result = task.step(model, embedding, batch)
     if isinstance(result, StepResult):
         return result
     name = type(task).__name__

@@ -22,6 +22,7 @@ from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
@@ -118,7 +119,7 @@ class Trainer:
         self._reload_best(model, embedding)
         progress = training.state.progress
         return self.facts(model, embedding) | {
-            "n": len(self.task.dataset("train")),
+            "n": len(dataset_of(self.task, "train")),
             "epochs": progress.epoch,
             "steps": progress.step,
             "best_epoch": progress.best_epoch,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ehr_embed
-from ehr_embed.ask import ask
+from ehr_embed.ask import _shown, ask
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
@@ -454,6 +454,23 @@ def test_codes_are_asked_on_the_command_line_without_labels(everywhere, root, tm
     assert {event["code"] for event in found["events"]} == {"MI", "FLU"}
     assert 0 < found["mean_risk"] < 1
     assert not (folder / "metrics.json").exists()
+    # A second call leaves nothing of the first, and what a person laid beside it.
+    (folder / "plots" / "mine.png").touch()
+    given = (f"run={everywhere}", f"data.root={root}", f"output={tmp_path / 'out'}")
+    ask(composed(*given, "codes=[FLU]", name="ask"))
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["1_FLU.png", "mine.png"]
+
+
+def test_events_that_the_margin_alone_leaves_out_are_said_with_the_margin_that_lets_them_in(everywhere):
+    asker = ehr_embed.load(everywhere)
+    narrow = {"n_events": 4, "min_cosine": -1.0}
+    (question,) = asker.questions(["Influenza"], **narrow, margin=0.0)
+    assert len(question.events) == 1
+    assert len(question.left_out) == 3
+    (wide,) = asker.questions(["Influenza"], **narrow, margin=question.wider)
+    assert [event.code for event in wide.events[1:]] == [event.code for event in question.left_out]
+    assert wide.wider is None
+    assert f"to include them type margin={question.wider:g}" in _shown(question)
 
 
 @pytest.mark.parametrize(
