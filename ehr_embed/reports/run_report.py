@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ehr_embed.core.programs import command
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
     BEFORE,
     plot_calibration,

@@ -27,6 +27,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
 from ehr_embed.evaluation.metrics import (
+from ehr_embed.evaluation.metric_entries import values_of
     CLASS_METRICS,
     binary_metrics,
     choose_threshold,

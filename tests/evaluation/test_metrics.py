@@ -308,4 +308,4 @@ def test_one_subject_has_no_interval_of_zero_width(n_samples):
     )
     assert result["n_subjects"] == 1
     assert all((result[name]["low"], result[name]["high"]) == (None, None) for name in metrics.METRICS)
-    assert "one subject" in metrics.intervals_missing({"held_out": result})[0]
+    assert "one subject" in intervals_missing({"held_out": result})[0]
