@@ -5,8 +5,8 @@
 
 Both runs are trained on the dataset DATA, since how long a future gets depends on what the decoder has learned. They answer for the
 same held-out prediction times of the label set NAME, whose labels are not read. Both ways alternate in one run; prints one JSON
-line with the median of the pairs' ratios, of wall time and of CPU time, which says more on a busy machine. Reading the data and finding
-the question's events are not part of either time.
+line with the median of the pairs' ratios, of wall time and of CPU time, which says more on a busy machine. Reading the data and
+finding the question's events are not part of either time.
 """
 
 from __future__ import annotations
