@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ehr_embed.core.programs import command
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
@@ -19,7 +20,7 @@ from ehr_embed.evaluation.plots import (
     plot_precision_recall,
     plot_roc,
 )
-from ehr_embed.run_folder.layout import DECISION_CURVE
+from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
 
 
@@ -131,6 +132,10 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if (run_dir / REPORT).is_file():
+        console.print(f"Report: {run_dir / REPORT}", highlight=False, soft_wrap=True, markup=False)
+    if "auroc" in metrics["held_out"]:
+        console.print(f"Next: {command('explain')} run={run_dir}", highlight=False, soft_wrap=True, markup=False)
 
 
 def calibration_text(metrics: dict[str, Any]) -> str:

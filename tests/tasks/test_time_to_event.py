@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 import ehr_embed
-from ehr_embed.ask import ask
+from ehr_embed.ask import _shown, ask
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
 from ehr_embed.data.samples import build_samples, window_samples
 from ehr_embed.data.store import EventStore, build_store
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.evaluation import survival_library
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
@@ -160,6 +162,36 @@ def test_pretraining_beats_constant_rates_and_answers_in_words(everywhere, root)
     np.testing.assert_allclose(by_code.incidence[:, 0], answers.incidence[:, 0], atol=1e-6)
 
 
+def test_another_hospitals_codes_are_read_as_the_runs_own(everywhere, root, tmp_path):
+    """The same subjects under other codes have the same risks and the same earlier outcomes as under the run's own."""
+    away = {
+        "SMOKE": ("x1", "Smokes tobacco"), "VISIT": ("x2", "Clinic visit"), "MI": ("x3", "Heart attack"),
+        "FLU": ("x4", "Influenza"), "MEDS_DEATH": ("MEDS_DEATH", "Death"), "END": ("x5", "End of the follow-up"),
+    }  # fmt: skip
+    shutil.copytree(root, tmp_path / "away")
+    for path in (tmp_path / "away" / "data").glob("*/*.parquet"):
+        frame = pl.read_parquet(path)
+        frame.with_columns(pl.col("code").replace({code: new for code, (new, _) in away.items()})).write_parquet(path)
+    rows = [(code, text, None) for code, text in away.values()]
+    schema = {"code": pl.String, "description": pl.String, "parent_codes": pl.List(pl.String)}
+    pl.DataFrame(rows, schema=schema, orient="row").write_parquet(tmp_path / "away" / "metadata" / "codes.parquet")
+    asker = ehr_embed.load(everywhere)
+    asked = {"heart": {"codes": ["MI"]}, "flu": {"codes": ["FLU"]}}
+    own = asker.ask(asked, root, horizon_days=30, labels="infarction_30d")
+    settings = AlignmentSettings(matching="one_to_one")
+    away_too = asker.ask(asked, tmp_path / "away", horizon_days=30, labels="infarction_30d", alignment=settings)
+    np.testing.assert_allclose(away_too.incidence, own.incidence, atol=1e-6)
+    np.testing.assert_array_equal(away_too.has_prior, own.has_prior)
+    unread = asker.ask(
+        asked,
+        tmp_path / "away",
+        horizon_days=30,
+        labels="infarction_30d",
+        alignment=AlignmentSettings(aligned_to="none"),
+    )
+    assert np.abs(unread.incidence - own.incidence).max() > 0.01
+
+
 def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):
     from benchmarks import ask as benchmark
 
@@ -277,10 +309,10 @@ def test_no_sample_sees_past_its_prediction_time_and_none_vanishes_in_silence(st
     ("options", "message"),
     [
         ({"outcomes": {"a": {"codes": ["NONE"]}}}, "NONE"),
-        ({"outcomes": {"a": {"text_pattern": "nowhere"}}}, r"task.outcomes.a.*could never be seen"),
+        ({"outcomes": {"a": {"text_pattern": "nowhere"}}}, r"task\.outcomes\.a.*Type: task\.outcomes=.*text_pattern"),
         ({"outcomes": {"flu": {"codes": ["FLU"]}}}, r"already happened.*task.prior=recur"),
         ({"end_of_follow_up": ["VISIT"]}, "left out"),
-        ({"horizons_days": [4000.0]}, r"look at the unit.*task.horizons_days=\["),
+        ({"horizons_days": [4000.0]}, r"task\.horizons_days=\[4000\.0\].*Type: task\.horizons_days=\["),
         ({"times": "infarcton_30d"}, "did you mean 'infarction_30d'"),
     ],
 )
@@ -295,7 +327,7 @@ def test_what_cannot_be_learned_is_named_before_training(store, root, options, m
         ({"horizons_days": [0.0]}, "task.horizons_days"),
         ({"outcomes": {}}, "task.outcomes"),
         ({"outcomes": {"a": {"code": ["MI"]}}}, "did you mean 'codes'"),
-        ({"outcomes": "nowhere.yaml"}, "no such file"),
+        ({"outcomes": "nowhere.yaml"}, r"nowhere\.yaml"),
         ({"prior": "ignore"}, "task.prior"),
         ({"monitor": "gain"}, "task.monitor"),
         ({"outcomes": "auto", "auto": {"unions": 0.9, "neighbours": 0.2}}, "at most 1"),
@@ -371,7 +403,7 @@ def test_outcomes_are_read_from_a_file_and_from_an_aces_configuration(tmp_path):
     assert task(outcomes=str(tmp_path / "o.yaml"))._way.names == ["heart", "flu"]
     assert task(outcomes=str(tmp_path / "aces.yaml"))._way._sets["lungs"].codes == ("FLU", "SMOKE")
     (tmp_path / "bad.yaml").write_text("predicates: {both: {expr: 'and(mi, lungs)'}}\n")
-    with pytest.raises(UserError, match="is no set of codes"):
+    with pytest.raises(UserError, match=r"bad\.yaml: predicate both.*codes: \[CODE, CODE\]"):
         task(outcomes=str(tmp_path / "bad.yaml"))
 
 
@@ -397,10 +429,10 @@ def test_drawn_places_are_some_of_all_places_with_the_same_targets(store):
         (("questions=[Influenza]", "codes=[FLU]"), "Leave one out"),
         (("questions=[Influenza]", "split=test"), "held_out"),
         (("questions=[Influenza]", "horizon_days=0"), "horizon_days=0"),
-        (("questions=[Influenza,Influenza]",), "asked twice"),
+        (("questions=[Influenza,Influenza]",), "Influenza is asked twice"),
         (("questions=[' ']",), "empty"),
         (("codes=[NONE]",), "NONE"),
-        (("output=RUN",), "is the folder of a run"),
+        (("output=RUN",), "Type: output=ANOTHER"),
         ((), "no question"),
     ],
 )
@@ -422,6 +454,23 @@ def test_codes_are_asked_on_the_command_line_without_labels(everywhere, root, tm
     assert {event["code"] for event in found["events"]} == {"MI", "FLU"}
     assert 0 < found["mean_risk"] < 1
     assert not (folder / "metrics.json").exists()
+    # A second call leaves nothing of the first, and what a person laid beside it.
+    (folder / "plots" / "mine.png").touch()
+    given = (f"run={everywhere}", f"data.root={root}", f"output={tmp_path / 'out'}")
+    ask(composed(*given, "codes=[FLU]", name="ask"))
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["1_FLU.png", "mine.png"]
+
+
+def test_events_that_the_margin_alone_leaves_out_are_said_with_the_margin_that_lets_them_in(everywhere):
+    asker = ehr_embed.load(everywhere)
+    narrow = {"n_events": 4, "min_cosine": -1.0}
+    (question,) = asker.questions(["Influenza"], **narrow, margin=0.0)
+    assert len(question.events) == 1
+    assert len(question.left_out) == 3
+    (wide,) = asker.questions(["Influenza"], **narrow, margin=question.wider)
+    assert [event.code for event in wide.events[1:]] == [event.code for event in question.left_out]
+    assert wide.wider is None
+    assert f"to include them type margin={question.wider:g}" in _shown(question)
 
 
 @pytest.mark.parametrize(
