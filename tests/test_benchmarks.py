@@ -139,6 +139,10 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     sizes = ("--prompt", "8", "--new", "3", "--batch", "2", "--vocabulary", "20", "--repeats", "1", "--device", "cpu")
     generation_cache.main(list(sizes))
     assert json.loads(capsys.readouterr().out)["same_events"]
+    generation_cache.main([*sizes, "--samples", "3", "--full", "0", "--bfloat16", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert "ratio" not in found
+    assert found["seconds_per_patient"] > 0
 
 
 def test_packing_compares_batches_with_the_padding_asked_for(capsys):
