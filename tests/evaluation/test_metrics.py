@@ -16,6 +16,7 @@ from sklearn import metrics as sk
 from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation import bootstrap, metrics
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap, weighted_areas
+from ehr_embed.evaluation.metric_entries import intervals_missing
 from ehr_embed.evaluation.metrics import (
     METRICS,
     binary_metrics,
