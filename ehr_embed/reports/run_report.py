@@ -23,6 +23,9 @@ from ehr_embed.evaluation.plots import (
 from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
 
+LEAST_TOLD_MFU = 0.005
+"""Below it the share of the peak arithmetic would read 0 %, as that of every small model on a shared CPU."""
+
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
     """Return point values by name: `best/<split>/<metric>` of the best checkpoint, `transfer/...`, and `train/<fact>`.
@@ -124,7 +127,7 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     trained = ""
     if "epochs" in train:
         trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
-        if "mfu" in train:
+        if train.get("mfu", 0) >= LEAST_TOLD_MFU:
             trained += f"{train['mfu']:.0%} of the peak arithmetic, "
         trained += f"{train['padding_share']:.0%} padding, "
     console.print(

@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with the demo prepared; its cache serves the runs of this module."""
     folder = tmp_path_factory.mktemp("place")
     output = call("embed.py", COHORT, cwd=folder)
-    assert re.search(r"text of codes from: lookup 0.0%, description 100.0%", output)
+    assert re.search(r"the texts of codes are: descriptions 100.0%", output)
     return folder
 
 
