@@ -228,9 +228,7 @@ def test_trusted_packages_of_the_user_work_for_classes_and_what_is_in_them(here)
     with pytest.raises(UserError, match=r"trusted_packages=\[mine\]"):
         check_stored(config, "model")
     for other in (named("mine.write_json", path="pwned", value=1), named("mine.Mine", part=EVIL_IMPORT)):
-        with pytest.raises(
-            UserError, match=r"_target_=\S+ .*\bclass\b"
-        ):
+        with pytest.raises(UserError, match=r"_target_=\S+ .*\bclass\b"):
             check_stored({"model": other}, "model", ["mine"])
     assert not ran(here)
 
@@ -274,7 +272,5 @@ def test_a_foreign_run_folder_runs_no_code_of_its_own(trained, ward, tmp_path, i
     assert not (tmp_path / "pwned").exists()
     if command != "init_from":
         assert "_target_=torch.nn.attention._fa4" in output
-        with pytest.raises(
-            UserError, match=r"_target_=\S+ .*\bclass\b"
-        ):
+        with pytest.raises(UserError, match=r"_target_=\S+ .*\bclass\b"):
             ehr_embed.load(folder)
