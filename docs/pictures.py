@@ -46,6 +46,8 @@ DARK = {
     "accent": "#56b4e9",
 }
 COLUMNS, N_FIRST_LINES = 104, 2
+COMMAND = ("train",)
+"""What the terminal shows: the second command of the first screen."""
 MODES = {"light": LIGHT, "dark": DARK}
 NUMBER = re.compile(r"\d+\.\d+")
 
@@ -357,7 +359,7 @@ def terminal() -> dict[str, str]:
         hidden = ("OMP_NUM_THREADS", "EHR_EMBED_CACHE")
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         environment |= {"COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT)}
-        command = ("-m", "ehr_embed", "train", "data.n_subjects=2000", "trainer.epochs=4", "run_dir=runs/first")
+        command = ("-m", "ehr_embed", *COMMAND)
         code, output = on_a_terminal(
             *command, cwd=Path(folder), environment=environment, columns=COLUMNS, kind="xterm-256color"
         )
@@ -373,9 +375,9 @@ def terminal() -> dict[str, str]:
     light = TerminalTheme((255, 255, 255), (27, 36, 48), list(DIMMED_MONOKAI.ansi_colors._colors))
     for mode, theme in (("light", light), ("dark", MONOKAI)):
         console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-        console.print(Text("$ ehr-embed train data.n_subjects=2000 trainer.epochs=4 run_dir=runs/first", style="bold"))
+        console.print(Text(f"$ ehr-embed {' '.join(COMMAND)}", style="bold"))
         for line in shown:
-            console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
+            console.print(Text.from_ansi(line), overflow="fold")
         svg = console.export_svg(title="ehr-embed train", theme=theme)
         # rich would load its font from another host.
         pictures[f"terminal-{mode}.svg"] = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
