@@ -299,7 +299,10 @@ def asking(c: dict[str, str]) -> str:
         ("with all labels: encoder", number(supervised[1]), interval(supervised[1]), "other"),
         ("with all labels: boosting", number(boosting[1]), interval(boosting[1]), "other"),
     ]
-    told = "synthetic GiBleed, 710 held-out predictions of its onset within a year\nthe first three rows read no label set; the last two read all labels"
+    told = (
+        "synthetic GiBleed, 710 held-out predictions of its onset within a year\n"
+        "the first three rows read no label set; the last two read all labels"
+    )
     return bars("Asked for “osteoarthritis” in words", told, entries, 0.6, 0.9, c)
 
 
