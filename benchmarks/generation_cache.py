@@ -5,8 +5,8 @@
     python -m benchmarks.generation_cache --samples 20 --batch 8 --full 0 --bfloat16 1
 
 An untrained decoder of the default size on random records: speed does not depend on what the weights are. With `--full 1`, running
-the whole sequence again for each event alternates with the cache in one run and draws the same events. Prints one JSON line with the
-medians, and with that of the pairs' ratios. CPU seconds are those of the process, which other programs change little.
+the whole sequence again for each event alternates with the cache in one run and draws the same events. Prints one JSON line with
+the medians, and with that of the pairs' ratios. CPU seconds are those of the process, which other programs change little.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     seconds(True)  # warm-up
     pairs = [(seconds(True), seconds(False) if options.full else None) for _ in range(options.repeats)]
     n_events = options.batch * options.new * options.samples
-    wall, cpu = (statistics.median(cached[i] for cached, _ in pairs) for i in (0, 1))
+    wall, cpu = statistics.median(cached[0] for cached, _ in pairs), statistics.median(cached[1] for cached, _ in pairs)
     both = [(cached, full) for cached, full in pairs if full is not None]
     against = {
         "events_per_s_full_pass": round(n_events / statistics.median(full[0] for _, full in both), 1),
