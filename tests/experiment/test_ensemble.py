@@ -136,7 +136,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
     (copy / "manifest.json").unlink()
     checkpoint = torch.load(copy / "best_checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"embedding_state_dict": {"learned": torch.zeros(1)}}, copy / "best_checkpoint.pt")
-    with pytest.raises(UserError, match=r"/copy .*Train it with: embedder\.trainable=frozen"):
+    with pytest.raises(UserError, match=r"/copy/\S+ .*Train it with: embedder\.trainable=frozen"):
         run(config(place, "learned", f"ensemble.runs=[{copy}]"))
 
 
