@@ -66,7 +66,8 @@ class EventEmbedding(nn.Module):
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the inputs of a model, by name, from a batch on the table's device.
 
-        `rows` (R, E) are the vectors in use, and `row_ids` (B, T) the row of each event in them. `padding_mask` (B, T)
+        `rows` (R, E) are the vectors in use, and `row_ids` (B, T) the row of each event in them; `event_vectors` of
+        models/event_vectors.py makes one vector per event (B, T, E) of them. `padding_mask` (B, T)
         is True for events and False for padding. All other inputs are attributes of `Batch` under the same name and
         with the same shape: `token_ids`, `is_static`, `places`, `sequence_starts`, the times `days`, `gap_days`,
         `elapsed_days`, `age_days`, and `values`, `segments` and `event_index`, which are left out where the batch has

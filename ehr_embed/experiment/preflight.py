@@ -1,4 +1,4 @@
-"""Refuse what can be known to be wrong in a second, before the event store and the embedding, which may take hours."""
+"""Refuse mistakes that a second suffices to find, before the event store and the embedding are built, which may take hours."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks import protocol as tasks
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
+from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.numbers import numbers_in
 from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
 
 MAX_EVENTS = 20_000_000
-"""Largest number of events of which the subjects are read, to know their splits, where folders define these."""
+"""Largest number of events whose subjects are read, in order to know their splits where folders define the splits."""
 WIDTH, N_TOKENS = 16, 50
 """Sizes for a model that is only built to be refused."""
 
@@ -37,12 +38,13 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     A corpus that has to be imported is imported first, as its labels are part of it.
 
     Raises:
-        UserError: as the parts raise it later.
+        UserError: the error that the part itself would raise later.
     """
     task: Task = builder(cfg)(cfg.task)
     if isinstance(task, tasks.ChecksFirst):
         task.check()
-    check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else 2)
+    known = sizes_before_setup(task) or {}
+    check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else known.get("num_classes", 2))
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)
     check_calibration(cfg, task)
@@ -54,6 +56,21 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
         for label_set in task.label_sets(source.labels_dir):
             if splits is not None:
                 check_labels(label_set, splits)
+
+
+def sizes_before_setup(task: Task) -> dict[str, int] | None:
+    """Return the size of a model's outputs, `num_classes` or `vocab_size`, where a task without label sets knows it before `setup`;
+    None where it does not, or trains nothing. A `vocab_size` stands for that of the data."""
+    if not task.is_trained:
+        return None
+    if isinstance(task, NextEvent):
+        return {"vocab_size": N_TOKENS}
+    try:
+        known = dict(task.sizes)
+    except Exception:  # any error of a task that has read no data yet
+        return None
+    is_known = set(known) in ({"num_classes"}, {"vocab_size"}) and all(known.values())
+    return {name: int(size) for name, size in known.items()} if is_known else None
 
 
 def check_model(cfg: DictConfig, *, num_classes: int = 2) -> None:
@@ -83,7 +100,7 @@ def check_model(cfg: DictConfig, *, num_classes: int = 2) -> None:
 
 
 def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
-    """Build the tracker, and let it refuse what it would refuse when the run starts.
+    """Build the tracker, so that it refuses now what it would refuse when the run starts.
 
     Raises:
         UserError: the tracker cannot start.
@@ -96,7 +113,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def splits_of(source: Source) -> pl.DataFrame | None:
-    """Return subject_id and split of a source's subjects; None where only reading all of it would tell."""
+    """Return subject_id and split of a source's subjects; None if only reading the whole source would tell."""
     return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource | PooledSource) else None
 
 
@@ -116,9 +133,9 @@ def check_splits(splits: pl.DataFrame, where: str) -> None:
 
 
 def check_labels(labels: LabelSet, splits: pl.DataFrame) -> None:
-    """Refuse a label set that has no label in a split, or there one class or number only.
+    """Refuse a label set that has no label in a split, or only one class or one number there.
 
-    Subjects without events are not known yet, so that what passes here may still be refused.
+    Subjects without events are not known yet, so a label set that passes here may still be refused.
 
     Raises:
         UserError: names the label set and the split.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -348,10 +348,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["datasets"] = by_dataset(task, evaluated, pool, n_bootstrap=plan.settings.n_bootstrap)
     if inputs.pooled is not None:
         metrics["pooled"] = inputs.pooled.facts
-    if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
-        metrics["bayes_auroc"] = best
-    if "concordance" in metrics["held_out"] and (best := best_possible_concordance(inputs.source, metrics)):
-        metrics["bayes_concordance"] = best
+    for name, known in (("auroc", bayes_auroc), ("concordance", bayes_concordance)):
+        if name in metrics["held_out"] and (best := best_possible(known, inputs.source, task)):
+            metrics[f"bayes_{name}"] = best
     return metrics
 
 
@@ -376,17 +375,16 @@ def monitored(metrics: dict[str, Any], task: Task) -> float:
     return float(metrics["tuning"][task.monitor]["value"])
 
 
-def best_possible_auroc(source: Source) -> dict[str, float] | None:
-    """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
-    known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
-    return {split: value for split, value in known.items() if value is not None} or None
+def best_possible(known: Callable[..., float | None], source: Source, task: Task) -> dict[str, float] | None:
+    """Return what the true risks of a synthetic cohort reach on each evaluated split; None where no true risk is known of a sample.
 
-
-def best_possible_concordance(source: Source, metrics: dict[str, Any]) -> dict[str, float] | None:
-    """Return the concordance of the true hazards on each evaluated split of `data=demo_times`; None where no true hazard is known,
-    or where the run's samples and events are not those whose hazard is known."""
-    known = {split: bayes_concordance(source.labels_dir.parent, split) for split in EVALUATED}
-    asked = {split: (metrics[split]["n"], metrics[split].get("n_events")) for split in EVALUATED}
-    if any(best is None or (best.n, best.n_events) != asked[split] for split, best in known.items()):
-        return None
-    return {split: best.concordance for split, best in known.items() if best is not None}
+    Args:
+        known: `bayes_auroc` or `bayes_concordance`, which compares the samples with those that were drawn with the risks.
+        source: source of the data.
+        task: after `setup`.
+    """
+    best = {}
+    for split in EVALUATED:
+        samples = task.samples[split]
+        best[split] = known(source.labels_dir.parent, samples.meds_keys, samples.labels)
+    return {split: value for split, value in best.items() if value is not None} if None not in best.values() else None

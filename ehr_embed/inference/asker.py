@@ -17,7 +17,14 @@ from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
 from ehr_embed.embedding.aligning import AlignmentSettings
-from ehr_embed.embedding.nearest_events import near_enough, nearest_events, nothing_near, with_bins
+from ehr_embed.embedding.nearest_events import (
+    NearEvent,
+    margin_for,
+    near_enough,
+    nearest_events,
+    nothing_near,
+    with_bins,
+)
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import TrainedRun, open_run
@@ -54,6 +61,8 @@ class Question:
         events: the same for reading.
         vector: (E,) the text's own vector, for a literal question; None = the mean of the events' vectors.
         log_rates: (J,) rate that the head starts from.
+        left_out: events that `margin` alone leaves out, nearest first.
+        wider: the margin that would let them in; None = none is left out.
     """
 
     name: str
@@ -61,6 +70,8 @@ class Question:
     events: list[FoundEvent]
     vector: Tensor | None
     log_rates: Tensor
+    left_out: Sequence[FoundEvent] = ()
+    wider: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,18 +208,18 @@ class Asker(Predictor):
                 else_type="codes=[CODE], or literal=true to give the model the words themselves",
             )
         of_code = [with_bins([event.token], vocabulary) for event in near]
-        found = [
-            FoundEvent(
-                str(vocabulary.token_codes[event.token]),
-                vocabulary.texts[event.token],
-                event.cosine,
-                int(counts[tokens].sum()),
-            )
-            for event, tokens in zip(near, of_code, strict=True)
-        ]
+
+        def told(event: NearEvent) -> FoundEvent:
+            n = int(counts[with_bins([event.token], vocabulary)].sum())
+            return FoundEvent(str(vocabulary.token_codes[event.token]), vocabulary.texts[event.token], event.cosine, n)
+
+        found = [told(event) for event in near]
         own = with_bins([event.token for event in near], vocabulary)
         if not literal:
-            return Question(words, own, found, None, self.sizes.rates_of([own])[0])
+            first = nearest[:n_events]
+            missed = [told(event) for event in first if event.cosine >= min_cosine and event not in near]
+            wider = margin_for(first, min_cosine=min_cosine, margin=margin)
+            return Question(words, own, found, None, self.sizes.rates_of([own])[0], missed, wider)
         return Question(words, own, found, vector, self.sizes.rates_of(of_code).mean(0))
 
     def _by_code(self, name: str, events: EventSet) -> Question:

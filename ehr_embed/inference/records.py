@@ -253,8 +253,8 @@ class RecordReader:
         return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _chunks(self, source: Source, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
-        aligned dataset only the events whose codes have a match."""
+        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. From
+        an aligned dataset only the events whose codes have a match are read."""
         parts: list[SplitEvents] = []
         vocabulary_for = reads.vocabulary_for if isinstance(reads, NewCodes) else (lambda _: reads.vocabulary)
         for events in encode_shards(source, vocabulary_for, split):

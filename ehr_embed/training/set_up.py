@@ -15,7 +15,8 @@ from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
-from ehr_embed.tasks.protocol import Task, records_of
+from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.set_up import dataset_of, records_of
 from ehr_embed.training.anchor import Anchor
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.optimizer import build_optimizer, parameter_groups
@@ -81,12 +82,12 @@ def set_up_training(
     Args:
         model: on any device, with the weights to start from.
         embedding: likewise.
-        run: what to go on from; None = start.
+        run: the earlier start to continue; None = begin.
         settings: how to train.
         processes: those that train together.
         task: after `setup`.
         seed: for what each process draws by itself.
-        about: what every checkpoint says beside the weights; `precision` among it.
+        about: further contents of every checkpoint, among them `precision`.
         n_batches: of one process in one epoch.
 
     Raises:
@@ -100,8 +101,8 @@ def set_up_training(
     if settings.compile:
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
-        # Ranks among an aligned dataset's own numbers need no labels, and are the better the more records there are.
-        dataset = records_of(task) if about.get("alignment") is not None else task.dataset("train")
+        # Ranks among an aligned dataset's own numbers need no labels, and more records make them better.
+        dataset = records_of(task) if about.get("alignment") is not None else dataset_of(task, "train")
         model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.
@@ -158,7 +159,7 @@ def set_up_training(
 def inputs_of_all(
     dataset: EventDataset, embedding: EventEmbedding, *, settings: TrainerSettings
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what a model is given of all rows of a dataset, in order of length; the same in every process."""
+    """Yield a model's inputs for all rows of a dataset, in order of length; every process gets the same."""
     for rows in BucketSampler(
         dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
     ):

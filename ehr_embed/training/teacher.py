@@ -24,7 +24,8 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import FeatureSet
-from ehr_embed.tasks.protocol import WeighsSamples, records_of
+from ehr_embed.tasks.protocol import WeighsSamples
+from ehr_embed.tasks.set_up import records_of
 from ehr_embed.training.fit_table import feature_set, inputs_of
 from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.trainer import Trainer
@@ -63,8 +64,10 @@ def teacher_model(
     *,
     windows_hours: Sequence[float] | None = None,
 ) -> GBM | None:
-    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` as a model's. Where the model that it
-    teaches reads windows of hours before the prediction, the teacher reads the same."""
+    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` are those of a model.
+
+    Where the model that it teaches reads windows of hours before the prediction, the teacher reads the same windows.
+    """
     if name is None:
         return None
     model = GBM(**sizes, **OPTIONS, windows_hours=windows_hours)

@@ -22,6 +22,7 @@ from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
@@ -118,7 +119,7 @@ class Trainer:
         self._reload_best(model, embedding)
         progress = training.state.progress
         return self.facts(model, embedding) | {
-            "n": len(self.task.dataset("train")),
+            "n": len(dataset_of(self.task, "train")),
             "epochs": progress.epoch,
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
@@ -283,7 +284,7 @@ class Trainer:
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             self._step(training, step_mean, n_batches=group)
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
-            asked = self._asked(stop)
+            asked = self._asked_before(stop)
             if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
                 progress.average(losses.tolist(), self.processes)
@@ -349,6 +350,10 @@ class Trainer:
         number = self.processes.largest(0 if stop.name is None else signal.Signals[stop.name])
         return signal.Signals(number).name if number else None
 
+    def _asked_before(self, stop: StopRequest) -> bool:
+        """Return whether a signal asked any process to stop before the previous call, or asked the only process by now."""
+        return self.processes.largest_before(int(stop.name is not None)) > 0
+
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
         """Raise `Stopped` if a signal asked any process to stop; the caller has saved the state."""
         if name := self._asked(stop):
@@ -371,7 +376,7 @@ class Trainer:
         # Buffers that a spread model makes in inference mode could not be trained with.
         with torch.inference_mode(self.processes.size == 1), torch.no_grad():
             for number, batch in enumerate(loader):
-                if stop is not None and self._asked(stop):
+                if stop is not None and self._asked_before(stop):
                     raise Stopped
                 moved = batch.to(self.fabric.device)
                 with self.fabric.autocast():

@@ -108,7 +108,7 @@ def test_an_aligned_model_goes_on_learning_and_is_opened_as_it_ended(hospitals, 
     found = Predictor(hospitals / name).predict_proba(hospitals / "away", labels="case", split="held_out")
     own = pl.read_parquet(hospitals / name / "predictions" / "held_out.parquet")
     np.testing.assert_allclose(found["probability_true"], own["predicted_boolean_probability"], atol=1e-5)
-    with pytest.raises(UserError, match=r"a third dataset cannot be aligned with it"):
+    with pytest.raises(UserError, match=r"Type: init_from= that run, or data\.aligned_to=none"):
         run(config(hospitals, "home", kind, f"{kind}-third", f"init_from={hospitals / name}", "trainer.epochs=0"))
 
 
@@ -138,17 +138,17 @@ def test_what_cannot_be_aligned_is_refused_before_the_run_begins(hospitals, tmp_
     start = [f"init_from={hospitals / 'gbm-home'}", "trainer.epochs=0"]
     (tmp_path / "p.csv").write_text("code,matched_code\nv//9,HR\n")
     for overrides, match in (
-        ([*start, f"data.alignment_pairs={tmp_path / 'p.csv'}"], r"names v//9, which is no code of this dataset"),
-        ([*start, f"data.alignment_pairs={tmp_path / 'none.csv'}"], r"no such file"),
+        ([*start, f"data.alignment_pairs={tmp_path / 'p.csv'}"], r"p\.csv .*v//9"),
+        ([*start, f"data.alignment_pairs={tmp_path / 'none.csv'}"], r"data\.alignment_pairs=\S*none\.csv"),
         (
             ["data.aligned_to=somewhere", "trainer.epochs=1"],
-            r"data\.aligned_to=somewhere: expected a model .*init_from=RUN_DIR",
+            r"data\.aligned_to=somewhere: .*init_from=RUN_DIR",
         ),
     ):
         with pytest.raises(UserError, match=match):
             run(config(hospitals, "away", "gbm", "refused", *overrides))
     assert not (hospitals / "refused").exists()
-    with pytest.raises(UserError, match=r"no such file"):
+    with pytest.raises(UserError, match=r"data\.alignment_pairs=\S*none\.csv"):
         predict(composed(
             f"run={hospitals / 'gbm-home'}", f"data.root={hospitals / 'away'}", f"output={tmp_path / 'o.parquet'}",
             f"data.alignment_pairs={tmp_path / 'none.csv'}", name="predict",
