@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import alternate, cpu_name, parser, ratio, report, seconds, write_cohort
-from ehr_embed.data.batches import HOST, BucketSampler, batch_loader
+from ehr_embed.data.batches import HOST, batch_loader
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.sources.meds import MedsSource

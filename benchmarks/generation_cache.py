@@ -5,8 +5,8 @@
     python -m benchmarks.generation_cache --samples 20 --batch 8 --full 0 --bfloat16 1
 
 An untrained decoder of the default size on random records: speed does not depend on what the weights are. With `--full 1`, running
-the whole sequence again for each event alternates with the cache in one run and draws the same events. Prints one JSON line with the
-medians, and with that of the pairs' ratios. CPU seconds are those of the process, which other programs change little.
+the whole sequence again for each event alternates with the cache in one run and draws the same events. Prints one JSON line with
+the medians, and with that of the pairs' ratios. CPU seconds are those of the process, which other programs change little.
 """
 
 from __future__ import annotations
@@ -53,7 +53,16 @@ def random_prompts(batch: int, length: int, vocab_size: int) -> Batch:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"prompt": 384, "new": 128, "batch": 16, "vocabulary": 5000, "samples": 1, "repeats": 3, "full": 1, "bfloat16": 0}
+    numbers = {
+        "prompt": 384,
+        "new": 128,
+        "batch": 16,
+        "vocabulary": 5000,
+        "samples": 1,
+        "repeats": 3,
+        "full": 1,
+        "bfloat16": 0,
+    }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

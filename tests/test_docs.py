@@ -31,7 +31,7 @@ from tests.helpers.small_meds import ROOT
 DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
-"""What pages link to."""
+"""Targets of the links of pages."""
 DEMO_SIZE = 400
 
 
@@ -178,6 +178,17 @@ def shortened(arguments: list[str], *, texts: bool = True) -> list[str]:
     if is_search(" ".join(arguments)):
         short.append("hydra.sweeper.has_plots=false")
     return short
+
+
+def test_nothing_to_type_asks_a_registry_for_the_package():
+    """It is not there yet; an extra of an installed package needs no registry for the package itself."""
+    pages = {path: path.read_text() for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
+    for path, text in pages.items():
+        for _, _, block in FENCE.findall(text):
+            assert not re.findall(r"pip install (?:-\S+ )*ehr_embed\b", block), path
+    for path in (ROOT / "README.md", DOCS / "index.md", DOCS / "install.md"):
+        first = next(block for language, _, block in FENCE.findall(pages[path]) if language in ("sh", "bash"))
+        assert first.splitlines()[0].split("  #")[0].strip() == "pip install .", path
 
 
 @pytest.mark.slow

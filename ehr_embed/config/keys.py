@@ -18,9 +18,11 @@ from ehr_embed.embedding.alignment import Matching
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
 from ehr_embed.embedding.pooling import PoolCodes
+from ehr_embed.embedding.variants import Kind
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
+from ehr_embed.models.whitening import Shrinkage
 from ehr_embed.run_folder.resume import Mode as ResumeMode
 from ehr_embed.sources.hidden_codes import HiddenShare
 from ehr_embed.sources.protocol import SPLITS
@@ -47,6 +49,8 @@ class DataKeys(Keys, VocabularySettings):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    text_variants: Share
+    variant_kinds: Annotated[Sequence[Kind], Told("a list of synonyms, words, neighbours", example="[synonyms]")]
     pool_codes: PoolCodes
     pool_weights: PoolWeights
 
@@ -107,6 +111,15 @@ MemberName = Annotated[
 ]
 
 
+class EventVectorsKeys(Keys):
+    """Keys of `event_vectors`, from which models that whiten the vectors of events take what a pipeline sets."""
+
+    has_only_these = True
+    expected = "a mapping with whiten and shrinkage, as in conf/pipeline/embedded_based.yaml"
+    whiten: Switch
+    shrinkage: Shrinkage
+
+
 class EnsembleKeys(Keys):
     """Keys of `ensemble`."""
 
@@ -127,6 +140,7 @@ class RunKeys(StageKeys):
     init_from: Annotated[Text | None, Told("a run's folder, a checkpoint, or null", example="RUN_DIR")]
     pretrain: PretrainKeys | None
     ensemble: EnsembleKeys
+    event_vectors: EventVectorsKeys
     integrity: Integrity
     audit: AuditMode
     trusted_packages: Annotated[Sequence[Text], Told("a list of packages", example="[PACKAGE]")]
@@ -179,7 +193,7 @@ class PredictKeys(DeviceKeys):
 class ExplainKeys(DeviceKeys):
     """Keys of conf/explain.yaml; a rule of several keys stands where they are used."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     target: Annotated[Text | None, Told("a class of the run, or null", example="null")]
@@ -209,7 +223,7 @@ class GenerateKeys(DeviceKeys, Sampling):
 class AskKeys(DeviceKeys):
     """Keys of conf/ask.yaml."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     questions: Annotated[Sequence[Text], Told("a list of words", example="[osteoarthritis]")]
     codes: Annotated[Sequence[Text], Told("a list of codes", example="[CODE]")]
     code_pattern: Annotated[Text | None, Told("a regular expression, or null", example="null")]

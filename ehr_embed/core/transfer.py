@@ -54,7 +54,7 @@ def reads_freely(device: torch.device) -> bool:
 
 
 def places_of(mask: Tensor, n_most: int) -> Tensor:
-    """Return the indices of the first `n_most` True entries of a mask (F,), ascending, then -1, (n_most,) int64; nothing is read back.
+    """Return the indices (n_most,) int64 of the first True entries of a mask (F,), ascending, then -1; nothing is read back.
 
     >>> places_of(torch.tensor([False, True, False, True]), 3).tolist()
     [1, 3, -1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.sources.meds import microseconds, out_of_range, readable
+from ehr_embed.sources.meds_files import microseconds, out_of_range, readable
 from ehr_embed.sources.meds_remedies import without_zone
 from ehr_embed.sources.protocol import SPLITS
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.manifest import checked
-from ehr_embed.sources.meds import readable
+from ehr_embed.sources.meds_files import readable
 
 KEYS = ["subject_id", "prediction_time"]
 

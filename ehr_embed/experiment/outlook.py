@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ehr_embed.config.instantiate import builder, instantiate, instantiate_embedder
+from ehr_embed.config.instantiate import builder, instantiate_embedder
 from ehr_embed.core.threads import use_threads
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder
-from ehr_embed.experiment.preflight import splits_of
+from ehr_embed.experiment.preflight import sizes_before_setup, splits_of
 from ehr_embed.inference.trained_run import device_named
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
+from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import ReadsLabels, Task
 from ehr_embed.training.memory import peak_memory_mib
@@ -35,7 +38,14 @@ N_STEPS, N_WARM, N_TEXTS = 3, 1, 32
 """Steps that are measured, steps before them, and texts that are embedded."""
 MAX_CODES_ROWS = 200_000_000
 """Largest number of events whose codes are counted; more would take minutes."""
-SHOWN_CLASSES = 5
+SHOWN_CLASSES, SHOWN_CODES = 5, 3
+MANY_PARAMETERS = 1_000_000
+"""Size from which a transformer is slow to train without a GPU."""
+SMALLER = {
+    "ehr_embed.models.encoder.Encoder": "model=encoder_small trainer=short",
+    "ehr_embed.models.decoder.Decoder": "model=decoder_small trainer=pretrain_short",
+}
+"""What to type for a smaller model of a kind, which trains on a CPU."""
 MIB_PER_GIB = 2**10
 
 
@@ -73,8 +83,11 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
     counts = [samples_by_class(label_set, splits) for label_set in label_sets]
     lines += [(f"label {label_set.name}", told) for label_set, (told, _) in zip(label_sets, counts, strict=True)]
     n_train = max((n for _, n in counts), default=round(n_subjects * 0.8) if splits is None else _n_in_train(splits))
-    n_tokens, told = tokens_of(cfg, source, n_events)
+    codes = codes_of(source, n_events)
+    n_tokens, told = tokens_of(cfg, source, codes)
     lines.append(("texts", told))
+    if codes is not None:
+        lines.append(("coverage", coverage_of(codes, source.code_metadata(), list(cfg.data.lookups))))
     embedder: Embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
     try:
         width, per_text = embedder.embedding_dim, seconds_per_text(embedder)
@@ -88,11 +101,25 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
     )
     length = max(1, min(int(cfg.model.max_length), round(n_events / max(1, n_subjects))))
     n_rows = max(1, min(settings.batch_size or settings.batch_tokens, settings.batch_tokens // length, n_train))
-    found = measured(
-        cfg, settings, width=width, n_tokens=n_tokens, shape=(n_rows, length), n_classes=_n_classes(label_sets)
-    )
-    lines.append(("model", f"{cfg.model._target_.rsplit('.', 1)[-1]}, {found.n_parameters:,} parameters"))
-    if found.seconds is None:
+    sizes = {"num_classes": _n_classes(label_sets)} if label_sets and task.is_trained else sizes_before_setup(task)
+    members = _members(cfg)
+    name = cfg.model._target_.rsplit(".", 1)[-1] + (f" of {len(members)} members" if members else "")
+    if sizes is None:
+        of = type(task).__name__
+        lines.append(
+            ("model", f"{name}; parameters, time and memory not estimated: {of} gives its outputs with the data")
+        )
+        _tell(lines)
+        return
+    if "vocab_size" in sizes:
+        sizes = {"vocab_size": n_tokens}
+    found = measured(cfg, settings, width=width, n_tokens=n_tokens, shape=(n_rows, length), task_sizes=sizes)
+    lines.append(("model", f"{name}, {found.n_parameters:,} parameters"))
+    if members:
+        lines.append(
+            ("time", "that of the members, which are told one by one, and of evaluating what they predict together")
+        )
+    elif found.seconds is None:
         lines.append(("time", "not estimated: this model is not trained by steps on vectors"))
     else:
         n_batches = -(-n_train // n_rows)
@@ -110,14 +137,23 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
                 "evaluation",
             )
         )
+    smaller = SMALLER.get(str(cfg.model._target_))
+    if found.where.startswith("cpu") and found.n_parameters > MANY_PARAMETERS and smaller:
+        lines.append(
+            ("without a GPU", f"add {smaller} for a small model, as the demo trains, in a fraction of this time")
+        )
     lines.append(
         (
             "memory",
             f"about {found.gib:.1f} GiB; the table of vectors is at most {n_tokens * width * 4 / 2**20:,.1f} MiB of it",
         )
     )
-    width_of_names = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width_of_names}}  {text}" for name, text in lines))
+    _tell(lines)
+
+
+def _tell(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in lines))
 
 
 def sizes_of(source: Source) -> tuple[int, int]:
@@ -172,18 +208,42 @@ def _n_in_train(splits: pl.DataFrame) -> int:
     return len(splits.filter(split="train"))
 
 
-def tokens_of(cfg: DictConfig, source: Source, n_events: int) -> tuple[int, str]:
-    """Return the largest number of texts to embed, and in words where it comes from."""
-    settings = VocabularySettings(values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count)
+def codes_of(source: Source, n_events: int) -> pl.DataFrame | None:
+    """Return code, n (its events) and n_values (those with a number); None where a source has too many events to count them."""
     if n_events > MAX_CODES_ROWS:
-        n_codes = source.code_metadata()["code"].n_unique()
-        return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
+        return None
     parts = []
     for shard in source.shards:
         frame = pl.scan_parquet(shard, glob=False)
         value = pl.col("numeric_value").count() if "numeric_value" in frame.collect_schema() else pl.lit(0)
         parts.append(frame.group_by(pl.col("code").cast(pl.String)).agg(n=pl.len(), n_values=value).collect())
-    codes = pl.concat(parts, how="vertical_relaxed").group_by("code").sum()
+    return pl.concat(parts, how="vertical_relaxed").group_by("code").sum()
+
+
+def coverage_of(codes: pl.DataFrame, metadata: pl.DataFrame, lookups: list[str]) -> str:
+    """Return in words which share of events has a text that somebody wrote, and which codes that make up most events have none.
+
+    >>> codes = pl.DataFrame({"code": ["A", "LAB//B"], "n": [3, 1]})
+    >>> metadata = pl.DataFrame({"code": ["A"], "description": ["fever"], "parent_codes": [None]},
+    ...     schema_overrides={"parent_codes": pl.List(pl.String)})
+    >>> coverage_of(codes, metadata, [])
+    '75.0% of all events have a text (50.0% of codes); the rest show their bare codes, such as LAB//B'
+    """
+    found = codes.drop_nulls("code").sort("n", descending=True)
+    steps = resolve_texts(found["code"], metadata, read_lookups(lookups))
+    bare = steps["step"].to_numpy() == "readable"
+    n, of_events = found["n"].to_numpy(), float(found["n"].sum()) or 1.0
+    told = f"{1 - n[bare].sum() / of_events:.1%} of all events have a text ({1 - bare.mean():.1%} of codes)"
+    named = ", ".join(found["code"].filter(pl.Series(bare)).head(SHOWN_CODES))
+    return told + (f"; the rest show their bare codes, such as {named}" if named else "")
+
+
+def tokens_of(cfg: DictConfig, source: Source, codes: pl.DataFrame | None) -> tuple[int, str]:
+    """Return the largest number of texts to embed, and in words where it comes from."""
+    settings = VocabularySettings(values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count)
+    if codes is None:
+        n_codes = source.code_metadata()["code"].n_unique()
+        return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
     n_binned = len(codes.filter(pl.col("n_values") >= settings.min_count)) if settings.has_bins else 0
     most = len(codes) + n_binned * settings.n_bins
     bins = f", {n_binned:,} of them with value bins: at most {most:,} texts" if n_binned else ""
@@ -202,7 +262,13 @@ def seconds_per_text(embedder: Embedder) -> float:
 
 
 def measured(
-    cfg: DictConfig, settings: TrainerSettings, *, width: int, n_tokens: int, shape: tuple[int, int], n_classes: int
+    cfg: DictConfig,
+    settings: TrainerSettings,
+    *,
+    width: int,
+    n_tokens: int,
+    shape: tuple[int, int],
+    task_sizes: dict[str, int],
 ) -> Measured:
     """Build the model and time steps on random events.
 
@@ -211,27 +277,27 @@ def measured(
         settings: those of its trainer.
         width, n_tokens: size of the table of vectors.
         shape: rows and events of a batch.
-        n_classes: classes of the task; 0 = the task predicts events.
+        task_sizes: the task's `num_classes`, or `vocab_size` where it predicts events.
 
     Raises:
         UserError: the model's settings do not fit together.
     """
     device = _device(settings)
     has_values = cfg.data["values"] in ("continuous", "both")
-    sizes: dict[str, Any] = {"num_classes": n_classes} if n_classes else {"vocab_size": n_tokens}
     torch.manual_seed(0)
-    model: nn.Module = instantiate(
-        cfg.model, trusted=tuple(cfg.trusted_packages), embedding_dim=width, has_values=has_values, **sizes
-    )
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = _members(cfg)
+    build = partial(builder(cfg), embedding_dim=width, has_values=has_values, **task_sizes)
+    models: list[nn.Module] = [build(config) for config in parts or [cfg.model]]
+    model = models[0]
+    n_parameters = sum(p.numel() for part in models for p in part.parameters() if p.requires_grad)
     precision = choose_precision(settings.precision, settings.accelerator)
     where = f"{device.type} in {precision} with {torch.get_num_threads()} threads"
-    if isinstance(model, ReadsVocabulary | FitsAtOnce):
+    if parts or isinstance(model, ReadsVocabulary | FitsAtOnce):
         return Measured(n_parameters, None, peak_memory_mib(device) / MIB_PER_GIB, where)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     inputs = {name: x.to(device) for name, x in random_inputs(shape, width, n_tokens, has_values=has_values).items()}
-    if not n_classes:
+    if "vocab_size" in task_sizes:
         table = torch.randn(n_tokens, width, device=device)
         inputs |= {"table": table, "targets": inputs["token_ids"], "target_gap_days": inputs["gap_days"]}
         inputs |= {"target_values": inputs["values"]} if has_values else {}
@@ -240,7 +306,7 @@ def measured(
         if step == N_WARM:
             _wait(device)
             began = time.perf_counter()
-        with autocast_of_run(settings.precision, precision, device):
+        with autocast_of_run(settings.precision, precision, device), named_inputs(type(model).__name__):
             loss = total(model(inputs))
         loss.backward()
         optimizer.step()
@@ -253,8 +319,10 @@ def random_inputs(shape: tuple[int, int], width: int, n_tokens: int, *, has_valu
     """Return inputs of a model as `EventEmbedding.inputs` gives them, of random events without padding."""
     inputs = {name: torch.rand(shape).cumsum(1) for name in ("days", "gap_days", "elapsed_days", "age_days")}
     inputs |= {"padding_mask": torch.ones(shape, dtype=torch.bool), "is_static": torch.zeros(shape, dtype=torch.bool)}
+    n_rows = max(1, min(n_tokens, shape[0] * shape[1]))
     inputs |= {
-        "embeddings": torch.randn(*shape, width),
+        "rows": torch.randn(n_rows, width),
+        "row_ids": torch.randint(n_rows, shape),
         "token_ids": torch.randint(2, max(3, n_tokens), shape, dtype=torch.int32),
     }
     return inputs | ({"values": torch.randn(shape)} if has_values else {})
@@ -266,6 +334,12 @@ def total(outputs: Any) -> Tensor:
         [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     )
     return torch.stack([part.float().mean() for part in parts]).sum()
+
+
+def _members(cfg: DictConfig) -> list[DictConfig]:
+    """Return the configurations of the models that an ensemble blends; empty for any other model."""
+    members = cfg.model.get("members")
+    return list(members) if OmegaConf.is_list(members) else []
 
 
 def _device(settings: TrainerSettings) -> torch.device:

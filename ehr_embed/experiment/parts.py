@@ -151,8 +151,11 @@ class EpochLog:
         if self.is_first:
             self.tracker.log(row, step=epoch)
             log.info(
-                "epoch %d: train loss %.4f, tuning loss %.4f, tuning %s %.4f, %s events/s",
-                row["epoch"], row["train/loss"], row["tuning/loss"], self.monitor, value, f"{row['train/events_per_s']:,.0f}",
+                "epoch %d: train loss %.4f, tuning loss %.4f%s, %s events/s",
+                row["epoch"], row["train/loss"], row["tuning/loss"],
+                # A task that is monitored by its loss would say it twice.
+                "" if self.monitor == "loss" and value == row["tuning/loss"] else f", tuning {self.monitor} {value:.4f}",
+                f"{row['train/events_per_s']:,.0f}",
             )  # fmt: skip
         self.trial.report(value, step=epoch)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,39 +25,35 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
 from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.pool import Pool
-from ehr_embed.data.selected import SelectedStore
-from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedders.protocol import trainable_of
-from ehr_embed.embedding.aligning import AUTO, aligned_table, wanted_alignment
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.embedding.match_table import Alignment
-from ehr_embed.embedding.pooling import pool_alignment, pooled_table
+from ehr_embed.embedding.pooling import pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from, reads_text
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, variants_of, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
-from ehr_embed.experiment.recalibration import Recalibrated, calibration_of, recalibrate
+from ehr_embed.experiment.recalibration import calibration_of, recalibrate
+from ehr_embed.experiment.results import write_predictions, write_results
+from ehr_embed.experiment.shared_codes import align_inputs, align_model, pool_inputs, pool_model
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, PoolsCodes, ReadsVocabulary, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_variants, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
-from ehr_embed.reports.example_records import examples_of
-from ehr_embed.reports.html_report import report_of, save
-from ehr_embed.reports.model_card import write_model_card
-from ehr_embed.reports.run_report import print_metrics, summary_of, write_plots
+from ehr_embed.reports.run_report import print_metrics
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
-from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT, PLOTS, REPORT, predictions_file
-from ehr_embed.run_folder.origin import Origin, has_vocabulary, is_of_other_data, read_origin
+from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT
+from ehr_embed.run_folder.origin import is_of_other_data
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
 from ehr_embed.sources.demo import bayes_auroc
+from ehr_embed.sources.demo_times import bayes_concordance
 from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
-from ehr_embed.tasks.protocol import DrawsPlots, HasBaselines, Outputs, TakesSizes, Task, check_causality
+from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.trackers.protocol import KeepsReport, Tracker
+from ehr_embed.trackers.protocol import Tracker
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -153,45 +149,6 @@ def open_inputs(plan: Plan, found: FoundRun) -> Inputs:
     return Inputs(source=source, prepared=prepared, aligned=aligned, pooled=pooled, audited=audited)
 
 
-def pool_inputs(plan: Plan, prepared: Prepared) -> Alignment | None:
-    """Return as which codes those of pooled datasets are read; None where there is one dataset, or each code is one of its own."""
-    pool = Pool.of(prepared.store.manifest)
-    if pool is None or not plan.pools_codes or plan.task.needs_causal is not None:
-        return None
-    return pool_alignment(
-        replace(plan.alignment, aligned_to=AUTO), prepared.store.vocabulary, pool, cache_dir=Path(plan.cfg.cache_dir)
-    )
-
-
-def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin, Alignment] | None]:
-    """Return the inputs as the run of `init_from` reads them, if its codes shall stand for theirs, and else as they are.
-
-    Raises:
-        UserError: the alignment is asked for, and there is no run to align with or its task predicts events; or nothing matches.
-    """
-    asked, init_from = plan.alignment, plan.init_from
-    if asked.is_off:
-        return prepared, None
-    predicts_classes = plan.task.needs_causal is None
-    if init_from is None or not has_vocabulary(init_from) or not predicts_classes:
-        if asked.aligned_to == AUTO:
-            return prepared, None
-        raise UserError(
-            f"data.aligned_to={asked.aligned_to}: expected a model that predicts classes and comes from a run's folder, with whose "
-            f"codes to align; init_from is {init_from or 'null'} and the task {type(plan.task).__name__}. Type: init_from=RUN_DIR"
-        )
-    origin, store = read_origin(init_from), prepared.store
-    alignment = wanted_alignment(asked, origin.vocabulary, store.vocabulary, cache_dir=Path(plan.cfg.cache_dir))
-    if alignment is None:
-        return prepared, None
-    if origin.pooled is not None:
-        alignment = alignment.through(origin.pooled)
-    own = prepared.table if reads_text(plan.cfg) else None
-    table = aligned_table(alignment, origin.vocabulary, store.vocabulary, origin.vectors, own)
-    selected = SelectedStore(store, alignment.keeps(store.vocabulary), why=alignment.digest)
-    return replace(prepared, store=selected, table=table), (origin, alignment)
-
-
 def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     """Build the model with its first weights, the tracker and the trainer, and read the checkpoint to go on from.
 
@@ -204,23 +161,29 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     vocabulary = prepared.store.vocabulary if inputs.aligned is None else inputs.aligned[0].vocabulary
     if isinstance(task, TakesSizes):
         give_sizes(task, plan.init_from, prepared)
+    if isinstance(task, ReadsWords) and task.words is not None:
+        words = task.words
+        task.take_words(plan.processes.first(lambda: vector_of_words(cfg, words)), prepared.table)
     sizes = {"embedding_dim": prepared.table.shape[1], "has_values": prepared.store.manifest["has_values"]} | task.sizes
     model = build_model(cfg.model, vocabulary, trusted=tuple(cfg.trusted_packages), sizes=sizes)
-    read_pooled(model, inputs)
+    pool_model(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
-    embedding = EventEmbedding(prepared.table, trainable)
+    variants = variants_of(cfg, prepared, plan.alignment.read()) if plan.is_trained else None
+    if variants is not None:
+        check_variants(model, variants.share)
+    embedding = EventEmbedding(prepared.table, trainable, variants)
     if found.checkpoint is None:
         give_first_weights(plan, inputs, model, embedding)
     if inputs.aligned is not None:
-        read_aligned(model, prepared.store.vocabulary, inputs.aligned[1])
+        align_model(model, prepared.store.vocabulary, inputs.aligned[1])
     teacher = teacher_model(
         plan.settings.teacher,
         prepared.store.vocabulary,
         of_constructor(sizes),
         windows_hours=cfg.model.get("windows_hours"),
     )
-    read_pooled(teacher, inputs)
+    pool_model(teacher, inputs)
     start = found.load(prepared.identity, task.samples)
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
@@ -251,7 +214,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
             "is_pooled": True,
         }
     if cfg.data.get("pool_weights") == "datasets" and (pool := Pool.of(prepared.store.manifest)) is not None:
-        trainer.weigh = pool.weights
+        trainer.batches.weigh = pool.weights
     origins = made_from(
         prepared, init_from_sha256=trainer.about["init_from_sha256"], samples_digest=trainer.about["samples_digest"]
     )
@@ -295,27 +258,6 @@ def give_first_weights(plan: Plan, inputs: Inputs, model: nn.Module, embedding: 
             class_names=None if plan.is_trained else plan.task.class_names,
             trained_classes=plan.task.class_names,
         )
-
-
-def read_pooled(model: nn.Module | None, inputs: Inputs) -> None:
-    """Let a model that reads codes read those of pooled datasets as each other's: those of this run, or of the run that it starts
-    from, whose codes it keeps."""
-    if not isinstance(model, PoolsCodes):
-        return
-    if inputs.aligned is not None and inputs.aligned[0].pooled is not None:
-        model.pool(inputs.aligned[0].pooled)
-    elif inputs.pooled is not None:
-        pool, codes = Pool.of(inputs.prepared.store.manifest), list(inputs.pooled.matches)
-        assert pool is not None
-        model.pool(inputs.pooled.matches, dict(zip(codes, pool.of_codes(list(codes)).tolist(), strict=True)))
-
-
-def read_aligned(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) -> None:
-    """Let a model that reads codes or texts read those of `vocabulary` as `alignment` says."""
-    if isinstance(model, ReadsVocabulary):
-        model.set_vocabulary(vocabulary)
-    if isinstance(model, AlignsCodes):
-        model.align(alignment.matches)
 
 
 @contextmanager
@@ -406,8 +348,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["datasets"] = by_dataset(task, evaluated, pool, n_bootstrap=plan.settings.n_bootstrap)
     if inputs.pooled is not None:
         metrics["pooled"] = inputs.pooled.facts
-    if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
-        metrics["bayes_auroc"] = best
+    for name, known in (("auroc", bayes_auroc), ("concordance", bayes_concordance)):
+        if name in metrics["held_out"] and (best := best_possible(known, inputs.source, task)):
+            metrics[f"bayes_{name}"] = best
     return metrics
 
 
@@ -427,52 +370,21 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
     return metrics
 
 
-def write_results(
-    plan: Plan, inputs: Inputs, tracker: Tracker, fitted: Fitted, metrics: dict[str, Any], calibrated: Recalibrated
-) -> None:
-    """Write plots, the model card and the report, and give the tracker its summary."""
-    task, run_dir, store = plan.task, plan.run_dir, inputs.prepared.store
-    evaluated = {split: fitted.outputs[split] for split in EVALUATED}
-    curves = task.curves(evaluated)
-    raw = {} if calibrated.raw is None else task.curves({split: calibrated.raw[split] for split in EVALUATED})
-    plots = write_plots(run_dir / PLOTS, fitted.history, curves, before=raw)
-    if isinstance(task, DrawsPlots):
-        for name, draw in task.plots(evaluated).items():
-            draw(run_dir / PLOTS / f"{name}.png")
-            plots.append(run_dir / PLOTS / f"{name}.png")
-    write_model_card(
-        run_dir,
-        config=plan.config,
-        metrics=metrics,
-        store=store,
-        samples=task.samples,
-        curves=curves,
-        audited=inputs.audited,
-        n_bootstrap=plan.settings.n_bootstrap,
-    )
-    if plan.cfg.get("report", True):  # configurations of earlier versions do not have this key
-        choices = group_choices(plan.cfg)
-        made = partial(report_of, run_dir, config=plan.config, metrics=metrics, choices=choices)
-        save(made(), run_dir / REPORT)
-        if isinstance(tracker, KeepsReport):
-            tracker.add_report(partial(made, has_environment=False))
-    tracker.summarise(summary_of(metrics))
-    tracker.add_plots(plots)
-    tracker.add_examples(lambda: examples_of(task, store, fitted.outputs["held_out"]))
-
-
-def write_predictions(plan: Plan, fitted: Fitted) -> None:
-    """Write the predictions of the splits that were predicted for."""
-    for split in fitted.outputs:
-        plan.task.write_predictions(predictions_file(plan.run_dir, split), split, fitted.outputs[split])
-
-
 def monitored(metrics: dict[str, Any], task: Task) -> float:
     """Return the monitored metric on tuning from what metrics.json holds."""
     return float(metrics["tuning"][task.monitor]["value"])
 
 
-def best_possible_auroc(source: Source) -> dict[str, float] | None:
-    """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
-    known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
-    return {split: value for split, value in known.items() if value is not None} or None
+def best_possible(known: Callable[..., float | None], source: Source, task: Task) -> dict[str, float] | None:
+    """Return what the true risks of a synthetic cohort reach on each evaluated split; None where no true risk is known of a sample.
+
+    Args:
+        known: `bayes_auroc` or `bayes_concordance`, which compares the samples with those that were drawn with the risks.
+        source: source of the data.
+        task: after `setup`.
+    """
+    best = {}
+    for split in EVALUATED:
+        samples = task.samples[split]
+        best[split] = known(source.labels_dir.parent, samples.meds_keys, samples.labels)
+    return {split: value for split, value in best.items() if value is not None} if None not in best.values() else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -16,64 +14,26 @@ import torch
 from torch import Tensor
 
 from ehr_embed.calibration.calibrator import Calibrator
-from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_embedder
-from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import file_sha256
+from ehr_embed.config.instantiate import check_stored, instantiate
+from ehr_embed.core.errors import UserError
 from ehr_embed.core.rereadable import Rereadable
-from ehr_embed.data.batches import BatchDataset, BucketSampler
-from ehr_embed.data.boundary import UnseenRecords
-from ehr_embed.data.labels import read_labels
-from ehr_embed.data.samples import Samples, build_samples
-from ehr_embed.data.selected import without_others
-from ehr_embed.data.store import SplitEvents, encode_shards, joined
+from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.vocabulary import Vocabulary
-from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.aligning import AlignmentSettings
-from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.embedding.table import as_stored
-from ehr_embed.inference.aligned_data import AlignedData, may_be_new, read_aligned
-from ehr_embed.inference.loose_records import TextTokens, daily_events, has_texts, vector_tokens
-from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
+from ehr_embed.inference.aligned_data import AlignedData
+from ehr_embed.inference.records import ROW, Dataset, RecordReader, Vectors
 from ehr_embed.inference.trained_run import (
     TrainedRun,
-    nothing_to_predict,
     open_run,
-    samples_to_predict,
-    say_static_only,
     stored_calibrator,
-    times_to_predict,
 )
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
-from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, declarations
-from ehr_embed.run_folder.layout import LOOKUPS, VOCABULARY
-from ehr_embed.sources.code_texts import read_lookups, resolve_texts
-from ehr_embed.sources.meds import MedsSource
-from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
-
-log = logging.getLogger(__name__)
-Vectors = npt.NDArray[Any] | Tensor
-CHUNK_EVENTS = 2_000_000
-"""Number of events that are held in memory at a time, in addition to the shard that is being read."""
-ROW = "__row"
-
-
-class Dataset(NamedTuple):
-    """A MEDS dataset, encoded with a run's vocabulary.
-
-    Attributes:
-        vocabulary, embedding: vocabulary and vectors of the run, extended by the dataset's new codes.
-        events: events of the chosen subjects.
-        samples: one sample per prediction time, with the events visible at that time and labels of zero.
-    """
-
-    vocabulary: Vocabulary
-    embedding: EventEmbedding
-    events: SplitEvents
-    samples: Samples
 
 
 class Predicted(NamedTuple):
@@ -102,6 +62,7 @@ class Predictor:
     Attributes:
         class_names: names of the probability columns.
         run: model, token vectors, vocabulary and configuration of the run.
+        records: reads what a caller gives as records of the run's events.
         calibrator: the calibration that the run fitted on tuning, which every probability goes through; None = it has none.
 
     Raises:
@@ -133,13 +94,8 @@ class Predictor:
                 is_exclusive=self.has_exclusive_classes,
                 trusted=self._trusted,
             )
-        lookups = Path(run_dir).expanduser() / VOCABULARY / LOOKUPS
-        self._lookups = [str(lookups)] if lookups.is_file() else []
-        self._lookup_tables: dict[tuple[str, ...], pl.DataFrame] = {}
-        self._vectors = KeptVectors(self._embedded)
+        self.records = RecordReader(self.run, run_dir, trusted_packages=self._trusted)
         self._present: Vocabulary = self.run.vocabulary  # whose token ids the model reads now
-        self._tokens_of = TextTokens(self.run, self._vectors)
-        self._dataset: tuple[dict[str, Any], NewCodes] | None = None
 
     def _check(self, run_dir: str | Path) -> None:
         """Refuse a run that this class cannot use."""
@@ -232,39 +188,20 @@ class Predictor:
         """
         if isinstance(records, str | Path):
             return self._predict_dataset(str(records), labels, split, lookups, alignment or AlignmentSettings())
-        if not len(records):
-            raise UserError("no record to predict for: expected vectors, texts or the root of a MEDS dataset.")
-        if isinstance(records, list | tuple) and has_texts(records):
-            texts = [records] if isinstance(records[0], str) else records
-            token_ids, vocabulary, embedding = self._tokens_of(texts, reads_text=lambda: self.reads_text)
-        elif isinstance(self.run.model, ReadsVocabulary):
-            raise UserError(
-                f"{type(self.run.model).__name__} reads the codes or texts of events, which vectors do not contain. Give "
-                "texts, or the "
-                "root of a MEDS dataset."
-            )
-        else:
-            is_one = isinstance(records, np.ndarray | Tensor) and records.ndim == 2
-            token_ids, embedding = vector_tokens([records] if is_one else list(records))
-            vocabulary = self.run.vocabulary
-        events = daily_events(token_ids, has_values=self.run.vocabulary.settings.has_values)
-        samples = samples_to_predict(events, None, Path(), max_length=self.run.config["model"]["max_length"])
-        return self.predict_samples(Dataset(vocabulary, embedding, events, samples)).probabilities
+        return self.predict_samples(self.records.of_values(records)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
-        """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
-        source = _source(root, split)
-        if (self.run.matches is None or self.run.is_pooled) and may_be_new(self.run.vocabulary, source, split):
-            log.warning(
-                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
-                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
-            )  # fmt: skip
-        new = self._new_codes(source, lookups)
-        events = joined(list(encode_shards(source, new.vocabulary_for, split)))
-        samples = samples_to_predict(
-            events, labels, source.labels_dir, max_length=self.run.config["model"]["max_length"]
-        )
-        return Dataset(new.vocabulary, new.embedding, events, samples)
+        """Read a whole MEDS dataset with the run's vocabulary, codes that the run never saw by their own texts; `opened` reads them
+        as the run's. The arguments are those of `predict_proba`."""
+        return self.records.read(root, labels=labels, split=split, lookups=lookups)
+
+    @contextmanager
+    def opened(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[Dataset]:
+        """Yield a whole MEDS dataset as the model reads it while inside; the arguments are those of `predict_proba`."""
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
+            yield self.records.read(root, labels=labels, split=split, lookups=lookups, aligned=aligned)
 
     def _predict_dataset(
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
@@ -272,126 +209,13 @@ class Predictor:
         """Predict for a MEDS dataset in chunks of shards, so that at most `CHUNK_EVENTS` events and a shard are in memory."""
         frames = []
         with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
-            for data, times in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
+            for data, times in self.records.chunks(root, labels=labels, split=split, lookups=lookups, aligned=aligned):
                 found = self.predict_samples(data).probabilities
                 columns = {name: found[:, i] for i, name in enumerate(self.columns)}
                 keys = times.select("subject_id", "prediction_time", *([] if labels is None else [ROW]))
                 frames.append(keys.with_columns(**{name: pl.Series(x) for name, x in columns.items()}))
         result = pl.concat(frames)
         return result if labels is None else result.sort(ROW).drop(ROW)
-
-    def chunks(
-        self,
-        root: str,
-        *,
-        labels: str | None,
-        split: str | None,
-        lookups: Sequence[str],
-        is_per_subject: bool = False,
-        aligned: AlignedData | None = None,
-    ) -> Iterator[tuple[Dataset, pl.DataFrame]]:
-        """Read a MEDS dataset in chunks of shards; the arguments are those of `predict_proba`.
-
-        Args:
-            is_per_subject: whether only the last prediction time of each subject is wanted.
-            aligned: how the dataset is read if its codes are aligned with the run's.
-
-        Yields:
-            A chunk with its samples, and one row per sample: subject_id and prediction_time; with `labels` also the label in the
-            column that MEDS has for it, where there are labels, and the row of the label set in `ROW`.
-
-        Raises:
-            UserError: no subject has a prediction time, or the dataset cannot be read.
-        """
-        source = _source(root, split)
-        reads = self._new_codes(source, lookups) if aligned is None else aligned
-        asked = None
-        if labels is not None:
-            asked = (
-                read_labels(labels, source.labels_dir, needs_values=False)
-                .in_meds()
-                .with_columns(pl.int_range(pl.len()).alias(ROW))
-            )
-            if is_per_subject:
-                asked = asked.unique("subject_id", keep="last", maintain_order=True)  # which is sorted by time
-        unseen, n_subjects, n_samples = UnseenRecords(), 0, 0
-        for events in self._chunks(source, reads, split):
-            times = times_to_predict(events, asked)
-            n_subjects += len(events.subject_ids)
-            n_samples += len(times)
-            if not len(times):
-                continue
-            none = np.zeros(len(times), np.int64)
-            samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
-            unseen.add(events, samples)
-            yield Dataset(reads.vocabulary, reads.embedding, events, samples), times
-        if not n_samples:
-            raise nothing_to_predict()
-        unseen.say(f"labels {labels}")
-        if asked is None:
-            say_static_only(n_subjects - n_samples, n_subjects)
-        elif n_samples < len(asked):
-            log.info("%d of the %d rows of labels %s are of the subjects asked for", n_samples, len(asked), labels)
-
-    def _new_codes(self, source: MedsSource, lookups: Sequence[str]) -> NewCodes:
-        """Return the new codes of a dataset: those that an earlier call found if the dataset has not changed."""
-        sums = [file_sha256(path) for path in lookups if Path(path).is_file()]
-        about = {"root": str(source.root), "source": source.fingerprint(), "lookups": sums}
-        if self._dataset is None or self._dataset[0] != about or self._dataset[1].is_full:
-            texts = DatasetTexts(source, [*self._lookups, *lookups]) if self.reads_text else None
-            self._dataset = about, NewCodes(self.run, self._vectors, texts)
-        return self._dataset[1]
-
-    def new_codes(self) -> NewCodes:
-        """Return the run's vocabulary and vectors, to be extended by codes whose texts the caller knows."""
-        return NewCodes(self.run, self._vectors, None)
-
-    def texts_of(self, codes: list[str], metadata: pl.DataFrame, lookups: Sequence[str] = ()) -> dict[str, str] | None:
-        """Return the texts of codes that the run never saw, as `predict_proba` finds them; None if the run reads no texts.
-
-        Args:
-            codes: distinct codes.
-            metadata: code, description and parent_codes, as of a source.
-            lookups: CSV files with columns code,term, which take precedence over the run's own ones and the metadata.
-        """
-        if not self.reads_text:
-            return None
-        paths = (*self._lookups, *lookups)
-        if paths not in self._lookup_tables:
-            self._lookup_tables[paths] = read_lookups(paths)
-        found = resolve_texts(pl.Series("code", codes, dtype=pl.String), metadata, self._lookup_tables[paths])
-        return dict(found.select("code", "text").iter_rows())
-
-    def read_records(self, source: Source, times: pl.DataFrame, new: NewCodes) -> Dataset:
-        """Read the records of any source, at prediction times that are known to show an event each.
-
-        Args:
-            source: source of the events; its splits are not read.
-            times: subject_id and prediction_time of each sample.
-            new: vocabulary with the codes of the source that the run never saw.
-        """
-        events = joined(list(self._chunks(source, new, None)))
-        none = np.zeros(len(times), np.int64)
-        samples = build_samples(events, times, none, max_length=self.run.config["model"]["max_length"])
-        return Dataset(new.vocabulary, new.embedding, events, samples)
-
-    def _chunks(self, source: Source, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
-        aligned dataset only the events whose codes have a match."""
-        parts: list[SplitEvents] = []
-        vocabulary_for = reads.vocabulary_for if isinstance(reads, NewCodes) else (lambda _: reads.vocabulary)
-        for events in encode_shards(source, vocabulary_for, split):
-            if isinstance(reads, AlignedData):
-                events = without_others(events, reads.keeps)
-            elif self.run.matches is not None:  # the run itself was trained on such events only
-                codes = reads.vocabulary.token_codes
-                events = without_others(events, np.array([code in self.run.matches for code in codes]))
-            parts.append(events)
-            if sum(len(part.token_ids) for part in parts) >= CHUNK_EVENTS:
-                del events
-                yield joined(parts)
-        if parts:
-            yield joined(parts)
 
     @torch.inference_mode()
     def predict_samples(self, data: Dataset, *, with_members: bool = False) -> Predicted:
@@ -440,17 +264,11 @@ class Predictor:
         self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> Iterator[AlignedData | None]:
         """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
-        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts the next events reads codes as they
+        are."""
         data = None
-        if self.class_names:
-            data = read_aligned(
-                self.run,
-                _source(root, split),
-                alignment,
-                split=split,
-                lookups=[*self._lookups, *lookups],
-                embed=self._embedded if self.reads_text else None,
-            )
+        if self.class_names or hazard_sizes(self.run.model) is not None:
+            data = self.records.aligned(root, split=split, lookups=lookups, alignment=alignment)
         with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
             yield data
 
@@ -477,7 +295,9 @@ class Predictor:
                 model.align(data.alignment.matches)
 
                 def read() -> Iterator[dict[str, Tensor]]:
-                    for chunk, _ in self.chunks(root, labels=labels, split=split, lookups=lookups, aligned=data):
+                    for chunk, _ in self.records.chunks(
+                        root, labels=labels, split=split, lookups=lookups, aligned=data
+                    ):
                         for _, inputs in self.batches(chunk):
                             yield inputs
 
@@ -505,37 +325,3 @@ class Predictor:
             yield
         finally:
             model.set_vocabulary(self.run.vocabulary)
-
-    def _embedded(self, texts: list[str]) -> Tensor:
-        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
-        if not self._reads_vectors:
-            return torch.zeros(len(texts), self.run.embedding.table.shape[1])
-        embedder = self._embedder
-        try:
-            return as_stored(torch.from_numpy(embedder.embed(texts))).float()
-        finally:
-            embedder.close()
-
-    @property
-    def _reads_vectors(self) -> bool:
-        return declarations(self.run.model).reads_vectors
-
-    @property
-    def reads_text(self) -> bool:
-        """Return whether the run can read texts that are not in its vocabulary."""
-        return not self._reads_vectors or self._embedder.reads_text
-
-    @cached_property
-    def _embedder(self) -> Embedder:
-        """Return the run's embedder; the first text that is embedded loads its model, which then stays loaded."""
-        embedder: Embedder = instantiate_embedder(
-            check_stored(self.run.config, "embedder", self._trusted), trusted=self._trusted
-        )
-        return embedder
-
-
-def _source(root: str, split: str | None) -> MedsSource:
-    """Open a MEDS dataset, whose splits are needed only if the subjects of one are asked for."""
-    if split is not None and split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
-    return MedsSource(root=root, needs_splits=split is not None)

@@ -18,7 +18,8 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.data.samples import ragged_arange
 from ehr_embed.data.store import STATIC_TIME
 from ehr_embed.embedding.aligning import AlignmentSettings
-from ehr_embed.inference.predictor import ROW, Dataset, Predictor
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import ROW, Dataset
 from ehr_embed.models.heads import LogitLinear, Pooling
 from ehr_embed.models.protocol import declarations
 
@@ -103,7 +104,7 @@ class Representer:
         """Yield the rows of `write`, one frame per chunk of shards."""
         asked = AlignmentSettings() if alignment is None else alignment
         with self.predictor.aligned(root, labels=labels, split=split, lookups=lookups, alignment=asked) as aligned:
-            chunks = self.predictor.chunks(
+            chunks = self.predictor.records.chunks(
                 root, labels=labels, split=split, lookups=lookups, is_per_subject=self.per == "subject", aligned=aligned
             )
             for data, times in chunks:

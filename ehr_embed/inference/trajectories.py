@@ -66,7 +66,9 @@ def sample_futures(
     ):
         # The head computes in float32 whatever the body does.
         with autocast_of_run(run.config["trainer"]["precision"], run.precision, device):
-            trajectories = generate(model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache)
+            trajectories = generate(
+                model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache
+            )
         frames.append(as_events(trajectories, samples.take(rows), run.vocabulary))
     futures = pl.concat(frames)
     log.info(

@@ -18,9 +18,9 @@ from ehr_embed.models.blocks import Attend, attention
 class KeyValueCache:
     """Stores the keys and values of prompts once, and of each prompt's futures beside them.
 
-    The first events are the P prompts. After `share`, each prompt has n futures, and every further call adds one event to each future.
-    The futures of a prompt attend to the same keys, which are therefore read once for all of them. All widths are known to the host,
-    so that no step waits for the device.
+    The first events are the P prompts. After `share`, each prompt has n futures, and every further call adds one event to each
+    future. The futures of a prompt attend to the same keys, which are therefore read once for all of them. All widths are known
+    to the host, so that no step waits for the device.
 
     Args:
         n_layers: number of layers.

@@ -151,8 +151,8 @@ class GivesHazards(nn.Module):
         """Return log hazards: (B, K, J), (B, M, K, J) of M members, or (N, K, J) at the N places of `asked_at`.
 
         Args:
-            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` (N,) int64, numbers b * T + t of places, for a causal
-                model that is asked at many events of a record at once.
+            inputs: those of the model, those of `HazardHead.forward`, and `asked_at` (N,) int64, numbers b * T + t of places,
+                for a causal model that is asked at many events of a record at once.
         """
         if "asked_at" not in inputs:
             return self.hazards(super().forward(inputs), inputs)
@@ -361,7 +361,7 @@ def with_competing(
 ) -> tuple[list[list[int]], int | None, list[bool]]:
     """Return outcomes with the competing events among them, the number of these, and which outcomes they compete with.
 
-    An outcome that holds all competing events, such as death itself, has no competitor. Where that is every outcome, or no event
+    An outcome that holds all competing events, such as death itself, has no competitor. If every outcome holds them, or no event
     competes, none is added and the number is None. An outcome that is just the competing events stands for them.
 
     Args:

@@ -95,7 +95,7 @@ class TextEncoder(nn.Module):
         """Return logits (B, num_classes); inputs as in `RecordText.forward`."""
         pieces_BL, is_piece_BL = self.text(inputs)
         mask = is_piece_BL.long()
-        if not reads_freely(mask.device) and self.body.config._attn_implementation == "sdpa":
+        if not reads_freely(mask.device) and getattr(self.body.config, "_attn_implementation", None) == "sdpa":
             # Given (B, L), transformers reads back whether any piece is padding; the mask of all pairs it takes as it is.
             mask = is_piece_BL[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
         x_BLD = self.body(input_ids=pieces_BL, attention_mask=mask).last_hidden_state

@@ -23,7 +23,7 @@ from ehr_embed.evaluation.plots import (
 from ehr_embed.evaluation.predictions import read_predictions
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.run_folder.layout import FINISHED, HISTORY, predictions_file
-from ehr_embed.sources.meds import readable
+from ehr_embed.sources.meds_files import readable
 from ehr_embed.sources.protocol import EVALUATED
 
 

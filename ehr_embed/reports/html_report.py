@@ -87,8 +87,9 @@ def report_of(
         config: the resolved configuration.
         metrics: content of metrics.json.
         choices: the options of the config groups as `group=option`.
-        has_codes: also show what quotes codes or texts of the data: subgroups, findings of the audit, and moved predictions.
-        has_environment: also show the versions of packages and the hardware.
+        has_codes: whether to show the parts that quote codes or texts of the data: subgroups, findings of the audit, and moved
+            predictions.
+        has_environment: whether to show the versions of packages and the hardware.
     """
     card_file = run_dir / MODEL_CARD
     card = sections(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
@@ -191,8 +192,9 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, Any, Any]]:
             (f"{title_of(name)}, {baseline}", *(split["baselines"][baseline].get(name) for split in splits))
             for name in found
         ]
-    if best := metrics.get("bayes_auroc"):
-        rows.append(("best possible AUROC", *(best.get(split) for split in reversed(EVALUATED))))
+    for name in ("auroc", "concordance"):
+        if best := metrics.get(f"bayes_{name}"):
+            rows.append((f"best possible {title_of(name)}", *(best.get(split) for split in reversed(EVALUATED))))
     for name, of in metrics.get("transfer", {}).items():
         rows.append((f"{title_of(name)} kept of where it was trained", of["kept"], None))
     return rows
@@ -245,7 +247,8 @@ def _coverage(text: str) -> list[tuple[str, list[tuple[str, float, str]]]]:
 
 
 def _moved(folder: Path) -> dict[str, Any] | None:
-    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; of no single subject."""
+    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; a summary names no
+    single subject."""
     table = folder / MOVED_TEXTS
     if not table.is_file():
         return None

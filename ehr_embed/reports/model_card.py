@@ -7,7 +7,6 @@ path, so that it can be shared.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.regression import IN_UNITS
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
+from ehr_embed.reports.markdown import code, plain, table
 from ehr_embed.reports.run_report import DATASET_COLUMNS, dataset_rows, difference_text
 from ehr_embed.run_folder.layout import MODEL_CARD, PLOTS
 from ehr_embed.sources.protocol import EVALUATED, SPLITS
@@ -69,13 +69,14 @@ def write_model_card(
             n_bootstrap=n_bootstrap,
         )
     parts = [
-        f"# Model card: {run_dir.resolve().name}\n\n{_about(config, metrics['train'])}",
+        f"# Model card: {plain(run_dir.resolve().name)}\n\n{_about(run_dir.resolve().name, config, metrics['train'])}",
         f"## Data\n\n{_data(config, store, metrics, samples)}",
         f"## Texts\n\n{_texts(store)}",
         f"## Metrics\n\n{_metrics(metrics)}",
     ]
     if metrics.get("datasets"):
-        parts.append(f"## Datasets\n\n{table(DATASET_COLUMNS, dataset_rows(metrics['datasets']))}")
+        rows = [[plain(name), *cells] for name, *cells in dataset_rows(metrics["datasets"])]
+        parts.append(f"## Datasets\n\n{table(DATASET_COLUMNS, rows)}")
     if metrics.get("members"):
         parts.append(f"## Members\n\n{_members(metrics['members'])}")
     if groups:
@@ -98,37 +99,24 @@ def write_model_card(
     return path
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, with the vertical bars within its cells escaped.
-
-    >>> print(table(["a", "b"], [["1", "x|y"]]))
-    | a | b |
-    |---|---|
-    | 1 | x\\|y |
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(
-        "|" + "|".join(line) + "|" if number == 1 else "| " + " | ".join(line) + " |"
-        for number, line in enumerate(cells)
-    )
-
-
-def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
+def _about(name: str, config: dict[str, Any], train: dict[str, Any]) -> str:
     def kind(node: dict[str, Any]) -> str:
         return str(node["_target_"]).rpartition(".")[2]
 
     labels = config["task"].get("labels")
     rows = [
-        ["task", kind(config["task"]) + (f", labels {_joined(labels)}" if labels else "")],
+        ["task", kind(config["task"]) + (f", labels {plain(_joined(labels))}" if labels else "")],
         ["model", f"{kind(config['model'])}, {train['n_parameters']:,} parameters"],
-        ["events as", f"{kind(config['embedder'])} {config['embedder'].get('model', '')}".strip()],
+        ["events as", plain(f"{kind(config['embedder'])} {config['embedder'].get('model', '')}")],
         ["seed", str(config["seed"])],
         ["version", f"ehr_embed {__version__}"],
     ]
     if "best_epoch" in train:
         rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
-    again = as_typed("To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`.")
+    again = as_typed(
+        f"To train it again, type in the folder that holds the run's folder `{plain(name)}`: `python train.py --config-path "
+        f"$PWD/{name} --config-name config run_dir={name}_again`."
+    )
     return f"{table(['', ''], rows)}\n\n{again}"
 
 
@@ -180,8 +168,8 @@ def _data(config: dict[str, Any], store: EventStore, metrics: dict[str, Any], sa
 def _datasets_named(store: EventStore) -> str:
     pool = Pool.of(store.manifest)
     if pool is None or len(pool.read) == 1:
-        return f"Dataset `{store.manifest['name']}`"
-    return f"{len(pool.read)} datasets, {', '.join(f'`{name}`' for name in pool.read)}"
+        return f"Dataset {code(store.manifest['name'])}"
+    return f"{len(pool.read)} datasets, {', '.join(map(code, pool.read))}"
 
 
 def _texts(store: EventStore) -> str:
@@ -196,7 +184,7 @@ def _texts(store: EventStore) -> str:
 
 def _metrics(metrics: dict[str, Any]) -> str:
     names, order = values_of(metrics["held_out"]), EVALUATED[::-1]
-    rows = [[name, *(with_interval(metrics[split][name]) for split in order)] for name in names]
+    rows = [[plain(name), *(with_interval(metrics[split][name]) for split in order)] for name in names]
     told = " ".join(["With 95 % bootstrap intervals over subjects.", *intervals_missing(metrics)])
     return f"{told}\n\n" + table(["metric", *order], rows)
 
@@ -234,7 +222,11 @@ def _calibration(metrics: dict[str, Any], *, has_plot: bool) -> str:
 def _members(members: list[dict[str, Any]]) -> str:
     names = list(members[0]["held_out"])
     rows = [
-        [member["run"], f"{member['weight']:.3f}", *(difference_text(member["held_out"][name]) for name in names)]
+        [
+            plain(member["run"]),
+            f"{member['weight']:.3f}",
+            *(difference_text(member["held_out"][name]) for name in names),
+        ]
         for member in members
     ]
     told = (
@@ -249,10 +241,10 @@ def _subgroups(groups: list[Subgroup], n_left_out: int) -> str:
     for group in groups:
         if group.metrics is None:
             n = f"fewer than {MIN_SUBJECTS} subjects" if group.n is None else f"{group.n:,}"
-            rows.append([group.name, n, "", "too few", "too few"])
+            rows.append([plain(group.name), n, "", "too few", "too few"])
         else:
             areas = (with_interval(group.metrics[name]) for name in ("auroc", "auprc"))
-            rows.append([group.name, f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
+            rows.append([plain(group.name), f"{group.n:,}", f"{group.metrics['prevalence']:.3f}", *areas])
     tail = ""
     if n_left_out:
         tail = f"\n\nOnly the {MAX_CODES} static codes with most subjects are listed; {n_left_out:,} more are left out."
@@ -338,8 +330,8 @@ def _sites(origin: str, store: EventStore) -> str:
         said = "All splits come from the same datasets, and the model was trained on each of them"
         return f"{origin} {said}.".strip() if origin else f"{said}: performance at other sites or times is not known."
     if origin:
-        return f"{origin} All splits that judge them come from one dataset, `{store.manifest['name']}`."
-    return f"All splits come from one dataset, `{store.manifest['name']}`: performance at other sites or times is not known."
+        return f"{origin} All splits that judge them come from one dataset, {code(store.manifest['name'])}."
+    return f"All splits come from one dataset, {code(store.manifest['name'])}: performance at other sites or times is not known."
 
 
 def _audit_line(audited: dict[str, Any] | None) -> str:

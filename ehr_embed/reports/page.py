@@ -1,6 +1,6 @@
 """Make self-contained HTML pages: templates that escape every value, Markdown that can do nothing, and pictures inside the page.
 
-What stands on such a page comes from data and configurations of strangers. Jinja escapes every value, the Markdown of a model card
+The texts on such a page come from data and configurations of strangers. Jinja escapes every value, the Markdown of a model card
 is rendered without links, pictures and HTML, and a content security policy forbids the page every request to anywhere.
 """
 
@@ -114,6 +114,8 @@ def table_in(text: str) -> tuple[list[str], list[list[str]], str]:
 
     >>> table_in("| a | b |\\n|---|---|\\n| 1 | x\\\\|y |\\n\\nmore")
     (['a', 'b'], [['1', 'x|y']], 'more')
+    >>> table_in("| a |\\n|---|\\n| \\\\*b\\\\* `c` |")[1]
+    [['*b* c']]
     """
     cells: list[list[str]] = []
     tokens, last = _markdown().parse(text), 0
@@ -122,7 +124,7 @@ def table_in(text: str) -> tuple[list[str], list[list[str]], str]:
             cells.append([])
             last = token.map[1] if token.map else last
         elif token.type in ("th_open", "td_open"):
-            cells[-1].append(following.content)
+            cells[-1].append("".join(child.content for child in following.children or ()))
         elif token.type == "table_close":
             break
     if not cells:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ehr_embed.core.programs import command
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
 from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
@@ -19,7 +20,7 @@ from ehr_embed.evaluation.plots import (
     plot_precision_recall,
     plot_roc,
 )
-from ehr_embed.run_folder.layout import DECISION_CURVE
+from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
 
 
@@ -91,8 +92,9 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         for metric in ("perplexity", "top1_accuracy"):
             cells = (f"{metrics[split]['baselines'][name][metric]:.3f}" for split in reversed(EVALUATED))
             table.add_row(f"{metric}, {name}", *cells)
-    if bayes := metrics.get("bayes_auroc"):
-        table.add_row("best possible auroc", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
+    for name in ("auroc", "concordance"):
+        if bayes := metrics.get(f"bayes_{name}"):
+            table.add_row(f"best possible {name}", *(f"{bayes[split]:.3f}" for split in reversed(EVALUATED)))
     console = Console()
     # A path, or a sentence in a log, is not cut at the width of a terminal that is not there.
     console.print(f"held-out and tuning metrics with 95 % intervals, {run_dir}", highlight=False, soft_wrap=True)
@@ -130,6 +132,10 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if (run_dir / REPORT).is_file():
+        console.print(f"Report: {run_dir / REPORT}", highlight=False, soft_wrap=True, markup=False)
+    if "auroc" in metrics["held_out"]:
+        console.print(f"Next: {command('explain')} run={run_dir}", highlight=False, soft_wrap=True, markup=False)
 
 
 def calibration_text(metrics: dict[str, Any]) -> str:

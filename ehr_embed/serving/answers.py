@@ -12,7 +12,8 @@ import numpy as np
 from ehr_embed.core.errors import UserError
 from ehr_embed.inference.explainer import Explainer, event_table
 from ehr_embed.inference.new_codes import NewCodes
-from ehr_embed.inference.predictor import Dataset, Predictor
+from ehr_embed.inference.predictor import Predictor
+from ehr_embed.inference.records import Dataset
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.serving.records import Record, RecordsSource
 
@@ -43,7 +44,7 @@ class Answers:
         self.predictor, self._lookups = predictor, tuple(lookups)
         self._steps = {"n_steps": n_steps, "max_steps": max_steps, "tolerance": tolerance}
         self._known = set(predictor.run.vocabulary.codes["code"])
-        self._new, self._text_of = predictor.new_codes(), dict[str, str]()
+        self._new, self._text_of = predictor.records.new_codes(), dict[str, str]()
         self._explainers: dict[str, Explainer] = {}
 
     @property
@@ -125,26 +126,26 @@ class Answers:
         source = RecordsSource(records, text_of)
         unseen = sorted({code for record in records for code in record.codes} - self._known)
         new = self._extended(unseen, source) if unseen else self._new
-        return self.predictor.read_records(source, source.prediction_times, new)
+        return self.predictor.records.read_records(source, source.prediction_times, new)
 
     def _extended(self, unseen: list[str], source: RecordsSource) -> NewCodes:
         """Return the vocabulary with tokens for codes that the run never saw, those of earlier requests where the texts agree."""
-        texts = self.predictor.texts_of(unseen, source.code_metadata(), self._lookups)
+        texts = self.predictor.records.texts_of(unseen, source.code_metadata(), self._lookups)
         if texts is None:  # they are read as the unknown event
             return self._new
         others = any(self._text_of.get(code, text) != text for code, text in texts.items())
         if others or len(self._text_of) + len(texts) > MAX_NEW_CODES:
-            self._new, self._text_of = self.predictor.new_codes(), {}
+            self._new, self._text_of = self.predictor.records.new_codes(), {}
         try:
             self._new.add(texts)
         except Exception:
-            self._new, self._text_of = self.predictor.new_codes(), {}
+            self._new, self._text_of = self.predictor.records.new_codes(), {}
             raise
         self._text_of |= texts
         return self._new
 
     def _about(self, record: Record, data: Dataset, row: int) -> Answer:
-        n_new, reads_text = sum(code not in self._known for code in record.codes), self.predictor.reads_text
+        n_new, reads_text = sum(code not in self._known for code in record.codes), self.predictor.records.reads_text
         return {
             "subject_id": record.subject_id,
             "prediction_time": record.when,

@@ -14,7 +14,8 @@ from meds import birth_code, death_code
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
-from ehr_embed.sources.meds import MedsSource, readable
+from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.meds_files import readable
 
 log = logging.getLogger(__name__)
 SHARED = (birth_code, death_code)

@@ -112,7 +112,7 @@ class AskOnce:
         for split in SPLITS:
             self._refuse_undefined(split)
         edges = self._fit_grid()
-        log_rates = self._log_rates(edges)
+        log_rates = self._observed_log_rates(edges)
         self.sizes = HazardSizes(
             edges=edges,
             width=settings.width,
@@ -209,7 +209,7 @@ class AskOnce:
         self.horizons = np.asarray(self.settings.horizons_days, np.float32).tolist()
         return [0.0, *edges[edges > 0].tolist()]
 
-    def _log_rates(self, edges: list[float]) -> npt.NDArray[np.float64]:
+    def _observed_log_rates(self, edges: list[float]) -> npt.NDArray[np.float64]:
         """Return the log of the events per day of each outcome in each bin of train, (K, J).
 
         Half an event at the outcome's mean rate is added to each bin, so that no rate is infinite.

@@ -22,6 +22,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import declarations
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Task(Protocol):
     """True = only causal models can do the task, False = only bidirectional models can, None = both can."""
 
     is_trained: bool
-    """Whether the task trains the model; otherwise a trained model is only evaluated."""
+    """True if the task trains the model; if False, a trained model is only evaluated."""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -173,11 +174,6 @@ class HasUnlabelled(Protocol):
         ...
 
 
-def records_of(task: Task) -> EventDataset:
-    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
-    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
-
-
 @runtime_checkable
 class ReadsLabels(Protocol):
     """A task with label sets, which are looked at before the event store is built."""
@@ -209,6 +205,22 @@ class TakesSizes(Protocol):
 
         Raises:
             UserError: that model cannot be asked.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsWords(Protocol):
+    """A task that may be given its outcome in words, which the run's embedder embeds."""
+
+    words: str | None
+    """The words; None = the outcome is given otherwise, and `take_words` is not called."""
+
+    def take_words(self, vector: Tensor, table: Tensor) -> None:
+        """Take the vector (E,) of the words and those of the vocabulary (V, E); called after `setup`.
+
+        Raises:
+            UserError: no event of the vocabulary is near to the words.
         """
         ...
 
@@ -280,7 +292,8 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
     Raises:
         UserError: the task returned something other than a `StepResult`, such as a mean loss.
     """
-    result = task.step(model, embedding, batch)
+    with named_inputs(type(getattr(model, "module", model)).__name__):
+        result = task.step(model, embedding, batch)
     if isinstance(result, StepResult):
         return result
     name = type(task).__name__

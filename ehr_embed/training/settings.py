@@ -13,7 +13,7 @@ from pydantic import Field
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.settings import Count, NotNegative, OneOf, Share, ShareBelow1, Told, check_settings
 from ehr_embed.core.threads import Threads
-from ehr_embed.data.batches import BUCKET_BATCHES
+from ehr_embed.data.bucket_sampler import BUCKET_BATCHES
 from ehr_embed.data.device_events import DataDevice
 from ehr_embed.training.optimizer import check_optimizer, with_options
 from ehr_embed.training.precision import Precision, choose_precision

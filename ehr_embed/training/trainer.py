@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, distributed, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests
-from ehr_embed.data.batches import Batch, BucketSampler, EventDataset, batch_loader
-from ehr_embed.data.samples import Samples, samples_digest
+from ehr_embed.data.batches import Batch
+from ehr_embed.data.samples import samples_digest
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
@@ -30,6 +30,7 @@ from ehr_embed.training.profiling import profiler
 from ehr_embed.training.set_up import Training, set_up_training
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import load_weights
+from ehr_embed.training.split_batches import SplitBatches
 from ehr_embed.training.state import Progress, TrainingState, rng_state
 from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
@@ -54,8 +55,7 @@ class Trainer:
 
     Attributes:
         teacher: gives each train batch targets in place of its labels; None = the labels stay. Set before `fit`.
-        weigh: returns the weights (n,), of mean 1, of samples of these subjects (n,): training draws samples by them, with
-            replacement; None = each sample once per epoch. Set before `fit`.
+        batches: the batches of each split; `batches.weigh` may be set before `fit`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Trainer:
         self.settings, self.task, self.run_dir, self.seed, self.log = settings, task, run_dir, seed, log
         self.processes, self.fabric = processes, processes.fabric
         self.teacher: Callable[[Batch], Batch] | None = None
-        self.weigh: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]] | None = None
+        self.batches = SplitBatches(task, settings, processes, seed=seed)
         self.precision = choose_precision(settings.precision, settings.accelerator)
         self.about: dict[str, Any] = {
             "config": config,
@@ -113,13 +113,13 @@ class Trainer:
             task=self.task,
             seed=self.seed,
             about=self.about,
-            n_batches=len(self._sampler(self._dataset("train", 1), 1, 0)),
+            n_batches=self.batches.n_of_epoch(1),
         )
         self._train_until_done(training)
         self._reload_best(model, embedding)
         progress = training.state.progress
         return self.facts(model, embedding) | {
-            "n": len(self.task.dataset("train")),
+            "n": len(dataset_of(self.task, "train")),
             "epochs": progress.epoch,
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
@@ -243,6 +243,7 @@ class Trainer:
         """
         settings, state, progress = self.settings, training.state, training.state.progress
         training.wrapped.train()
+        state.embedding.train()
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
@@ -350,7 +351,7 @@ class Trainer:
         return signal.Signals(number).name if number else None
 
     def _asked_before(self, stop: StopRequest) -> bool:
-        """Return whether a signal asked any process to stop before the previous call, or this process, where it is alone, by now."""
+        """Return whether a signal had asked any process to stop at the previous call; a single process answers for now."""
         return self.processes.largest_before(int(stop.name is not None)) > 0
 
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
@@ -367,6 +368,7 @@ class Trainer:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
+        embedding.eval()
         loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
@@ -401,50 +403,7 @@ class Trainer:
 
     def loader(self, split: str, epoch: int | None = None, first: int = 0) -> Any:
         """Return the batches of a split: of a training epoch in random order from batch `first` on, else in order of length."""
-        dataset = self._dataset(split, epoch)
-        return batch_loader(
-            dataset,
-            self._sampler(dataset, epoch, first),
-            num_workers=self.settings.num_workers,
-            device=self.fabric.device,
-            data_device=self.settings.data_device,
-        )
-
-    def _dataset(self, split: str, epoch: int | None) -> EventDataset:
-        """Return the samples of a split; of a training epoch with what the task draws for that epoch."""
-        return self.task.dataset(split, None if epoch is None else np.random.default_rng([self.seed, epoch]))
-
-    def _sampler(self, dataset: EventDataset, epoch: int | None, first: int) -> BucketSampler:
-        """Return the rows of each batch of this process; `epoch` and `first` are those of `loader`."""
-        sampler = BucketSampler(
-            dataset.lengths,
-            batch_size=self.settings.batch_size,
-            batch_tokens=self.settings.batch_tokens,
-            shuffle=epoch is not None,
-            bucket_batches=self.settings.bucket_batches,
-            seed=self.seed,
-            rank=self.processes.rank,
-            world_size=self.processes.size,
-            weights=None if epoch is None else self._weights(dataset),
-        )
-        sampler.set_epoch(epoch or 0, first)
-        return sampler
-
-    def _weights(self, dataset: EventDataset) -> npt.NDArray[np.float64] | None:
-        """Return the weights (n,) by which the samples of an epoch are drawn; None = each once.
-
-        Raises:
-            UserError: the rows are no samples, but pieces of several records.
-        """
-        if self.weigh is None:
-            return None
-        samples = getattr(dataset, "samples", None)
-        if not isinstance(samples, Samples) or len(samples) != len(dataset):
-            raise UserError(
-                "data.pool_weights=datasets draws samples, and this task packs pieces of several records into each row. Type: "
-                "data.pool_weights=samples"
-            )
-        return self.weigh(samples.subject_ids)
+        return self.batches.loader(split, epoch, first)
 
     def _keep(self, state: TrainingState) -> None:
         """Keep the latest checkpoint as the best one or as that of its epoch, where it is due."""

@@ -17,7 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.store import encode_split
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.experiment.run import run
-from ehr_embed.inference import predictor as predictor_module
+from ehr_embed.inference import records as records_module
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.sources.meds import MedsSource
 from tests.helpers.homonyms import BAD, GOOD, KINDS, config, write_homonyms
@@ -122,7 +122,7 @@ def test_codes_and_texts_never_seen_are_embedded(predictor, tmp_path):
     root = write_meds(tmp_path / "other", {"held_out": events}, codes=codes)
     write_labels(root / "labels" / "x", [(s, 1.0, True) for s in (1, 2, 3)])
     found = predictor.predict_proba(root, labels="x")["probability_true"].to_numpy()
-    raw = predictor._embedder.embed(["N2", "Something else entirely"])
+    raw = predictor.records.embedder.embed(["N2", "Something else entirely"])
     np.testing.assert_allclose(found[:2], predictor.predict_proba([raw[:1], raw[1:]])[:, 1], atol=1e-3)
     np.testing.assert_allclose(found[1:2], predictor.predict_proba(["Something else entirely"])[:, 1], atol=1e-6)
     np.testing.assert_allclose(found[2:], predictor.predict_proba(["N1"])[:, 1], atol=1e-6)
@@ -149,7 +149,7 @@ def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch,
     root, read, held = write_shards(tmp_path / "shards", n=6), [], []
     predictor = ehr_embed.load(folder / "runs" / "first")
     real_read, real_predict = MedsSource.read, Predictor.predict_samples
-    monkeypatch.setattr(predictor_module, "CHUNK_EVENTS", chunk_events)
+    monkeypatch.setattr(records_module, "CHUNK_EVENTS", chunk_events)
     monkeypatch.setattr(MedsSource, "read", lambda self, shard: read.append(shard) or real_read(self, shard))
     monkeypatch.setattr(
         Predictor,
@@ -160,7 +160,7 @@ def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch,
     assert len(read) == len(set(read)) == 6
     assert held == {1: [2] * 6, 5: [6, 6], 1000: [12]}[chunk_events]
     assert found["subject_id"].to_list() == ([5, 4, 3, 2, 1, 0] if labels is None else list(range(6)))
-    monkeypatch.setattr(predictor_module, "CHUNK_EVENTS", 10**9)
+    monkeypatch.setattr(records_module, "CHUNK_EVENTS", 10**9)
     at_once = ehr_embed.load(folder / "runs" / "first").predict_proba(root, labels=labels)
     np.testing.assert_allclose(found["probability_true"], at_once["probability_true"], atol=1e-6)
     assert found.columns == at_once.columns
@@ -170,9 +170,9 @@ def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch,
 def test_a_loaded_run_embeds_a_new_text_once_and_keeps_its_tables(folder, tmp_path, monkeypatch):
     root, embedded = write_shards(tmp_path / "shards", n=4), []
     predictor = ehr_embed.load(folder / "runs" / "first")
-    real = type(predictor._embedder).embed
+    real = type(predictor.records.embedder).embed
     monkeypatch.setattr(
-        type(predictor._embedder), "embed", lambda self, texts: embedded.extend(texts) or real(self, texts)
+        type(predictor.records.embedder), "embed", lambda self, texts: embedded.extend(texts) or real(self, texts)
     )
     first = predictor.predict_proba(root, labels="x")
     tables = predictor.read(str(root), labels="x", split="held_out", lookups=())
@@ -198,13 +198,13 @@ def test_texts_of_another_state_of_a_dataset_are_read_again(folder, tmp_path):
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        ([], {}, "no record to predict for"),
-        ([[]], {}, r"record 0 has no events"),
-        ([np.zeros((2, 16)), np.zeros((0, 16))], {}, r"record 1 has no events"),
-        (np.zeros((2, 7)), {}, r"width 7, but this model was built for 16"),
+        ([], {}, "^no record .*root of a MEDS dataset"),
+        ([[]], {}, r"record 0\b"),
+        ([np.zeros((2, 16)), np.zeros((0, 16))], {}, r"record 1\b"),
+        (np.zeros((2, 7)), {}, r"width 7, .* 16: .*Use the embedder of the model's config\.yaml"),
         ([np.zeros(16)], {}, r"as \(N, E\), got \(16,\)"),
-        (["N1", " "], {}, r"1 texts are empty"),
-        ("nowhere", {}, r"nowhere: expected a MEDS dataset"),
+        (["N1", " "], {}, "1 texts .*Leave the event out"),
+        ("nowhere", {}, "nowhere: .*MEDS dataset"),
         ("SET", {"split": "test"}, r"unknown split 'test'"),
         ("SET", {"labels": "csae"}, r"did you mean 'case'"),
     ],
@@ -241,7 +241,7 @@ def readme_snippets() -> list[str]:
 
 
 def test_the_snippets_of_the_readme_run(folder, monkeypatch, expected):
-    """In a folder with the run runs/first, on which they agree."""
+    """The README's lines run in a folder with the run runs/first."""
     monkeypatch.chdir(folder)
     place: dict = {"DIR": str(folder / "set"), "NAME": "case"}
     predictor = ehr_embed.load("runs/first")
