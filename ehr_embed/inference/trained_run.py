@@ -77,7 +77,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     if found_sha256 is None:
         found = "a folder without vocabulary/" if folder.is_dir() else "no such folder"
         raise UserError(f"run={where}: expected the folder of a finished run (run_dir of train.py), found {found}.")
-    path, checkpoint = read_checkpoint(folder)
+    path, checkpoint = read_checkpoint(folder, key="run")
     identity: dict[str, str] = checkpoint["identity"]
     if found_sha256 != identity["vocab_sha256"]:
         raise UserError(

@@ -355,8 +355,17 @@ def encode_classes(values: pl.Series, names: list[str], where: str) -> npt.NDArr
     return np.array([index[value] for value in values.to_list()], dtype=np.int64)
 
 
-def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label_set: str, split: str) -> None:
+def refuse_missing_classes(
+    codes: npt.NDArray[np.int64], names: list[str], of: str, split: str, *, what: str = "label set"
+) -> None:
     """Refuse a split without samples of some class, or with one class in all, because its metrics would be undefined.
+
+    Args:
+        codes: (n,) the class of each sample.
+        names: names of the classes.
+        of: name of the label set or task.
+        split: name of the split.
+        what: what `of` names.
 
     Raises:
         UserError: a class is missing; the message names the split and the count of each class.
@@ -366,7 +375,6 @@ def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label
     if missing or len(names) < 2:
         have = ", ".join(f"{name}: {n}" for name, n in zip(names, counts, strict=False))
         raise UserError(
-            f"label set {label_set}, split {split}: only one class, or a class is missing ({have}). AUROC and the "
-            "threshold would be "
-            "undefined. Choose another label set, or splits in which every class occurs."
+            f"{what} {of}, split {split}: only one class, or a class is missing ({have}). AUROC and the threshold would be "
+            "undefined. Choose other labels, or splits in which every class occurs."
         )

@@ -32,6 +32,7 @@ from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import load_weights
 from ehr_embed.training.split_batches import SplitBatches
 from ehr_embed.training.state import Progress, TrainingState, rng_state
+from ehr_embed.training.step_check import check_step
 from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
 
@@ -101,7 +102,7 @@ class Trainer:
             of metrics per epoch), and those of `facts`.
 
         Raises:
-            UserError: the loss became NaN or infinite, or `run` does not fit the model.
+            UserError: the loss became NaN or infinite or is no sum over the samples, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
         training = set_up_training(
@@ -115,6 +116,8 @@ class Trainer:
             about=self.about,
             n_batches=self.batches.n_of_epoch(1),
         )
+        if run is None:
+            check_step(self.task, training.wrapped, embedding, dataset_of(self.task, "train"))
         self._train_until_done(training)
         self._reload_best(model, embedding)
         progress = training.state.progress
