@@ -110,9 +110,14 @@ class Classification:
             raise UserError(f"label set {found.name} has float_value: numbers are no classes. Type: task=regression")
         return [found]
 
+    def label_set(self, store: EventStore, labels_dir: Path) -> LabelSet:
+        """Return the labels of all splits; `ClassesFromRecords` computes them from the records of `store`."""
+        (found,) = self.label_sets(labels_dir)
+        return found
+
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length
-        (label_set,) = self.label_sets(labels_dir)
+        label_set = self.label_set(store, labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]

@@ -76,7 +76,7 @@ def refuse_one_class(task: Task) -> None:
     for split, samples in task.samples.items():
         labels = samples.labels
         if task.class_names and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-            refuse_missing_classes(labels, task.class_names, type(task).__name__, split, what="task")
+            refuse_missing_classes(labels.astype(np.int64), task.class_names, type(task).__name__, split, what="task")
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
