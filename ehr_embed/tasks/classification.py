@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 from ehr_embed.core.settings import DrawSeed, ShareBelow1, Told, checked
 from ehr_embed.core.transfer import kept_on
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.pool import Pool
