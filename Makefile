@@ -1,11 +1,12 @@
 # make demo: a virtual environment, then the demo cohort from data to held-out metrics.
 # make test: the suite with lint, types and doctests; make test-slow: what takes longer, for CI and before a release.
 # make docs: the documentation as a site, in site/. make gallery: its pictures anew, from the demo, some minutes.
+# make notebooks: its notebooks executed anew, some minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs gallery clean
+.PHONY: demo test test-slow lint docs gallery notebooks clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,10 @@ docs: $(VENV)/installed-dev
 gallery: $(VENV)/installed-dev
 	$(BIN)/python docs/gallery.py
 	$(BIN)/python docs/pictures.py --terminal
+
+notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	$(BIN)/python docs/notebooks.py
 
 clean:
 	rm -rf $(VENV) cache runs multirun outputs site

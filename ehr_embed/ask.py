@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ANSWERS, QUESTIONS = "answers.parquet", "questions.json"
+PICTURE = re.compile(r"\d+_[A-Za-z0-9_-]+\.png")
+"""Name of the picture of a question."""
 
 
 @checks_config("AskKeys")
@@ -47,6 +49,7 @@ def ask(cfg: DictConfig) -> Path:
             f"output={folder} is the folder of a run, whose metrics.json would be lost. Type: output=ANOTHER"
         )
     # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.experiment.inputs import alignment_settings
     from ehr_embed.inference.asker import Asker
     from ehr_embed.inference.trained_run import device_named
 
@@ -66,9 +69,11 @@ def ask(cfg: DictConfig) -> Path:
         labels=cfg.labels,
         split=cfg.split,
         lookups=list(cfg.data.lookups),
+        alignment=alignment_settings(cfg),
     )
     log.info("%d predictions in %.1f s", len(answers.times), time.perf_counter() - began)
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(folder)
     with atomic_path(folder / ANSWERS) as temporary:
         answers.frame.write_parquet(temporary)
     write_json(folder / QUESTIONS, _described(cfg, answers))
@@ -139,6 +144,9 @@ def _shown(question: Question) -> str:
     for event in question.events:
         cosine = "" if math.isnan(event.cosine) else f"cosine {event.cosine:.3f}, "
         lines.append(f"  {event.text} ({event.code}; {cosine}{event.n_train:,} events in train)")
+    if question.wider is not None:
+        missed = "; ".join(f"{event.text} ({event.code}; {event.cosine:.3f})" for event in question.left_out)
+        lines.append(f"  left out by margin: {missed}; to include them type margin={question.wider:g}")
     return "\n".join(lines)
 
 
@@ -153,10 +161,22 @@ def _described(cfg: DictConfig, answers: Answers) -> dict[str, Any]:
                 event._asdict() | {"cosine": None if math.isnan(event.cosine) else event.cosine}
                 for event in question.events
             ],
+            "left_out": [event._asdict() for event in question.left_out],
         }
         for number, question in enumerate(answers.questions)
     }
     return {"horizon_days": cfg.horizon_days, "days": answers.days, "n": len(answers.times), "questions": questions}
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove what an earlier call wrote into a folder of answers and this one may not write again: pictures of other questions, and
+    metrics of labels."""
+    if not (folder / QUESTIONS).is_file():
+        return
+    (folder / FINISHED).unlink(missing_ok=True)
+    for path in (folder / PLOTS).glob("*.png"):
+        if PICTURE.fullmatch(path.name):
+            path.unlink()
 
 
 def _plot(folder: Path, answers: Answers) -> None:
@@ -171,7 +191,7 @@ def _plot(folder: Path, answers: Answers) -> None:
 
 
 def _print(metrics: dict[str, Any], split: str) -> None:
-    from ehr_embed.evaluation.metrics import with_interval
+    from ehr_embed.evaluation.metric_entries import with_interval
 
     found = metrics[split]
     for name, own in found["per_question"].items() if "per_question" in found else [("", found)]:

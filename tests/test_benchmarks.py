@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from benchmarks import (
     batches,
     disk,
     embedding,
+    folds,
     generation_cache,
     gpu,
     hospitals,
@@ -26,6 +29,8 @@ from benchmarks import (
     utilisation,
 )
 from benchmarks.common import write_cohort
+from ehr_embed.core.errors import UserError
+from ehr_embed.data.labels import read_labels
 from ehr_embed.sources.meds import MedsSource
 from tests.helpers.two_hospitals import AWAY, HOME, write_hospital
 
@@ -139,6 +144,10 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     sizes = ("--prompt", "8", "--new", "3", "--batch", "2", "--vocabulary", "20", "--repeats", "1", "--device", "cpu")
     generation_cache.main(list(sizes))
     assert json.loads(capsys.readouterr().out)["same_events"]
+    generation_cache.main([*sizes, "--samples", "3", "--full", "0", "--bfloat16", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert "ratio" not in found
+    assert found["seconds_per_patient"] > 0
 
 
 def test_packing_compares_batches_with_the_padding_asked_for(capsys):
@@ -192,13 +201,36 @@ def test_what_a_gpu_will_run_can_be_read(run, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop)
     name, *arguments = run
     with pytest.raises(ReadError, match="device='cuda'"):
-        importlib.import_module(f"benchmarks.{name}").main([*arguments, *gpu.DEVICE])
+        importlib.import_module(f"benchmarks.{name}").main([*arguments, "--device", "cuda"])
 
 
 def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 1
+    assert gpu.main([]) == 1
     assert "no GPU here" in capsys.readouterr().out
+
+
+def test_the_lines_for_a_gpu_end_in_time(capsys, monkeypatch):
+    """Each line may take its own time at most, and all lines together theirs."""
+    clock = iter(range(0, 10_000, 100))
+    limits = []
+
+    def run(command, *, check, timeout):
+        limits.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    n_lines = len(gpu.RUNS) + 1
+    assert gpu.main(["--device", "cuda", "--seconds", "350"]) == n_lines
+    assert limits == [100, 100, 50]
+    assert capsys.readouterr().out.count("no time left: python -m") == n_lines - 3
+
+
+@pytest.mark.slow
+def test_every_line_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(capfd):
+    failed = gpu.main(["--device", "cpu", "--tiny", "1", "--line-seconds", "300", "--seconds", "2000"])
+    assert failed == 0, capfd.readouterr().out
 
 
 def test_f1_picks_the_better_model_less_often_than_auroc(capsys):
@@ -229,3 +261,35 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
     metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
     assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+
+
+def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys, tmp_path):
+    root = write_hospital(tmp_path / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    drawn = line(folds.main, capsys, "draw", str(root), "--labels", "case", "--output", str(tmp_path / "folds.parquet"))
+    found = pl.read_parquet(tmp_path / "folds.parquet")
+    splits = found.drop("subject_id").to_numpy()
+    assert len(found) == drawn["subjects"] == len(MedsSource(root=str(root)).split_of_subjects(max_events=10**9))
+    assert ((splits == "held_out").sum(1) == 1).all()
+    cases = read_labels("case", root / "labels").frame.group_by("subject_id").agg(pl.col("value").max())
+    of_fold = found.join(cases, on="subject_id").filter(pl.col("value") == "true")
+    sizes = [(of_fold[f"fold{fold + 1}"] == "held_out").sum() for fold in range(5)]
+    assert max(sizes) - min(sizes) <= 1, "the cases are spread evenly"
+
+    for fold, (better, worse) in enumerate([(0.9, 0.8), (0.7, 0.5)]):
+        for folder, value in {
+            "": better,
+            "members/tab-0": better,
+            "members/tab-1": worse,
+            "members/gbm-0": worse,
+        }.items():
+            place = tmp_path / "sweep" / str(fold) / folder
+            place.mkdir(parents=True, exist_ok=True)
+            metrics = {name: {"value": value} for name in folds.METRICS}
+            (place / "metrics.json").write_text(json.dumps({"tuning": metrics, "held_out": metrics}))
+    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"))["rows"]
+    told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
+    assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
+    assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)
+    assert told["ensemble"]["difference"] == 0.15
+    with pytest.raises(UserError, match=r"--against other.*gbm"):
+        folds.main(["table", str(tmp_path / "sweep"), "--against", "other"])

@@ -31,7 +31,7 @@ from tests.helpers.small_meds import ROOT
 DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
-"""What pages link to."""
+"""Targets of the links of pages."""
 DEMO_SIZE = 400
 
 
@@ -134,8 +134,11 @@ def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
         line = line.replace("demo-5000-0", f"demo-{DEMO_SIZE}-0")
         for word, meant in words.items():
             line = re.sub(rf"\b{word}\b", meant, line)
-        python, *arguments = shlex.split(line)
-        assert python == "python", line
+        program, *arguments = shlex.split(line)
+        assert program in ("python", "ehr-embed"), line
+        if program == "ehr-embed":
+            name, *rest = arguments
+            arguments = [f"{name}.py", *rest] if name in ("train", "embed") else ["-m", f"ehr_embed.{name}", *rest]
         arguments = last_of_each([*arguments, *shortened(arguments, texts=texts)])
         # A search starts processes; they, and scripts, find the checkout as a user's do.
         if is_search(line) or arguments[0].startswith("write_"):

@@ -1,4 +1,4 @@
-"""Where things lie: few modules at the top, empty packages, a README in each, and one place for the names that others import."""
+"""Few modules lie at the top, packages are empty, each has a README, and the names that others import stand in one place."""
 
 from __future__ import annotations
 
@@ -114,8 +114,10 @@ def test_a_file_name_of_a_run_folder_stands_in_one_module():
 
 def test_the_drawing_of_the_architecture_is_that_of_the_code():
     """`python docs/architecture.py` was run after the last change of a package or of its README."""
-    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]()
-    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
+    module = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == module["draw"]()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert module["expanded"](page) == page
 
 
 def test_one_number_is_followed_through_five_files():

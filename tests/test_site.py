@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import runpy
@@ -42,13 +43,19 @@ def test_bars_are_as_long_as_their_figures():
 
 
 def test_the_leaderboard_is_that_of_the_committed_tables():
-    """`python docs/results.py` was run after a table was added to docs/results/, and no table names a folder of a machine."""
+    """`python docs/results.py` was run after a table was added to docs/results/, each row
+    says how it was made, and no table names a folder of a machine."""
     module = runpy.run_path(str(ROOT / "docs" / "results.py"))
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    titles = yaml.safe_load((ROOT / "docs" / "results" / "titles.yaml").read_text(encoding="utf-8"))
     assert module["expanded"](page) == page, "Type: python docs/results.py"
     for path in (ROOT / "docs" / "results").glob("*.csv"):
         text = path.read_text(encoding="utf-8")
         assert "hardware" in text.splitlines()[0]
+        for row in csv.DictReader(text.splitlines()):
+            shown = module["marked"](row, titles.get(path.stem, {}).get("afterwards", {}))
+            assert all(shown[name] for name in ("command", "commit", "hardware", "date")), (path, row["runs"])
+            assert shown["commit"] == row["commit"] or shown["commit"].endswith("†"), "what no run recorded is marked"
         assert re.findall(r"(?<![\w.])/[a-z]+/", text) == [], path
 
 

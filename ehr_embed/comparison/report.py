@@ -209,9 +209,7 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
         cells += [_cell(row.get(name), ".4f") for name in objectives]
         cells += [_interval(row, metric)] if metric else []
         cells.append(_cell(row.get("seconds"), ",.0f"))
-        cells.append(
-            " ".join(f"{_short(name, overrides)}={_shown(row[name])}" for name in overrides if _is_set(row[name]))
-        )
+        cells.append(_told({name: row[name] for name in overrides if _is_set(row[name])}, overrides))
         shown.add_row(*cells)
     console.print(shown)
     if len(table) > MAX_SHOWN:
@@ -222,6 +220,24 @@ def wide_console() -> Console:
     """Return the console: the terminal, or without one a plain output that is wide enough for a row."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
+def _told(chosen: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return what tells a run from the others, as it might be typed. Where runs differ in the class of a group, that is said in
+    place of the keys of that group.
+
+    >>> keys = ["model._target_", "model.n_trees", "seed"]
+    >>> _told({"model._target_": "ehr_embed.models.gbm.GBM", "model.n_trees": "9", "seed": "0"}, keys)
+    'model=GBM seed=0'
+    """
+    groups = {key.removesuffix("_target_") for key in keys if key.endswith("._target_")}
+    told = []
+    for key, value in chosen.items():
+        if key.endswith("._target_"):
+            told.append(f"{key.removesuffix('._target_')}={str(value).rpartition('.')[2]}")
+        elif not any(key.startswith(group) for group in groups):
+            told.append(f"{_short(key, keys)}={_shown(value)}")
+    return " ".join(told)
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

@@ -131,9 +131,21 @@ def _title(name: str) -> str:
     return name if "." in name else name.replace("/", " ").replace("_", " ")
 
 
+def _short(value: str) -> str:
+    """Return the value of an override as the table of runs shows it.
+
+    >>> _short("0.009062263471261952"), _short("mean"), _short("512")
+    ('0.009062', 'mean', '512')
+    """
+    number = _number(value)
+    return value if number is None or len(value) < len("0.0000000") else shown(number)
+
+
 def _about(facts: Mapping[str, Any]) -> str:
-    told = [facts.get("study"), facts.get("sampler"), facts.get("pruner")]
-    return " · ".join([str(part) for part in told if part] + [", ".join(map(str, facts.get("directions", [])))])
+    told = [str(part) for name in ("study", "sampler", "pruner") if (part := facts.get(name))]
+    if directions := facts.get("directions"):
+        told.append("searched to " + ", ".join(map(str, directions)))
+    return " · ".join(told)
 
 
 def _tiles(rows: Sequence[Mapping[Any, Any]], facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -142,7 +154,7 @@ def _tiles(rows: Sequence[Mapping[Any, Any]], facts: Mapping[str, Any]) -> list[
     for best in facts.get("best", [])[:1]:
         for name, value in best["values"].items():
             tiles.append((f"best {name} (tuning)", f"{value:.4f}" if isinstance(value, float) else shown(value), ""))
-        told = ", ".join(f"{key}={without_private({key: v})[key]}" for key, v in best["overrides"].items())
+        told = ", ".join(f"{key}={_short(str(without_private({key: v})[key]))}" for key, v in best["overrides"].items())
         tiles.append(("best run", _run_name(best["run"]), told[:120]))
     seconds = [number for row in rows if (number := _number(str(row.get("seconds", "")))) is not None]
     if seconds:

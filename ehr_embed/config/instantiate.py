@@ -30,10 +30,10 @@ MEDS = "ehr_embed.sources.meds.MedsSource"
 def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
     """Return a group of a configuration that came with a checkpoint, once it is known to name members of that group only.
 
-    Its own `trusted_packages` are the word of whoever wrote it, and count for nothing.
+    The configuration's own `trusted_packages` are ignored, since whoever wrote it may have chosen them.
 
     Args:
-        config: all of it.
+        config: the whole configuration.
         group: model, task, embedder or source.
         trusted: further packages that the user who opens it trusts.
 
@@ -95,8 +95,8 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
     plain = check_own(resolved, tuple(trusted))
     check_targets(plain, tuple(trusted), where=config._get_full_key(""))
-    # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
-    # instantiated too.
+    # The values that were checked, and no others, are built. Sizes are given to the target itself: a dict among them that was
+    # merged into the config would be instantiated too.
     try:
         build = hydra.utils.instantiate(OmegaConf.create(plain), _partial_=True, _convert_="all")
     except InstantiationException as error:  # of a member inside, such as the trainer's schedule

@@ -1,7 +1,7 @@
 """Judge what a `_target_` names before it is called: building it would run its code.
 
-Only names of allowed packages are looked up, and a name is a module and an object defined in it. So neither an import nor a walk
-along attributes reaches `os` or a module that lies in the current folder.
+Only names of allowed packages are looked up, and a name is that of a module and of an object defined in it. Therefore neither an
+import nor a walk along attributes reaches `os` or a module that lies in the current folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STORED = {
     "source": Group("data.source", "ehr_embed.sources", "Source"),
     "calibration": Group("calibration", "ehr_embed.calibration", "Calibration"),
 }
-"""The groups of a configuration that came with a checkpoint that are built from it."""
+"""The groups that are built from a configuration that came with a checkpoint."""
 
 
 def looked_up_name(target: object) -> str:
@@ -140,7 +140,7 @@ def own_object(target: str, trusted: Sequence[str] = ()) -> Any:
 
 
 def _if_yours(target: str) -> str:
-    """Return the remedy for a class of a package that nobody trusts yet: none for Python's own modules, which are nobody's.
+    """Return the remedy for a class of a package that is not trusted yet; empty for Python's own modules.
 
     >>> _if_yours("my.conv.Conv"), _if_yours("os.system")
     (' Only if you know the code of my, type: trusted_packages=[my]', '')
@@ -228,7 +228,7 @@ def stored_object(target: str, group: str, trusted: Sequence[str] = ()) -> Any:
 
 
 def source_writes(target: object, trusted: Sequence[str] = ()) -> bool:
-    """Return whether a source of a stored configuration may write, as one does that imports a corpus.
+    """Return whether a source of a stored configuration may write, as a source that imports a corpus does.
 
     Raises:
         UserError: the target is no source of this package or of a trusted one.
@@ -412,7 +412,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    """A foreign value on one line, without what a terminal would obey.
+    """Return a foreign value on one line, without characters that a terminal would obey.
 
     >>> print(_shown("a\\x1b[2Jb"), len(_shown("x" * 999)))
     a\\x1b[2Jb 80

@@ -38,7 +38,7 @@ WRONG_TYPE = ("_type", "sequence_str", "is_instance_of", "_attributes")
 
 @dataclass(frozen=True)
 class Told:
-    """An annotation: what the refusal of a setting says.
+    """An annotation: the words with which a setting is refused.
 
     Attributes:
         expected: the valid values in words; empty = the words for the type and range.
@@ -79,7 +79,7 @@ Share = Annotated[float, Field(ge=0, le=1), Told("a share in [0, 1]")]
 ShareBelow1 = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)")]
 ShareAbove0 = Annotated[float, Field(gt=0, le=1), Told("a share in (0, 1]")]
 DrawSeed = Annotated[int, Field(ge=0)]
-"""Of a generator of numpy, which takes a number of any size."""
+"""The seed of a generator of numpy, which takes a number of any size."""
 Seed = Annotated[int, Field(ge=0, lt=2**32), Told("a whole number from 0 to 4294967295", example="0")]
 
 
@@ -166,8 +166,8 @@ def checked(where: str) -> Callable[[Function], Function]:
 
 @cache
 def rules_of(target: Any) -> dict[str, Any]:
-    """Return the annotations of what a class or function takes, by name; of a constructor that hands on further keywords to its
-    base class, those of the base class too. Annotations that cannot be resolved here are none."""
+    """Return the annotations of the parameters of a class or function, by name. If a constructor hands on further keywords to its
+    base class, those of the base class are included. Annotations that cannot be resolved here are left out."""
     rules: dict[str, Any] = {}
     for function in _signatures(target):
         try:
@@ -194,7 +194,7 @@ def names_of(target: Any) -> frozenset[str] | None:
 
 
 def _signatures(target: Any) -> Iterator[Any]:
-    """Yield a function itself; of a class its constructor, and as long as one hands on further keywords its base class's."""
+    """Yield a function itself, or the constructor of a class and, while it hands on further keywords, that of its base class."""
     if not isinstance(target, type):
         yield target
         return
@@ -233,7 +233,7 @@ def shown(value: Any) -> str:
 
 
 def arrived(value: Any) -> str:
-    """Return a value and its type in the words of a user, for what a refusal says arrived.
+    """Return a value and its type in the words of a user, for the part of a refusal that says what arrived.
 
     >>> arrived("two"), arrived(1.5), arrived(True), arrived(None), arrived([1])
     ("the text 'two'", 'the number 1.5', 'true', 'null', 'a list')
@@ -264,7 +264,8 @@ _adapters: dict[int, tuple[Any, TypeAdapter | None]] = {}
 
 def _adapter(key: str, rule: Any) -> TypeAdapter | None:
     """Return pydantic's adapter for an annotation, None where pydantic knows no rule for the type."""
-    # By identity, since not every annotation can be hashed; the rule is kept, so that its identity is not given again.
+    # Adapters are found by the identity of the rule, since not every annotation can be hashed. The rule is kept, so that no other
+    # object gets its identity.
     if id(rule) not in _adapters:
         try:
             adapter = TypeAdapter(rule)
@@ -296,7 +297,7 @@ def _found(rule: Any, kind: type) -> Iterator[Any]:
 
 
 def _names(rule: Any) -> list[str]:
-    """Return the valid names of a rule that allows names, null or lists of names only; else none.
+    """Return the valid names of a rule that allows names, null or lists of names only; empty for any other rule.
 
     >>> _names(Literal["a", "b"] | None), _names(Literal["auto"] | int)
     (['a', 'b', 'null'], [])
@@ -315,7 +316,7 @@ def _names(rule: Any) -> list[str]:
 
 
 def words(rule: Any) -> str:
-    """Return what an annotation allows in the words of a user.
+    """Return the values that an annotation allows, in the words of a user.
 
     >>> words(Annotated[int, Field(ge=1)] | None), words(Annotated[float, Field(gt=0, le=1)]), words(dict[str, int])
     ('1 or more, or null', 'a number in (0, 1]', 'a mapping')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.vocabulary import FIRST_TOKEN, Vocabulary
+
+STEPS = 20
+"""Steps per unit of cosine in which a margin is advised."""
 
 
 class NearEvent(NamedTuple):
@@ -55,6 +59,22 @@ def near_enough(near: Sequence[NearEvent], *, min_cosine: float, margin: float) 
     [NearEvent(token=7, cosine=0.9), NearEvent(token=4, cosine=0.85)]
     """
     return [event for event in near if event.cosine >= max(min_cosine, near[0].cosine - margin)]
+
+
+def margin_for(near: Sequence[NearEvent], *, min_cosine: float, margin: float) -> float | None:
+    """Return the margin, in steps of 0.05, with which every event that is near enough by its cosine would count; None where the
+    margin leaves none of them out.
+
+    Args:
+        near, min_cosine, margin: as in `near_enough`.
+
+    >>> margin_for([NearEvent(7, 0.875), NearEvent(4, 0.764), NearEvent(5, 0.4)], min_cosine=0.5, margin=0.1)
+    0.15
+    """
+    enough = [event.cosine for event in near if event.cosine >= min_cosine]
+    if not enough or enough[-1] >= near[0].cosine - margin:
+        return None
+    return math.ceil((near[0].cosine - enough[-1]) * STEPS) / STEPS
 
 
 def nothing_near(

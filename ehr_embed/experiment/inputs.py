@@ -1,4 +1,4 @@
-"""Open what a configuration names: its source, its event store and its embedding table. `embed` and `convert` stop there."""
+"""Open the source, the event store and the embedding table of a configuration. The commands `embed` and `convert` stop there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import NONE, AlignmentSettings
+from ehr_embed.embedding.alignment import Rules
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.embedding.table import as_stored
+from ehr_embed.embedding.variants import TextVariants, text_variants
 from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.exports.protocol import Export
 from ehr_embed.inference.trained_run import device_named
@@ -53,6 +56,35 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
     )
 
 
+def variants_of(cfg: DictConfig, prepared: Prepared, rules: Rules) -> TextVariants | None:
+    """Return the variants by which a configuration reads tokens in training; None where it wants none.
+
+    Raises:
+        UserError: the embedder reads no texts, or the vectors themselves are learned, so that there is nothing to vary; or as
+            `text_variants`.
+    """
+    share = cfg.data.get("text_variants", 0.0)
+    if not share:
+        return None
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
+    try:
+        if not embedder.reads_text or trainable_of(cfg.embedder) == "full":
+            raise UserError(
+                f"data.text_variants={share}: the vectors of this embedder are not those of texts alone (it reads none, or "
+                "embedder.trainable=full), so other words mean nothing to it. Type: data.text_variants=0, or embedder=minilm_l6"
+            )
+        return text_variants(
+            prepared.store.vocabulary.texts,
+            prepared.table,
+            share=share,
+            kinds=list(cfg.data.variant_kinds),
+            synonyms=rules.synonyms,
+            embed=lambda texts: embed_texts(embedder, texts, cache_dir=Path(cfg.cache_dir)),
+        )
+    finally:
+        embedder.close()
+
+
 def reads_text(cfg: DictConfig) -> bool:
     """Return whether the vectors of a configuration's embedder are those of texts."""
     embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
@@ -81,11 +113,11 @@ def vector_of_words(cfg: DictConfig, words: str) -> Tensor:
 
 
 def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
-    """Return the source of a configuration with its store and table, and build of these what is missing.
+    """Return the source of a configuration with its store and table, which are built if they are missing.
 
     Args:
         cfg: the whole configuration.
-        overwrite: whether to build the store and the table again where they are there.
+        overwrite: whether to build the store and the table again even if they exist.
 
     Raises:
         UserError: anything that the source, the embedder, the store or the table refuses.
@@ -117,7 +149,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 @stop_requests(is_deferred=False)
 @checks_config("RunKeys")
 def embed(cfg: DictConfig) -> None:
-    """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
+    """Prepare the dataset of a configuration, print where its store and table lie, and export them if an export is named."""
     if cfg.get("check"):  # configurations of earlier versions do not have this key
         from ehr_embed.experiment.outlook import tell_outlook
 
@@ -144,7 +176,7 @@ def embed(cfg: DictConfig) -> None:
 @stop_requests(is_deferred=False)
 @checks_config("RunKeys")
 def convert(cfg: DictConfig) -> None:
-    """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
+    """Open the source of a configuration, which imports its corpus as MEDS, and print where the dataset lies."""
     source: Source = builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")

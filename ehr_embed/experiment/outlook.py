@@ -27,6 +27,7 @@ from ehr_embed.experiment.preflight import sizes_before_setup, splits_of
 from ehr_embed.inference.trained_run import device_named
 from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
+from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks.protocol import ReadsLabels, Task
 from ehr_embed.training.memory import peak_memory_mib
@@ -37,7 +38,14 @@ N_STEPS, N_WARM, N_TEXTS = 3, 1, 32
 """Steps that are measured, steps before them, and texts that are embedded."""
 MAX_CODES_ROWS = 200_000_000
 """Largest number of events whose codes are counted; more would take minutes."""
-SHOWN_CLASSES = 5
+SHOWN_CLASSES, SHOWN_CODES = 5, 3
+MANY_PARAMETERS = 1_000_000
+"""Size from which a transformer is slow to train without a GPU."""
+SMALLER = {
+    "ehr_embed.models.encoder.Encoder": "model=encoder_small trainer=short",
+    "ehr_embed.models.decoder.Decoder": "model=decoder_small trainer=pretrain_short",
+}
+"""What to type for a smaller model of a kind, which trains on a CPU."""
 MIB_PER_GIB = 2**10
 
 
@@ -75,8 +83,11 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
     counts = [samples_by_class(label_set, splits) for label_set in label_sets]
     lines += [(f"label {label_set.name}", told) for label_set, (told, _) in zip(label_sets, counts, strict=True)]
     n_train = max((n for _, n in counts), default=round(n_subjects * 0.8) if splits is None else _n_in_train(splits))
-    n_tokens, told = tokens_of(cfg, source, n_events)
+    codes = codes_of(source, n_events)
+    n_tokens, told = tokens_of(cfg, source, codes)
     lines.append(("texts", told))
+    if codes is not None:
+        lines.append(("coverage", coverage_of(codes, source.code_metadata(), list(cfg.data.lookups))))
     embedder: Embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
     try:
         width, per_text = embedder.embedding_dim, seconds_per_text(embedder)
@@ -125,6 +136,11 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
                 f"about {in_words(epoch)} an epoch on {found.where}, at most {in_words(epoch * settings.epochs)} in all, and "
                 "evaluation",
             )
+        )
+    smaller = SMALLER.get(str(cfg.model._target_))
+    if found.where.startswith("cpu") and found.n_parameters > MANY_PARAMETERS and smaller:
+        lines.append(
+            ("without a GPU", f"add {smaller} for a small model, as the demo trains, in a fraction of this time")
         )
     lines.append(
         (
@@ -192,18 +208,42 @@ def _n_in_train(splits: pl.DataFrame) -> int:
     return len(splits.filter(split="train"))
 
 
-def tokens_of(cfg: DictConfig, source: Source, n_events: int) -> tuple[int, str]:
-    """Return the largest number of texts to embed, and in words where it comes from."""
-    settings = VocabularySettings(values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count)
+def codes_of(source: Source, n_events: int) -> pl.DataFrame | None:
+    """Return code, n (its events) and n_values (those with a number); None where a source has too many events to count them."""
     if n_events > MAX_CODES_ROWS:
-        n_codes = source.code_metadata()["code"].n_unique()
-        return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
+        return None
     parts = []
     for shard in source.shards:
         frame = pl.scan_parquet(shard, glob=False)
         value = pl.col("numeric_value").count() if "numeric_value" in frame.collect_schema() else pl.lit(0)
         parts.append(frame.group_by(pl.col("code").cast(pl.String)).agg(n=pl.len(), n_values=value).collect())
-    codes = pl.concat(parts, how="vertical_relaxed").group_by("code").sum()
+    return pl.concat(parts, how="vertical_relaxed").group_by("code").sum()
+
+
+def coverage_of(codes: pl.DataFrame, metadata: pl.DataFrame, lookups: list[str]) -> str:
+    """Return in words which share of events has a text that somebody wrote, and which of the most frequent codes have none.
+
+    >>> codes = pl.DataFrame({"code": ["A", "LAB//B"], "n": [3, 1]})
+    >>> metadata = pl.DataFrame({"code": ["A"], "description": ["fever"], "parent_codes": [None]},
+    ...     schema_overrides={"parent_codes": pl.List(pl.String)})
+    >>> coverage_of(codes, metadata, [])
+    '75.0% of all events have a text (50.0% of codes); the rest show their bare codes, such as LAB//B'
+    """
+    found = codes.drop_nulls("code").sort("n", descending=True)
+    steps = resolve_texts(found["code"], metadata, read_lookups(lookups))
+    bare = steps["step"].to_numpy() == "readable"
+    n, of_events = found["n"].to_numpy(), float(found["n"].sum()) or 1.0
+    told = f"{1 - n[bare].sum() / of_events:.1%} of all events have a text ({1 - bare.mean():.1%} of codes)"
+    named = ", ".join(found["code"].filter(pl.Series(bare)).head(SHOWN_CODES))
+    return told + (f"; the rest show their bare codes, such as {named}" if named else "")
+
+
+def tokens_of(cfg: DictConfig, source: Source, codes: pl.DataFrame | None) -> tuple[int, str]:
+    """Return the largest number of texts to embed, and in words how it was found."""
+    settings = VocabularySettings(values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count)
+    if codes is None:
+        n_codes = source.code_metadata()["code"].n_unique()
+        return n_codes, f"about {n_codes:,} codes by metadata/codes.parquet"
     n_binned = len(codes.filter(pl.col("n_values") >= settings.min_count)) if settings.has_bins else 0
     most = len(codes) + n_binned * settings.n_bins
     bins = f", {n_binned:,} of them with value bins: at most {most:,} texts" if n_binned else ""

@@ -31,14 +31,14 @@ from ehr_embed.embedding.pooling import pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from, vector_of_words
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, variants_of, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import calibration_of, recalibrate
 from ehr_embed.experiment.results import write_predictions, write_results
 from ehr_embed.experiment.shared_codes import align_inputs, align_model, pool_inputs, pool_model
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_variants, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
 from ehr_embed.reports.run_report import print_metrics
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
@@ -169,7 +169,10 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     pool_model(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
-    embedding = EventEmbedding(prepared.table, trainable)
+    variants = variants_of(cfg, prepared, plan.alignment.read()) if plan.is_trained else None
+    if variants is not None:
+        check_variants(model, variants.share)
+    embedding = EventEmbedding(prepared.table, trainable, variants)
     if found.checkpoint is None:
         give_first_weights(plan, inputs, model, embedding)
     if inputs.aligned is not None:

@@ -16,7 +16,15 @@ from torch import Tensor
 from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
-from ehr_embed.embedding.nearest_events import near_enough, nearest_events, nothing_near, with_bins
+from ehr_embed.embedding.aligning import AlignmentSettings
+from ehr_embed.embedding.nearest_events import (
+    NearEvent,
+    margin_for,
+    near_enough,
+    nearest_events,
+    nothing_near,
+    with_bins,
+)
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import TrainedRun, open_run
@@ -53,6 +61,8 @@ class Question:
         events: the same for reading.
         vector: (E,) the text's own vector, for a literal question; None = the mean of the events' vectors.
         log_rates: (J,) rate that the head starts from.
+        left_out: events that `margin` alone leaves out, nearest first.
+        wider: the margin that would let them in; None = none is left out.
     """
 
     name: str
@@ -60,6 +70,8 @@ class Question:
     events: list[FoundEvent]
     vector: Tensor | None
     log_rates: Tensor
+    left_out: Sequence[FoundEvent] = ()
+    wider: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,18 +208,18 @@ class Asker(Predictor):
                 else_type="codes=[CODE], or literal=true to give the model the words themselves",
             )
         of_code = [with_bins([event.token], vocabulary) for event in near]
-        found = [
-            FoundEvent(
-                str(vocabulary.token_codes[event.token]),
-                vocabulary.texts[event.token],
-                event.cosine,
-                int(counts[tokens].sum()),
-            )
-            for event, tokens in zip(near, of_code, strict=True)
-        ]
+
+        def told(event: NearEvent) -> FoundEvent:
+            n = int(counts[with_bins([event.token], vocabulary)].sum())
+            return FoundEvent(str(vocabulary.token_codes[event.token]), vocabulary.texts[event.token], event.cosine, n)
+
+        found = [told(event) for event in near]
         own = with_bins([event.token for event in near], vocabulary)
         if not literal:
-            return Question(words, own, found, None, self.sizes.rates_of([own])[0])
+            first = nearest[:n_events]
+            missed = [told(event) for event in first if event.cosine >= min_cosine and event not in near]
+            wider = margin_for(first, min_cosine=min_cosine, margin=margin)
+            return Question(words, own, found, None, self.sizes.rates_of([own])[0], missed, wider)
         return Question(words, own, found, vector, self.sizes.rates_of(of_code).mean(0))
 
     def _by_code(self, name: str, events: EventSet) -> Question:
@@ -239,6 +251,7 @@ class Asker(Predictor):
         labels: str | None = None,
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
+        alignment: AlignmentSettings | None = None,
         **how: Any,
     ) -> Answers:
         """Return the risk of each outcome for the subjects of a MEDS dataset.
@@ -250,6 +263,7 @@ class Asker(Predictor):
             labels: label set (name or path) at whose prediction times to predict; None = at each subject's last event.
             split: split of the subjects; None = all.
             lookups: CSV files with texts of codes that the run never saw.
+            alignment: whether and how codes that the run never saw are read as its own; None = where most events have such codes.
             how: options of `questions`.
 
         Raises:
@@ -270,21 +284,30 @@ class Asker(Predictor):
                 raise UserError(
                     "data.root is not set, and the run does not say where its own data lie. Type: data.root=DIR"
                 )
-        data = self.read(str(root), labels=labels, split=split, lookups=lookups)
         days = (horizon_days * np.arange(1, N_TIMES + 1) / N_TIMES).tolist()
-        incidence = self.incidence(data, resolved, days)
-        tokens = [question.tokens for question in resolved]
+        reading = self.opened(
+            str(root), labels=labels, split=split, lookups=lookups, alignment=alignment or AlignmentSettings()
+        )
+        with reading as data:
+            incidence = self.incidence(data, resolved, days)
+        tokens = [self._in_dataset(question.tokens, data) for question in resolved]
         places = TokenPlaces(data.events, len(data.vocabulary))
         prior = follow_up(data.events, data.samples, tokens, places=places, excludes_prior=False).has_prior
         return Answers(resolved, days, pl.DataFrame(data.samples.meds_keys), incidence, prior)
 
+    def _in_dataset(self, tokens: list[int], data: Dataset) -> list[int]:
+        """Return the tokens of a dataset that stand for those of the run; an aligned dataset has tokens of its own."""
+        if data.aligned is None:
+            return tokens
+        rows, gates = data.aligned.alignment.rows(self.run.vocabulary, data.vocabulary)
+        return np.flatnonzero(np.isin(rows, tokens) & (gates > 0)).tolist()
+
     @torch.inference_mode()
     def incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
         """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
-        embedding = data.embedding.to(self.device)
         rates = torch.stack([question.log_rates for question in questions])
         sets = AskedSets.of(self.sizes, [question.tokens for question in questions], rates)
-        asked = sets.inputs(embedding.table)
+        asked = sets.inputs(self.run.embedding.to(self.device).table)
         for number, question in enumerate(questions):
             if question.vector is not None:
                 asked["outcome_vectors"][number] = question.vector.to(self.device)

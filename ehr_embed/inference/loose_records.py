@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,9 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.inference.new_codes import KeptVectors, NewCodes
 from ehr_embed.inference.trained_run import TrainedRun
+from ehr_embed.models.protocol import FitsAtOnce
 
+log = logging.getLogger(__name__)
 TokenIds = list[npt.NDArray[np.int32]]
 
 
@@ -55,6 +58,14 @@ class TextTokens:
                 f"{next(iter(wanted))!r} is not a text of this run's vocabulary, and its embedder (embedder=learned or a control) "
                 "has no vector for any other. Use texts of RUN_DIR/vocabulary/vocab.csv."
             )
+        model = self._run.model
+        if wanted and isinstance(model, FitsAtOnce):
+            log.warning(
+                "%d of the texts, such as %r, are not in the run's vocabulary, and %s counts codes of its vocabulary: it does not "
+                "see them, so that records of such texts alone all get the same prediction. RUN_DIR/vocabulary/vocab.csv lists the "
+                "texts that it knows; a model that reads vectors, such as model=encoder, reads any",
+                len(wanted), next(iter(wanted)), type(model).__name__,
+            )  # fmt: skip
         if self._new is None or self._new.is_full:
             self._new = NewCodes(self._run, self._vectors_of, None)
         # A token needs a code, and a text has none, so it gets a name that no code has.

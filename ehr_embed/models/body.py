@@ -251,7 +251,7 @@ class Body(nn.Module):
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, rope, None if cache is None else cache.extend_of(number))
+            x = block(x, mask, rope, None if cache is None else cache.attend_of(number))
         return self.norm(x)
 
 

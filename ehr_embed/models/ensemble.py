@@ -57,7 +57,7 @@ class Ensemble(nn.Module):
         check_classifies("an ensemble", num_classes, vocab_size)
         if not members:
             raise UserError(
-                "model.members=[]: an ensemble of nothing predicts nothing. Type: experiment=physionet2012_ensemble, or "
+                "model.members=[]: an ensemble of nothing predicts nothing. Type: experiment=physionet2012, or "
                 "ensemble.runs=[RUN_DIR,RUN_DIR]"
             )
         self.members = nn.ModuleList(members)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ class Ensemble(nn.Module):
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """After `align`, give the members another dataset's records; they were fitted to train in their own runs.
 
-        Each member reads `train` by itself. What can be read only once, such as a generator, is kept in memory for that.
+        Each member reads `train` by itself. If `train` can be read only once, as a generator can, its batches are kept in memory.
         """
         batches = list(train) if iter(train) is train else train
         for member in self.members:

@@ -66,7 +66,7 @@ class Declarations:
 def declarations(model: nn.Module | type) -> Declarations:
     """Return what a model, or its class, declares; this is the only place that reads these attributes and knows their defaults.
 
-    What a model says only when it is built, by a property, has its default in the class.
+    Where a property declares something only after the model is built, its class has the default.
 
     Raises:
         UserError: an attribute has another type.
@@ -258,4 +258,19 @@ def check_vectors(model: nn.Module, trainable: str) -> None:
         raise UserError(
             f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
             "learned. Type: embedder.trainable=frozen"
+        )
+
+
+def check_variants(model: nn.Module, share: float) -> None:
+    """Refuse variants of texts (`data.text_variants`) with a model that would never read them: one that reads codes or texts, or
+    that copies the vectors of the known codes before training.
+
+    Raises:
+        UserError: it would not.
+    """
+    declared = declarations(model)
+    if isinstance(model, FitsAtOnce) or not (declared.learns_vectors and declared.reads_vectors):
+        raise UserError(
+            f"data.text_variants={share}: {type(model).__name__} does not look up vectors of tokens while it trains, so no "
+            "other words would ever reach it. Type: data.text_variants=0 (model=code_tab has model.text_noise)"
         )

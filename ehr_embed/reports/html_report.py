@@ -18,7 +18,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, read_json
 from ehr_embed.core.secrets import without_private
 from ehr_embed.evaluation.metric import title_of
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.reports.page import from_markdown, picture, render, sections, shown, table_in
 from ehr_embed.run_folder.finish import read_config, read_metrics
 from ehr_embed.run_folder.layout import (
@@ -87,8 +87,9 @@ def report_of(
         config: the resolved configuration.
         metrics: content of metrics.json.
         choices: the options of the config groups as `group=option`.
-        has_codes: also show what quotes codes or texts of the data: subgroups, findings of the audit, and moved predictions.
-        has_environment: also show the versions of packages and the hardware.
+        has_codes: whether to show the parts that quote codes or texts of the data: subgroups, findings of the audit, and moved
+            predictions.
+        has_environment: whether to show the versions of packages and the hardware.
     """
     card_file = run_dir / MODEL_CARD
     card = sections(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
@@ -113,7 +114,7 @@ def report_of(
     }
     return render(
         "run.html.jinja",
-        title=run_dir.resolve().name,
+        title=_title(config, run_dir),
         about=_about(config),
         tiles=_tiles(metrics),
         contents=_contents(values),
@@ -123,6 +124,20 @@ def report_of(
         version=__version__,
         **values,
     )
+
+
+def _title(config: dict[str, Any], run_dir: Path) -> str:
+    """Return what a run is about, its labels or its task, and its folder's name, which alone is often a time of day.
+
+    >>> _title({"task": {"labels": "death_5y"}}, Path("runs/first")), _title({}, Path("13-17-17"))
+    ('death_5y (first)', '13-17-17')
+    """
+    task = config.get("task") or {}
+    labels = without_private(task.get("labels"))
+    named = [labels] if isinstance(labels, str) else labels or []
+    what = ", ".join(Path(str(name)).stem for name in named) or str(task.get("_target_", "")).rpartition(".")[2]
+    name = run_dir.resolve().name
+    return f"{what} ({name})" if what else name
 
 
 def _about(config: dict[str, Any]) -> str:
@@ -228,7 +243,7 @@ def _subgroups(card: dict[str, str]) -> dict[str, Any] | None:
         found = INTERVAL.fullmatch(row[column])
         entry = dict(zip(("value", "low", "high"), map(float, found.groups()), strict=True)) if found else None
         told.append({"cells": row, "entry": entry})
-    return {"head": head, "rows": told, "drawn": head[column], "low": 0.0, "high": 1.0, "rest": from_markdown(rest)}
+    return {"head": head, "rows": told, "drawn": "", "low": 0.0, "high": 1.0, "rest": from_markdown(rest)}
 
 
 def _coverage(text: str) -> list[tuple[str, list[tuple[str, float, str]]]]:
@@ -246,7 +261,8 @@ def _coverage(text: str) -> list[tuple[str, list[tuple[str, float, str]]]]:
 
 
 def _moved(folder: Path) -> dict[str, Any] | None:
-    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; of no single subject."""
+    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; a summary names no
+    single subject."""
     table = folder / MOVED_TEXTS
     if not table.is_file():
         return None

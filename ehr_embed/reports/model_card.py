@@ -18,7 +18,7 @@ from ehr_embed.core.programs import as_typed
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.regression import IN_UNITS
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.reports.markdown import code, plain, table
@@ -69,7 +69,7 @@ def write_model_card(
             n_bootstrap=n_bootstrap,
         )
     parts = [
-        f"# Model card: {plain(run_dir.resolve().name)}\n\n{_about(config, metrics['train'])}",
+        f"# Model card: {plain(run_dir.resolve().name)}\n\n{_about(run_dir.resolve().name, config, metrics['train'])}",
         f"## Data\n\n{_data(config, store, metrics, samples)}",
         f"## Texts\n\n{_texts(store)}",
         f"## Metrics\n\n{_metrics(metrics)}",
@@ -99,7 +99,7 @@ def write_model_card(
     return path
 
 
-def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
+def _about(name: str, config: dict[str, Any], train: dict[str, Any]) -> str:
     def kind(node: dict[str, Any]) -> str:
         return str(node["_target_"]).rpartition(".")[2]
 
@@ -113,7 +113,10 @@ def _about(config: dict[str, Any], train: dict[str, Any]) -> str:
     ]
     if "best_epoch" in train:
         rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
-    again = as_typed("To train it again: `python train.py --config-path $PWD/RUN --config-name config run_dir=DIR`.")
+    again = as_typed(
+        f"To train it again, type in the folder that holds the run's folder `{plain(name)}`: `python train.py --config-path "
+        f"$PWD/{name} --config-name config run_dir={name}_again`."
+    )
     return f"{table(['', ''], rows)}\n\n{again}"
 
 

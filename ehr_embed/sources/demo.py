@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ehr_embed.sources.cohort import BAYES, LABELS, RISKS, Subjects, write_demo_
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
+
+log = logging.getLogger(__name__)
 
 
 def demo_source(
@@ -40,10 +43,20 @@ def demo_source(
     Raises:
         UserError: as for `import_once`, `write_demo_cohort` and `MedsSource`.
     """
+
+    def write(folder: Path) -> None:
+        log.info(
+            "%s is filled with a SYNTHETIC cohort of %s subjects (data=demo). Your own data are read by: data=meds data.root=DIR "
+            "task.labels=NAME",
+            root,
+            f"{n_subjects:,}",
+        )
+        write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed)
+
     import_once(
         Path(root).expanduser(),
         {"n_subjects": n_subjects, "seed": seed},
-        lambda folder: write_demo_cohort(root=folder, n_subjects=n_subjects, seed=seed),
+        write,
         overwrite=overwrite,
     )
     return MedsSource(root=root, name="demo", splits=splits, split_column=split_column)

@@ -75,10 +75,7 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
     with locked(folder.parent / f".{folder.name}.lock", f"importing to {folder}"):
         if not (folder / MANIFEST).exists():
             if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-                raise UserError(
-                    f"{folder} exists and is not an import of this kind (no {MANIFEST}); writing there would replace it. "
-                    "Type: data.root=ANOTHER_FOLDER, or delete it if an earlier version made it"
-                )
+                raise not_an_import(folder)
         elif not overwrite:
             manifest = read_manifest(folder / MANIFEST, REBUILD)
             _refuse_other_files(folder, manifest["made_from"], made_from)
@@ -90,6 +87,21 @@ def import_once(folder: Path, made_from: dict[str, Any], write: Callable[[Path],
             write(temporary)
             write_manifest(temporary, {"made_from": made_from}, files := describe(temporary), name=MANIFEST)
         remember(folder, files)
+
+
+def not_an_import(folder: Path) -> UserError:
+    """Return the error that an import would replace what a folder holds, which may be a dataset that nobody has a copy of."""
+    is_meds = folder.is_dir() and ((folder / "metadata").is_dir() or any(folder.glob("data/**/*.parquet")))
+    if is_meds:
+        return UserError(
+            f"data.root={folder} holds a dataset in MEDS layout, which is not read: the data option that was chosen would write "
+            "its own dataset there. Nothing was changed. Did you mean data=meds? Type: data=meds "
+            f"data.root={folder} task.labels=NAME"
+        )
+    return UserError(
+        f"data.root={folder} exists and is not an import of this kind (no {MANIFEST}); writing there would replace what it holds. "
+        "Nothing was changed. Type: data.root=ANOTHER_FOLDER"
+    )
 
 
 def _refuse_other_files(folder: Path, known: dict[str, Any], made_from: dict[str, Any]) -> None:

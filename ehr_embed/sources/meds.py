@@ -67,7 +67,7 @@ class MedsSource:
             found = "a folder without data/" if self.root.is_dir() else "no such folder"
             raise UserError(
                 f"data.root={root}: expected a MEDS dataset with data/**/*.parquet inside, found {found}. "
-                "Type: python train.py data=meds data.root=DIR with the folder that holds data/ and metadata/."
+                "Type: data.root=DIR with the folder that holds data/ and metadata/."
             )
         if self.splits is not None:
             if not self.splits.is_file():

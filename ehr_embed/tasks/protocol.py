@@ -21,7 +21,7 @@ from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
-from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.evaluation.metric_entries import values_of
 from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import declarations
 
@@ -61,7 +61,7 @@ class Task(Protocol):
     """True = only causal models can do the task, False = only bidirectional models can, None = both can."""
 
     is_trained: bool
-    """Whether the task trains the model; otherwise a trained model is only evaluated."""
+    """True if the task trains the model; if False, a trained model is only evaluated."""
 
     @property
     def sizes(self) -> dict[str, Any]:

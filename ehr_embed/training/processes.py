@@ -57,6 +57,7 @@ class Processes:
         self.fabric, self.rank, self.size = fabric, fabric.global_rank, fabric.world_size
         # A group of its own on the hosts, because a message through the GPUs' group would wait for their queued work.
         self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
+        self._before: tuple[Any, Tensor] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -90,6 +91,23 @@ class Processes:
             return number
         distributed.all_reduce(found := torch.tensor(number), op=distributed.ReduceOp.MAX, group=self._group)
         return int(found)
+
+    def largest_before(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks gave at the previous call, 0 at the first; a single process gets its own
+        number back at once.
+
+        The exchange goes on while the caller computes, so that no rank waits for the others in each step; all get the same answer
+        at the same call.
+        """
+        if self._group is None:
+            return number
+        before, found = self._before, torch.tensor(number)
+        work = distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._before = (work, found)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
     def means(self, numbers: Sequence[float]) -> list[float]:
         """Return the mean of each number over the ranks."""

@@ -246,6 +246,7 @@ class Trainer:
         """
         settings, state, progress = self.settings, training.state, training.state.progress
         training.wrapped.train()
+        state.embedding.train()
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
@@ -286,7 +287,7 @@ class Trainer:
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             self._step(training, step_mean, n_batches=group)
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
-            asked = self._asked(stop)
+            asked = self._asked_before(stop)
             if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
                 progress.average(losses.tolist(), self.processes)
@@ -352,6 +353,10 @@ class Trainer:
         number = self.processes.largest(0 if stop.name is None else signal.Signals[stop.name])
         return signal.Signals(number).name if number else None
 
+    def _asked_before(self, stop: StopRequest) -> bool:
+        """Return whether a signal asked any process to stop before the previous call, or asked the only process by now."""
+        return self.processes.largest_before(int(stop.name is not None)) > 0
+
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
         """Raise `Stopped` if a signal asked any process to stop; the caller has saved the state."""
         if name := self._asked(stop):
@@ -366,6 +371,7 @@ class Trainer:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
+        embedding.eval()
         loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
@@ -373,7 +379,7 @@ class Trainer:
         # Buffers that an FSDP model makes in inference mode could not be trained with.
         with torch.inference_mode(self.processes.size == 1), torch.no_grad():
             for number, batch in enumerate(loader):
-                if stop is not None and self._asked(stop):
+                if stop is not None and self._asked_before(stop):
                     raise Stopped
                 moved = batch.to(self.fabric.device)
                 with self.fabric.autocast():

@@ -1,4 +1,4 @@
-"""What can be known to be wrong in a second is refused before the event store; check=true says what would be done."""
+"""Mistakes that a second can find are refused before the event store is built; check=true says what would be done."""
 
 from __future__ import annotations
 
@@ -137,6 +137,8 @@ def test_the_outlook_says_what_would_be_done_and_does_nothing(tiny, tmp_path, ca
         "train 3 (false 2, true 1), tuning 3 (false 2, true 1), held_out 3 (false 2, true 1)"
     )
     assert told["texts"].startswith("5 codes, 1 of them with value bins: at most 15 texts")
+    assert re.match(r"[\d.]+% of all events have a text", told["coverage"])
+    assert "without a GPU" not in told, "the model is small"
     assert re.fullmatch(r"Encoder, [\d,]+ parameters", told["model"])
     assert told["training"] == "at most 1 epochs of 1 batches of 3 samples, about 5 events each"
     assert re.match(r"about 1 s an epoch on cpu in \S+ with \d+ threads, at most 1 s in all", told["time"])

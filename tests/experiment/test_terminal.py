@@ -1,4 +1,4 @@
-"""What a user sees: on a terminal whole bars, elsewhere whole lines, and nothing that Hydra, torch or Optuna say by the way."""
+"""A user sees whole bars on a terminal and whole lines elsewhere, and no side remarks of Hydra, torch or Optuna."""
 
 from __future__ import annotations
 
@@ -50,6 +50,9 @@ def test_a_log_has_whole_sentences_and_nothing_twice(tmp_path, inside):
     output = inside("train.py", *SMALL, *where, "embedder=hashing", cwd=tmp_path)
     assert re.search(r"^held-out and tuning metrics with 95 % intervals, \S+.*runrun$", output, re.MULTILINE)
     assert re.search(r"^[\d,]+ parameters, best epoch .* s in all$", output, re.MULTILINE)
+    assert re.search(
+        r"^Report: \S+runrun/report.html$\n^Next: python -m ehr_embed.explain run=\S+runrun$", output, re.MULTILINE
+    )
     assert [word for word in STRANGE if word in output] == []
     embedded = inside("embed.py", "data.n_subjects=201", "embedder=hashing", "cache_dir=cache", cwd=tmp_path)
     told = [line for line in embedded.splitlines() if line.startswith("text of ")]

@@ -137,11 +137,23 @@ def test_a_subject_has_one_row_at_its_last_time(folder, tmp_path):
     assert len(vectors(folder, "encoder", "per=subject")) == 150, "all subjects at their last event"
 
 
+def test_a_model_that_counts_codes_says_that_it_does_not_see_new_texts(folder, caplog):
+    predictor = ehr_embed.load(folder / "gbm")
+    known = predictor.run.vocabulary.texts[5]
+    predictor.predict_proba([[known]])
+    assert "does not see" not in caplog.text
+    first, second = predictor.predict_proba([["Never heard of"], ["Nor of this"]])
+    assert first.tolist() == second.tolist()
+    assert "2 of the texts, such as 'Never heard of'" in caplog.text
+    assert "GBM counts codes" in caplog.text
+    assert "does not see" in caplog.text
+
+
 def test_it_is_refused_where_there_is_no_vector(folder):
     for name, overrides, message in (
-        ("gbm", (), "GBM makes no vector"),
-        ("mean_pool", ("per=event",), "keeps no vector per event.*Type: per=prediction_time"),
-        ("mean_pool", ("pooling=max",), "nothing to pool.*Type: pooling=auto"),
+        ("gbm", (), "GBM .*Choose a run"),
+        ("mean_pool", ("per=event",), "per=event: .*Type: per=prediction_time"),
+        ("mean_pool", ("pooling=max",), "pooling=max: .*Type: pooling=auto"),
         ("encoder", ("per=evnt",), "unknown per 'evnt': did you mean 'event'"),
         ("encoder", ("pooling=first",), "unknown pooling 'first'"),
     ):
