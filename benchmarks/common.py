@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, the JSON line with versions and hardware, and a synthetic cohort."""
+"""Share the parts of all benchmarks: alternating timings, the JSON line with versions and hardware, and a synthetic cohort."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parser(description: str | None, **defaults: int) -> argparse.ArgumentParser:
 
 
 def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each side returns, `repeats` times, one after the other by turns: a noisy machine is noisy for all of them.
+    """Call each side `repeats` times, by turns, and return the results: a noisy machine is noisy for all of them.
 
     >>> alternate({"a": lambda: 1.0, "b": lambda: 2.0}, 2)
     {'a': [1.0, 1.0], 'b': [2.0, 2.0]}

@@ -146,8 +146,8 @@ def told(rows: pl.DataFrame, reference: str) -> list[str]:
     ]
     for (split, recipe), group in rows.group_by("split", "recipe", maintain_order=True):
         of = {row["metric"]: row for row in group.iter_rows(named=True)}
-        means = [f"{of[name]['mean']:.3f} ± {of[name]['sd']:.3f}" for name in METRICS]
-        less = [f"{of[name]['difference']:+.3f} ± {of[name]['standard_error']:.3f}" for name in METRICS]
+        means = [f"{of[name]['mean']:.4f} ± {of[name]['sd']:.4f}" for name in METRICS]
+        less = [f"{of[name]['difference']:+.4f} ± {of[name]['standard_error']:.4f}" for name in METRICS]
         lines.append(f"| {split} | {recipe} | {' | '.join(means + less)} |")
     return lines
 

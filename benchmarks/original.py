@@ -107,7 +107,7 @@ class OriginalEncoder(nn.Module):
 
 
 def our_name(name: str) -> str:
-    """Of a parameter of the original, in `Encoder`.
+    """Return the name in `Encoder` of a parameter of the original.
 
     >>> our_name("encoder.layers.1.self_attn.in_proj_weight"), our_name("norm.bias")
     ('body.blocks.1.attention.qkv.weight', 'body.input.norm.bias')

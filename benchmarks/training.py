@@ -70,7 +70,7 @@ class Sides:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Of either model."""
+        """Return the sizes with which either model is built."""
         options = self.options
         sizes = {"model_dim": options.model_dim, "n_heads": 8, "n_layers": options.layers, "num_classes": 2}
         return sizes | {"embedding_dim": EMBEDDING_DIM, "dropout": options.dropout_percent / 100}

@@ -24,6 +24,7 @@ from ehr_embed.evaluation.predictions import write_multiclass_predictions, write
 from ehr_embed.exports.protocol import Export
 from ehr_embed.models.blocks import Block
 from ehr_embed.models.body import Body, EventInput
+from ehr_embed.models.event_vectors import event_vectors
 from ehr_embed.models.heads import LogitLinear, Pooling, build_head, check_classifies
 from ehr_embed.models.protocol import AdaptsToVectors, Declarations, FeatureSet, FitsAtOnce, Model, ReadsVocabulary
 from ehr_embed.sources.imported import import_folder, import_once
@@ -91,6 +92,7 @@ __all__ = [
     "check_classifies",
     "check_range",
     "checked",
+    "event_vectors",
     "file_sha256",
     "import_folder",
     "import_once",

@@ -49,6 +49,7 @@ def ask(cfg: DictConfig) -> Path:
             f"output={folder} is the folder of a run, whose metrics.json would be lost. Type: output=ANOTHER"
         )
     # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.experiment.inputs import alignment_settings
     from ehr_embed.inference.asker import Asker
     from ehr_embed.inference.trained_run import device_named
 
@@ -68,6 +69,7 @@ def ask(cfg: DictConfig) -> Path:
         labels=cfg.labels,
         split=cfg.split,
         lookups=list(cfg.data.lookups),
+        alignment=alignment_settings(cfg),
     )
     log.info("%d predictions in %.1f s", len(answers.times), time.perf_counter() - began)
     folder.mkdir(parents=True, exist_ok=True)

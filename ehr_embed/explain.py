@@ -23,6 +23,7 @@ def explain(cfg: DictConfig) -> list[Path]:
         UserError: a setting is out of range, or `Predictor` or `Explainer` refuses the run, the dataset or the target.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
+    from ehr_embed.experiment.inputs import alignment_settings
     from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
     from ehr_embed.inference.predictor import Predictor
     from ehr_embed.inference.trained_run import device_named, trained_on
@@ -39,14 +40,17 @@ def explain(cfg: DictConfig) -> list[Path]:
     if root is None:
         root = str(trained_on(predictor.run, trusted=tuple(cfg.trusted_packages)).labels_dir.parent)
     split = "held_out" if cfg.split is None and cfg.subject is None else cfg.split
-    data = predictor.read(root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups))
     folder = Path(cfg.output).expanduser()
-    if cfg.subject is not None:
-        paths = explain_subject(explainer, data, int(cfg.subject), cfg.prediction_time, folder)
-    else:
-        paths = explain_split(
-            explainer, data, max_samples=cfg.max_samples, min_samples=cfg.min_samples, seed=cfg.seed, folder=folder
-        )
+    reading = predictor.opened(
+        root, labels=cfg.task.labels, split=split, lookups=list(cfg.data.lookups), alignment=alignment_settings(cfg)
+    )
+    with reading as data:
+        if cfg.subject is not None:
+            paths = explain_subject(explainer, data, int(cfg.subject), cfg.prediction_time, folder)
+        else:
+            paths = explain_split(
+                explainer, data, max_samples=cfg.max_samples, min_samples=cfg.min_samples, seed=cfg.seed, folder=folder
+            )
     if (report := folder.parent / REPORT).is_file() and folder == Path(cfg.run).expanduser() / EXPLAINED:
         paths.append(write_report(report.parent))  # which shows now what moved the predictions
     print("\n".join(map(str, paths)))

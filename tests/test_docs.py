@@ -31,7 +31,7 @@ from tests.helpers.small_meds import ROOT
 DOCS = ROOT / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 SHOWN = ("conf", "sweeps", "ehr_embed", "tests", "README.md")
-"""What pages link to."""
+"""Targets of the links of pages."""
 DEMO_SIZE = 400
 
 

@@ -1,4 +1,4 @@
-"""Where things lie: few modules at the top, empty packages, a README in each, and one place for the names that others import."""
+"""Few modules lie at the top, packages are empty, each has a README, and the names that others import stand in one place."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Isotonic:
 
     It bends wherever the rates do, and so needs more labels than a temperature. Samples on one step get equal probabilities, so
     that AUROC changes a little. Of n samples, no probability lies below 1 / (n + 2) or above (n + 1) / (n + 2) (the rule of
-    succession): a step on which no sample was positive would else say that a later one cannot be. For more than two exclusive
+    succession): otherwise a step without a positive sample would give later samples the probability 0. For more than two exclusive
     classes there is one curve per class against the rest, and rows are scaled to sum to one.
 
     Args:

@@ -30,7 +30,8 @@ def write_study_plots(folder: Path, study: optuna.Study, objectives: Sequence[st
     """Write `<plot>.html` and `<plot>.png` for each plot of `PLOTS`, and the Pareto front of two or three objectives.
 
     A plot that Optuna cannot draw for this study (for example if a parameter has a single value) is left out with a line
-    in the log. Of more than `MAX_PARAMETERS` parameters the plots show those that most trials have and vary most.
+    in the log. If there are more than `MAX_PARAMETERS` parameters,
+    the plots show the parameters that most trials have and that vary most.
 
     Args:
         folder: folder for the files.

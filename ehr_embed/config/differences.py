@@ -54,9 +54,9 @@ def differences_from_options(config: Mapping[str, Any], choices: Sequence[str]) 
 
 @lru_cache(64)
 def _composed(options: tuple[str, ...]) -> dict[str, Any] | None:
-    """Return the values of conf/train.yaml with these options, by dotted key; of interpolations the text.
+    """Return the values of conf/train.yaml with these options, by dotted key; an interpolation is returned as its text.
 
-    None = an option is the user's own, or of another version, so that nothing is known of its values.
+    The result is None if an option is the user's own, or of another version, so that nothing is known of its values.
     """
     running = GlobalHydra.instance()
     application, running.hydra = (

@@ -40,7 +40,7 @@ def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] =
     Raises:
         UserError: as `check_stored_node`.
     """
-    # What was checked is what is built.
+    # The values that were checked, and no others, are built.
     return OmegaConf.create(check_stored_node(stored_node(config, group), group, tuple(trusted)))
 
 
@@ -95,8 +95,8 @@ def instantiate(config: DictConfig, /, *, trusted: Sequence[str] = (), **sizes: 
         raise UserError(f"{config}: expected a mapping with _target_, which names what is built.")
     plain = check_own(resolved, tuple(trusted))
     check_targets(plain, tuple(trusted), where=config._get_full_key(""))
-    # What was checked is what is built. Sizes are given to the target itself: merged into the config, a dict among them would be
-    # instantiated too.
+    # The values that were checked, and no others, are built. Sizes are given to the target itself: a dict among them that was
+    # merged into the config would be instantiated too.
     try:
         build = hydra.utils.instantiate(OmegaConf.create(plain), _partial_=True, _convert_="all")
     except InstantiationException as error:  # of a member inside, such as the trainer's schedule

@@ -18,6 +18,7 @@ from ehr_embed.embedding.alignment import Matching
 from ehr_embed.embedding.event_embedding import Trainable
 from ehr_embed.embedding.match_table import Texts
 from ehr_embed.embedding.pooling import PoolCodes
+from ehr_embed.embedding.variants import Kind
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
@@ -48,6 +49,8 @@ class DataKeys(Keys, VocabularySettings):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    text_variants: Share
+    variant_kinds: Annotated[Sequence[Kind], Told("a list of synonyms, words, neighbours", example="[synonyms]")]
     pool_codes: PoolCodes
     pool_weights: PoolWeights
 
@@ -190,7 +193,7 @@ class PredictKeys(DeviceKeys):
 class ExplainKeys(DeviceKeys):
     """Keys of conf/explain.yaml; a rule of several keys stands where they are used."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     task: LabelsKeys
     split: SplitName
     target: Annotated[Text | None, Told("a class of the run, or null", example="null")]
@@ -220,7 +223,7 @@ class GenerateKeys(DeviceKeys, Sampling):
 class AskKeys(DeviceKeys):
     """Keys of conf/ask.yaml."""
 
-    data: DatasetKeys
+    data: AlignedDatasetKeys
     questions: Annotated[Sequence[Text], Told("a list of words", example="[osteoarthritis]")]
     codes: Annotated[Sequence[Text], Told("a list of codes", example="[CODE]")]
     code_pattern: Annotated[Text | None, Told("a regular expression, or null", example="null")]

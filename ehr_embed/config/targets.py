@@ -1,7 +1,7 @@
 """Judge what a `_target_` names before it is called: building it would run its code.
 
-Only names of allowed packages are looked up, and a name is a module and an object defined in it. So neither an import nor a walk
-along attributes reaches `os` or a module that lies in the current folder.
+Only names of allowed packages are looked up, and a name is that of a module and of an object defined in it. Therefore neither an
+import nor a walk along attributes reaches `os` or a module that lies in the current folder.
 """
 
 from __future__ import annotations

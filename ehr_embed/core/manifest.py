@@ -27,7 +27,7 @@ FULL_BYTES = 256 << 20
 """Largest folder, in bytes, of which every checksum is compared; this takes a quarter of a second on one core."""
 Integrity = Annotated[str, OneOf("auto", "full", "size")]
 CHECKED = ".checked.json"
-"""In a large folder: inode, size and times of each file when it was last found whole."""
+"""A file in a large folder. It keeps the inode, the size and the times that each file had when it was last found whole."""
 RUN_FOLDERS = ("vocabulary", "predictions")
 """Sub-folders of a run's folder whose files the manifest of the run's folder lists."""
 Files = dict[str, dict[str, Any]]

@@ -79,7 +79,7 @@ Share = Annotated[float, Field(ge=0, le=1), Told("a share in [0, 1]")]
 ShareBelow1 = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)")]
 ShareAbove0 = Annotated[float, Field(gt=0, le=1), Told("a share in (0, 1]")]
 DrawSeed = Annotated[int, Field(ge=0)]
-"""Of a generator of numpy, which takes a number of any size."""
+"""The seed of a generator of numpy, which takes a number of any size."""
 Seed = Annotated[int, Field(ge=0, lt=2**32), Told("a whole number from 0 to 4294967295", example="0")]
 
 
@@ -264,7 +264,8 @@ _adapters: dict[int, tuple[Any, TypeAdapter | None]] = {}
 
 def _adapter(key: str, rule: Any) -> TypeAdapter | None:
     """Return pydantic's adapter for an annotation, None where pydantic knows no rule for the type."""
-    # By identity, since not every annotation can be hashed; the rule is kept, so that its identity is not given again.
+    # Adapters are found by the identity of the rule, since not every annotation can be hashed. The rule is kept, so that no other
+    # object gets its identity.
     if id(rule) not in _adapters:
         try:
             adapter = TypeAdapter(rule)

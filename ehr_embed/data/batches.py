@@ -129,7 +129,7 @@ class BatchDataset(_OnDevice):
     def __init__(self, events: SplitEvents, samples: Samples) -> None:
         check_boundary(events, samples)
         self.events = events
-        self.samples = samples
+        self.samples = self.checked_samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -156,7 +156,7 @@ class PackedDataset(_OnDevice):
 
     def __init__(self, events: SplitEvents, samples: Samples, row: npt.NDArray[np.int64]) -> None:
         check_boundary(events, samples)
-        self.events, self.samples = events, samples
+        self.events, self.samples, self.checked_samples = events, samples, samples
         n_rows = int(row[-1]) + 1
         self.first = np.searchsorted(row, np.arange(n_rows + 1))
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(samples.lengths)])

@@ -1,8 +1,7 @@
 """Enforce the time boundary: no sample reaches past its prediction time, whichever code built it.
 
-`check_boundary` is the check. `ehr_embed.tasks.set_up.set_up`, through which every task gets its samples, calls it for each
-split, and so do `BatchDataset` and `PackedDataset` for samples that are drawn anew. tests/data/test_boundary.py tries to get past
-it.
+`check_boundary` is the check. `ehr_embed.tasks.set_up`, through which every task gets its samples and the trainer every dataset,
+calls it for each split and for each dataset (`data/checked.py`). tests/data/test_boundary.py tries to get past it.
 """
 
 from __future__ import annotations

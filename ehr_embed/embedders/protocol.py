@@ -27,7 +27,7 @@ class Embedder(Protocol):
     """Texts per call of `embed`."""
 
     reads_text: bool
-    """Whether vectors depend on the texts' meaning, so that a text outside the vocabulary has a useful vector too."""
+    """True if vectors depend on the texts' meaning, so that a text outside the vocabulary has a useful vector too."""
 
     @property
     def embedding_dim(self) -> int:

@@ -19,8 +19,11 @@ from scipy.optimize import linear_sum_assignment
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.settings import OneOf
+from ehr_embed.embedding.synonyms import Synonyms, tidy
 
 SHIPPED_RULES = Path(__file__).with_name("alignment.yaml")
+SHIPPED_SYNONYMS = "shipped"
+"""Value of the key `synonyms` of a file of rules that names the table of the package."""
 Floats = npt.NDArray[np.float64]
 Matching = Annotated[str, OneOf("nearest", "one_to_one")]
 """Several codes may go to the nearest code, or each is gone to at most once."""
@@ -39,19 +42,22 @@ class Rules:
         removed: regular expressions that are removed from texts in lower case, in this order.
         levels: regular expression of the separators of a text's levels.
         words: words that stand for others, in lower case.
+        synonyms: terms in whose other words texts are compared too.
     """
 
     cosines: tuple[float, float]
     removed: tuple[re.Pattern[str], ...]
     levels: re.Pattern[str]
     words: Mapping[str, str]
+    synonyms: Synonyms
 
     @classmethod
     def read(cls, path: Path = SHIPPED_RULES) -> Rules:
         """Read the rules of a YAML file with the keys of conf's `data.alignment_rules`.
 
         Raises:
-            UserError: the file is missing or is no such YAML, or a regular expression in it is none.
+            UserError: the file is missing or is no such YAML, a regular expression in it is none, or its table of synonyms cannot
+                be read.
         """
         if not path.is_file():
             raise UserError(
@@ -63,6 +69,8 @@ class Rules:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
         keys = tuple(cls.__dataclass_fields__)
+        if isinstance(found, dict):
+            found.setdefault("synonyms", None)  # rules of earlier versions name none
         if not isinstance(found, dict) or sorted(found) != sorted(keys):
             for key in found if isinstance(found, dict) else ():
                 if key not in keys:
@@ -78,7 +86,13 @@ class Rules:
             ) from error
         if not 0 <= low < high <= 1:
             raise UserError(f"{path}: cosines are {low} and {high}; expected 0 <= first < second <= 1.")
-        return cls((low, high), removed, levels, words)
+        table = found["synonyms"]
+        if table is None:
+            synonyms = Synonyms({})
+        else:  # a file's name is relative to that of the rules
+            own = path.parent / Path(str(table)).expanduser()
+            synonyms = Synonyms.read() if table == SHIPPED_SYNONYMS else Synonyms.read(own)
+        return cls((low, high), removed, levels, words, synonyms)
 
 
 def clean(text: str, rules: Rules) -> str:
@@ -93,7 +107,7 @@ def clean(text: str, rules: Rules) -> str:
     found = text.lower()
     for pattern in rules.removed:
         found = pattern.sub(" ", found)
-    found = _words(re.sub(r"[^\w+%./'-]+", " ", found).strip(), rules.words)
+    found = _words(tidy(found), rules.words)
     return found or text.lower().strip()
 
 
@@ -111,15 +125,19 @@ def _words(text: str, words: Mapping[str, str]) -> str:
 
 
 def phrasings(text: str, rules: Rules) -> list[str]:
-    """Return the distinct cleaned forms in which a text is compared: as a whole, its last two levels, and its last.
+    """Return the distinct cleaned forms in which a text is compared: as a whole, its last two levels, and its last, then all of
+    these in the words of synonyms.
 
     >>> phrasings("Exam: Vital signs > Pressure > BP (systolic)", Rules.read())
     ['vital signs pressure blood pressure systolic', 'pressure blood pressure systolic', 'blood pressure systolic']
+    >>> phrasings("Fracture of hip", Rules.read())
+    ['fracture of hip', 'broken hip']
     """
     head = text
     levels = [level.strip() for level in rules.levels.split(head) if level.strip()]
     wholes = [head, *(" ".join(levels[-n:]) for n in (2, 1) if len(levels) > n)]
-    return list(dict.fromkeys(clean(part, rules) for part in wholes))
+    cleaned = [clean(part, rules) for part in wholes]
+    return list(dict.fromkeys([*cleaned, *(other for part in cleaned for other in rules.synonyms.restated(part))]))
 
 
 def gate(cosine: Floats, rules: Rules) -> Floats:

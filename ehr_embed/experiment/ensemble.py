@@ -35,7 +35,7 @@ def is_ensemble(cfg: DictConfig) -> bool:
 def written_out(cfg: DictConfig) -> DictConfig:
     """Return a configuration in which every member has its model and trainer, and the model is that of all members.
 
-    What a run stores of it can be repeated: a member takes nothing from the model of the ensemble.
+    A run stores this configuration, and it can be run again: a member takes nothing from the model of the ensemble.
 
     Raises:
         UserError: the ensemble would start with a pretraining, its token vectors would be learned, or its task has no classes; or a
@@ -96,7 +96,7 @@ def member_runs(cfg: DictConfig, run_dir: Path) -> dict[Path, DictConfig]:
             stage.ensemble = {"members": {}, "runs": [], "weights": "tuning"}  # how they are blended changes no member
             stage.model, stage.trainer, stage.seed = member.model, member.trainer, member.seed
             stage.audit = "off"  # the ensemble's own stage looks at the same samples
-            # What the user says of the machine and of the report holds for all.
+            # The user's settings of the machine and of the report hold for all members.
             if OmegaConf.select(stage, "trainer.threads", default=AUTO) == AUTO:
                 stage.trainer.threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)
             stage.trainer.n_bootstrap = cfg.trainer.n_bootstrap

@@ -15,9 +15,12 @@ from ehr_embed.core.stopping import stop_requests
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
+from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import NONE, AlignmentSettings
+from ehr_embed.embedding.alignment import Rules
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.embedding.table import as_stored
+from ehr_embed.embedding.variants import TextVariants, text_variants
 from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.exports.protocol import Export
 from ehr_embed.inference.trained_run import device_named
@@ -51,6 +54,35 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
         matching=data.get("alignment_matching", "nearest"),
         seed=cfg.get("seed", 0),
     )
+
+
+def variants_of(cfg: DictConfig, prepared: Prepared, rules: Rules) -> TextVariants | None:
+    """Return the variants by which a configuration reads tokens in training; None where it wants none.
+
+    Raises:
+        UserError: the embedder reads no texts, or the vectors themselves are learned, so that there is nothing to vary; or as
+            `text_variants`.
+    """
+    share = cfg.data.get("text_variants", 0.0)
+    if not share:
+        return None
+    embedder = instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages))
+    try:
+        if not embedder.reads_text or trainable_of(cfg.embedder) == "full":
+            raise UserError(
+                f"data.text_variants={share}: the vectors of this embedder are not those of texts alone (it reads none, or "
+                "embedder.trainable=full), so other words mean nothing to it. Type: data.text_variants=0, or embedder=minilm_l6"
+            )
+        return text_variants(
+            prepared.store.vocabulary.texts,
+            prepared.table,
+            share=share,
+            kinds=list(cfg.data.variant_kinds),
+            synonyms=rules.synonyms,
+            embed=lambda texts: embed_texts(embedder, texts, cache_dir=Path(cfg.cache_dir)),
+        )
+    finally:
+        embedder.close()
 
 
 def reads_text(cfg: DictConfig) -> bool:

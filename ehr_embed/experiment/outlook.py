@@ -23,8 +23,9 @@ from ehr_embed.core.threads import use_threads
 from ehr_embed.data.labels import LabelSet
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder
-from ehr_embed.experiment.preflight import splits_of
+from ehr_embed.experiment.preflight import sizes_before_setup, splits_of
 from ehr_embed.inference.trained_run import device_named
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import FitsAtOnce, ReadsVocabulary
 from ehr_embed.sources.code_texts import read_lookups, resolve_texts
 from ehr_embed.sources.protocol import SPLITS, Source
@@ -100,12 +101,20 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
     )
     length = max(1, min(int(cfg.model.max_length), round(n_events / max(1, n_subjects))))
     n_rows = max(1, min(settings.batch_size or settings.batch_tokens, settings.batch_tokens // length, n_train))
-    found = measured(
-        cfg, settings, width=width, n_tokens=n_tokens, shape=(n_rows, length), n_classes=_n_classes(label_sets)
-    )
+    sizes = {"num_classes": _n_classes(label_sets)} if label_sets and task.is_trained else sizes_before_setup(task)
     members = _members(cfg)
-    of_what = f" of {len(members)} members" if members else ""
-    lines.append(("model", f"{cfg.model._target_.rsplit('.', 1)[-1]}{of_what}, {found.n_parameters:,} parameters"))
+    name = cfg.model._target_.rsplit(".", 1)[-1] + (f" of {len(members)} members" if members else "")
+    if sizes is None:
+        of = type(task).__name__
+        lines.append(
+            ("model", f"{name}; parameters, time and memory not estimated: {of} gives its outputs with the data")
+        )
+        _tell(lines)
+        return
+    if "vocab_size" in sizes:
+        sizes = {"vocab_size": n_tokens}
+    found = measured(cfg, settings, width=width, n_tokens=n_tokens, shape=(n_rows, length), task_sizes=sizes)
+    lines.append(("model", f"{name}, {found.n_parameters:,} parameters"))
     if members:
         lines.append(
             ("time", "that of the members, which are told one by one, and of evaluating what they predict together")
@@ -139,8 +148,12 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
             f"about {found.gib:.1f} GiB; the table of vectors is at most {n_tokens * width * 4 / 2**20:,.1f} MiB of it",
         )
     )
-    width_of_names = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width_of_names}}  {text}" for name, text in lines))
+    _tell(lines)
+
+
+def _tell(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in lines))
 
 
 def sizes_of(source: Source) -> tuple[int, int]:
@@ -249,7 +262,13 @@ def seconds_per_text(embedder: Embedder) -> float:
 
 
 def measured(
-    cfg: DictConfig, settings: TrainerSettings, *, width: int, n_tokens: int, shape: tuple[int, int], n_classes: int
+    cfg: DictConfig,
+    settings: TrainerSettings,
+    *,
+    width: int,
+    n_tokens: int,
+    shape: tuple[int, int],
+    task_sizes: dict[str, int],
 ) -> Measured:
     """Build the model and time steps on random events.
 
@@ -258,17 +277,16 @@ def measured(
         settings: those of its trainer.
         width, n_tokens: size of the table of vectors.
         shape: rows and events of a batch.
-        n_classes: classes of the task; 0 = the task predicts events.
+        task_sizes: the task's `num_classes`, or `vocab_size` where it predicts events.
 
     Raises:
         UserError: the model's settings do not fit together.
     """
     device = _device(settings)
     has_values = cfg.data["values"] in ("continuous", "both")
-    sizes: dict[str, Any] = {"num_classes": n_classes} if n_classes else {"vocab_size": n_tokens}
     torch.manual_seed(0)
     parts = _members(cfg)
-    build = partial(builder(cfg), embedding_dim=width, has_values=has_values, **sizes)
+    build = partial(builder(cfg), embedding_dim=width, has_values=has_values, **task_sizes)
     models: list[nn.Module] = [build(config) for config in parts or [cfg.model]]
     model = models[0]
     n_parameters = sum(p.numel() for part in models for p in part.parameters() if p.requires_grad)
@@ -279,7 +297,7 @@ def measured(
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     inputs = {name: x.to(device) for name, x in random_inputs(shape, width, n_tokens, has_values=has_values).items()}
-    if not n_classes:
+    if "vocab_size" in task_sizes:
         table = torch.randn(n_tokens, width, device=device)
         inputs |= {"table": table, "targets": inputs["token_ids"], "target_gap_days": inputs["gap_days"]}
         inputs |= {"target_values": inputs["values"]} if has_values else {}
@@ -288,7 +306,7 @@ def measured(
         if step == N_WARM:
             _wait(device)
             began = time.perf_counter()
-        with autocast_of_run(settings.precision, precision, device):
+        with autocast_of_run(settings.precision, precision, device), named_inputs(type(model).__name__):
             loss = total(model(inputs))
         loss.backward()
         optimizer.step()
@@ -301,8 +319,10 @@ def random_inputs(shape: tuple[int, int], width: int, n_tokens: int, *, has_valu
     """Return inputs of a model as `EventEmbedding.inputs` gives them, of random events without padding."""
     inputs = {name: torch.rand(shape).cumsum(1) for name in ("days", "gap_days", "elapsed_days", "age_days")}
     inputs |= {"padding_mask": torch.ones(shape, dtype=torch.bool), "is_static": torch.zeros(shape, dtype=torch.bool)}
+    n_rows = max(1, min(n_tokens, shape[0] * shape[1]))
     inputs |= {
-        "embeddings": torch.randn(*shape, width),
+        "rows": torch.randn(n_rows, width),
+        "row_ids": torch.randint(n_rows, shape),
         "token_ids": torch.randint(2, max(3, n_tokens), shape, dtype=torch.int32),
     }
     return inputs | ({"values": torch.randn(shape)} if has_values else {})

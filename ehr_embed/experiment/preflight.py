@@ -21,6 +21,7 @@ from ehr_embed.sources.pooled import PooledSource
 from ehr_embed.sources.protocol import SPLITS, Source
 from ehr_embed.tasks import protocol as tasks
 from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_labels
+from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.numbers import numbers_in
 from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
@@ -42,7 +43,8 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     task: Task = builder(cfg)(cfg.task)
     if isinstance(task, tasks.ChecksFirst):
         task.check()
-    check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else 2)
+    known = sizes_before_setup(task) or {}
+    check_model(cfg, num_classes=1 if isinstance(task, PredictsNumber) else known.get("num_classes", 2))
     instantiate_embedder(cfg.embedder, trusted=tuple(cfg.trusted_packages)).close()
     check_tracker(cfg, run_dir)
     check_calibration(cfg, task)
@@ -54,6 +56,21 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
         for label_set in task.label_sets(source.labels_dir):
             if splits is not None:
                 check_labels(label_set, splits)
+
+
+def sizes_before_setup(task: Task) -> dict[str, int] | None:
+    """Return the size of a model's outputs, `num_classes` or `vocab_size`, where a task without label sets knows it before `setup`;
+    None where it does not, or trains nothing. A `vocab_size` stands for that of the data."""
+    if not task.is_trained:
+        return None
+    if isinstance(task, NextEvent):
+        return {"vocab_size": N_TOKENS}
+    try:
+        known = dict(task.sizes)
+    except Exception:  # whatever a task that has read no data yet runs into
+        return None
+    is_known = set(known) in ({"num_classes"}, {"vocab_size"}) and all(known.values())
+    return {name: int(size) for name, size in known.items()} if is_known else None
 
 
 def check_model(cfg: DictConfig, *, num_classes: int = 2) -> None:

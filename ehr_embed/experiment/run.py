@@ -97,8 +97,8 @@ def run_directory(cfg: DictConfig) -> Path:
 
 
 def pretraining(cfg: DictConfig) -> DictConfig:
-    """Return the configuration of the stage before that of `cfg`: the groups that `pretrain` names replace those of `cfg`. Of
-    `data` only the keys that `pretrain.data` names are replaced.
+    """Return the configuration of the stage before that of `cfg`: the groups that `pretrain` names replace those of `cfg`. The
+    group `data` is an exception: only the keys that `pretrain.data` names are replaced.
 
     Raises:
         UserError: `pretrain` asks for other processes than `cfg`; both stages run in the same processes.
@@ -110,7 +110,7 @@ def pretraining(cfg: DictConfig) -> DictConfig:
         stage.pretrain, stage.init_from = None, None
         if "calibration" in stage:  # of the labels' probabilities, which the first stage has none of
             stage.calibration = {"_target_": f"{NoCalibration.__module__}.{NoCalibration.__qualname__}"}
-        # What the user says of the machine holds for both stages, unless `pretrain.trainer.threads` says otherwise.
+        # The user's settings of the machine hold for both stages, unless `pretrain.trainer.threads` says otherwise.
         if OmegaConf.select(stage, "trainer.threads", default=AUTO) == AUTO:
             stage.trainer.threads = OmegaConf.select(cfg, "trainer.threads", default=AUTO)
         for key in ("name", "run_id"):

@@ -22,7 +22,8 @@ from ehr_embed.run_folder.origin import Origin, has_vocabulary, read_origin
 
 
 def pool_inputs(plan: Plan, prepared: Prepared) -> Alignment | None:
-    """Return as which codes those of pooled datasets are read; None where there is one dataset, or each code is one of its own."""
+    """Return the alignment by which codes of pooled datasets are read as each other; None if there is one dataset, or every code is
+    read as itself."""
     pool = Pool.of(prepared.store.manifest)
     if pool is None or not plan.pools_codes or plan.task.needs_causal is not None:
         return None
@@ -32,7 +33,7 @@ def pool_inputs(plan: Plan, prepared: Prepared) -> Alignment | None:
 
 
 def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin, Alignment] | None]:
-    """Return the inputs as the run of `init_from` reads them, if its codes shall stand for theirs, and else as they are.
+    """Return the inputs in the codes of the run of `init_from`, with the alignment, or unchanged where no alignment is wanted.
 
     Raises:
         UserError: the alignment is asked for, and there is no run to align with or its task predicts events; or nothing matches.
@@ -61,8 +62,8 @@ def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin
 
 
 def pool_model(model: nn.Module | None, inputs: Inputs) -> None:
-    """Let a model that reads codes read those of pooled datasets as each other's: those of this run, or of the run that it starts
-    from, whose codes it keeps."""
+    """Let a model that reads codes read those of pooled datasets as each other: by the pool of this run, or by that of the run
+    from which it starts, whose codes it keeps."""
     if not isinstance(model, PoolsCodes):
         return
     if inputs.aligned is not None and inputs.aligned[0].pooled is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,14 +31,14 @@ from ehr_embed.embedding.pooling import pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
 from ehr_embed.experiment.ensemble import blended, judged
-from ehr_embed.experiment.inputs import alignment_settings, prepare_from, vector_of_words
+from ehr_embed.experiment.inputs import alignment_settings, prepare_from, variants_of, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import calibration_of, recalibrate
 from ehr_embed.experiment.results import write_predictions, write_results
 from ehr_embed.experiment.shared_codes import align_inputs, align_model, pool_inputs, pool_model
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_vectors
+from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_variants, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
 from ehr_embed.reports.run_report import print_metrics
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
@@ -169,7 +169,10 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     pool_model(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
-    embedding = EventEmbedding(prepared.table, trainable)
+    variants = variants_of(cfg, prepared, plan.alignment.read()) if plan.is_trained else None
+    if variants is not None:
+        check_variants(model, variants.share)
+    embedding = EventEmbedding(prepared.table, trainable, variants)
     if found.checkpoint is None:
         give_first_weights(plan, inputs, model, embedding)
     if inputs.aligned is not None:
@@ -345,10 +348,9 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["datasets"] = by_dataset(task, evaluated, pool, n_bootstrap=plan.settings.n_bootstrap)
     if inputs.pooled is not None:
         metrics["pooled"] = inputs.pooled.facts
-    if "auroc" in metrics["held_out"] and (best := best_possible_auroc(inputs.source)):
-        metrics["bayes_auroc"] = best
-    if "concordance" in metrics["held_out"] and (best := best_possible_concordance(inputs.source, metrics)):
-        metrics["bayes_concordance"] = best
+    for name, known in (("auroc", bayes_auroc), ("concordance", bayes_concordance)):
+        if name in metrics["held_out"] and (best := best_possible(known, inputs.source, task)):
+            metrics[f"bayes_{name}"] = best
     return metrics
 
 
@@ -373,17 +375,16 @@ def monitored(metrics: dict[str, Any], task: Task) -> float:
     return float(metrics["tuning"][task.monitor]["value"])
 
 
-def best_possible_auroc(source: Source) -> dict[str, float] | None:
-    """Return the AUROC of the true risk on each evaluated split of the demo; None where no true risk or no AUROC is known."""
-    known = {split: bayes_auroc(source.labels_dir.parent, split) for split in EVALUATED}
-    return {split: value for split, value in known.items() if value is not None} or None
+def best_possible(known: Callable[..., float | None], source: Source, task: Task) -> dict[str, float] | None:
+    """Return what the true risks of a synthetic cohort reach on each evaluated split; None where no true risk is known of a sample.
 
-
-def best_possible_concordance(source: Source, metrics: dict[str, Any]) -> dict[str, float] | None:
-    """Return the concordance of the true hazards on each evaluated split of `data=demo_times`; None where no true hazard is known,
-    or where the run's samples and events are not those whose hazard is known."""
-    known = {split: bayes_concordance(source.labels_dir.parent, split) for split in EVALUATED}
-    asked = {split: (metrics[split]["n"], metrics[split].get("n_events")) for split in EVALUATED}
-    if any(best is None or (best.n, best.n_events) != asked[split] for split, best in known.items()):
-        return None
-    return {split: best.concordance for split, best in known.items() if best is not None}
+    Args:
+        known: `bayes_auroc` or `bayes_concordance`, which compares the samples with those that were drawn with the risks.
+        source: source of the data.
+        task: after `setup`.
+    """
+    best = {}
+    for split in EVALUATED:
+        samples = task.samples[split]
+        best[split] = known(source.labels_dir.parent, samples.meds_keys, samples.labels)
+    return {split: value for split, value in best.items() if value is not None} if None not in best.values() else None

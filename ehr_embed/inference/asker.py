@@ -16,6 +16,7 @@ from torch import Tensor
 from ehr_embed.core.errors import UserError, check_range
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
+from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.nearest_events import (
     NearEvent,
     margin_for,
@@ -250,6 +251,7 @@ class Asker(Predictor):
         labels: str | None = None,
         split: str | None = "held_out",
         lookups: Sequence[str] = (),
+        alignment: AlignmentSettings | None = None,
         **how: Any,
     ) -> Answers:
         """Return the risk of each outcome for the subjects of a MEDS dataset.
@@ -261,6 +263,7 @@ class Asker(Predictor):
             labels: label set (name or path) at whose prediction times to predict; None = at each subject's last event.
             split: split of the subjects; None = all.
             lookups: CSV files with texts of codes that the run never saw.
+            alignment: whether and how codes that the run never saw are read as its own; None = where most events have such codes.
             how: options of `questions`.
 
         Raises:
@@ -281,21 +284,30 @@ class Asker(Predictor):
                 raise UserError(
                     "data.root is not set, and the run does not say where its own data lie. Type: data.root=DIR"
                 )
-        data = self.read(str(root), labels=labels, split=split, lookups=lookups)
         days = (horizon_days * np.arange(1, N_TIMES + 1) / N_TIMES).tolist()
-        incidence = self.incidence(data, resolved, days)
-        tokens = [question.tokens for question in resolved]
+        reading = self.opened(
+            str(root), labels=labels, split=split, lookups=lookups, alignment=alignment or AlignmentSettings()
+        )
+        with reading as data:
+            incidence = self.incidence(data, resolved, days)
+        tokens = [self._in_dataset(question.tokens, data) for question in resolved]
         places = TokenPlaces(data.events, len(data.vocabulary))
         prior = follow_up(data.events, data.samples, tokens, places=places, excludes_prior=False).has_prior
         return Answers(resolved, days, pl.DataFrame(data.samples.meds_keys), incidence, prior)
 
+    def _in_dataset(self, tokens: list[int], data: Dataset) -> list[int]:
+        """Return the tokens of a dataset that stand for those of the run; an aligned dataset has tokens of its own."""
+        if data.aligned is None:
+            return tokens
+        rows, gates = data.aligned.alignment.rows(self.run.vocabulary, data.vocabulary)
+        return np.flatnonzero(np.isin(rows, tokens) & (gates > 0)).tolist()
+
     @torch.inference_mode()
     def incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
         """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
-        embedding = data.embedding.to(self.device)
         rates = torch.stack([question.log_rates for question in questions])
         sets = AskedSets.of(self.sizes, [question.tokens for question in questions], rates)
-        asked = sets.inputs(embedding.table)
+        asked = sets.inputs(self.run.embedding.to(self.device).table)
         for number, question in enumerate(questions):
             if question.vector is not None:
                 asked["outcome_vectors"][number] = question.vector.to(self.device)

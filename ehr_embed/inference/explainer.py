@@ -26,6 +26,7 @@ from ehr_embed.inference.attribution_plots import Timeline, plot_texts, plot_tim
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.records import Dataset
 from ehr_embed.models.ensemble import log_probabilities
+from ehr_embed.models.event_vectors import as_rows
 from ehr_embed.models.members import over_members
 from ehr_embed.models.protocol import passes_gradients
 from ehr_embed.run_folder.layout import MOVED, MOVED_TEXTS
@@ -73,7 +74,7 @@ class Explainer:
 
     def score(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the log-odds (B,) of the target for a batch of model inputs."""
-        logits = self.predictor.run.model(inputs)
+        logits = self.predictor.run.model(as_rows(inputs) if "embeddings" in inputs else inputs)
         logits = log_probabilities(logits) if logits.ndim == 3 and self.predictor.has_exclusive_classes else logits
         logits = over_members(logits.float())  # of members with independent classes, the mean log-odds
         own = logits[:, self._index]

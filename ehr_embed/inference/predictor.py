@@ -191,8 +191,17 @@ class Predictor:
         return self.predict_samples(self.records.of_values(records)).probabilities
 
     def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
-        """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
+        """Read a whole MEDS dataset with the run's vocabulary, codes that the run never saw by their own texts; `opened` reads them
+        as the run's. The arguments are those of `predict_proba`."""
         return self.records.read(root, labels=labels, split=split, lookups=lookups)
+
+    @contextmanager
+    def opened(
+        self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
+    ) -> Iterator[Dataset]:
+        """Yield a whole MEDS dataset as the model reads it while inside; the arguments are those of `predict_proba`."""
+        with self.aligned(root, labels=labels, split=split, lookups=lookups, alignment=alignment) as aligned:
+            yield self.records.read(root, labels=labels, split=split, lookups=lookups, aligned=aligned)
 
     def _predict_dataset(
         self, root: str, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
@@ -255,9 +264,10 @@ class Predictor:
         self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
     ) -> Iterator[AlignedData | None]:
         """Yield how the codes of a MEDS dataset are read as the run's, and let the model read them so while inside; None where they
-        are read as they are. The arguments are those of `predict_proba`; a run that predicts events reads codes as they are."""
+        are read as they are. The arguments are those of `predict_proba`; a run that predicts the next events reads codes as they
+        are."""
         data = None
-        if self.class_names:
+        if self.class_names or hazard_sizes(self.run.model) is not None:
             data = self.records.aligned(root, split=split, lookups=lookups, alignment=alignment)
         with self._aligned(data, root, labels=labels, split=split, lookups=lookups):
             yield data

@@ -57,12 +57,15 @@ class Dataset(NamedTuple):
         vocabulary, embedding: vocabulary and vectors of the run, extended by the dataset's new codes.
         events: events of the chosen subjects.
         samples: one sample per prediction time, with the events visible at that time and labels of zero.
+        aligned: how the run's codes stand for the dataset's, whose tokens vocabulary and vectors then have; None = its codes are
+            read as they are.
     """
 
     vocabulary: Vocabulary
     embedding: EventEmbedding
     events: SplitEvents
     samples: Samples
+    aligned: AlignedData | None = None
 
 
 class RecordReader:
@@ -115,20 +118,30 @@ class RecordReader:
         samples = samples_to_predict(events, None, Path(), max_length=self._run.config["model"]["max_length"])
         return Dataset(vocabulary, embedding, events, samples)
 
-    def read(self, root: str, *, labels: str | None, split: str | None, lookups: Sequence[str]) -> Dataset:
-        """Read a whole MEDS dataset with the run's vocabulary; the arguments are those of `predict_proba`."""
+    def read(
+        self,
+        root: str,
+        *,
+        labels: str | None,
+        split: str | None,
+        lookups: Sequence[str],
+        aligned: AlignedData | None = None,
+    ) -> Dataset:
+        """Read a whole MEDS dataset; the arguments are those of `chunks`. Without `aligned`, codes that the run never saw are read
+        by their own texts."""
         source = _source(root, split)
-        if (self._run.matches is None or self._run.is_pooled) and may_be_new(self._run.vocabulary, source, split):
+        is_new = aligned is None and (self._run.matches is None or self._run.is_pooled)
+        if is_new and may_be_new(self._run.vocabulary, source, split):
             log.warning(
-                "most events of %s have codes that the run never saw, and this command reads them by their texts alone, without "
-                "their numbers; predict, represent and train.py init_from=RUN read them as the run's own (docs/hospitals.md)", root,
+                "most events of %s have codes that the run never saw, which are read by their texts alone, without their numbers "
+                "(docs/hospitals.md says how the run's own codes can stand for them)", root,
             )  # fmt: skip
-        new = self._new_codes(source, lookups)
-        events = joined(list(encode_shards(source, new.vocabulary_for, split)))
+        reads = self._new_codes(source, lookups) if aligned is None else aligned
+        events = joined(list(self._chunks(source, reads, split)))
         samples = samples_to_predict(
             events, labels, source.labels_dir, max_length=self._run.config["model"]["max_length"]
         )
-        return Dataset(new.vocabulary, new.embedding, events, samples)
+        return Dataset(reads.vocabulary, reads.embedding, events, samples, aligned)
 
     def aligned(
         self, root: str, *, split: str | None, lookups: Sequence[str], alignment: AlignmentSettings
@@ -240,8 +253,8 @@ class RecordReader:
         return Dataset(new.vocabulary, new.embedding, events, samples)
 
     def _chunks(self, source: Source, reads: NewCodes | AlignedData, split: str | None) -> Iterator[SplitEvents]:
-        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. Of an
-        aligned dataset only the events whose codes have a match."""
+        """Yield the events of whole shards, joined until they have `CHUNK_EVENTS`: small shards would make small batches. From
+        an aligned dataset only the events whose codes have a match are read."""
         parts: list[SplitEvents] = []
         vocabulary_for = reads.vocabulary_for if isinstance(reads, NewCodes) else (lambda _: reads.vocabulary)
         for events in encode_shards(source, vocabulary_for, split):

@@ -19,7 +19,7 @@ from ehr_embed.core.settings import Told, check_setting
 from ehr_embed.models.cpu_attention import applies, cpu_attention
 from ehr_embed.models.packing import Packing
 
-Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONGEST_DAYS, SHORTEST_DAYS = 36525.0, 1.0 / 24
 """Longest and shortest period of the time features, in days: a century and an hour."""
 
@@ -83,6 +83,13 @@ class Dropout(nn.Module):
         return x * keep.to(x.dtype).mul_(STEPS / (STEPS - self.n_dropped))
 
 
+def attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attended values (B, H, T, K); `mask` is True = attend, broadcastable to (B, H, T, T), None = causal."""
+    if applies(q_BHTK, k_BHTK):
+        return cpu_attention(q_BHTK, k_BHTK, v_BHTK, mask)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, is_causal=mask is None)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with torch's fused kernels, or with `cpu_attention` for bfloat16 on a CPU.
 
@@ -97,16 +104,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(model_dim, model_dim)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """Return the attended vectors, (B, T, D) -> (B, T, D).
 
         Args:
-            mask: True = attend, broadcastable to (B, H, T, T), or (B, H, T, S) with `extend`; None = causal. With a
-                packing, `x_BTD` and `rope_BT` are packed, (N, D) and (N,), and `extend` is None.
+            mask: True = attend, broadcastable to (B, H, T, T); None = causal. With a packing, `x_BTD` and `rope_BT` are packed,
+                (N, D) and (N,), and `attend` is None.
             rope_BT: positions that rotate the queries and keys; None = no rotation.
-            extend: stores the new keys and values (B, H, T, K) and returns the keys and values of all events so far
-                (B, H, S, K).
+            attend: stores the new keys and values (B, H, T, K), and returns what the queries attend to in all events so far,
+                (B, H, T, K); `mask` is not used.
         """
         if isinstance(mask, Packing):
             return self._packed(x_BTD, mask, rope_BT)
@@ -114,12 +121,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTD).view(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         if rope_BT is not None:
             q, k = rotate(q, rope_BT), rotate(k, rope_BT)
-        if extend is not None:
-            k, v = extend(k, v)
-        if applies(q, k):
-            y_BHTK = cpu_attention(q, k, v, mask)
-        else:
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y_BHTK = attention(q, k, v, mask) if attend is None else attend(q, k, v)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
     def _packed(self, x_ND: Tensor, packing: Packing, rope_N: Tensor | None) -> Tensor:
@@ -142,8 +144,8 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, extend: Extend | None = None
+        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """Return the block's output, of the shape of the input; arguments as in `Attention.forward`."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, extend))
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, attend))
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))

@@ -19,6 +19,7 @@ from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, ch
 from ehr_embed.data.batches import LENGTH_MULTIPLE
 from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
+from ehr_embed.models.event_vectors import event_vectors
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
 from ehr_embed.models.whitening import Shrinkage, Whitening
 
@@ -76,7 +77,7 @@ class EventInput(nn.Module):
         if "rows" in inputs:
             x_BTD = F.embedding(inputs["row_ids"], self._projected(inputs["rows"]))
         else:
-            x_BTD = self._projected(inputs["embeddings"])
+            x_BTD = self._projected(event_vectors(inputs))
         values_BT = inputs.get("values")
         if self.values is None or values_BT is None:
             return x_BTD
@@ -250,7 +251,7 @@ class Body(nn.Module):
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None
     ) -> Tensor:
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, rope, None if cache is None else cache.extend_of(number))
+            x = block(x, mask, rope, None if cache is None else cache.attend_of(number))
         return self.norm(x)
 
 

@@ -12,7 +12,7 @@ from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
-from ehr_embed.models.packing import Packing, product_dtype
+from ehr_embed.models.packing import Packing
 from ehr_embed.models.whitening import Shrinkage
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
@@ -114,34 +114,27 @@ class Decoder(nn.Module):
     def hidden(self, inputs: dict[str, Tensor], cache: KeyValueCache | None = None) -> Tensor:
         """Return the vector of each event before the head, (B, T, D).
 
-        With a cache, the T new events follow the cached ones and are added to the cache, and `event_index` comes from
-        it. `padding_mask` marks the new events.
+        An empty cache takes the events as prompts. Afterwards each call has one new event per future, and `event_index` comes from
+        the cache.
         """
-        if cache is not None:
-            T = inputs["padding_mask"].shape[1]
-            inputs = {**inputs, "event_index": cache.index_of(T)}
-            mask: Tensor | Packing | None = cache.mask(T)
-        else:
+        mask: Tensor | Packing | None = None
+        is_next = cache is not None and not cache.is_empty
+        if cache is None:
             mask = self.body.packing(inputs, is_causal=True)
             if mask is None and "segments" in inputs:
                 mask = segment_mask(inputs["segments"])
+        elif is_next:
+            inputs = {**inputs, "event_index": cache.lengths.unsqueeze(1)}
+        else:
+            cache.take_prompts(inputs["padding_mask"])
         x_BTD = self.body.attend(self.body.embed(inputs), mask, self.body.rotary(inputs), cache)
-        if cache is not None:
-            cache.lengths += inputs["padding_mask"].sum(1)
+        if cache is not None and is_next:
+            cache.end_event()
         return x_BTD
 
-    def new_cache(self, batch_size: int, n_events: int) -> KeyValueCache:
-        """Return an empty cache for `batch_size` sequences of up to `n_events` events, on the model's device."""
-        weight = self.body.norm.weight
-        return KeyValueCache(
-            n_layers=len(self.body.blocks),
-            batch_size=batch_size,
-            n_heads=self.body.n_heads,
-            n_events=n_events,
-            head_dim=len(weight) // self.body.n_heads,
-            device=weight.device,
-            dtype=product_dtype(weight),
-        )
+    def new_cache(self, n_new: int) -> KeyValueCache:
+        """Return an empty cache for prompts, and up to `n_new` new events of each of their futures."""
+        return KeyValueCache(n_layers=len(self.body.blocks), n_new=n_new)
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Ensemble(nn.Module):
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
         """After `align`, give the members another dataset's records; they were fitted to train in their own runs.
 
-        Each member reads `train` by itself. What can be read only once, such as a generator, is kept in memory for that.
+        Each member reads `train` by itself. If `train` can be read only once, as a generator can, its batches are kept in memory.
         """
         batches = list(train) if iter(train) is train else train
         for member in self.members:

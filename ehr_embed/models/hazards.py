@@ -361,7 +361,7 @@ def with_competing(
 ) -> tuple[list[list[int]], int | None, list[bool]]:
     """Return outcomes with the competing events among them, the number of these, and which outcomes they compete with.
 
-    An outcome that holds all competing events, such as death itself, has no competitor. Where that is every outcome, or no event
+    An outcome that holds all competing events, such as death itself, has no competitor. If every outcome holds them, or no event
     competes, none is added and the number is None. An outcome that is just the competing events stands for them.
 
     Args:

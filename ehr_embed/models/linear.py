@@ -1,4 +1,4 @@
-"""What linear baselines share: features per code that are standardised by train, and one weight per feature and output."""
+"""Share the parts of linear baselines: features per code that are standardised by train, and one weight per feature and output."""
 
 from __future__ import annotations
 

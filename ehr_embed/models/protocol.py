@@ -26,7 +26,12 @@ class Model(Protocol):
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Return logits (B, num_classes) of what `EventEmbedding.inputs` gives, or (B, M, num_classes) of M members: a task
-        takes the mean of the members' losses and the mean of their probabilities."""
+        takes the mean of the members' losses and the mean of their probabilities.
+
+        Training, `check=true`, predictions and explanations give the vectors as `rows` (R, E) and `row_ids` (B, T); whoever calls a
+        model by hand may give `embeddings` (B, T, E). `event_vectors` and `EventInput` take both. `LEFT_OUT` of
+        models/event_vectors.py lists the inputs that are not always there.
+        """
         ...
 
 
@@ -61,7 +66,7 @@ class Declarations:
 def declarations(model: nn.Module | type) -> Declarations:
     """Return what a model, or its class, declares; this is the only place that reads these attributes and knows their defaults.
 
-    What a model says only when it is built, by a property, has its default in the class.
+    Where a property declares something only after the model is built, its class has the default.
 
     Raises:
         UserError: an attribute has another type.
@@ -253,4 +258,19 @@ def check_vectors(model: nn.Module, trainable: str) -> None:
         raise UserError(
             f"embedder.trainable={trainable}: {type(model).__name__} reads texts and no token vectors, so these would never be "
             "learned. Type: embedder.trainable=frozen"
+        )
+
+
+def check_variants(model: nn.Module, share: float) -> None:
+    """Refuse variants of texts (`data.text_variants`) with a model that would never read them: one that reads codes or texts, or
+    that copies the vectors of the known codes before training.
+
+    Raises:
+        UserError: it would not.
+    """
+    declared = declarations(model)
+    if isinstance(model, FitsAtOnce) or not (declared.learns_vectors and declared.reads_vectors):
+        raise UserError(
+            f"data.text_variants={share}: {type(model).__name__} does not look up vectors of tokens while it trains, so no "
+            "other words would ever reach it. Type: data.text_variants=0 (model=code_tab has model.text_noise)"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import Count, ShareAbove0, Told, check_settings
+from ehr_embed.core.transfer import reads_freely, sent
 from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
@@ -24,6 +25,8 @@ from ehr_embed.models.heads import (
     token_logits,
 )
 
+COUNTED_EVERY = 8
+"""Events between two counts of the futures that go on, on a GPU."""
 SHORTEST_WAIT_DAYS = 1 / 86_400
 """One second: least time between the prediction time and the first event of a future."""
 
@@ -136,7 +139,7 @@ def generate(
 
     Each event is drawn in three steps: its token, its gap, its value. The first event must come after the prediction
     time, so its token and gap are drawn given that the gap is longer than the silence between the last event and the
-    prediction time. All futures of a batch advance together, and finished ones are dropped.
+    prediction time. All futures of a batch advance together; those that have ended are dropped when they are half of them.
 
     Args:
         model: a decoder after `task=next_event`, in evaluation mode.
@@ -153,11 +156,11 @@ def generate(
     decoder = check_generates(model)
     head = decoder.head
     assert isinstance(head, EventHead)
-    n_prompt = int(prompts.is_event.sum(1).max())
+    n_prompt = int(prompts.is_event.sum(1).max())  # the only number that is read before the futures are under way
     check_lengths(n_prompt, sampling.max_new_events, decoder.body.max_length)
     weight_VD, bias_V = head.token_weights(embedding.table)
     sequences = _Sequences(decoder, embedding, prompts, sampling, use_cache=use_cache)
-    stop_tokens = torch.tensor(sampling.stop_tokens, device=bias_V.device, dtype=torch.int64)
+    stop_tokens = sent(list(sampling.stop_tokens), bias_V.device, torch.int64)
     events: list[tuple[Tensor, ...]] = []
     for number in range(sampling.max_new_events):
         hidden_RD = sequences.hidden()
@@ -169,35 +172,42 @@ def generate(
         gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
         value_R = draw_value(value, sampling, generator) if value else torch.full_like(gap_R, float("nan"))
         sequences.advance(token_R, gap_R, value_R)
-        happens = sequences.days_R <= sampling.horizon_days
-        found = (sequences.future_R, token_R, sequences.days_R, value_R)
-        events.append(tuple(x[happens] for x in found))
-        sequences.keep(happens & ~torch.isin(token_R, stop_tokens))
-        if not len(sequences.future_R):
+        happens_R = sequences.goes_on_R & (sequences.days_R <= sampling.horizon_days)
+        events.append((sequences.future_R, token_R, sequences.days_R, value_R, happens_R))
+        sequences.go_on(happens_R & ~torch.isin(token_R, stop_tokens))
+        is_last = number + 1 == sampling.max_new_events
+        # Counting waits for a GPU.
+        if (is_last or reads_freely(bias_V.device) or number % COUNTED_EVERY == 0) and not sequences.drop_ended():
             break
     is_cut = torch.zeros(len(prompts.token_ids) * sampling.n_samples, dtype=torch.bool, device=bias_V.device)
-    is_cut[sequences.future_R] = True
-    future, token_ids, days, values = (torch.cat(parts) for parts in zip(*events, strict=True))
-    order = torch.argsort(future, stable=True)
-    prompt, sample = future[order] // sampling.n_samples, future[order] % sampling.n_samples
-    return Trajectories(
-        is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[order], days[order], values[order]
-    )
+    is_cut[sequences.future_R[sequences.goes_on_R]] = True
+    future, token_ids, days, values, happens = (torch.cat(parts) for parts in zip(*events, strict=True))
+    kept = happens.nonzero().squeeze(1)
+    kept = kept[torch.argsort(future[kept], stable=True)]
+    prompt, sample = future[kept] // sampling.n_samples, future[kept] % sampling.n_samples
+    return Trajectories(is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[kept], days[kept], values[kept])
 
 
 class _Sequences:
-    """Holds the R unfinished futures: their times, their cache or inputs, and the vector of the last event of each."""
+    """Holds the R futures under way: their times, their cache or inputs, and the vector of the last event of each.
+
+    The futures of a prompt follow one another, as many of each prompt. Some may have ended.
+
+    Attributes:
+        goes_on_R: (R,) bool, False for a future that has ended.
+    """
 
     def __init__(
         self, decoder: Decoder, embedding: EventEmbedding, prompts: Batch, sampling: Sampling, *, use_cache: bool
     ) -> None:
         self.decoder, self.embedding, self.n_samples = decoder, embedding, sampling.n_samples
         inputs = embedding.inputs(prompts)
-        n_prompts, width = prompts.token_ids.shape
+        n_prompts = len(prompts.token_ids)
         lengths_B = prompts.is_event.sum(1)
         last_B = lengths_B - 1
         rows = torch.arange(n_prompts, device=last_B.device)
         self.future_R = torch.arange(n_prompts * sampling.n_samples, device=last_B.device)
+        self.goes_on_R = torch.ones_like(self.future_R, dtype=torch.bool)
         prompt_R = self.future_R // sampling.n_samples
         self.lengths_R = lengths_B[prompt_R]
         self.elapsed_R = inputs["elapsed_days"][rows, last_B][prompt_R].double()
@@ -208,9 +218,9 @@ class _Sequences:
         self.cache = None
         self.inputs: dict[str, Tensor] = {}
         if use_cache:
-            self.cache = decoder.new_cache(n_prompts, width + sampling.max_new_events)
+            self.cache = decoder.new_cache(sampling.max_new_events)
             self.hidden_RD = decoder.hidden(inputs, self.cache)[rows, last_B][prompt_R]
-            self.cache.select(prompt_R)
+            self.cache.share(sampling.n_samples)
         else:
             token_ids_BT = prompts.token_ids.long()
             without = ("rows", "row_ids", "places", "sequence_starts")  # wrong once the records have grown
@@ -261,15 +271,36 @@ class _Sequences:
                     self.inputs[name][rows, self.lengths_R] = x
         self.lengths_R = self.lengths_R + 1
 
-    def keep(self, goes_on: Tensor) -> None:
-        """Drop the futures that have ended."""
-        if bool(goes_on.all()):
-            return
-        rows = goes_on.nonzero()[:, 0]
-        for name in ("future_R", "lengths_R", "elapsed_R", "age_R", "wait_R", "days_R"):
+    def go_on(self, goes_on_R: Tensor) -> None:
+        """Set which futures go on."""
+        self.goes_on_R = goes_on_R
+
+    def drop_ended(self) -> bool:
+        """Drop ended futures, and prompts all of whose futures have ended, if half of the futures can be dropped.
+
+        Each prompt keeps as many futures as the one with the most under way.
+
+        Returns:
+            Whether any future goes on.
+        """
+        n = self.n_samples
+        goes_on_Pn = self.goes_on_R.view(-1, n)
+        counts = goes_on_Pn.sum(1).tolist()
+        kept, n_kept = [number for number, count in enumerate(counts) if count], max(counts)
+        if 0 < 2 * len(kept) * n_kept <= len(self.goes_on_R):
+            order_Pn = (~goes_on_Pn).to(torch.uint8).argsort(dim=1, stable=True)[:, :n_kept]
+            prompts = None if len(kept) == len(counts) else sent(kept, order_Pn.device)
+            first_P1 = torch.arange(len(counts), device=order_Pn.device).unsqueeze(1) * n
+            rows_Pn = first_P1 + order_Pn
+            self._select(prompts, (rows_Pn if prompts is None else rows_Pn[prompts]).flatten())
+            self.n_samples = n_kept
+        return n_kept > 0
+
+    def _select(self, prompts: Tensor | None, rows: Tensor) -> None:
+        for name in ("future_R", "goes_on_R", "lengths_R", "elapsed_R", "age_R", "wait_R", "days_R"):
             setattr(self, name, getattr(self, name)[rows])
         if self.cache is not None:
-            self.cache.select(rows)
+            self.cache.select(prompts, rows)
             self.hidden_RD = self.hidden_RD[rows]
         self.inputs = {name: x[rows] for name, x in self.inputs.items()}
 
@@ -291,7 +322,23 @@ def draw_token(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator
         # A token is kept as long as the more probable tokens together have not reached top_p; the first is always kept.
         dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
         scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), float("-inf"))
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    return draw_index(scores, generator)
+
+
+def draw_index(scores_RC: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an index (R,) per row with the probabilities that are the softmax of scores (R, C).
+
+    It takes one random number per row, and reads nothing back; `torch.multinomial` takes one per entry and waits for a GPU.
+
+    >>> draw_index(torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, 3), torch.Generator()).tolist()
+    [1, 1, 1]
+    """
+    below_RC = scores_RC.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_R1 = below_RC[:, -1:]
+    lot_R1 = torch.rand(len(scores_RC), 1, generator=generator, dtype=torch.float64, device=scores_RC.device)
+    # Rounded up to the total, the lot would lie beyond every index.
+    lot_R1 = torch.minimum(lot_R1 * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
+    return torch.searchsorted(below_RC, lot_R1, right=True)[:, 0]
 
 
 def log_chance_beyond(head: EventHead, hidden_BD: Tensor, table_VE: Tensor, wait_B: Tensor) -> Tensor:
@@ -349,7 +396,7 @@ def draw_gap(time_RQ: Tensor, wait_R: Tensor | None, sampling: Sampling, generat
     if sampling.temperature == 0:
         bin_R, position_R = time_RQ.argmax(-1), torch.full_like(time_RQ[:, 0], 0.5)
     else:
-        bin_R = torch.multinomial(time_RQ.softmax(-1), 1, generator=generator)[:, 0]
+        bin_R = draw_index(time_RQ, generator)
         position_R = torch.rand(len(bin_R), generator=generator, device=time_RQ.device)
     start_R = edges[(bin_R - 1).clamp(min=0)]
     end_R = edges[bin_R.clamp(max=len(edges) - 1)]

@@ -87,8 +87,9 @@ def report_of(
         config: the resolved configuration.
         metrics: content of metrics.json.
         choices: the options of the config groups as `group=option`.
-        has_codes: also show what quotes codes or texts of the data: subgroups, findings of the audit, and moved predictions.
-        has_environment: also show the versions of packages and the hardware.
+        has_codes: whether to show the parts that quote codes or texts of the data: subgroups, findings of the audit, and moved
+            predictions.
+        has_environment: whether to show the versions of packages and the hardware.
     """
     card_file = run_dir / MODEL_CARD
     card = sections(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
@@ -260,7 +261,8 @@ def _coverage(text: str) -> list[tuple[str, list[tuple[str, float, str]]]]:
 
 
 def _moved(folder: Path) -> dict[str, Any] | None:
-    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; of no single subject."""
+    """Return the plot and the texts that moved predictions most, if `ehr-embed explain` wrote a summary; a summary names no
+    single subject."""
     table = folder / MOVED_TEXTS
     if not table.is_file():
         return None

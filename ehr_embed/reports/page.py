@@ -1,6 +1,6 @@
 """Make self-contained HTML pages: templates that escape every value, Markdown that can do nothing, and pictures inside the page.
 
-What stands on such a page comes from data and configurations of strangers. Jinja escapes every value, the Markdown of a model card
+The texts on such a page come from data and configurations of strangers. Jinja escapes every value, the Markdown of a model card
 is rendered without links, pictures and HTML, and a content security policy forbids the page every request to anywhere.
 """
 

@@ -27,6 +27,7 @@ from ehr_embed.data.vocabulary import (
 )
 from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.hazards import HAZARDS, hazard_sizes
 from ehr_embed.models.protocol import Declarations, body_of, declarations
 from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
 
@@ -176,6 +177,8 @@ def initialise(
     )
     wanted = {name for name in own if whole or keeps_head or name.startswith("body.")}
     given = {name for name in saved if whole or keeps_head or name.startswith("body.")}
+    if whole:
+        _refuse_other_hazards(path, checkpoint, model)
     shapes = {n: saved[n] for n in given}, {n: own[n] for n in wanted}
     declared = declarations(model)
     _refuse_mismatch(path, *shapes, checkpoint["config"], config, declared=declared)
@@ -264,6 +267,28 @@ def _refuse_other_training(path: Path, checkpoint: dict[str, Any], embedding: Ev
         raise UserError(
             f"{path} was trained with embedder.trainable={trainable}, this run has {embedding.trainable}, which cannot hold "
             f"its token vectors. Type: embedder.trainable={trainable}; trainer.freeze=body keeps them as they are"
+        )
+
+
+def _refuse_other_hazards(path: Path, checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Refuse other time bins or outcomes for a hazard head that is not trained again: its hazards would be read at times that they
+    do not mean, though all shapes may agree.
+
+    Raises:
+        UserError: the bins, the width, or the outcomes that have learned vectors differ.
+    """
+    sizes, saved = hazard_sizes(model), checkpoint["sizes"].get(HAZARDS)
+    if sizes is None or saved is None:
+        return
+    keys = ("edges", "width", "vectors", *(["names"] if sizes.vectors == "learned" else []))
+    differ = [
+        f"{key} {saved[key]} there, {getattr(sizes, key)} here" for key in keys if saved[key] != getattr(sizes, key)
+    ]
+    if differ:
+        raise UserError(
+            f"{path} has a hazard head for other time bins or outcomes: {'; '.join(differ)}. Without training it would be read at "
+            f"times that it was not trained for. Train it: trainer.epochs=10, or ask that run, which keeps its own bins: "
+            f"python -m ehr_embed.ask run={path.parent} data.root=DIR"
         )
 
 

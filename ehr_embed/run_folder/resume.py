@@ -58,6 +58,8 @@ NEW: dict[str, Any] = {
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",
+    "data.text_variants": 0.0,
+    "data.variant_kinds": ["synonyms", "words", "neighbours"],
     "ensemble.members": {},
     "ensemble.runs": [],
     "ensemble.weights": "tuning",

@@ -1,7 +1,7 @@
 """Micro-batches: requests that arrive while the model computes are computed together next.
 
-One thread computes. No request waits for others unless `max_wait_s` says so: what has gathered when the thread is free is the next
-batch, so that batches grow with the load and a lone request is answered at once.
+One thread computes. No request waits for others unless `max_wait_s` says so: the requests that have gathered when the
+thread is free form the next batch, so that batches grow with the load and a lone request is answered at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class QueueFullError(Exception):
-    """So many items wait that another would wait too long."""
+    """The queue is full: one more item would wait too long."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class MicroBatches(Generic[Item, Result]):
 
     Args:
         work: returns one result per item, in order; called in one thread, never twice at a time.
-        max_batch: largest number of items of a batch; the items of one caller stay together, also where they are more.
+        max_batch: largest number of items of a batch; the items of one caller stay together, even if they are more.
         max_queued: largest number of items that wait.
         max_wait_s: seconds for which a batch waits for further items.
         tell: is told the number of items of each batch.
@@ -72,7 +72,7 @@ class MicroBatches(Generic[Item, Result]):
         return self._task is not None and not self._task.done()
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Return the results of items. If the caller is cancelled before its batch begins, they are dropped.
+        """Return the results of items. If the caller is cancelled before its batch begins, its items are dropped.
 
         Raises:
             QueueFullError: too many items wait.
@@ -89,11 +89,11 @@ class MicroBatches(Generic[Item, Result]):
             self._count_out(job)
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a function returns that is called between two batches, in their thread."""
+        """Call a function between two batches, in the thread that computes them, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *arguments))
 
     async def close(self) -> None:
-        """Work on what waits, and end."""
+        """Work on the items that wait, and end."""
         if self._task is not None:
             self._queue.put_nowait(None)
             await self._task

@@ -34,6 +34,7 @@ from ehr_embed.sources.meds_writer import dataset_facts, write_parquet
 from ehr_embed.sources.protocol import SPLITS
 
 LABELS = "hospitalisation_1y"
+RISKS, BAYES = Path("extra") / "bayes_risk.parquet", Path("extra") / "bayes.json"
 SPLIT_SHARES = (0.7, 0.15, 0.15)
 Subjects = Annotated[
     int, Field(ge=100, le=8_000_000), Told("100 to 8000000", remedy="Fewer would leave a split without an outcome.")
@@ -112,12 +113,12 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     )
     write_parquet(root / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
     write_json(root / "metadata" / "dataset.json", dataset_facts("ehr_embed demo"))
-    write_parquet(root / "extra" / "bayes_risk.parquet", people.select("subject_id", "risk", "split"))
+    write_parquet(root / RISKS, people.select("subject_id", "risk", "split"))
     auroc = {
         str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
         for (split,), part in people.group_by("split")
     }
-    write_json(root / "extra" / "bayes.json", {"auroc": auroc, "n_subjects": n_subjects, "seed": seed})
+    write_json(root / BAYES, {"auroc": auroc, "n_subjects": n_subjects, "seed": seed})
 
 
 def _draw(

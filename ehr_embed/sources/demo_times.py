@@ -6,8 +6,9 @@ dataset of their own, so that nothing of `data=demo` depends on them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from meds import CodeMetadataSchema, DataSchema
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import DrawSeed
-from ehr_embed.sources.cohort import LABELS, MINUTE, Subjects, write_demo_cohort
+from ehr_embed.sources.cohort import LABELS, MINUTE, RISKS, Subjects, write_demo_cohort
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import write_parquet
@@ -83,7 +84,7 @@ def write_timed_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
         UserError: as for `write_demo_cohort`, or a split has no subject with the outcome.
     """
     write_demo_cohort(root=root, n_subjects=n_subjects, seed=seed)
-    people = pl.read_parquet(root / "extra" / "bayes_risk.parquet")  # in order of subject_id
+    people = pl.read_parquet(root / RISKS)  # in order of subject_id
     log_hazard_S = log_hazards(people["risk"].to_numpy())
     rng = np.random.default_rng([seed, 1])  # the cohort's own stream is default_rng(seed)
     outcome_S = SCALE_DAYS * (rng.standard_exponential(n_subjects) / np.exp(log_hazard_S)) ** (1 / SHAPE)
@@ -142,28 +143,30 @@ def _add_times(root: Path, split: str, people: pl.DataFrame) -> None:
     write_parquet(path, whole.sort("subject_id", "time", nulls_last=False, maintain_order=True), DataSchema)
 
 
-class Best(NamedTuple):
-    """The concordance of the true hazards on a split.
+def bayes_concordance(root: Path, keys: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any]) -> float | None:
+    """Return Harrell's concordance of the true hazards on samples, which no model can exceed in expectation.
 
-    Attributes:
-        concordance: Harrell's index.
-        n: subjects.
-        n_events: subjects with the outcome.
+    It needs scikit-survival, as task=time_to_event does.
+
+    Args:
+        root: the folder of the dataset.
+        keys: subject_id and prediction_time, (n,) each, of the samples.
+        labels: (n, 2) the days to the outcome or the end of the observation, and 1 for the outcome, as that task has them.
+
+    Returns:
+        None where no true hazard is known: the dataset is no such cohort, or a sample is asked at another time, for another
+        outcome or for another follow-up.
     """
-
-    concordance: float
-    n: int
-    n_events: int
-
-
-def bayes_concordance(root: Path, split: str) -> Best | None:
-    """Return the concordance of the true hazards on a split, which no model can exceed in expectation; None for a dataset whose
-    true hazards are unknown. It needs scikit-survival, as task=time_to_event does."""
-    if not (root / TIMES).exists():
+    if not (root / TIMES).exists() or labels.ndim != 2 or labels.shape[1] != 2:
+        return None
+    times = pl.concat(pl.read_parquet(root / "labels" / LABELS / split / "0.parquet") for split in SPLITS)
+    people = pl.read_parquet(root / TIMES).join(times.select("subject_id", "prediction_time"), on="subject_id")
+    asked = pl.DataFrame(dict(keys)).with_columns(asked_days=labels[:, 0], asked_event=labels[:, 1] == 1)
+    found = asked.join(people, on=["subject_id", "prediction_time"], how="inner")
+    same_days = np.allclose(found["asked_days"], found["days"], rtol=1e-5)  # labels are float32
+    if len(found) != len(asked) or not same_days or not found["asked_event"].equals(found["is_event"]):
         return None
     from sksurv.metrics import concordance_index_censored
 
-    people = pl.read_parquet(root / TIMES).filter(split=split)
-    is_event = people["is_event"].to_numpy()
-    found = concordance_index_censored(is_event, people["days"].to_numpy(), people["log_hazard"].to_numpy())
-    return Best(float(found[0]), len(people), int(is_event.sum()))
+    is_event, days, log_hazard = (found[name].to_numpy() for name in ("is_event", "days", "log_hazard"))
+    return float(concordance_index_censored(is_event, days, log_hazard)[0])

@@ -18,7 +18,7 @@ class Source(Protocol):
     """Source of the events of a dataset; it yields one frame per shard, so that memory is bounded by one shard."""
 
     writes: bool
-    """Whether opening the source writes files, as an import does. A class that says False may be opened from the
+    """True if opening the source writes files, as an import does. A class that says False may be opened from the
     configuration in a run's folder; a class or function that says nothing counts as one that writes."""
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
+from meds import birth_code, death_code
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
@@ -16,6 +17,8 @@ from ehr_embed.sources.code_texts import read_lookups
 from ehr_embed.sources.protocol import Source
 
 SHIPPED = Path(__file__).parent / "paraphrases"
+SHARED = (birth_code, death_code)
+"""Codes that MEDS itself gives a meaning, which every dataset has: without its birth a record would lose its age, not its words."""
 Missing = Annotated[str, OneOf("refuse", "keep")]
 Table = Annotated[Text | None, Told("a CSV file, a table that comes with the package, or null", example="null")]
 
@@ -24,7 +27,8 @@ class RenamedSource:
     """Source that presents another source as a second hospital might have coded it.
 
     Events, values and labels are the same, but every code has an id that occurs nowhere else and a description from a
-    table of paraphrases. So if a model trained on the inner source does worse here, the names alone are the cause.
+    table of paraphrases; only MEDS_BIRTH and MEDS_DEATH keep their ids, as in any MEDS dataset. So if a model trained on the
+    inner source does worse here, the names alone are the cause.
 
     Args:
         inner: the other source.
@@ -39,7 +43,8 @@ class RenamedSource:
     def __init__(self, inner: Source, *, table: str, missing: Missing = "refuse") -> None:
         check_setting("data.renamed_missing", missing, Missing)
         self.inner, self.missing, self.path = inner, missing, find_table(table)
-        self.name = f"{inner.name}-renamed-{self.path.stem}"
+        # Earlier versions renamed MEDS_BIRTH too; their stores have the name with -renamed-.
+        self.name = f"{inner.name}-recoded-{self.path.stem}"
         self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes
 
     def read(self, shard: Path) -> pl.DataFrame:
@@ -114,11 +119,13 @@ def shipped() -> list[str]:
 
 
 def renamed(code: str) -> str:
-    """Return the new id of a code, a hash that reveals nothing of its meaning.
+    """Return the new id of a code, a hash that reveals nothing of its meaning; MEDS's own codes keep theirs.
 
-    >>> renamed("LAB//Creatinine")
-    'X//8760aa84721a'
+    >>> renamed("LAB//Creatinine"), renamed("MEDS_BIRTH")
+    ('X//8760aa84721a', 'MEDS_BIRTH')
     """
+    if code.partition("//")[0] in SHARED:
+        return code
     return f"X//{hashlib.blake2b(code.encode(), digest_size=6).hexdigest()}"
 
 

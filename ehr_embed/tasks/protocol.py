@@ -22,6 +22,7 @@ from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
 from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import declarations
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Task(Protocol):
     """True = only causal models can do the task, False = only bidirectional models can, None = both can."""
 
     is_trained: bool
-    """Whether the task trains the model; otherwise a trained model is only evaluated."""
+    """True if the task trains the model; if False, a trained model is only evaluated."""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -171,11 +172,6 @@ class HasUnlabelled(Protocol):
     def records(self) -> EventDataset:
         """Return train's records at their prediction times, with those whose labels are not used; their labels mean nothing."""
         ...
-
-
-def records_of(task: Task) -> EventDataset:
-    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
-    return task.records() if isinstance(task, HasUnlabelled) else task.dataset("train")
 
 
 @runtime_checkable
@@ -296,7 +292,8 @@ def run_step(task: Task, model: nn.Module, embedding: EventEmbedding, batch: Bat
     Raises:
         UserError: the task returned something other than a `StepResult`, such as a mean loss.
     """
-    result = task.step(model, embedding, batch)
+    with named_inputs(type(getattr(model, "module", model)).__name__):
+        result = task.step(model, embedding, batch)
     if isinstance(result, StepResult):
         return result
     name = type(task).__name__

@@ -1,4 +1,4 @@
-"""Builds and checks the samples of a task; every task gets its samples through this module."""
+"""Builds and checks the samples of a task, and checks its datasets; whoever needs either asks this module."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ehr_embed.data.batches import EventDataset
 from ehr_embed.data.boundary import check_boundary, say_unseen
+from ehr_embed.data.checked import checked_dataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
-from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.protocol import HasUnlabelled, Task
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,27 @@ def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> 
         say_unseen(events, samples, where=where)
     if task.needs_causal is None:  # windows of whole records, as of pretraining, are cut on purpose
         say_cut(task.samples, max_length)
+
+
+def dataset_of(task: Task, split: str, rng: np.random.Generator | None = None) -> EventDataset:
+    """Return the task's dataset of a split, of which no batch shows an event later than its prediction time.
+
+    Args:
+        task: after `set_up`.
+        split: name of the split.
+        rng: draws what the task draws anew for an epoch; None = evaluation.
+
+    Raises:
+        UserError: `checked_dataset` refuses the dataset.
+    """
+    return checked_dataset(task.dataset(split, rng), where=f"{type(task).__name__}, split {split}")
+
+
+def records_of(task: Task) -> EventDataset:
+    """Return train's records at their prediction times, for what needs no labels: those of all train's samples."""
+    if not isinstance(task, HasUnlabelled):
+        return dataset_of(task, "train")
+    return checked_dataset(task.records(), where=f"{type(task).__name__}, records of train")
 
 
 def say_cut(samples: Mapping[str, Samples], max_length: int) -> None:

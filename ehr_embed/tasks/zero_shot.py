@@ -104,7 +104,9 @@ class ZeroShot(Classification):
                 f"no token of the vocabulary is in {self._event_set}, so every risk would be 0. Check vocab.csv."
             )
         self._tokens = torch.tensor(tokens)
-        self._sampling = replace(self._sampling, stop_tokens=self._stop.tokens(store.vocabulary))
+        # What follows the first event of the set does not change the risk.
+        stops = {*self._stop.tokens(store.vocabulary), *tokens}
+        self._sampling = replace(self._sampling, stop_tokens=tuple(sorted(stops)))
 
     def step(self, model: nn.Module, embedding: EventEmbedding, batch: Batch) -> StepResult:
         """Return the cross-entropy of the risks, and as outputs the class probabilities and the share of cut futures.

@@ -19,6 +19,7 @@ from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.finish import read_metrics
 from ehr_embed.tasks.protocol import Task, WeighsSamples, tuning_values
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.fit_table import keep_fitted
 from ehr_embed.training.throughput import rates
 from ehr_embed.training.trainer import Trainer
@@ -86,11 +87,11 @@ def blend(
     metrics = tuning_values(task, outputs)
     keep_fitted(trainer, model, metrics[task.monitor])
     seconds += time.perf_counter() - began
-    n_events = int(task.dataset("train").lengths.sum())
+    n_events = int(dataset_of(task, "train").lengths.sum())
     return {
         "n_parameters": _n_parameters(model),
         "precision": trainer.precision,
-        "n": len(task.dataset("train")),
+        "n": len(dataset_of(task, "train")),
         "epochs": 1,
         "best_epoch": 1,
         "seconds": seconds,

@@ -20,7 +20,8 @@ from ehr_embed.models.label_outputs import label_outputs_of
 from ehr_embed.models.protocol import FeatureSet, FitsAtOnce, PoolsCodes, body_of
 from ehr_embed.run_folder.checkpoints import write_latest
 from ehr_embed.run_folder.layout import BEST, LATEST
-from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, records_of, tuning_values
+from ehr_embed.tasks.protocol import PredictsNumber, WeighsSamples, tuning_values
+from ehr_embed.tasks.set_up import dataset_of, records_of
 from ehr_embed.training.memory import available_memory
 from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.state import Progress, rng_state
@@ -161,7 +162,7 @@ def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) 
     Raises:
         UserError: the tables are too large; the message gives their size and the settings that make them smaller.
     """
-    dataset = trainer.task.dataset("train")
+    dataset = dataset_of(trainer.task, "train")
     drawn = np.random.default_rng(trainer.seed).permutation(len(dataset))[:PROBED]
     inputs = embedding.inputs(dataset[drawn].to(trainer.fabric.device))
     dense = model.featurise(inputs).cpu().numpy()
@@ -183,5 +184,5 @@ def _check_size(trainer: Trainer, model: FitsAtOnce, embedding: EventEmbedding) 
 def _events(trainer: Trainer) -> tuple[int, int]:
     """Return the number of events of train, without and with padding."""
     sampler = trainer.loader("train").sampler
-    lengths = trainer.task.dataset("train").lengths
+    lengths = dataset_of(trainer.task, "train").lengths
     return int(lengths.sum()), sum(len(rows) * int(sampler.padded[rows].max()) for rows in sampler.batches())

@@ -15,7 +15,8 @@ from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
-from ehr_embed.tasks.protocol import Task, records_of
+from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.set_up import dataset_of, records_of
 from ehr_embed.training.anchor import Anchor
 from ehr_embed.training.ema import Ema
 from ehr_embed.training.optimizer import build_optimizer, parameter_groups
@@ -101,7 +102,7 @@ def set_up_training(
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
         # Ranks among an aligned dataset's own numbers need no labels, and are the better the more records there are.
-        dataset = records_of(task) if about.get("alignment") is not None else task.dataset("train")
+        dataset = records_of(task) if about.get("alignment") is not None else dataset_of(task, "train")
         model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
     # Before the optimizer: a model that is spread has new parameters.

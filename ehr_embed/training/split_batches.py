@@ -13,6 +13,7 @@ from ehr_embed.data.batches import EventDataset, batch_loader
 from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.data.samples import Samples
 from ehr_embed.tasks.protocol import Task
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.processes import Processes
 from ehr_embed.training.settings import TrainerSettings
 
@@ -52,7 +53,7 @@ class SplitBatches:
 
     def _dataset(self, split: str, epoch: int | None) -> EventDataset:
         """Return the samples of a split; of a training epoch with what the task draws for that epoch."""
-        return self._task.dataset(split, None if epoch is None else np.random.default_rng([self._seed, epoch]))
+        return dataset_of(self._task, split, None if epoch is None else np.random.default_rng([self._seed, epoch]))
 
     def _sampler(self, dataset: EventDataset, epoch: int | None, first: int) -> BucketSampler:
         """Return the rows of each batch of this process; `epoch` and `first` are those of `loader`."""

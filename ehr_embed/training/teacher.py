@@ -24,7 +24,8 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.gbm import GBM
 from ehr_embed.models.protocol import FeatureSet
-from ehr_embed.tasks.protocol import WeighsSamples, records_of
+from ehr_embed.tasks.protocol import WeighsSamples
+from ehr_embed.tasks.set_up import records_of
 from ehr_embed.training.fit_table import feature_set, inputs_of
 from ehr_embed.training.set_up import inputs_of_all
 from ehr_embed.training.trainer import Trainer

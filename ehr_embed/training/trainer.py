@@ -22,6 +22,7 @@ from ehr_embed.models.protocol import body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.run_folder.layout import BEST
 from ehr_embed.tasks.protocol import Outputs, Task, run_step, tuning_values
+from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.memory import peak_memory_mib
 from ehr_embed.training.precision import choose_precision
 from ehr_embed.training.processes import Processes
@@ -118,7 +119,7 @@ class Trainer:
         self._reload_best(model, embedding)
         progress = training.state.progress
         return self.facts(model, embedding) | {
-            "n": len(self.task.dataset("train")),
+            "n": len(dataset_of(self.task, "train")),
             "epochs": progress.epoch,
             "steps": progress.step,
             "best_epoch": progress.best_epoch,
@@ -242,6 +243,7 @@ class Trainer:
         """
         settings, state, progress = self.settings, training.state, training.state.progress
         training.wrapped.train()
+        state.embedding.train()
         if settings.freeze == "body":
             body_of(training.wrapped.module).eval()
         progress.epoch += not progress.batch
@@ -362,6 +364,7 @@ class Trainer:
         """Return the mean loss per event or sample of a split, and its outputs (n, n_outputs) in sample order; neither depends on
         the batches."""
         model.eval()
+        embedding.eval()
         loader = self.loader(split)
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)

@@ -32,7 +32,7 @@ def write_run(
     overrides: Sequence[str] = (),
     labels: Sequence[int] = LABELS,
 ) -> Path:
-    """What a run leaves, as far as a table reads it."""
+    """Write the files of a run that a table reads."""
     folder.mkdir(parents=True)
     entry = {"value": auroc, "low": auroc - 0.1, "high": auroc + 0.1}
     metrics = {"held_out": {"auroc": entry, "n": len(labels)}, "train": dict(facts or {"steps": 10, "seconds": 2.0})}

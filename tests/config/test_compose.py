@@ -149,7 +149,7 @@ def test_defaults_are_those_of_the_original():
 
 
 def test_targets_outside_the_trusted_packages_are_refused():
-    with pytest.raises(UserError, match=r"_target_=os\.system is outside the trusted packages"):
+    with pytest.raises(UserError, match=r"_target_=os\.system .*class of ehr_embed"):
         instantiate(OmegaConf.create({"_target_": "os.system", "command": "true"}))
     nested = OmegaConf.create({"_target_": "torch.nn.Identity", "inner": [{"_target_": "subprocess.run"}]})
     with pytest.raises(UserError, match=r"subprocess\.run"):
@@ -182,7 +182,7 @@ class Strange(nn.Module):
     [
         ("width", 0, r"model\.width=0: expected 1 or more"),
         ("kind", "c", r"model\.kind 'c': Valid: a, b"),
-        ("widht", 3, r"key of model 'widht': did you mean 'width'"),
+        ("widht", 3, "model 'widht': did you mean 'width'"),
     ],
 )
 def test_the_settings_of_a_member_of_ones_own_are_checked_before_work(tmp_path, monkeypatch, key, value, told):

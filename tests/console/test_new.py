@@ -43,7 +43,7 @@ def test_the_command_says_what_to_type_next(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_its_own_tests_pass(tmp_path, monkeypatch):
-    """With this checkout in the place of an installation."""
+    """The tests of the new project pass, with this checkout in the place of an installation."""
     project = new_project("frailty", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = subprocess.run(

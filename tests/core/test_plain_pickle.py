@@ -72,7 +72,7 @@ def test_plain_data_load_as_they_were(tmp_path, protocol):
 def test_anything_else_is_refused_before_it_runs(tmp_path, monkeypatch, value, named, protocol):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path / "a.pkl", value, protocol)
-    with pytest.raises(UserError, match=rf"a\.pkl: the pickle names .*{named}.*Nothing of it was run"):
+    with pytest.raises(UserError, match=rf"a\.pkl: .*\b{named}.*write the file again as plain data"):
         load_pickle(path)
     assert not (tmp_path / "pwned").exists()
 
@@ -82,7 +82,7 @@ def test_a_tensor_cannot_carry_a_pickle_of_its_own(tmp_path, monkeypatch):
     torch.save(Call(os.system, "touch pwned"), tmp_path / "inner.pt")
     inner = (tmp_path / "inner.pt").read_bytes()
     path = written(tmp_path / "a.pkl", Call(torch.storage._load_from_bytes, inner))
-    with pytest.raises(UserError, match=r"a\.pkl: not a readable pickle"):
+    with pytest.raises(UserError, match=r"(?s)a\.pkl: .*write it again\."):
         load_pickle(path)
     assert not (tmp_path / "pwned").exists()
 
@@ -93,7 +93,7 @@ def test_a_pickle_cannot_change_what_it_names(tmp_path):
     for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"cnumpy\ndtype\n"):
         (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + name + state)
         before = torch._utils._rebuild_tensor_v2.__defaults__
-        with pytest.raises(UserError, match="not a readable pickle"):
+        with pytest.raises(UserError, match=r"(?s)a\.pkl: .*write it again\."):
             load_pickle(tmp_path / "a.pkl")
         assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
@@ -108,5 +108,5 @@ def test_an_array_whose_bytes_do_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04", pickle.dumps([1] * 1000)[:-100]])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.pkl: not a readable pickle"):
+    with pytest.raises(UserError, match=r"(?s)a\.pkl: .*write it again\."):
         load_pickle(tmp_path / "a.pkl")

@@ -48,5 +48,5 @@ def test_a_value_typed_by_hand_is_what_it_is_for_hydra(tmp_path, text):
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("a: 1\nb:\n  c: 2\n  c: 3\n")
-    with pytest.raises(YAMLError, match="c stands twice"):
+    with pytest.raises(YAMLError, match=r"key c .*twice"):
         read_yaml(path)

@@ -138,7 +138,7 @@ def test_a_join_says_what_it_loses_and_refuses_to_lose_nearly_all(tmp_path, capl
         assert f"10 of 40 rows of the label set {name} share no subject and prediction time" in warned(caplog)
     for n in (36, 40):
         both(root, 0.5, n=n)
-        with pytest.raises(UserError, match=rf"{n} of 40 rows of the label set \w+ .*joined: {40 - n}.*task=multitask"):
+        with pytest.raises(UserError, match=rf"{n} of 40 rows .*joined: {40 - n}.*task=multitask"):
             set_up(Multilabel(monitor="auroc"), store, root / "labels", 8)
     write_labels(root / "labels" / "second", [(s, 3.0, (s // 3) % 2 == 0) for s in range(N)])
     write_labels(root / "labels" / "first", [(s, 3.0 + day, (s // 3) % 2 == 0) for s in range(N) for day in range(20)])
@@ -202,9 +202,7 @@ def test_prediction_times_before_every_event_are_counted_and_refused_where_they_
     assert not warned(caplog), "that a static event fills all the room is no fault of the times"
     for early in (13, 14):
         labelled(root, early=early)
-        with pytest.raises(
-            UserError, match=rf"{min(early, 14)} of 14 prediction times .* lie before every timed event"
-        ):
+        with pytest.raises(UserError, match=rf"{min(early, 14)} of 14 prediction times .*subject"):
             set_up(Classification(labels="case", monitor="auroc"), store, root / "labels", 8)
     events = encode_split(MedsSource(root=str(root)), store.vocabulary, "held_out")
     with refused("13 of 13 prediction times", "labels case"):

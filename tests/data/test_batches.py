@@ -162,7 +162,7 @@ def test_random_batches_do_not_depend_on_length():
 
 
 def test_events_alone_bound_a_batch_and_fill_it():
-    """Of short records 32 samples fill a fifth of the budget, and a step's events would differ by as much."""
+    """32 samples of short records fill a fifth of the budget, so the events of a step would differ by as much."""
     lengths = np.random.default_rng(0).lognormal(4, 1, 4000).astype(int).clip(1, 512)
     filling = {}
     for batch_size in (32, None):

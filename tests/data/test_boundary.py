@@ -30,6 +30,7 @@ from tests.helpers.small_meds import ROOT, Event, write_meds
 LEAKING = """
 from dataclasses import replace
 import numpy as np
+from ehr_embed.data.batches import BatchDataset
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.next_event import NextEvent
 
@@ -46,6 +47,44 @@ class InDataset(Classification):
     def dataset(self, split, rng=None):
         held = super().dataset(split, rng)
         return type(held)(held.events, extended(held.events, held.samples))
+
+class OwnConstructor(BatchDataset):
+    def __init__(self, events, samples):
+        self.events, self.samples = events, samples
+
+class OwnClass:
+    def __init__(self, held):
+        self.held, self.events, self.lengths = held, held.events, held.lengths
+    def on(self, device):
+        return self
+    def __len__(self):
+        return len(self.held)
+    def __getitem__(self, index):
+        return self.held[index]
+
+class InSubclass(Classification):
+    def dataset(self, split, rng=None):
+        held = super().dataset(split, rng)
+        return OwnConstructor(held.events, extended(held.events, held.samples))
+
+class InPlace(Classification):
+    def dataset(self, split, rng=None):
+        held = super().dataset(split, rng)
+        held.samples = extended(held.events, held.samples)
+        return held
+
+class InBatches(Classification):
+    def dataset(self, split, rng=None):
+        held = super().dataset(split, rng)
+        return OwnClass(OwnConstructor(held.events, extended(held.events, held.samples)))
+
+class Honest(Classification):
+    def dataset(self, split, rng=None):
+        return OwnClass(super().dataset(split, rng))
+
+class NoDataset(Classification):
+    def dataset(self, split, rng=None):
+        return [self.samples[split]]
 
 class Pretraining(NextEvent):
     def setup(self, store, labels_dir, max_length):
@@ -90,14 +129,28 @@ def tasks(place, monkeypatch) -> Path:
     return place
 
 
-REFUSED = r"284 of 300 samples reach past their prediction time, such as that of subject 0 at 2020-01-03T12:00:00.*build_samples"
+REFUSED = r"284 of 300 samples .*subject 0 at 2020-01-03T12:00:00.*build_samples"
 
 
-@pytest.mark.parametrize("task", ["InSetup", "InDataset"])
+@pytest.mark.parametrize("task", ["InSetup", "InDataset", "InSubclass", "InPlace"])
 def test_a_task_of_ones_own_that_looks_ahead_is_not_trained(tasks, tmp_path, task):
     with pytest.raises(UserError, match=REFUSED):
         run(config(tasks, f"task._target_=leaking_tasks.{task}", "task.monitor=auroc", f"run_dir={tmp_path / 'run'}"))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_nor_a_dataset_of_ones_own_that_has_no_samples_to_look_at(tasks, tmp_path):
+    """Its batches are looked at; one that shows nothing later is trained."""
+
+    def train(task: str) -> None:
+        run(config(tasks, f"task._target_=leaking_tasks.{task}", "task.monitor=auroc", f"run_dir={tmp_path / task}"))
+
+    with refused("InBatches, split train", "1.5 days after their prediction time", "build_samples"):
+        train("InBatches")
+    with refused("NoDataset, split train", "list without events, lengths, on", "BatchDataset(events, samples)"):
+        train("NoDataset")
+    assert not list(tmp_path.rglob("*.pt"))
+    train("Honest")
 
 
 def test_nor_in_the_stage_before(tasks, tmp_path):
@@ -164,7 +217,7 @@ def _visible(samples: Samples, number: int) -> list[int]:
 
 
 def _is_honest(events: SplitEvents, samples: Samples, number: int) -> bool:
-    """By brute force: every event of a sample lies in its subject's record, none after the prediction time."""
+    """Brute force finds every event of a sample in its subject's record, and none after the prediction time."""
     row = events.subject_ids.tolist().index(samples.subject_ids[number])
     own = range(int(events.offsets[row]), int(events.offsets[row + 1]))
     return all(
@@ -208,25 +261,29 @@ def test_reversed_ranges_are_refused():
         BatchDataset(events, replace(samples, start=samples.stop + 1))
 
 
-def test_nobody_sets_a_task_up_without_the_check():
-    """`task.setup(...)` stands in `tasks/set_up.py` alone; a task may call that of its own base class."""
-    paths = [*(ROOT / "ehr_embed").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *ROOT.glob("*.py")]
-    calls = {path.relative_to(ROOT).as_posix() for path in paths if _sets_up(path.read_text(encoding="utf-8"))}
+@pytest.mark.parametrize("method", ["setup", "dataset", "records"])
+def test_nobody_sets_a_task_up_or_takes_its_dataset_without_the_check(method):
+    """`task.setup(...)` and its like stand in `tasks/set_up.py` alone; a task may call that of its own base class."""
+    paths = [*(ROOT / "ehr_embed").rglob("*.py"), *ROOT.glob("*.py")]
+    if method == "setup":
+        paths += (ROOT / "benchmarks").rglob("*.py")
+    calls = {path.relative_to(ROOT).as_posix() for path in paths if _calls(method, path.read_text(encoding="utf-8"))}
     assert calls == {"ehr_embed/tasks/set_up.py"}
-    assert _sets_up("t = f()\nt.setup(1)")
-    assert not _sets_up("super().setup(1)")
+    assert _calls(method, f"t = f()\nt.{method}(1)")
+    assert not _calls(method, f"super().{method}(1)")
 
 
-def _sets_up(code: str) -> bool:
+def _calls(method: str, code: str) -> bool:
     tree = ast.parse(code)
-    # A task that hands its own setup on to one inside it was itself set up, and checked, by whoever called it.
-    own = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "setup"]
+    # A task that hands its own method on to one inside it was itself checked, by whoever called it.
+    own = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == method]
     inside = {id(node) for function in own for node in ast.walk(function)}
     for node in ast.walk(tree):
         if id(node) in inside:
             continue
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setup":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
             owner = node.func.value
-            if not (isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"):
+            named = owner.func if isinstance(owner, ast.Call) else owner
+            if not (isinstance(named, ast.Name) and named.id in ("super", "self")):
                 return True
     return False

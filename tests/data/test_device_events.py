@@ -39,7 +39,7 @@ records = st.lists(
     min_size=1,
     max_size=5,
 )
-"""Of each subject: number of static events, times of the others, birth."""
+"""Each subject's number of static events, times of the other events, and birth."""
 
 
 def make_events(subjects: list[tuple[int, list[int], int]], *, has_values: bool = True) -> SplitEvents:
@@ -64,7 +64,7 @@ def visible(events: SplitEvents, time: int, *, max_length: int) -> Samples:
 
 
 def held_batches(dataset: BatchDataset | PackedDataset, *, batch_size: int = 3) -> list[Batch]:
-    """As in an epoch with trainer.data_device=device."""
+    """Return the batches of an epoch with trainer.data_device=device."""
     sampler = BucketSampler(dataset.lengths, batch_size=batch_size, batch_tokens=1000, shuffle=True)
     return list(batch_loader(dataset, sampler, device=HOST, data_device="device"))
 
@@ -304,7 +304,7 @@ def test_where_events_cannot_be_held_is_said(monkeypatch):
         is_gathered_there(events, GPU, "device")
     mps = torch.device("mps")
     assert not is_gathered_there(events, mps, "auto")
-    with pytest.raises(UserError, match=r"mps has no float64.*data_device=host"):
+    with pytest.raises(UserError, match=r"data_device=device: mps .*float64.*Type: trainer\.data_device=host"):
         is_gathered_there(events, mps, "device")
 
 

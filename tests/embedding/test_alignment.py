@@ -126,9 +126,9 @@ def test_shuffled_texts_leave_no_code_its_own(two):
     [
         ("code,matched_code\nlab//9,NA\n", r"names lab//9, .* this dataset .*did you mean lab//1"),
         ("code,matched_code\nlab//1,NAA\n", r"names NAA, .* the run .*did you mean NA"),
-        ("code,matched_code\nlab//1,NA\nlab//1,HR\n", r"lab//1 stands in it twice"),
+        ("code,matched_code\nlab//1,NA\nlab//1,HR\n", r"p\.csv: .*lab//1 .*twice"),
         ("code,to\nlab//1,NA\n", r"expected columns code,matched_code"),
-        ("code,matched_code,gate\nlab//1,NA,7\n", r"gate of lab//1 is '7', expected a number from 0 to 1"),
+        ("code,matched_code,gate\nlab//1,NA,7\n", "gate of lab//1 .*'7', .* 0 to 1"),
     ],
 )
 def test_pairs_that_cannot_be_meant_are_refused(two, tmp_path, text, match):
@@ -138,9 +138,9 @@ def test_pairs_that_cannot_be_meant_are_refused(two, tmp_path, text, match):
 
 
 def test_files_that_cannot_be_read_are_refused_when_settings_are_made(tmp_path):
-    with pytest.raises(UserError, match=r"data\.alignment_pairs=.*no such file"):
+    with pytest.raises(UserError, match=r"data\.alignment_pairs=\S*none\.csv"):
         AlignmentSettings(pairs=str(tmp_path / "none.csv"))
-    with pytest.raises(UserError, match=r"data\.alignment_rules=.*no such file"):
+    with pytest.raises(UserError, match=r"data\.alignment_rules=\S*none\.yaml"):
         AlignmentSettings(rules=str(tmp_path / "none.yaml"))
     for text, match in (
         ("cosines: [0.9, 0.8]\nremoved: []\nlevels: x\nwords: {}\n", r"0 <= first < second <= 1"),
@@ -157,9 +157,7 @@ def test_files_that_cannot_be_read_are_refused_when_settings_are_made(tmp_path):
 
 def test_nothing_in_common_is_refused(two, tmp_path):
     other = vocabulary(tmp_path, {"Q1": ("Quux", 1.0), "Q2": ("Corge", None)})
-    with pytest.raises(
-        UserError, match=r"no code of this dataset matches.*data\.alignment_pairs=FILE\.csv.*aligned_to=none"
-    ):
+    with pytest.raises(UserError, match=r"data\.alignment_pairs=FILE\.csv.*aligned_to=none"):
         align(two[0], other, embed=embed, rules=Rules.read())
 
 

@@ -1,4 +1,4 @@
-"""What training does with the token vectors: frozen, residual, full, and learned without any text."""
+"""Training leaves the token vectors frozen, or learns them: as residual, full, or without any text."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_moves_and_where_it_is_kept(runs, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_opened_again_predicts_what_it_predicted(runs, kind):
-    """With the events encoded anew, and through the model's other face."""
+    """Predict again, with the events encoded anew, and through the model's other face."""
     opened = open_run(runs.folder / kind)
     events = encode_split(MedsSource(root=str(runs.folder / "set")), opened.vocabulary, "held_out")
     tokens = torch.from_numpy(np.array(events.token_ids)).long().view(50, 5)
@@ -90,7 +90,7 @@ def predictions(run_dir: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["residual", "learned"])
 def test_a_run_that_starts_from_another_starts_from_its_vectors(runs, kind, tmp_path):
-    """With the body frozen the vectors stay as they were learned, too."""
+    """Learned vectors also stay as they are while the body is frozen."""
     start = f"init_from={runs.folder / kind}"
     run(config(runs.folder / "set", tmp_path / "probe", *KINDS[kind], start, "trainer.freeze=body"))
     before, after = (open_run(folder).embedding.table for folder in (runs.folder / kind, tmp_path / "probe"))
@@ -113,7 +113,7 @@ def test_vectors_that_have_no_place_are_refused(runs):
     config = {"model": dict(opened.config["model"]), "embedder": {"_target_": "x"}, "data": {"values": "bins"}}
     start = {"config": config, "vocabulary": opened.vocabulary}
     table = torch.zeros_like(opened.embedding.table)
-    with pytest.raises(UserError, match=r"trainable=residual, this run has frozen.*Type: embedder\.trainable=residual"):
+    with pytest.raises(UserError, match=r"trainable=residual, .* frozen.*Type: embedder\.trainable=residual"):
         initialise(opened.model, EventEmbedding(table), runs.folder / "residual", identity=identity, **start)
     other = {**identity, "vocab_sha256": "other"}
     # A body that was trained on the texts' vectors reads those of any vocabulary, and they may be learned from there on.

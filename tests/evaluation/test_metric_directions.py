@@ -1,4 +1,4 @@
-"""Which way a metric is better is declared where it is defined, and a search reads it from the task."""
+"""A metric declares where it is defined whether higher is better, and a search reads this from the task."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_one_class_split_is_refused(label: int) -> None:
     counts = "3 negatives and 0 positives" if label == 0 else "0 negatives and 3 positives"
     with pytest.raises(UserError, match=f"'held_out'.*{counts}.*AUROC is undefined.*Add subjects"):
         binary_metrics([label] * 3, [0.1, 0.2, 0.3], **arguments)
-    with pytest.raises(UserError, match="AUROC is undefined"):
+    with pytest.raises(UserError, match=r"'tuning'.*Add subjects to this split"):
         choose_threshold([label] * 3, [0.1, 0.2, 0.3])
 
 
@@ -211,7 +211,7 @@ def test_bad_probabilities_are_refused(bad: float, message: str) -> None:
 
 def test_shapes_labels_and_settings_are_checked() -> None:
     arguments: Any = {"threshold": 0.5, "split_name": "tuning"}
-    with pytest.raises(UserError, match="one shape"):
+    with pytest.raises(UserError, match=r"\(n,\), got \(2,\) and \(1,\)"):
         binary_metrics([0, 1], [0.1], subject_ids=[1, 2], **arguments)
     with pytest.raises(UserError, match="0 or 1"):
         binary_metrics([0, 2], [0.1, 0.2], subject_ids=[1, 2], **arguments)
@@ -262,11 +262,11 @@ def test_multiclass_equals_sklearn() -> None:
 def test_multiclass_refusals() -> None:
     y, p = class_scores(50, 3)
     arguments: Any = {"class_names": ["a", "b", "c"], "split_name": "tuning", "subject_ids": np.arange(50)}
-    with pytest.raises(UserError, match=r"'tuning'.*no sample has b"):
+    with pytest.raises(UserError, match=r"'tuning'.*3 classes.* b\b"):
         multiclass_metrics(np.where(y == 1, 0, y), p, **arguments)
-    with pytest.raises(UserError, match="sum to 1"):
+    with pytest.raises(UserError, match=r"sum to 1 .*softmax"):
         multiclass_metrics(y, p / 2, **arguments)
-    with pytest.raises(UserError, match="integers in 0"):
+    with pytest.raises(UserError, match=r"integers in 0 \.\.\. 2"):
         multiclass_metrics(y + 1, p, **arguments)
     with pytest.raises(UserError, match=r"\(n, 3\)"):
         multiclass_metrics(y, p[:, :2], **arguments)

@@ -130,13 +130,13 @@ def test_more_seeds_train_the_new_ones_alone(place):
 
 def test_runs_of_other_samples_are_refused(place, tmp_path):
     runs = [str(path) for path in sorted((place / "whole" / "members").iterdir())]
-    with pytest.raises(UserError, match=r"the samples or labels.*another's held_out"):
+    with pytest.raises(UserError, match=r"samples or labels.*held_out"):
         run(config(place, "other", f"ensemble.runs=[{','.join(runs)}]", "task.label_fraction=0.5"))
     copy = shutil.copytree(runs[1], tmp_path / "copy")
     (copy / "manifest.json").unlink()
     checkpoint = torch.load(copy / "best_checkpoint.pt", weights_only=True)
     torch.save(checkpoint | {"embedding_state_dict": {"learned": torch.zeros(1)}}, copy / "best_checkpoint.pt")
-    with pytest.raises(UserError, match="learned token vectors"):
+    with pytest.raises(UserError, match=r"/copy .*Train it with: embedder\.trainable=frozen"):
         run(config(place, "learned", f"ensemble.runs=[{copy}]"))
 
 
@@ -148,7 +148,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
         (["ensemble.weights=best"], r"ensemble\.weights 'best': Valid: equal, tuning"),
         (["+ensemble.members.a.seeds=1", "embedder.trainable=residual"], r"embedder\.trainable=frozen"),
         (["+ensemble.members.a.seeds=1", "+model@ensemble.members.b.model=gbm"], r"512, 4096 events"),
-        (["+ensemble.members.a.seeds=1", "task=next_event", "model=decoder_small"], "one class per sample"),
+        (["+ensemble.members.a.seeds=1", "task=next_event", "model=decoder_small"], "NextEvent .*Type: "),
         (["+ensemble.members.a.seeds=1", "+task@pretrain.task=next_event"], "pretrain=null"),
         (["ensemble.runs=[nowhere]"], "nowhere"),
     ],
@@ -172,12 +172,12 @@ def test_a_stored_configuration_names_models_alone_as_members():
     good = {"_target_": ensemble, "max_length": 8, "members": [{"_target_": pool, "max_length": 8}]}
     assert check_stored_node(good, "model") == good
     for evil in ("os.system", "ehr_embed.core.files.write_json", "ehr_embed.tasks.classification.Classification"):
-        with pytest.raises(UserError, match="outside the trusted packages"):
+        with pytest.raises(UserError, match=r"_target_=\S+ .*nothing else"):
             check_stored_node(good | {"members": [{"_target_": evil}]}, "model")
 
 
 def test_few_labels_tell_no_weights():
-    """Of noise in place of knowledge, unequal weights are rare; a member that misleads on many labels loses its weight."""
+    """When members predict noise, unequal weights are rare; a member that misleads on many labels loses its weight."""
     rng, n_unequal = np.random.default_rng(0), 0
     for _ in range(50):
         labels = (rng.random(40) < 0.1).astype(np.int64)

@@ -101,13 +101,13 @@ def test_options_of_ones_own_are_found(tmp_path):
 
 
 def test_mistakes_are_told_as_on_the_command_line(tmp_path):
-    with pytest.raises(UserError, match="unknown key of model 'n_layer': did you mean 'n_layers'"):
+    with pytest.raises(UserError, match="model 'n_layer': did you mean 'n_layers'"):
         ehr_embed.compose("model.n_layer=2")
-    with pytest.raises(UserError, match="seed is given twice"):
+    with pytest.raises(UserError, match=r"seed=1 and seed=2.*type: -m seed=1,2"):
         ehr_embed.compose("seed=1", "seed=2")
-    with pytest.raises(UserError, match="either one configuration or overrides"):
+    with pytest.raises(UserError, match=r'Type: train\(compose\("seed=1"'):
         ehr_embed.train(ehr_embed.compose(), "seed=2")
     from ehr_embed.reports.finished_run import FinishedRun
 
-    with pytest.raises(UserError, match="no finished run here"):
+    with pytest.raises(UserError, match=r"metrics\.json.*Type: python train\.py run_dir=RUN_DIR"):
         FinishedRun(tmp_path)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong in a second is refused before the event store; check=true says what would be done."""
+"""Mistakes that a second can find are refused before the event store is built; check=true says what would be done."""
 
 from __future__ import annotations
 
@@ -159,6 +159,38 @@ def test_the_outlook_of_other_tasks_and_models(tiny, tmp_path, capsys, overrides
     )
     output = capsys.readouterr().out
     assert ("not estimated" if "gbm" in overrides[0] else "an epoch on cpu") in output
+
+
+OWN_TASKS = """
+from ehr_embed.api import Classification
+class Counts(Classification):
+    sizes = {"num_classes": 1}
+    def label_sets(self, labels_dir):
+        return []
+class Late(Counts):
+    @property
+    def sizes(self):
+        return {"num_classes": len(self.found_in_data)}
+"""
+
+
+def test_the_outlook_of_a_task_of_ones_own_counts_its_outputs_or_says_that_it_does_not_know(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "tasks_without_labels.py").write_text(OWN_TASKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = ("data=meds", f"data.root={tiny}", *SMALL[1:], "model=mean_pool", "model.model_dim=8", "data.values=bins",
+            "check=true")  # fmt: skip
+    own = ("trusted_packages=[tasks_without_labels]", f"cache_dir={tmp_path}/c", "embedder.embedding_dim=16")
+    run(composed(*data, *own, "task._target_=tasks_without_labels.Counts"))
+    weights = 16 * 2 + (16 * 8 + 8) + (8 * 8 + 8) + (8 + 1)  # norm, projection, hidden layer and one output
+    output = capsys.readouterr().out
+    assert int(re.search(r"MeanPool, ([\d,]+) parameters", output)[1].replace(",", "")) == weights
+    run(composed(*data, *own, "task._target_=tasks_without_labels.Late"))
+    output = capsys.readouterr().out
+    assert "MeanPool; parameters, time and memory not estimated: Late" in output
+    run(composed(*data, "task=time_to_event", "task.outcomes={b: {codes: [B]}}", f"cache_dir={tmp_path}/c"))
+    assert "not estimated: TimeToEvent" in capsys.readouterr().out
 
 
 def test_the_outlook_of_an_ensemble_tells_each_member(tiny, tmp_path, capsys):

@@ -125,7 +125,7 @@ def test_a_missing_or_foreign_calibration_is_refused(place, tmp_path):
     path = folder / "calibration.json"
     content = json.loads(path.read_text())
     path.unlink()
-    with pytest.raises(UserError, match=r"calibration\.json is missing"):
+    with pytest.raises(UserError, match=r"calibration\.json\b"):
         ehr_embed.load(folder)
     path.write_text(json.dumps(content | {"parameters": {"temperatures": [2.0]}}))
     with pytest.raises(UserError, match=r"calibration\.json.*(changed|bytes)"):
@@ -134,12 +134,12 @@ def test_a_missing_or_foreign_calibration_is_refused(place, tmp_path):
     assert ehr_embed.load(folder).calibrator.parameters == {"temperatures": [2.0]}
     for change, message in (
         ({"parameters": {"temperatures": ["2"]}}, "parameter temperatures"),
-        ({"calibration": {"_target_": "os.system"}}, "outside the trusted packages"),
-        ({"calibration": {"_target_": "ehr_embed.models.encoder.Encoder"}}, "outside the trusted packages"),
+        ({"calibration": {"_target_": "os.system"}}, "_target_=.*nothing else"),
+        ({"calibration": {"_target_": "ehr_embed.models.encoder.Encoder"}}, "_target_=.*nothing else"),
         ({"calibration": {"_target_": "ehr_embed.calibration.temperature.Temperature", "_args_": [1]}}, "_args_"),
         ({"calibration": {"_target_": "ehr_embed.calibration.temperature.Temperature", "x": 1}}, "'x'"),
         ({"calibration": 3}, "mapping with _target_"),
-        ({"class_names": ["no", "yes"]}, "fitted for the classes"),
+        ({"class_names": ["no", "yes"]}, "'no', 'yes'.*false, true"),
         ({"format": 2}, "format 1"),
         ({"more": 2}, "format 1"),
     ):
@@ -147,7 +147,7 @@ def test_a_missing_or_foreign_calibration_is_refused(place, tmp_path):
         with pytest.raises(UserError, match=message):
             ehr_embed.load(folder)
     path.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match=r"calibration\.json\b.*JSON"):
         ehr_embed.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""What a user sees: on a terminal whole bars, elsewhere whole lines, and nothing that Hydra, torch or Optuna say by the way."""
+"""A user sees whole bars on a terminal and whole lines elsewhere, and no side remarks of Hydra, torch or Optuna."""
 
 from __future__ import annotations
 

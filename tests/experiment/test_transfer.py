@@ -283,7 +283,7 @@ def test_what_cannot_be_evaluated_is_refused(moved, tmp_path):
     write_labels(root / "labels" / "site", sites)
     with refused("false, true", "bone, heart", "task.labels"):
         run(config(root, tmp_path / "run", *start, "task.labels=site"))
-    with pytest.raises(UserError, match=r"this run embeds with HashingEmbedder"):
+    with pytest.raises(UserError, match=r"HashingEmbedder .*Use the same embedder options"):
         run(config(moved / "set", tmp_path / "run", *start, "embedder=hashing", "embedder.embedding_dim=384"))
     with refused("Type: init_from=RUN_DIR"):
         run(config(moved / "set", tmp_path / "run", "trainer=evaluate"))

@@ -17,7 +17,7 @@ WIDTHS = {"desktop": 1920, "laptop": 1366, "phone": 390}
 SCHEMES = ("light", "dark")
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CLIPPED = (HERE / "clipped.js").read_text(encoding="utf-8")
-"""What in a page is cut off: every element ends inside the window, or inside a block that scrolls."""
+"""Script that lists the cut-off elements of a page, which end neither inside the window nor inside a block that scrolls."""
 OUTSIDE_OF_PICTURE = (HERE / "outside_of_picture.js").read_text(encoding="utf-8")
 
 
@@ -50,7 +50,7 @@ def serve(folder: Path) -> tuple[ThreadingHTTPServer, str]:
 
 
 def troubles(browser: Any, address: str, pages: list[str], *, width: int, scheme: str) -> dict[str, list[str]]:
-    """What is wrong with pages at a width in a colour scheme: page -> what was clipped, failed or printed as an error."""
+    """Return the faults of pages at a width in a colour scheme: page -> elements that are clipped, requests that failed, errors."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page, found, said = context.new_page(), {}, []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many examples, odd datasets and configurations, and plain references to compare with."""
+"""Share the parts of the fuzz tests: numbers of examples, odd datasets and configurations, and plain references."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def large(n: int) -> Callable[[Any], Any]:
 
 
 def counted(*, is_refused: bool) -> None:
-    """For `--hypothesis-show-statistics`."""
+    """Count an event for `--hypothesis-show-statistics`."""
     event("refused" if is_refused else "accepted")
 
 
@@ -234,7 +234,7 @@ def damaged(frame: pl.DataFrame, damage: str) -> pl.DataFrame:
 
 
 def is_valid(dataset: Dataset) -> bool:
-    """Whether MEDS and this project's contract allow the rows as they are; `damage` apart. Row by row, as one would by eye."""
+    """Return whether MEDS and this project's contract allow the rows, without `damage`, by looking at one row after the other."""
     where: dict[int, tuple[str, int]] = {}
     n_events = dict.fromkeys(SPLITS, 0)
     for shard, rows in dataset.shards.items():
@@ -272,7 +272,7 @@ def records(dataset: Dataset) -> dict[int, list[tuple[Any, Any, str, Any]]]:
 
 @dataclass
 class Fit:
-    """What train says of each code: how often it occurs, and its numbers, sorted."""
+    """Return for each code of train how often it occurs, and its numbers, sorted."""
 
     counts: dict[str, int]
     values: dict[str, list[float]]
@@ -324,7 +324,7 @@ def _quantile(numbers: Sequence[float], share: float) -> float:
 
 @dataclass
 class Seen:
-    """What a sample may see: events in their order, days of each before the prediction, since the one before it, since the
+    """Return what a sample may see: events in their order, days of each before the prediction, since the one before it, since the
     first, since birth (None = unknown)."""
 
     events: list[tuple[Any, Any, str, Any]]

@@ -23,7 +23,7 @@ from ehr_embed.training.trainer import Trainer
 from tests.helpers.small_meds import Event, write_meds
 
 WAYS = {"SEX//M": ("A", "B", "C", "D"), "SEX//F": ("A", "D", "C", "B")}
-"""What follows what depends on a static event, so pairs of neighbours do not tell."""
+"""The order of events depends on a static event, so pairs of neighbours do not tell it."""
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_steps_double_until_it_is_complete_and_what_cannot_be_is_refused():
     ],
 )
 def test_a_score_that_ignores_the_vectors_is_refused(score):
-    with pytest.raises(UserError, match="does not depend on the event vectors"):
+    with pytest.raises(UserError, match="Declare reads_vectors = False"):
         integrated_gradients(score, sample(5), torch.zeros(4))
 
 
@@ -223,13 +223,16 @@ def test_static_events_numbers_and_new_codes_are_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["subject=5000"], r"subject=5000 has no prediction here\. Subjects that have one are 200, 201"),
-        (["subject=204", "prediction_time=2021-01-01"], r"subject 204 has predictions at 2020-"),
-        (["subject=204", "prediction_time=soon"], r"prediction_time=soon: expected a time as"),
+        (["subject=5000"], "subject=5000 .* 200, 201"),
+        (
+            ["subject=204", "prediction_time=2021-01-01"],
+            "prediction_time=2021-01-01: subject 204 .*2020-.*Give one of these times",
+        ),
+        (["subject=204", "prediction_time=soon"], "prediction_time=soon: .*2020-01-31T12:00:00"),
         (["target=tru"], r"unknown target 'tru': did you mean 'true'"),
         (["max_steps=4"], r"n_steps=16: .*max_steps=4\. Type: max_steps=16"),
         (["max_samples=0"], r"max_samples=0"),
-        (["max_samples=3", "min_samples=99"], r"no text is in min_samples=99 of the 3 samples"),
+        (["max_samples=3", "min_samples=99"], "min_samples=99 .*Type: min_samples=1, or more max_samples"),
     ],
 )
 def test_mistakes_are_named(folder, overrides, message):
@@ -248,7 +251,7 @@ def test_a_model_that_reads_no_vectors_is_refused(folder, monkeypatch):
     explainer = Explainer(predictor, target=None, n_steps=16, max_steps=64, tolerance=0.01)
     explainer.predictor = Predictor(folder / "run")
     object.__setattr__(explainer.predictor.run, "model", Blind())
-    with pytest.raises(UserError, match="this model reads tokens or counts"):
+    with pytest.raises(UserError, match="Declare reads_vectors = False"):
         explainer.attribute(data, 0)
 
 

@@ -85,7 +85,7 @@ def test_labels_choose_times_and_are_written_along(folder, new):
     assert found["boolean_value"].to_list() == [True, False]
     assert found["subject_id"].to_list() == [1, 3]
     write_labels(new / "labels" / "other", [(1, 0.5, "tall")])
-    with pytest.raises(UserError, match=r"label set other: classes tall do not occur in train \(false, true\)"):
+    with pytest.raises(UserError, match=r"label set other: classes tall .*\(false, true\)"):
         predicted(folder, f"data.root={new}", "task.labels=other")
 
 
@@ -101,7 +101,7 @@ def test_unlabelled_times_are_enough(folder, new, tmp_path):
     nulls.write_parquet(tmp_path / "times.parquet")
     assert predicted(folder, f"data.root={new}", f"task.labels={tmp_path / 'times.parquet'}").equals(found)
     nulls.with_columns(subject_id=pl.Series([1, None])).write_parquet(tmp_path / "times.parquet")
-    with pytest.raises(UserError, match="row 1: 1 null fields"):
+    with pytest.raises(UserError, match=r"times\.parquet, row 1: 1 null .*Drop those rows"):
         predicted(folder, f"data.root={new}", f"task.labels={tmp_path / 'times.parquet'}")
 
 
@@ -109,7 +109,7 @@ def test_a_run_without_its_threshold_gives_probabilities_only(folder, new, tmp_p
     shutil.copytree(folder / "moved", tmp_path / "moved")
     (tmp_path / "moved" / "metrics.json").unlink()
     assert len(predicted(tmp_path, f"data.root={new}")) == 3
-    with pytest.raises(UserError, match=r"expected the threshold that tuning chose"):
+    with pytest.raises(UserError, match=r"metrics\.json: .*Leave task\.labels out"):
         predicted(tmp_path, f"data.root={new}", "task.labels=later")
 
 
@@ -148,5 +148,5 @@ def test_the_command_line(folder, new, inside):
 
 
 def test_a_dataset_for_training_still_needs_its_splits(new):
-    with pytest.raises(UserError, match="no split"):
+    with pytest.raises(UserError, match=r"metadata/subject_splits\.parquet"):
         MedsSource(root=str(new)).read(MedsSource(root=str(new)).shards[0])

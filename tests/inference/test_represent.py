@@ -151,9 +151,9 @@ def test_a_model_that_counts_codes_says_that_it_does_not_see_new_texts(folder, c
 
 def test_it_is_refused_where_there_is_no_vector(folder):
     for name, overrides, message in (
-        ("gbm", (), "GBM makes no vector"),
-        ("mean_pool", ("per=event",), "keeps no vector per event.*Type: per=prediction_time"),
-        ("mean_pool", ("pooling=max",), "nothing to pool.*Type: pooling=auto"),
+        ("gbm", (), "GBM .*Choose a run"),
+        ("mean_pool", ("per=event",), "per=event: .*Type: per=prediction_time"),
+        ("mean_pool", ("pooling=max",), "pooling=max: .*Type: pooling=auto"),
         ("encoder", ("per=evnt",), "unknown per 'evnt': did you mean 'event'"),
         ("encoder", ("pooling=first",), "unknown pooling 'first'"),
     ):

@@ -77,7 +77,7 @@ def test_a_run_loaded_again_predicts_what_it_predicted(runs, root, model):
     known, with_new = predictor.predict_proba(records)[:, 1]
     assert known == with_new, "a code without a column has no effect"
     np.testing.assert_array_equal(predictor.predict_proba(root, labels="case")["probability_true"], by_sevens)
-    with pytest.raises(UserError, match="reads the codes or texts of events, which vectors do not contain"):
+    with pytest.raises(UserError, match=r"GBM .*Give texts, or the root of a MEDS dataset"):
         predictor.predict_proba(np.zeros((2, 16)))
 
 
@@ -148,10 +148,10 @@ def test_a_seed_repeats_the_trees(root, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task.label_smoothing=0.1"], r"label_smoothing=0\.1.*labels that are not smoothed"),
-        (["trainer.freeze=body"], r"GBM has no body that could be frozen"),
-        (["embedder.trainable=residual"], r"embedder\.trainable=residual: GBM reads the codes"),
-        (["init_from=RUN"], r"GBM has no body that could be frozen or could start another model"),
+        (["task.label_smoothing=0.1"], r"label_smoothing=0\.1.*Type: task\.label_smoothing=0"),
+        (["trainer.freeze=body"], "GBM .*Type: model=encoder or model=decoder"),
+        (["embedder.trainable=residual"], r"embedder\.trainable=residual: GBM .*Type: embedder\.trainable=frozen"),
+        (["init_from=RUN"], "GBM .*Type: model=encoder or model=decoder"),
         (["model.feature_share=0"], r"model\.feature_share=0"),
         (["model.n_trees=0"], r"model\.n_trees=0"),
         (["model.stop_on=los"], r"unknown model\.stop_on 'los': did you mean 'loss'"),

@@ -28,7 +28,7 @@ WIDTH = 12
 
 
 def inputs(records=RECORDS, width: int | None = None) -> dict[str, Tensor]:
-    """Of `batch`, with vectors by token and the ages that births tell."""
+    """Return the inputs of `batch`, with vectors by token and the ages that births tell."""
     found = batch(records, width)
     rows = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(3))
     ages = torch.tensor([next((days for token, days, _ in record if token == 6), NAN) for record in records])
@@ -223,7 +223,7 @@ def test_what_cannot_be_built_is_refused(options, message):
 
 def test_vectors_without_tokens_and_of_another_width_are_refused():
     model, given = build(), inputs()
-    with pytest.raises(UserError, match="vectors contain no codes"):
+    with pytest.raises(UserError, match="Give texts or a MEDS dataset to predict on"):
         model({name: x for name, x in given.items() if name != "token_ids"})
     with pytest.raises(UserError, match=f"built for {WIDTH}"):
         model(given | {"rows": torch.zeros(8, WIDTH + 1)})

@@ -154,11 +154,11 @@ def test_another_vocabulary_is_matched_by_name():
 def test_what_cannot_be_summarised_is_refused():
     with pytest.raises(UserError, match=r"model\.max_codes=0"):
         CodeFeatures(has_values=True, max_codes=0, times=True)
-    with pytest.raises(UserError, match="no event of train has a code"):
+    with pytest.raises(UserError, match="code of the vocabulary"):
         fitted([[(1, 1.0, NAN)]])
     features = CodeFeatures(has_values=True, max_codes=5, times=True)
     features.set_vocabulary(vocabulary())
-    with pytest.raises(UserError, match="was not fitted"):
+    with pytest.raises(UserError, match="Type: run=RUN_DIR"):
         features(batch([[(2, 1.0, NAN)]]))
-    with pytest.raises(UserError, match="vectors contain no codes"):
+    with pytest.raises(UserError, match="Give texts or a MEDS dataset to predict on"):
         fitted([[(2, 1.0, NAN)]])({"embeddings": torch.zeros(1, 1, 4), "padding_mask": torch.ones(1, 1) > 0})

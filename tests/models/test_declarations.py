@@ -1,4 +1,4 @@
-"""What a model declares decides which tasks, weights and vectors it is given; no list elsewhere names a model or its options."""
+"""A model's declarations decide which tasks, weights and vectors it is given; no list elsewhere names a model or its options."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_numbers_that_the_data_give_otherwise_are_refused_where_a_model_reads_th
     reads.reads_values = True
     folder = saved(Rhythm(), tmp_path)
     start(counts, folder, config=config("none"))
-    with pytest.raises(UserError, match=r"data\.values is both there and none here"):
+    with pytest.raises(UserError, match=r"data\.values .*both .*none"):
         start(reads, folder, config=config("none"))
     for summaries in (["count"], ["count", "values"]):
         model = CodeEncoder(embedding_dim=4, num_classes=2, model_dim=8, n_heads=2, summaries=summaries)
@@ -70,7 +70,7 @@ def test_rows_of_tokens_are_refused_with_another_vocabulary(tmp_path):
     start(model, folder, identity={**IDENTITY, "vocab_sha256": "v2"})
     model.token_weights = ("body.",)
     start(model, folder)
-    with pytest.raises(UserError, match=r"a vector for each token of another vocabulary \(v1, here v2\)"):
+    with pytest.raises(UserError, match=r"\(v1, here v2\).*model\.vocabulary_head=text_tied"):
         start(model, folder, identity={**IDENTITY, "vocab_sha256": "v2"})
 
 

@@ -72,13 +72,14 @@ def test_a_cache_gives_the_same_vectors(positions):
     model, lengths, width = decoder(positions=positions), torch.tensor([2, 5, 3]), 5
     batch = inputs([9, 9, 9], 9)
     whole = model.hidden(batch)
-    cache = model.new_cache(3, 12)
+    cache = model.new_cache(4)
     prompt = {name: x[:, :width] for name, x in batch.items()}
     prompt["padding_mask"] = torch.arange(width) < lengths[:, None]
     first = model.hidden(prompt, cache)
     rows = torch.arange(3)
     torch.testing.assert_close(first[rows, lengths - 1], whole[rows, lengths - 1], atol=1e-5, rtol=1e-4)
     assert cache.lengths.tolist() == [2, 5, 3]
+    cache.share(1)
     for step in range(4):
         place = lengths + step
         new = {name: x[rows, place][:, None] for name, x in batch.items()}
@@ -86,7 +87,30 @@ def test_a_cache_gives_the_same_vectors(positions):
         torch.testing.assert_close(hidden, whole[rows, place], atol=1e-5, rtol=1e-4)
         if step == 1:  # the middle sequence ends, the others swap places
             rows, lengths = torch.tensor([2, 0]), lengths[[2, 0]]
-            cache.select(torch.tensor([2, 0]))
+            cache.select(torch.tensor([2, 0]), torch.tensor([2, 0]))
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "rope_time"])
+def test_futures_that_share_a_prompt_have_the_vectors_of_their_own_sequences(positions):
+    model, lengths, n, n_new = decoder(positions=positions), torch.tensor([2, 5]), 3, 3
+    batch = inputs([5 + n_new] * 2 * n, 5 + n_new)
+    rows, prompt_R = torch.arange(2 * n), torch.arange(2 * n) // n
+    for x in batch.values():  # the futures of a prompt differ only after it
+        for row in rows:
+            first = int(prompt_R[row]) * n
+            x[row, : lengths[prompt_R[row]]] = x[first, : lengths[prompt_R[row]]]
+    whole, cache = model.hidden(batch), model.new_cache(n_new)
+    prompt = {name: x[::n, :5] for name, x in batch.items()}
+    model.hidden(prompt | {"padding_mask": torch.arange(5) < lengths[:, None]}, cache)
+    cache.share(n)
+    kept = rows
+    for step in range(n_new):
+        place = lengths[prompt_R[kept]] + step
+        hidden = model.hidden({name: x[kept, place][:, None] for name, x in batch.items()}, cache)[:, 0]
+        torch.testing.assert_close(hidden, whole[kept, place], atol=1e-5, rtol=1e-4)
+        if step == 1:  # the first prompt loses its first future, the second prompt its last
+            kept = torch.tensor([1, 2, 3, 4])
+            cache.select(torch.tensor([0, 1]), kept)
 
 
 def test_time_is_seen_and_may_be_left_out():
@@ -106,7 +130,7 @@ def test_what_a_causal_model_cannot_do_is_refused():
         decoder(pooling="cls")
     with pytest.raises(UserError, match=r"unknown model\.vocabulary_head 'tied': did you mean 'text_tied'"):
         decoder(vocabulary_head="tied")
-    with pytest.raises(UserError, match="expected one of the two"):
+    with pytest.raises(UserError, match=r"num_classes=\w+, vocab_size=\w+"):
         decoder(vocab_size=5)
 
 

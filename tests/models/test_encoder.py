@@ -117,13 +117,13 @@ def test_values_scale_and_shift_their_event_only():
 
 
 def test_bad_sizes_are_refused():
-    with pytest.raises(UserError, match=r"model\.n_heads=5 does not divide model\.model_dim=16.*1, 2, 4, 8, 16"):
+    with pytest.raises(UserError, match=r"model\.n_heads=5 .*model\.model_dim=16.*1, 2, 4, 8, 16"):
         encoder(n_heads=5)
     with pytest.raises(UserError, match=r"unknown model\.pooling 'men'.*did you mean 'mean'"):
         encoder(pooling="men")
     with pytest.raises(UserError, match=r"unknown model\.positions"):
         encoder(positions="learned")
-    with pytest.raises(UserError, match="rope needs an even head width"):
+    with pytest.raises(UserError, match=r"rope .*even"):
         encoder(positions="rope", n_heads=16)
     with refused("width 5", "12"):
         encoder()({"embeddings": torch.zeros(1, 2, 5), "padding_mask": torch.ones(1, 2, dtype=torch.bool)})

@@ -112,7 +112,7 @@ def test_standardised_cells_are_those_of_the_dense_table():
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_coefficients_are_those_of_the_dense_table(n_classes, monkeypatch):
-    """As near as the solver comes to the minimum, which is one."""
+    """The weights agree as nearly as the solver comes to the minimum; there is one minimum."""
     x, train, tuning = sets(n_classes=n_classes)
     model = Logistic(embedding_dim=4, num_classes=n_classes, penalties=(0.01,), max_iterations=5000)
     monkeypatch.setattr(logistic, "LogisticRegression", lambda **o: LogisticRegression(**o, tol=1e-10))

@@ -63,7 +63,7 @@ def test_gradients_reach_every_parameter_and_no_padding(kind, pooling):
 
 @pytest.mark.parametrize("kind", [MeanPool, GRU])
 def test_a_planted_signal_is_learned(kind):
-    """Which of two vectors occurs, among noise."""
+    """The label says which of two vectors occurs among noise."""
     torch.manual_seed(0)
     vectors, mask = torch.randn(6, 12), torch.ones(128, 8, dtype=torch.bool)
     tokens, labels = torch.randint(2, 6, (128, 8)), torch.arange(128) % 2

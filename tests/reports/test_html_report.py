@@ -33,7 +33,7 @@ LOADING = {"src", "href", "srcset", "action", "data", "poster", "background", "f
 
 
 class Page(HTMLParser):
-    """What of a page could load, run or send something, and its text."""
+    """Collect the parts of a page that could load, run or send something, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_an_old_run_gets_one_in_well_under_a_second(tmp_path):
 
 
 def test_what_strangers_wrote_stays_text(folder, tmp_path):
-    """In codes, texts, names of classes, findings and configurations; as Markdown, as HTML, and as an attribute."""
+    """Hostile text in codes, texts, names of classes, findings and configurations stays text in Markdown, HTML and attributes."""
     shutil.copytree(folder / "run", tmp_path / "run")
     card = tmp_path / "run" / "model_card.md"
     card.write_text(card.read_text().replace("SEX//F", HOSTILE).replace("## Texts", f"## Texts\n\n{HOSTILE}"))

@@ -109,11 +109,14 @@ def read_only(tmp_path) -> Iterator[Path]:
 def write_both(folder: Path, writer: Callable[[Path], Any]) -> None:
     """One file, then a folder with it."""
     with (
-        pytest.raises(UserError, match=rf"cannot write {folder}/a: .*Free space or choose another folder"),
+        pytest.raises(UserError, match=rf"{folder}/a: .*Free space or choose another folder"),
         atomic_path(folder / "a") as path,
     ):
         writer(path)
-    with pytest.raises(UserError, match=rf"cannot write {folder}/b: "), atomic_directory(folder / "b") as path:
+    with (
+        pytest.raises(UserError, match=rf"{folder}/b: .*choose another folder"),
+        atomic_directory(folder / "b") as path,
+    ):
         writer(path / "a")
     assert list(folder.iterdir()) == []
 
@@ -154,7 +157,7 @@ def test_a_read_only_folder(read_only):
 
     texts = ["fever", "cough"]
     for action in (lock, claim, lambda: embed_texts(HashingEmbedder(), texts, cache_dir=read_only)):
-        with pytest.raises(UserError, match=rf"cannot write {read_only}/\S+: Read-only file system"):
+        with pytest.raises(UserError, match=rf"{read_only}/\S+: Read-only.*choose another folder"):
             action()
 
 
@@ -162,7 +165,7 @@ def test_a_vector_cache_on_a_full_disk_keeps_what_it_had(full):
     embedder = HashingEmbedder(batch_size=20)
     expected = embed_texts(embedder, ["fever", "cough"], cache_dir=full)
     many = [f"finding number {number}" for number in range(400)]
-    with pytest.raises(UserError, match=rf"cannot write {full}/embeddings/\w+\.sqlite: database or disk is full"):
+    with pytest.raises(UserError, match=rf"{full}/embeddings/\w+\.sqlite: .*full.*choose another folder"):
         embed_texts(embedder, many, cache_dir=full)
     assert np.array_equal(embed_texts(embedder, ["fever", "cough"], cache_dir=full), expected)
 
@@ -171,7 +174,7 @@ def test_a_row_of_history_is_written_whole_or_not_at_all(tmp_path):
     with JsonlTracker(run_dir=tmp_path) as tracker:
         tracker.log({"loss": 1.0}, step=1)
         size = (tmp_path / "metrics.jsonl").stat().st_size
-        with file_size_limit(size + 10), pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: "):
+        with file_size_limit(size + 10), pytest.raises(UserError, match=r"metrics\.jsonl: .*choose another folder"):
             tracker.log({"loss": 2.0}, step=2)
         assert (tmp_path / "metrics.jsonl").stat().st_size == size
         tracker.log({"loss": 2.0}, step=2)

@@ -71,14 +71,14 @@ def base(dataset: Path, *overrides: str) -> DictConfig:
 
 @contextlib.contextmanager
 def elsewhere() -> Iterator[None]:
-    """In an empty folder, without plots, which take longer than all the rest."""
+    """Work in an empty folder, without plots, which take longer than all the rest."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "write_plots", lambda *_, **__: [])
         yield
 
 
 def outcome(cfg: DictConfig) -> float | str:
-    """What `train.py` makes of a configuration: the metric it returns, or the line it prints."""
+    """Return what `train.py` makes of a configuration: its metric, or the line that it prints."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return run(cfg)
@@ -261,7 +261,7 @@ def test_what_ended_in_a_traceback_or_was_taken_in_silence(dataset, key, value, 
 
 def test_a_demo_of_which_a_split_has_one_class_is_refused(tmp_path):
     """Its best possible AUROC is undefined, and NaN is no JSON."""
-    message = r"data\.n_subjects=120 data\.cohort_seed=0: 0 of the 18 subjects drawn for tuning have.*Type: data\.n_subjects=500"
+    message = r"data\.n_subjects=120 data\.cohort_seed=0: 0 of the 18 .*tuning .*Type: data\.n_subjects=500"
     with pytest.raises(UserError, match=message):
         write_demo_cohort(root=tmp_path / "demo", n_subjects=120, seed=0)
     assert not (tmp_path / "demo").exists()

@@ -255,5 +255,5 @@ def test_an_empty_file_among_others_is_no_mistake(tmp_path):
     path = write(tmp_path / "set", "boolean_value", [(0, START, True)], "an empty file beside")
     assert len(read_labels(str(path), tmp_path).frame) == 1
     (path / "0.parquet").unlink()
-    with pytest.raises(UserError, match="the label files have no rows"):
+    with pytest.raises(UserError, match=r"set: .*label files .*Type: python train\.py \.\.\. task\.labels=NAME"):
         read_labels(str(path), tmp_path)

@@ -224,7 +224,7 @@ def test_an_event_between_two_microseconds_is_rounded_up(tmp_path):
         assert MedsSource(root=str(tmp_path / "set")).read(shard)["time"].cast(pl.Int64).to_list() == [microseconds]
     far = pl.Series("time", [2**62]).cast(pl.Datetime("ms"))
     pl.DataFrame({"subject_id": [1], "time": far, "code": ["A"]}).write_parquet(shard)
-    with pytest.raises(UserError, match="outside the years"):
+    with pytest.raises(UserError, match=r"0\.parquet, row 0: time .*1 to 9999"):
         MedsSource(root=str(tmp_path / "set")).read(shard)
     assert store.manifest["splits"]["train"]["n_events"] == 1
 
@@ -274,5 +274,5 @@ def test_a_lookup_file_that_is_no_utf8_is_refused(tmp_path):
     path.write_bytes(b"code,term\nA,fi\xe8vre\n")
     from ehr_embed.sources.code_texts import read_lookups
 
-    with pytest.raises(UserError, match=r"lookup\.csv: not a readable CSV file"):
+    with pytest.raises(UserError, match=r"lookup\.csv: .*code,term"):
         read_lookups([str(path)])

@@ -1,4 +1,4 @@
-"""What a version with another layout left is opened, resumed, replayed and continued."""
+"""Runs, checkpoints and searches of a version with another layout are opened, resumed, replayed and continued."""
 
 from __future__ import annotations
 
@@ -179,5 +179,7 @@ def test_a_member_that_imports_an_old_module_is_told_where_it_is(tmp_path, monke
     (tmp_path / "mine_of_old.py").write_text("from ehr_embed.gone import Batch\n\n\nclass Model:\n    pass\n")
     monkeypatch.setitem(MODULES, "gone", "data.batches")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"ehr_embed\.gone, which is now ehr_embed\.data\.batches.*ehr_embed\.api"):
+    with pytest.raises(
+        UserError, match=r"ehr_embed\.gone.*ehr_embed\.data\.batches.*Import what it needs from ehr_embed\.api"
+    ):
         instantiate(OmegaConf.create({"_target_": "mine_of_old.Model"}), trusted=["mine_of_old"])

@@ -55,15 +55,15 @@ def test_the_grammar(argument, expected):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("a=range(5,1)", r"the range from 5 to 1 \(left out\) is empty"),
-        ("a=interval(2,1)", r"the interval from 2\.0 to 1\.0 is empty.*interval\(1\.0,2\.0\)"),
-        ("a=tag(log,interval(0,1))", r"a lower end above 0"),
+        ("a=range(5,1)", r"a=range\(5,1\): .* 5 to 1\b"),
+        ("a=interval(2,1)", r"Type: interval\(1\.0,2\.0\)"),
+        ("a=tag(log,interval(0,1))", "above 0, got 0"),
         ("a=tag(log,range(2,9,2))", r"step 1"),
-        ("a=1,1", r"1 stands there twice"),
+        ("a=1,1", "a=1,1: .*Name each choice once"),
         ("a=tag(lgo,interval(1,2))", r"unknown tag.*'lgo': did you mean 'log'"),
-        ("a=tag(log,choice(1,2))", r"choices have no order"),
+        ("a=tag(log,choice(1,2))", r"log .* interval\(\) and range\(\)"),
         ("a=5", r"nothing to search.*Type"),
-        ('a=tag("b=1",choice(1,2))', r"unknown key in the condition of a"),
+        ('a=tag("b=1",choice(1,2))', r"condition of a\b.*'b'"),
     ],
 )
 def test_bad_spaces_are_refused(argument, message):
@@ -74,7 +74,7 @@ def test_bad_spaces_are_refused(argument, message):
 def test_a_condition_names_a_value_that_is_searched():
     with refused("'z'", "Valid: x, y"):
         space_of("b=x,y", 'a=tag("b=z",choice(1,2))')
-    with pytest.raises(UserError, match="depend on each other"):
+    with pytest.raises(UserError, match=r"conditions of b, a\b"):
         space_of('b=tag("a=1",choice(1,2))', 'a=tag("b=1",choice(1,2))')
 
 
@@ -135,7 +135,7 @@ def test_a_yaml_condition_may_have_null_among_its_choices():
         ["kind=tree", "depth=3"],
         ["kind=line"],
     ]
-    with pytest.raises(UserError, match="keys choices and when"):
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.params\.depth: .*choices and when; got choice"):
         space_of(depth={"choice": [1]})
 
 

@@ -1,4 +1,4 @@
-"""Where a study is kept, and what two processes that share it may not do."""
+"""A study is kept in a storage, and two processes that share it do not spoil it."""
 
 from __future__ import annotations
 

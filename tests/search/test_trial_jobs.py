@@ -1,4 +1,4 @@
-"""Which folders count as runs, and which dataset a study is about."""
+"""Folders count as runs by what lies in them, and a study knows its dataset."""
 
 from __future__ import annotations
 

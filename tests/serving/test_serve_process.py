@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 RECORD = {"events": [{"time": f"2020-01-{day:02}", "code": "A", "description": "fever"} for day in range(1, 20)]}
 SLOW = {"records": [RECORD] * 8, "attributions": True}
 LONG = ("n_steps=512", "max_steps=512", "timeout_s=120", "shutdown_s=120")
-"""With so many points it takes a second or more."""
+"""An explanation with this number of points takes a second or more."""
 
 
 @pytest.fixture(scope="module")

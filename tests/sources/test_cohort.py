@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +15,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
 from ehr_embed.sources.cohort import LABELS, write_demo_cohort
 from ehr_embed.sources.cohort_codes import OUTCOMES
+from ehr_embed.sources.demo import bayes_auroc
 from ehr_embed.sources.protocol import SPLITS
 
 
@@ -65,6 +69,25 @@ def test_the_best_possible_auroc_is_that_of_the_true_risk(cohort):
         assert auroc == pytest.approx(read_json(cohort / "extra" / "bayes.json")["auroc"][split])
         assert 0.8 < auroc < 0.95
         assert both["boolean_value"].mean() == pytest.approx(both["risk"].mean(), abs=0.05), "risks are calibrated"
+
+
+def test_the_best_possible_auroc_is_that_of_the_drawn_labels_alone(cohort, tmp_path):
+    """A bound that belongs to another question would be a wrong number in every report."""
+    rows = pl.read_parquet(cohort / "labels" / LABELS / "held_out" / "0.parquet")
+    labels = rows["boolean_value"].cast(pl.Int64).to_numpy()
+    keys = {name: rows[name].to_numpy() for name in ("subject_id", "prediction_time")}
+    best = read_json(cohort / "extra" / "bayes.json")["auroc"]["held_out"]
+    assert bayes_auroc(cohort, keys, labels) == pytest.approx(best)
+    assert bayes_auroc(cohort, {name: column[:100] for name, column in keys.items()}, labels[:100]) is not None
+    assert bayes_auroc(cohort, keys, 1 - labels) is None, "another label"
+    later = keys | {"prediction_time": keys["prediction_time"] + np.timedelta64(1, "D")}
+    assert bayes_auroc(cohort, later, labels) is None, "another prediction time"
+    assert bayes_auroc(cohort, keys, np.stack([labels, labels], axis=1)) is None, "two labels"
+    assert bayes_auroc(tmp_path, keys, labels) is None, "another dataset"
+    shutil.copytree(cohort, tmp_path / "edited")
+    rewritten = rows.with_columns(~pl.col("boolean_value"))
+    rewritten.write_parquet(tmp_path / "edited" / "labels" / LABELS / "held_out" / "0.parquet")
+    assert bayes_auroc(tmp_path / "edited", keys, 1 - labels) is None, "a label set of the same name"
 
 
 def test_what_follows_the_outcome_would_leak_and_lies_after_the_prediction(cohort):

@@ -7,6 +7,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from meds import CodeMetadataSchema, DataSchema
+from sksurv.metrics import concordance_index_censored
 
 from ehr_embed.experiment.run import run
 from ehr_embed.sources.cohort import LABELS, write_demo_cohort
@@ -94,10 +95,28 @@ def test_the_best_possible_concordance_is_printed_and_not_exceeded(cohort, tmp_p
 
     found = metrics("cox")
     assert "best possible concordance" in capsys.readouterr().out
+    people = pl.read_parquet(cohort / TIMES)
     for split in ("held_out", "tuning"):
-        best = bayes_concordance(cohort, split).concordance
+        own = people.filter(split=split)
+        days, happened, log_hazard = (own[name].to_numpy() for name in ("days", "is_event", "log_hazard"))
+        best = concordance_index_censored(happened, days, log_hazard)[0]
         assert found["bayes_concordance"][split] == pytest.approx(best)
         assert best - 0.06 < found[split]["concordance"]["value"] < best + 0.01, "better than possible: a leak"
     # Where something else is asked, the best possible concordance is not known, and is not claimed.
     other = metrics("other", "task.times=null")
     assert "bayes_concordance" not in other
+
+
+def test_the_best_possible_concordance_is_that_of_the_drawn_times_alone(cohort):
+    predicted = read(cohort, f"labels/{LABELS}").select("subject_id", "prediction_time")
+    rows = pl.read_parquet(cohort / TIMES).filter(split="held_out").join(predicted, on="subject_id")
+    keys = {name: rows[name].to_numpy() for name in ("subject_id", "prediction_time")}
+    labels = np.stack([rows["days"].to_numpy(), rows["is_event"].to_numpy()], axis=1).astype(np.float32)
+    assert bayes_concordance(cohort, keys, labels) is not None
+    assert bayes_concordance(cohort, keys, labels * [2, 1]) is None, "another follow-up"
+    assert bayes_concordance(cohort, keys, np.stack([labels[:, 0], 1 - labels[:, 1]], axis=1)) is None, (
+        "another outcome"
+    )
+    assert bayes_concordance(cohort, keys, labels[:, [0, 0, 1, 1]]) is None, "two outcomes"
+    later = keys | {"prediction_time": keys["prediction_time"] + np.timedelta64(1, "D")}
+    assert bayes_concordance(cohort, later, labels) is None, "another prediction time"

@@ -61,7 +61,7 @@ def test_hidden_codes_leave_train_alone_and_nothing_is_fitted_elsewhere(tmp_path
     unknown, _ = fitted(source).encode(pl.Series(sorted(hidden)), pl.Series([200.0] * len(hidden)))
     assert (unknown == UNKNOWN).all(), "as long as describe_unseen is off"
     assert fitted(inner, describe_unseen=True).tokens.equals(fitted(inner).tokens), "train has all"
-    with pytest.raises(UserError, match=r"data\.hidden_codes=1\.5: expected a share"):
+    with pytest.raises(UserError, match=r"data\.hidden_codes=1\.5: .*Type: data\.hidden_codes=0"):
         HiddenCodes(inner, share=1.5)
 
 

@@ -49,7 +49,7 @@ def test_splits_of_ones_own_replace_the_datasets(tmp_path):
     assert first.fingerprint() != MedsSource(root=str(root)).fingerprint()
     with refused("`fold3`", "subject_id, fold1, fold2"):
         read_all(MedsSource(root=str(root), splits=str(other), split_column="fold3"))
-    with pytest.raises(UserError, match=r"data\.splits=none\.parquet: no such file"):
+    with pytest.raises(UserError, match=r"data\.splits=none\.parquet"):
         MedsSource(root=str(root), splits="none.parquet")
 
 
@@ -63,21 +63,24 @@ def test_one_mixed_shard_is_divided_by_subject_splits(tmp_path):
 
 
 def test_missing_root_is_named(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"nowhere: .*MEDS dataset"):
         MedsSource(root=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"data\.root is not set"):
+    with pytest.raises(UserError, match=r"Type: python train\.py data=meds data\.root=DIR"):
         MedsSource(root=None)
 
 
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ([(1, 1.0, "A", None), (1, 0.0, "A", None)], "row 1: events of a subject are not ordered by time"),
-        ([(1, 1.0, "A", None), (1, None, "S", None)], "row 1: events of a subject are not ordered by time"),
-        ([(1, 0.0, "A", None), (4, 0.0, "A", None), (1, 2.0, "A", None)], "row 2: a subject's events are not contig"),
+        ([(1, 1.0, "A", None), (1, 0.0, "A", None)], "row 1: .*time.*sort by subject_id, time"),
+        ([(1, 1.0, "A", None), (1, None, "S", None)], "row 1: .*time.*sort by subject_id, time"),
+        (
+            [(1, 0.0, "A", None), (4, 0.0, "A", None), (1, 2.0, "A", None)],
+            "row 2: .*contiguous.*sort by subject_id, time",
+        ),
         ([(1, 0.0, "A", float("nan"))], "row 0: numeric_value is NaN"),
         ([(1, 0.0, "A", None), (1, 0.0, "A", float("inf"))], "row 1: numeric_value is NaN or infinite"),
-        ([(1, 0.0, None, None)], "row 0: code is null"),
+        ([(1, 0.0, None, None)], r"row 0: code\b"),
     ],
 )
 def test_bad_rows_are_refused_by_file_and_row(tmp_path, train, message):
@@ -90,7 +93,7 @@ def test_bad_rows_are_refused_by_file_and_row(tmp_path, train, message):
 def test_null_subject_is_refused(tmp_path):
     meds = source(tmp_path, GOOD)
     event_frame(GOOD).with_columns(subject_id=pl.lit(None, dtype=pl.Int64)).write_parquet(meds.shards[1])
-    with pytest.raises(UserError, match="subject_id is null"):
+    with pytest.raises(UserError, match=r"row 0: subject_id\b"):
         read_all(meds)
 
 
@@ -104,7 +107,7 @@ def test_wrong_dtype_and_missing_column_are_refused(tmp_path):
     with refused("`code`", "missing"):
         read_all(meds)
     shard.write_bytes(b"not parquet")
-    with pytest.raises(UserError, match="not a readable parquet file"):
+    with pytest.raises(UserError, match=r"\.parquet: .*write it again"):
         read_all(meds)
 
 
@@ -126,7 +129,7 @@ def test_a_subject_without_split_is_refused(tmp_path):
     pl.DataFrame({"subject_id": [2, 3], "split": ["tuning", "held_out"]}).write_parquet(
         root / "metadata" / "subject_splits.parquet"
     )
-    with pytest.raises(UserError, match="subject 1 and 0 more are not in"):
+    with pytest.raises(UserError, match=r"subject 1 .*metadata/subject_splits\.parquet.*Add them there"):
         read_all(MedsSource(root=str(root)))
 
 

@@ -177,8 +177,8 @@ def test_the_table_is_exported_alone(place):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["export=patient_files"], r"export\.dir is not set"),
-        (["export=vocab_pt", "export.dir=PLACE/meds"], r"meds is not empty, and an export writes over nothing"),
+        (["export=patient_files"], r"Type: python embed\.py export=\.\.\. export\.dir=DIR"),
+        (["export=vocab_pt", "export.dir=PLACE/meds"], r"export\.dir=\S*/meds .*Type: export\.dir=ANOTHER"),
         (
             ["export=patient_files", "export.dir=PLACE/x", "export.dtype=float8"],
             r"unknown export\.dtype 'float8': did you mean",
@@ -272,22 +272,22 @@ def truncated(record: dict[str, Any]) -> bytes:
 
 
 BAD: dict[str, tuple[Edit, str]] = {
-    "two vectors": (shifted(3 * TOLERANCE), r"patient_2\.pt: token 4 at event 2 has another vector"),
-    "truncated": (truncated, r"patient_2\.pt: not a readable file of plain tensors"),
-    "empty": (lambda r: b"", r"patient_2\.pt: not a readable file"),
+    "two vectors": (shifted(3 * TOLERANCE), r"patient_2\.pt: token 4 at event 2"),
+    "truncated": (truncated, r"patient_2\.pt: .*plain tensors"),
+    "empty": (lambda r: b"", r"patient_2\.pt: .*plain tensors"),
     "code": (
         lambda r: r | {"label": Call(os.system, "touch pwned")},
-        r"patient_2\.pt: not a readable file of plain tensors",
+        r"patient_2\.pt: .*plain tensors",
     ),
-    "foreign": (lambda r: {"weights": torch.ones(2)}, r"patient_2\.pt: expected a dict with .*label, found weights"),
-    "no dict": (lambda r: torch.ones(2), r"patient_2\.pt: expected a dict with .*found Tensor"),
+    "foreign": (lambda r: {"weights": torch.ones(2)}, r"patient_2\.pt: .*label, found weights"),
+    "no dict": (lambda r: torch.ones(2), r"patient_2\.pt: .*label, found Tensor"),
     "lengths": (lambda r: r | {"token_ids": torch.arange(3)}, r"patient_2\.pt: embeddings \(4, 8\).*token_ids \(3,\)"),
     "width": (
         lambda r: r | {"embeddings": torch.ones(4, 9)},
-        r"patient_2\.pt: embeddings of width 9, those before have 8",
+        r"patient_2\.pt: embeddings of width 9, .* 8",
     ),
     "nan": (lambda r: r | {"embeddings": r["embeddings"] * float("nan")}, r"patient_2\.pt: .*NaN"),
-    "negative": (lambda r: r | {"token_ids": r["token_ids"] - 9}, r"patient_2\.pt: a negative token id"),
+    "negative": (lambda r: r | {"token_ids": r["token_ids"] - 9}, r"patient_2\.pt: .*token id"),
     "two labels": (lambda r: r | {"label": torch.ones(2)}, r"patient_2\.pt: .*one integer"),
 }
 
@@ -316,5 +316,5 @@ def test_other_files_are_refused_until_imported_again(tmp_path):
     assert len(imported(folder, overwrite=True).read(imported(folder).shards[0])) > 0
     with refused("nowhere/train", "{train,tuning,held_out}/*.pt"):
         patient_files_source(data_dir="nowhere")
-    with pytest.raises(UserError, match=r"no such file.*data=patient_files"):
+    with pytest.raises(UserError, match=r"Type: python train\.py data=patient_files data\.data_dir=DIR"):
         FilesEmbedder(root=str(tmp_path)).embed(["x"])

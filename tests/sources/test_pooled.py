@@ -69,18 +69,18 @@ def test_label_sets_of_other_names_become_one(tmp_path):
         read_labels(None, source(tmp_path, roots).labels_dir)
     write_labels(tmp_path / "b" / "labels" / "death", [(1, 0.5, 3)])
     pool = source(tmp_path, roots)
-    with pytest.raises(UserError, match=r"files disagree on the value column"):
+    with pytest.raises(UserError, match=r"value column: .*Use one kind of label"):
         read_labels("death", pool.labels_dir)
 
 
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ({"roots": []}, r"data\.roots=\[\]: expected a list"),
+        ({"roots": []}, r"data\.roots=\[\]"),
         ({"roots": ["A", "A"]}, r"names .*A twice"),
         ({"only": "medz"}, r"data\.only 'medz': did you mean 'A'|data\.only 'medz'.*A, B"),
-        ({"only": "A", "leave_out": 0}, r"leave no dataset of A, B"),
-        ({"labels": ["case"]}, r"data\.labels=\['case'\]: expected a list of 2 label sets"),
+        ({"only": "A", "leave_out": 0}, r"data\.only=.* and data\.leave_out=.* A, B\. Change one of them"),
+        ({"labels": ["case"]}, r"data\.labels=\['case'\]: .* 2 label sets"),
         ({"labels": ["case", "cases"]}, r"data\.labels 'cases': did you mean 'case'.*label sets of B"),
         ({"root": "A"}, r"data\.root=A: .*data\.roots"),
     ],
@@ -95,5 +95,5 @@ def test_what_cannot_be_pooled_is_refused_in_words(tmp_path, keys, match):
 
 def test_ids_that_leave_no_room_for_the_datasets_number_are_refused(tmp_path):
     roots = [str(hospital(tmp_path / "a", "X", "x", first=2**62)), str(hospital(tmp_path / "b", "X", "x"))]
-    with pytest.raises(UserError, match=r"subject_id 46\d+ is too large to be multiplied by 2"):
+    with pytest.raises(UserError, match=r"subject_id 46\d+ .* by 2"):
         source(tmp_path, roots)

@@ -247,8 +247,8 @@ def test_it_trains_as_its_conversion_does(corpus, tmp_path, converted, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=meds", "data.root=x"], "this data is MEDS already"),
-        (["data=tokenized", "data.data_dir=x"], "data.root is not set"),
+        (["data=meds", "data.root=x"], r"Type: python -m ehr_embed\.convert data=tokenized"),
+        (["data=tokenized", "data.data_dir=x"], r"Type: data\.root=OUT"),
     ],
 )
 def test_a_conversion_of_nothing_or_to_nowhere_is_refused(converted, arguments, message):
@@ -267,14 +267,14 @@ def test_changed_files_are_refused_until_imported_again(corpus):
 
 
 BAD_RECORDS = {
-    "no list": ({"subject_id": 1}, r"0\.pkl: expected a list of records"),
+    "no list": ({"subject_id": 1}, r"0\.pkl: .*list of records"),
     "missing key": (
         [{"subject_id": 1, "tokens": [1]}],
-        r"0\.pkl, record 0: expected a dict with .*timestamps, found subject_id",
+        r"0\.pkl, record 0: .*timestamps, found subject_id",
     ),
     "unknown token": (
         [{"subject_id": 1, "tokens": [0, 77], "timestamps": [0, 1]}],
-        r"0\.pkl: subject 1 has token 77, which has",
+        r"0\.pkl: subject 1 .*token 77",
     ),
     "lengths": (
         [{"subject_id": 1, "tokens": [0, 1], "timestamps": [0]}],
@@ -286,11 +286,11 @@ BAD_RECORDS = {
     ),
     "float tokens": (
         [{"subject_id": 1, "tokens": [0.5], "timestamps": [0]}],
-        r"0\.pkl, subject 1: expected integer tokens",
+        r"0\.pkl, subject 1: .*integer tokens",
     ),
-    "nan": ([{"subject_id": 1, "tokens": [0], "timestamps": [float("nan")]}], r"1 of them NaN or infinite"),
-    "two splits": ([record(3, [("Q3", 1.0)])], r"subject 3 is in both .*train.*tuning"),
-    "code": ([Call(os.system, "touch pwned")], r"0\.pkl: the pickle names posix\.system"),
+    "nan": ([{"subject_id": 1, "tokens": [0], "timestamps": [float("nan")]}], r"subject 1: .*1 of them NaN"),
+    "two splits": ([record(3, [("Q3", 1.0)])], r"subject 3 .*train.*tuning"),
+    "code": ([Call(os.system, "touch pwned")], r"0\.pkl: .*posix\.system.*write the file again as plain data"),
 }
 
 
@@ -306,18 +306,18 @@ def test_a_bad_shard_is_named_and_nothing_is_left(corpus, name):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.data_dir=nowhere", r"nowhere/train: no such folder\. Expected \{train,tuning,held_out\}/\*\.pkl"),
-        ("data.data_dir=null", r"data\.data_dir is not set"),
-        ("data.vocab_filepath=nowhere.csv", r"data\.vocab_filepath: no such file nowhere\.csv"),
-        ("data.vocab_filepath=CORPUS/lab.csv", r"lab\.csv: expected columns token,str, found code, term"),
-        ("data.labels_filepath=null", r"data\.labels_filepath: no such file"),
+        ("data.data_dir=nowhere", r"nowhere/train: .*\{train,tuning,held_out\}/\*\.pkl"),
+        ("data.data_dir=null", r"data\.data_dir .*Type: "),
+        ("data.vocab_filepath=nowhere.csv", r"data\.vocab_filepath: .*nowhere\.csv"),
+        ("data.vocab_filepath=CORPUS/lab.csv", r"lab\.csv: .*token,str, found code, term"),
+        ("data.labels_filepath=null", r"data\.labels_filepath\b"),
         ("data.labels_filepath=CORPUS/lab.csv", r"lab\.csv: column `subject_id` is missing"),
-        ("data.lab_lookup_filepath=CORPUS/vocab.csv", r"vocab\.csv: expected columns code,term, found token, str"),
-        ("data.region_lookup_filepath=nowhere.csv", r"data\.region_lookup_filepath: no such file"),
+        ("data.lab_lookup_filepath=CORPUS/vocab.csv", r"vocab\.csv: .*code,term, found token, str"),
+        ("data.region_lookup_filepath=nowhere.csv", r"data\.region_lookup_filepath: .*nowhere\.csv"),
         ("data.cutoff_months=0", r"cutoff_months=0: expected 1 or more"),
-        ("data.prefix_file=nowhere.yaml", r"data\.prefix_file: no such file"),
-        ("data.prefix_file=CORPUS/bad.yaml", r"unknown key of prefix 'X' 'txt'|no rule"),
-        ("data.root=CORPUS", r"exists and is not an import"),
+        ("data.prefix_file=nowhere.yaml", r"data\.prefix_file: .*nowhere\.yaml"),
+        ("data.prefix_file=CORPUS/bad.yaml", "prefix 'X' 'txt'"),
+        ("data.root=CORPUS", r"Type: data\.root=ANOTHER_FOLDER"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_explained(corpus, override, message):
@@ -330,9 +330,9 @@ def test_a_mistake_in_the_configuration_is_explained(corpus, override, message):
     ("row", "message"),
     [
         ("8,2,,", r"labels\.csv, row 7: is_case is '2', expected 0 or 1"),
-        ("8,1,lung,31/03/2015", r"row 7: cancerdate is '31/03/2015', expected a date as 2015-03-31"),
-        ("1,1,lung,", r"row 0: subject_id is '1', expected one row per subject"),
-        ("x,1,lung,", r"row 7: subject_id is 'x', expected an integer"),
+        ("8,1,lung,31/03/2015", "row 7: cancerdate .*'31/03/2015', .*2015-03-31"),
+        ("1,1,lung,", "row 0: subject_id .*'1', .*one row"),
+        ("x,1,lung,", "row 7: subject_id .*'x', .*integer"),
     ],
 )
 def test_a_bad_label_is_named_by_its_row(corpus, row, message):

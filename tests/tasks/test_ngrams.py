@@ -44,7 +44,7 @@ def in_one_piece(events: SplitEvents, vocab_size: int) -> NgramCounts:
 
 
 def slow_score(ngrams: NgramCounts, previous: np.ndarray, targets: np.ndarray) -> dict[str, dict[str, float]]:
-    """By the whole distribution after each token."""
+    """Score by the whole distribution after each token."""
 
     def summary(distributions: list[np.ndarray]) -> dict[str, float]:
         p = np.array([d[t] for d, t in zip(distributions, targets, strict=True)])

@@ -57,7 +57,7 @@ GIVEN = (
     ("task.outcomes={fever: {codes: [B]}, end: {codes: [C]}}", "task.times=early"),
     ("task.codes=[C]", "task.labels=outcome"),
 )
-"""What the tasks need to know of the dataset below; each task takes all that it does not refuse."""
+"""Settings that the tasks need for the dataset below; each task takes all that it does not refuse."""
 Case = tuple[str, Task, Prepared]
 
 

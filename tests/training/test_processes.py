@@ -198,7 +198,7 @@ def test_a_slurm_step_is_one_run(dataset, tmp_path, alone):
 
 
 def speak() -> tuple[list[int], int, list[float], str]:
-    """What two ranks hear of each other."""
+    """Return what two ranks hear of each other."""
     here: Processes = TrainerSettings(accelerator="cpu", devices=2).launch()
 
     def fail() -> None:
@@ -251,7 +251,7 @@ def stop() -> None:
     [
         (refuse, UserError, "another dataset"),
         (crash, ZeroDivisionError, "a defect"),
-        (die, UserError, "rank 1 was killed by signal 9, as Linux does when memory runs out"),
+        (die, UserError, "rank 1 .*signal 9"),
         (stop, Stopped, "SIGTERM"),
     ],
 )

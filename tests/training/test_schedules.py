@@ -76,7 +76,7 @@ def test_the_line_ends_at_the_least_rate_whatever_the_peak():
 
 
 def test_the_rates_are_those_of_the_version_before():
-    """What training/optimizer.py built before schedules were members, in its words."""
+    """Build the schedule as training/optimizer.py did before schedules were members."""
 
     def before(optimizer: Any, name: str) -> Any:
         warmup = LinearLR(optimizer, start_factor=1 / (N_WARMUP + 1), total_iters=N_WARMUP)
@@ -108,7 +108,7 @@ def test_plateau_lowers_the_rate_by_its_options():
 
 
 def test_warm_up_fits_the_data(planted, tmp_path, caplog):
-    """With 60 samples in batches of 8 there are 8 steps per epoch: the preset's warm-up would outlast the training."""
+    """60 samples in batches of 8 make 8 steps per epoch, so the preset's warm-up would outlast the training."""
     for asked, rate in ((100, 1e-2), (0.25, 1e-2), (15, 1e-2 * 16 / 16)):
         caplog.clear()
         facts, rows, *_ = train(

@@ -225,8 +225,8 @@ def test_a_mean_in_place_of_a_sum_is_refused(planted, tmp_path):
             return result.loss_sum / result.count, result.outputs
 
     for kind, message in (
-        (MeanLoss, r"MeanLoss.loss returned a tensor of shape \(\), expected \(60,\), one loss per sample"),
-        (MeanStep, r"MeanStep.step returned a tuple, expected .*StepResult\(loss_sum, count, outputs\)"),
+        (MeanLoss, r"MeanLoss.loss .*\(\), expected \(60,\)"),
+        (MeanStep, r"MeanStep.step returned a tuple, .*StepResult\(loss_sum, count, outputs\)"),
     ):
         trainer, model, embedding = built(*planted, tmp_path, kind(monitor="auroc"))
         batch = trainer.task.dataset("train")[np.arange(60)]

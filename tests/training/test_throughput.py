@@ -1,4 +1,4 @@
-"""What a run says of its speed: FLOPs against torch's counter, the share of the peak, the profile."""
+"""A run states its speed rightly: FLOPs as torch counts them, the share of the peak, the profile."""
 
 from __future__ import annotations
 
