@@ -21,8 +21,8 @@ MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTAL
 METRICS = ("auroc", "auprc", "concordance", "integrated_brier", "squared_error", "explained")
 SPLITS = ("held_out/", "ensemble/")
 REPEATED = (
-    "seed", "trainer.threads", "trainer.n_bootstrap", "data", "data.split_column", "data.splits", "data.renamed", "model.max_length",
-    "task.labels", "pretrain.trainer.epochs", "run_dir",
+    "seed", "trainer.threads", "trainer.n_bootstrap", "data", "data.split_column", "data.splits", "data.renamed",
+    "model.max_length", "task.labels", "pretrain.trainer.epochs", "run_dir",
 )  # fmt: skip
 """Keys of a command that do not say what was run."""
 TITLES = {
