@@ -62,8 +62,14 @@ class AdaptedEmbedder:
         self.inner, self.batch_size = inner, inner.batch_size
         self.reads_text = True
         self._synonyms = Synonyms.read(SHIPPED if synonyms is None else Path(synonyms).expanduser())
-        self._settings: dict[str, Any] = {"rank": rank, "steps": int(steps), "learning_rate": learning_rate, "temperature": temperature,
-                          "penalty": penalty, "seed": seed}  # fmt: skip
+        self._settings: dict[str, Any] = {
+            "rank": rank,
+            "steps": int(steps),
+            "learning_rate": learning_rate,
+            "temperature": temperature,
+            "penalty": penalty,
+            "seed": seed,
+        }
         self._factors: tuple[Tensor, Tensor] | None = None
 
     @property
