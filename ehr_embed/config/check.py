@@ -132,7 +132,10 @@ def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
         raise unknown_name(f"key of {key}", unknown[0], hints_of(keys))
     for name in keys.needed:
         if name not in node:
-            raise UserError(f"{key}.{name} is missing: every option of {key} has it. Type: +{key}.{name}=VALUE")
+            raise UserError(
+                f"{key}.{name} is missing: every option of {key} has it. Add it to the option's YAML, or type: "
+                f"+{key}.{name}=VALUE"
+            )
     _check_keys(node, keys, key)
 
 

@@ -40,7 +40,7 @@ def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] =
     Raises:
         UserError: as `check_stored_node`.
     """
-    # The values that were checked, and no others, are built.
+    # Build from the checked copy, not from the original.
     return OmegaConf.create(check_stored_node(stored_node(config, group), group, tuple(trusted)))
 
 

@@ -370,6 +370,12 @@ def not_found(target: object, error: object) -> UserError:
         return UserError(
             f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
         )
+    first = str(target).partition(".")[0]
+    if isinstance(cause, ModuleNotFoundError) and cause.name == first:
+        return UserError(
+            f"cannot find {_shown(target)}: no package {first} is installed or lies where Python looks. If it is a "
+            f"folder of yours, type before the command: PYTHONPATH=FOLDER, the folder that {first}/ lies in; else check _target_."
+        )
     return UserError(f"cannot find {_shown(target)}: {cause}. Check _target_.")
 
 

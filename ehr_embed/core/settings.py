@@ -125,7 +125,7 @@ def check_settings(
         values: by name; names that `target` does not annotate are passed over.
         where: what stands before a name in messages, such as model.
         full_names: names for messages, of those that are known by another one.
-        only_rules: whether parameters are passed over whose annotation is a type alone.
+        only_rules: True = skip parameters whose annotation is a bare type.
 
     Raises:
         UserError: as `check_setting`.

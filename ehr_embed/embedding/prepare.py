@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ehr_embed.core.files import digest, file_sha256, locked, remove_leftovers
 from ehr_embed.core.fingerprints import known_fingerprints
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 from ehr_embed.data.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -187,6 +188,8 @@ def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
+            if own := get_args_parser().parse_known_args(others)[0].config_dir:
+                simple.append(f"hydra.searchpath=['file://{Path(own).absolute()}']")
             cfg = compose(config_name, overrides=simple)
     except (HydraException, OmegaConfBaseException):
         return f"could not override {key!r}: no such key. Type: {command(config_name)} --cfg job   to see all keys."

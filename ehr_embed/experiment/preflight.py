@@ -24,6 +24,7 @@ from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_lab
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.numbers import numbers_in
 from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
+from ehr_embed.tasks.set_up import check_task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
 
 MAX_EVENTS = 20_000_000
@@ -41,6 +42,7 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
         UserError: the error that the part itself would raise later.
     """
     task: Task = builder(cfg)(cfg.task)
+    check_task(task)
     if isinstance(task, tasks.ChecksFirst):
         task.check()
     known = sizes_before_setup(task) or {}

@@ -105,7 +105,7 @@ def set_up_training(
         dataset = records_of(task) if about.get("alignment") is not None else dataset_of(task, "train")
         model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
-    # Before the optimizer: a model that is spread has new parameters.
+    # Before the optimizer: an FSDP model has new parameters.
     wrapped = fabric.setup_module(model)
     groups = parameter_groups(
         model,
