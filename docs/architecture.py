@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAWING = ROOT / "docs" / "architecture.svg"
+PAGE = ROOT / "docs" / "architecture.md"
+MARKED = re.compile(r"(<!-- packages -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 WIDTH, ROW, LEFT, TOP = 1080, 40, 20, 84
 NAMES = 150
 STYLE = """
@@ -70,6 +72,18 @@ def draw() -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def listed() -> str:
+    """Return the same as a list, which a phone shows in the drawing's place."""
+    rows = [names for names in layers() if (ROOT / "ehr_embed" / names[0]).is_dir()]
+    return "\n".join(f"1. **{', '.join(names)}**: {sentence(names[0])}" for names in rows)
+
+
+def expanded(page: str) -> str:
+    """Return the page with the list written anew."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{listed()}\n\n{found[2]}", page)
+
+
 if __name__ == "__main__":
     DRAWING.write_text(draw(), encoding="utf-8")
-    print(f"wrote {DRAWING.relative_to(ROOT)}")
+    PAGE.write_text(expanded(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"wrote {DRAWING.relative_to(ROOT)} and the list of {PAGE.relative_to(ROOT)}")

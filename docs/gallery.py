@@ -63,7 +63,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "train",
         *SMALL,
         "task=time_to_event",
-        "task.outcomes={outcome: {text_pattern: heart failure}}",
+        "task.outcomes={heart_failure: {text_pattern: heart failure}}",
         "model=cox",
         "trainer.n_bootstrap=0",
         "run_dir=times",
@@ -84,7 +84,7 @@ PICTURES = {
     "search-slice": "search/plots/slice.png",
     "search-parallel_coordinate": "search/plots/parallel_coordinate.png",
     "ask-curves": "answers/plots/1_heart_failure.png",
-    "times-risk_groups": "times/plots/risk_groups_outcome.png",
+    "times-risk_groups": "times/plots/risk_groups_heart_failure.png",
 }
 """Picture of the page -> the file that a step left. A file that this version does not write is passed over."""
 PAGES = {"report-run": "run/report.html", "report-search": "search/report.html"}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = "repository"
 """Folder of the site that holds the pages of these files."""
+LOG = "log.md"
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 TABLE = re.compile(r"<table[^>]*>(.*)</table>", flags=re.DOTALL)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -105,7 +106,8 @@ def shown(path: str) -> str:
     """Return a file of the repository as a page."""
     language = LANGUAGES.get(Path(path).suffix, "text")
     fence = "`" * 8  # longer than any in the file
-    return f"# {path}\n\n{fence}{language}\n{(ROOT / path).read_text(encoding='utf-8')}{fence}\n"
+    unsearched = "---\nsearch:\n  exclude: true\n---\n\n"  # or the search would answer with source code first
+    return f"{unsearched}# {path}\n\n{fence}{language}\n{(ROOT / path).read_text(encoding='utf-8')}{fence}\n"
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -113,6 +115,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     here = page.file.src_uri
     if here.startswith(f"{SHOWN}/"):
         return markdown
+    if here == LOG:  # what failed is not the first answer to a question
+        page.meta.setdefault("search", {"boost": 0.001})
 
     def pointed(link: re.Match[str]) -> str:
         path = outside(link[1], here)

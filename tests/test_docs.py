@@ -134,8 +134,11 @@ def follow(tmp_path, monkeypatch, inside) -> Callable[..., Path]:
         line = line.replace("demo-5000-0", f"demo-{DEMO_SIZE}-0")
         for word, meant in words.items():
             line = re.sub(rf"\b{word}\b", meant, line)
-        python, *arguments = shlex.split(line)
-        assert python == "python", line
+        program, *arguments = shlex.split(line)
+        assert program in ("python", "ehr-embed"), line
+        if program == "ehr-embed":
+            name, *rest = arguments
+            arguments = [f"{name}.py", *rest] if name in ("train", "embed") else ["-m", f"ehr_embed.{name}", *rest]
         arguments = last_of_each([*arguments, *shortened(arguments, texts=texts)])
         # A search starts processes; they, and scripts, find the checkout as a user's do.
         if is_search(line) or arguments[0].startswith("write_"):
@@ -283,6 +286,23 @@ def test_a_loss_in_one_file_and_one_yaml(follow):
     last = pl.read_ndjson(folder / "runs" / "focal" / "metrics.jsonl").to_dicts()[-1]
     assert last["tuning/trained_loss"] < last["tuning/loss"], "samples that are right already count less"
     assert ehr_embed.load(folder / "runs" / "focal", trusted_packages=["my"]).class_names == ["false", "true"]
+
+
+def test_classes_from_the_records_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "Classes computed from the records")
+    metrics = metrics_of(folder / "runs" / "soon")
+    assert 0.5 < metrics["held_out"]["auroc"]["value"] <= 1
+    assert "bayes_auroc" not in metrics, "the demo's best possible AUROC is that of another question"
+    root = folder / "cache" / f"demo-{DEMO_SIZE}-0"
+    events = pl.read_parquet(root / "data" / "**" / "*.parquet")
+    rows = pl.read_parquet(folder / "runs" / "soon" / "predictions" / "held_out.parquet")
+    admissions = events.filter(pl.col("code").is_in(["ADMISSION//emergency", "ADMISSION//icu"])).join(
+        rows, on="subject_id"
+    )
+    after = pl.col("time") - pl.col("prediction_time")
+    soon = admissions.filter(after > timedelta(0), after <= timedelta(days=365))["subject_id"].unique()
+    assert rows.filter("boolean_value")["subject_id"].sort().to_list() == soon.sort().to_list()
+    assert len(pl.read_parquet(folder / "runs" / "soon" / "all.parquet")) == DEMO_SIZE
 
 
 def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):

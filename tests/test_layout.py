@@ -114,15 +114,24 @@ def test_a_file_name_of_a_run_folder_stands_in_one_module():
 
 def test_the_drawing_of_the_architecture_is_that_of_the_code():
     """`python docs/architecture.py` was run after the last change of a package or of its README."""
-    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["draw"]()
-    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == drawn
+    module = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == module["draw"]()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert module["expanded"](page) == page
 
 
 def test_one_number_is_followed_through_five_files():
     page = (ROOT / "docs" / "architecture.md").read_text()
     section = page.partition("## The way of one number")[2].partition("\n## ")[0]
-    steps = [re.findall(r"`([^`]+)`", step) for step in re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]]
+    told = re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]
+    steps = [re.findall(r"`([^`]+)`", re.sub(r"\([^)]*\)", "", step)) for step in told]
     assert len(steps) == 5
+    for step, (file, *_) in zip(told, steps, strict=True):
+        for names, source in re.findall(r"\((`[^)]*?) in\s+`([^`]+)`\)", step):
+            for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+                assert f"def {name}(" in (HOUSE / source).read_text()
+                assert re.search(rf"\b{name}\(", (HOUSE / file).read_text()), f"{file} calls it"
+    assert section.count(".py`)") == 3, "each further file has its parentheses"
     for number, (file, *names) in enumerate(steps):
         source = (HOUSE / file).read_text()
         assert f"def {names[0]}(" in source

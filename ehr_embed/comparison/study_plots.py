@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 PLOTS = ("optimization_history", "param_importances", "parallel_coordinate", "slice")
 BY_PARAMETER = ("parallel_coordinate", "slice")
 """Plots with a panel or an axis per parameter."""
+LEAST_RATIO = 30.0
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 MAX_PARAMETERS = 16
 """Most parameters in a plot: panels for the hundred keys in which two unlike models differ take minutes, and nobody reads them."""
 
@@ -112,6 +115,7 @@ def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]
             figure.set_size_inches(max(6.0, 3.0 * len(figure.axes)), 5.0)
             for panel in figure.axes:
                 panel.tick_params(axis="x", labelrotation=45)
+                _spread(panel)
         with atomic_path(png) as path:
             figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight")
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -120,6 +124,13 @@ def _write(stem: Path, name: str, study: optuna.Study, arguments: dict[str, Any]
     finally:
         matplotlib.pyplot.close("all")
     return [html, png]
+
+
+def _spread(panel: Any) -> None:
+    """Give a panel a logarithmic axis where its values lie several orders apart, such as those of a learning rate."""
+    values = [float(x) for points in panel.collections for x in np.asarray(points.get_offsets())[:, 0]]
+    if values and min(values) > 0 and max(values) / min(values) >= LEAST_RATIO:
+        panel.set_xscale("log")
 
 
 def _figure_of(axes: Any) -> Any:

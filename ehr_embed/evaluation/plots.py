@@ -59,12 +59,13 @@ class ShownFigure(Figure):
 
 
 @in_style
-def draw_loss(history: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_loss(history: Sequence[Mapping[str, Any]], *, chosen: int | None = None) -> Figure:
     """Draw the loss by epoch and, in a second panel, the other metrics on tuning if there are any.
 
     Args:
         history: one dict per epoch with "epoch" and any of "train/loss", "tuning/loss", "tuning/<metric>". A metric
             missing or None in an epoch is skipped; other keys and values that are no numbers are ignored.
+        chosen: epoch whose weights were kept, which a line marks; None = it is not known.
     """
     keys = list(dict.fromkeys(key for row in history for key in row))
     losses = [key for key in keys if key.endswith("/loss") and _series(history, key)[0]]
@@ -87,6 +88,8 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> Figure:
             ring = {"color": style["color"], "markersize": 11, "fillstyle": "none"}
             panels[0].plot(epochs[best], values[best], "o", **ring)
         panels[0].plot(epochs, values, label=label, **style)
+    for panel in panels if chosen is not None else ():
+        panel.axvline(chosen, color=CHANCE, lw=1.2, ls=":", label=f"epoch {chosen} was kept")
     finish(panels[0], "Loss", "epoch", "loss")
     for index, key in enumerate(metrics):
         epochs, values = _series(history, key)
@@ -244,9 +247,9 @@ def draw_decision(table: pl.DataFrame) -> Figure:
     return figure
 
 
-def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:
+def plot_loss(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]], *, chosen: int | None = None) -> None:
     """Write what `draw_loss` draws as PNG."""
-    _save(draw_loss(history), path)
+    _save(draw_loss(history, chosen=chosen), path)
 
 
 def plot_roc(path: str | os.PathLike[str], curves: Curves) -> None:

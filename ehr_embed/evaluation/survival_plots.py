@@ -11,12 +11,12 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from ehr_embed.evaluation.bootstrap import Floats
-from ehr_embed.evaluation.plot_style import COLOURS, finish, in_style
+from ehr_embed.evaluation.plot_style import COLOURS, DASHES, MARKERS, finish, in_style
 from ehr_embed.evaluation.plots import _save
 from ehr_embed.evaluation.survival import Times
 
 GROUP_COLOURS = (COLOURS[0], COLOURS[2], COLOURS[6], COLOURS[1])
-MOST_CURVES = 60
+MOST_CURVES, N_MARKERS = 60, 6
 
 
 @in_style
@@ -48,14 +48,21 @@ def plot_risk_groups(
     for number, group in enumerate(np.array_split(order, len(GROUP_COLOURS))):
         if not len(group):
             continue
-        own, colour = times.take(group), GROUP_COLOURS[number]
+        own, colour, marker = times.take(group), GROUP_COLOURS[number], MARKERS[number]
         when, survival = kaplan_meier_estimator(own.is_event, own.days)
         label = f"quarter {number + 1} of risk (n = {len(group):,}, {int(own.is_event.sum()):,} events)"
-        axes.step(np.r_[0, when], 1 - np.r_[1, survival], where="post", color=colour, lw=1.8, label=label)
-        axes.plot(np.r_[0, grid], np.r_[0, incidence[group].mean(0)], color=colour, lw=1.4, ls="--")
+        # Colours look alike in a black-and-white print: each group has a marker of its own, and a dash where it is predicted.
+        axes.step(
+            np.r_[0, when], 1 - np.r_[1, survival], where="post", color=colour, lw=1.8, label=label,
+            marker=marker, markevery=max(1, (len(when) + 1) // N_MARKERS), markersize=5,
+        )  # fmt: skip
+        axes.plot(
+            np.r_[0, grid], np.r_[0, incidence[group].mean(0)], color=colour, lw=1.4, ls=DASHES[number + 1],
+            marker=marker, markevery=max(1, (len(grid) + 1) // N_MARKERS), markersize=5, fillstyle="none",
+        )  # fmt: skip
     axes.set_xlim(0, until)
     axes.set_ylim(bottom=0)
-    finish(axes, title, "days after the prediction", "observed (steps) and predicted (dashed) incidence")
+    finish(axes, title, "days after the prediction", "observed (whole lines) and predicted (dashed) incidence")
     _save(figure, path)
 
 

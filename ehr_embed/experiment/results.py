@@ -26,7 +26,7 @@ def write_results(
     evaluated = {split: fitted.outputs[split] for split in EVALUATED}
     curves = task.curves(evaluated)
     raw = {} if calibrated.raw is None else task.curves({split: calibrated.raw[split] for split in EVALUATED})
-    plots = write_plots(run_dir / PLOTS, fitted.history, curves, before=raw)
+    plots = write_plots(run_dir / PLOTS, fitted.history, curves, before=raw, chosen=fitted.facts.get("best_epoch"))
     if isinstance(task, DrawsPlots):
         for name, draw in task.plots(evaluated).items():
             draw(run_dir / PLOTS / f"{name}.png")

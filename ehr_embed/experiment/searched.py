@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class SearchedRuns:
     """The runs of train.py, as a search sees them; see `ehr_embed.search.application.Application`.
 
-    What answers a question is imported where it is asked, since Optuna, pandas and Polars take seconds that the start of a single
-    run and the help of a command do not need.
+    Each method imports what it needs, since Optuna, pandas and Polars take seconds that a single run's start and
+    a command's help do not need.
     """
 
     def build(self, config: DictConfig, /, *, trusted: Sequence[str] = (), **arguments: Any) -> Any:

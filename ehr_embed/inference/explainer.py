@@ -65,6 +65,13 @@ class Explainer:
         vectors = predictor.run.embedding.table.cpu()
         self._baseline = (counts @ vectors / counts.sum()).to(predictor.device)
 
+    @property
+    def outcome(self) -> str:
+        """Return what a person calls the target: the label set where the class is merely `true`."""
+        labels = (self.predictor.run.config.get("task") or {}).get("labels")
+        is_boolean = self.predictor.class_names == ["false", "true"]
+        return Path(labels).stem if is_boolean and self.target == "true" and isinstance(labels, str) else self.target
+
     def score(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the log-odds (B,) of the target for a batch of model inputs."""
         logits = self.predictor.run.model(as_rows(inputs) if "embeddings" in inputs else inputs)
@@ -175,15 +182,16 @@ def explain_subject(
     if np.isnan(found.gap):
         log.info(
             "log-odds of %s: %.3f; %d events; each of %d codes was left out once, since no gradient reaches their vectors",
-            explainer.target, found.score, len(table), found.n_steps,
+            explainer.outcome, found.score, len(table), found.n_steps,
         )  # fmt: skip
     else:
         log.info(
-            "log-odds of %s: %.3f, of an average record %.3f; %d events, gap %.1e after %d steps",
-            explainer.target, found.score, found.baseline_score, len(table), found.gap, found.n_steps,
+            "log-odds of %s: %.3f, of an average record %.3f; %d events, whose contributions miss the difference by %.1e after %d "
+            "steps",
+            explainer.outcome, found.score, found.baseline_score, len(table), found.gap, found.n_steps,
         )  # fmt: skip
     when = data.samples.prediction_times[row].astype("datetime64[us]").astype(datetime)
-    timeline = Timeline(table, subject, when, explainer.target, found.score, found.baseline_score)
+    timeline = Timeline(table, subject, when, explainer.outcome, found.score, found.baseline_score)
     paths = [folder / f"subject_{subject}.{kind}" for kind in ("csv", "png", "html")]
     with atomic_path(paths[0]) as path:
         table.write_csv(path)
@@ -223,7 +231,10 @@ def explain_split(
     if np.isnan(gaps[0]):
         log.info("%d samples of %d, by leaving out one code at a time, at most %d codes", len(drawn), n, max(steps))
     else:
-        log.info("%d samples of %d, largest gap %.1e, at most %d steps", len(drawn), n, max(gaps), max(steps))
+        log.info(
+            "%d samples of %d; contributions miss the change of the log-odds by %.1e at most, after at most %d steps",
+            len(drawn), n, max(gaps), max(steps),
+        )  # fmt: skip
     by_sample = pl.concat(parts).group_by("text", "sample").agg(pl.col("attribution").sum(), n_events=pl.len())
     texts = by_sample.group_by("text").agg(
         n_samples=pl.len(),
@@ -239,7 +250,7 @@ def explain_split(
         )
     with atomic_path(folder / MOVED_TEXTS) as path:
         texts.write_csv(path)
-    plot_texts(folder / MOVED, frequent, target=explainer.target, n_samples=len(drawn))
+    plot_texts(folder / MOVED, frequent, target=explainer.outcome, n_samples=len(drawn))
     return [folder / MOVED_TEXTS, folder / MOVED]
 
 

@@ -74,7 +74,7 @@ class FinishedRun:
 
     def plot_loss(self) -> Figure:
         """Return the loss by epoch, and the metrics on tuning."""
-        return draw_loss(self.history.to_dicts())
+        return draw_loss(self.history.to_dicts(), chosen=self.metrics.get("train", {}).get("best_epoch"))
 
     def plot_roc(self) -> Figure:
         """Return the ROC curves of tuning and held_out, of a task with boolean labels."""

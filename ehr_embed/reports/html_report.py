@@ -18,7 +18,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, read_json
 from ehr_embed.core.secrets import without_private
 from ehr_embed.evaluation.metric import title_of
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.reports.page import from_markdown, picture, render, sections, shown, table_in
 from ehr_embed.run_folder.finish import read_config, read_metrics
 from ehr_embed.run_folder.layout import (
@@ -114,7 +114,7 @@ def report_of(
     }
     return render(
         "run.html.jinja",
-        title=run_dir.resolve().name,
+        title=_title(config, run_dir),
         about=_about(config),
         tiles=_tiles(metrics),
         contents=_contents(values),
@@ -124,6 +124,20 @@ def report_of(
         version=__version__,
         **values,
     )
+
+
+def _title(config: dict[str, Any], run_dir: Path) -> str:
+    """Return what a run is about, its labels or its task, and its folder's name, which alone is often a time of day.
+
+    >>> _title({"task": {"labels": "death_5y"}}, Path("runs/first")), _title({}, Path("13-17-17"))
+    ('death_5y (first)', '13-17-17')
+    """
+    task = config.get("task") or {}
+    labels = without_private(task.get("labels"))
+    named = [labels] if isinstance(labels, str) else labels or []
+    what = ", ".join(Path(str(name)).stem for name in named) or str(task.get("_target_", "")).rpartition(".")[2]
+    name = run_dir.resolve().name
+    return f"{what} ({name})" if what else name
 
 
 def _about(config: dict[str, Any]) -> str:
@@ -229,7 +243,7 @@ def _subgroups(card: dict[str, str]) -> dict[str, Any] | None:
         found = INTERVAL.fullmatch(row[column])
         entry = dict(zip(("value", "low", "high"), map(float, found.groups()), strict=True)) if found else None
         told.append({"cells": row, "entry": entry})
-    return {"head": head, "rows": told, "drawn": head[column], "low": 0.0, "high": 1.0, "rest": from_markdown(rest)}
+    return {"head": head, "rows": told, "drawn": "", "low": 0.0, "high": 1.0, "rest": from_markdown(rest)}
 
 
 def _coverage(text: str) -> list[tuple[str, list[tuple[str, float, str]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from ehr_embed.core.programs import command
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
     BEFORE,
     plot_calibration,
@@ -22,6 +23,9 @@ from ehr_embed.evaluation.plots import (
 )
 from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
+
+LEAST_TOLD_MFU = 0.005
+"""Below it the share of the peak arithmetic would read 0 %, as that of every small model on a shared CPU."""
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
@@ -44,7 +48,12 @@ def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def write_plots(
-    folder: Path, history: list[dict[str, float]], curves: dict[str, Any], *, before: dict[str, Any] | None = None
+    folder: Path,
+    history: list[dict[str, float]],
+    curves: dict[str, Any],
+    *,
+    before: dict[str, Any] | None = None,
+    chosen: int | None = None,
 ) -> list[Path]:
     """Draw the loss if the run trained, and ROC, precision-recall, calibration and decision curves for binary labels.
 
@@ -55,6 +64,7 @@ def write_plots(
         history: metrics per epoch; empty if nothing was trained.
         curves: split -> labels and probabilities; empty unless the labels are binary.
         before: the same of the probabilities before they were calibrated, if they were.
+        chosen: epoch whose weights were kept; None = nothing was trained by epochs.
 
     Returns:
         The paths of the plots.
@@ -62,7 +72,7 @@ def write_plots(
     folder.mkdir(parents=True, exist_ok=True)
     both = curves | {f"{name}{BEFORE}": own for name, own in (before or {}).items()}
     named: dict[str, tuple[Callable[[Path, Any], None], Any]] = {
-        "loss": (plot_loss, history),
+        "loss": (partial(plot_loss, chosen=chosen), history),
         "roc": (plot_roc, curves),
         "precision_recall": (plot_precision_recall, curves),
         "calibration": (plot_calibration, both),
@@ -124,7 +134,7 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     trained = ""
     if "epochs" in train:
         trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
-        if "mfu" in train:
+        if train.get("mfu", 0) >= LEAST_TOLD_MFU:
             trained += f"{train['mfu']:.0%} of the peak arithmetic, "
         trained += f"{train['padding_share']:.0%} padding, "
     console.print(

@@ -224,8 +224,8 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
 class _OwnDDP(DDPStrategy):
     """DDP that looks for parameters without a gradient, a walk through the graph of each step, only in a model of another package.
 
-    Such a model may leave parameters unused in a batch on some ranks. Each parameter of this package's models has a gradient in each
-    step (`tests/training/test_no_wait.py`).
+    Such a model may leave parameters unused in a batch on some ranks. Each parameter of this package's models has a gradient in
+    each step (`tests/training/test_no_wait.py`).
     """
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:

@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with the demo prepared; its cache serves the runs of this module."""
     folder = tmp_path_factory.mktemp("place")
     output = call("embed.py", COHORT, cwd=folder)
-    assert re.search(r"text of codes from: lookup 0.0%, description 100.0%", output)
+    assert re.search(r"the texts of codes are: descriptions 100.0%", output)
     return folder
 
 
@@ -269,27 +269,43 @@ def test_real_sets_run_without_a_line_of_code(real_data, tmp_path, inside, exper
     assert metrics_of(tmp_path / "run")["held_out"]["n"] > 0
 
 
-def readme_commands() -> list[str]:
-    """Every `python ...` line of the README's shell blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    entry_points = (
-        "train.py",
-        "embed.py",
-        *(f"-m ehr_embed.{name}" for name in ("convert", "generate", "predict", "explain")),
-    )
-    return [line for line in lines if line.startswith(tuple(f"python {name}" for name in entry_points))]
+FIRST_PAGES = ("README.md", "docs/index.md", "docs/quick-start.md", "docs/hospitals.md", "docs/asking.md")
+"""Mistakes that somebody types in the first hour."""
+COMPOSED = ("train", "embed", "convert", "generate", "predict", "explain", "represent", "ask")
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_readme_commands_compose(line, tiny, tmp_path, inside):
-    """Every key and option the README names exists; the commands themselves run above and in `make demo`."""
+def first_commands() -> list[str]:
+    """Every `ehr-embed ...` and `python ...` line of shell blocks and every command in code spans of the first pages, as words
+    of a checkout, without comments and without searches."""
+    found: dict[str, None] = {}
+    for page in FIRST_PAGES:
+        text = (ROOT / page).read_text()
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+        lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+        lines += re.findall(r"`(ehr-embed [a-z]+ [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for line in lines:
+            words = re.sub(r"^ehr-embed (train|embed)\b", r"python \1.py", line.split("  #")[0].strip())
+            words = re.sub(r"^ehr-embed (\w+)", r"python -m ehr_embed.\1", words)
+            starts = tuple(f"python {name}.py" for name in COMPOSED) + tuple(
+                f"python -m ehr_embed.{n} " for n in COMPOSED
+            )
+            if words.startswith(starts) and not re.search(r"sweeps=|hydra/sweeper|\.\.\.$|train.py -m ", words):
+                found[words] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("line", first_commands())
+def test_the_commands_of_the_first_pages_compose_and_lack_nothing(line, tiny, tmp_path, inside):
+    """Every key and option that they name exists, and what has to be given is given; the commands themselves run above and in
+    `make demo`."""
     arguments = [
         a.replace("NAME", "outcome").replace("SUBJECT_ID", "20") for a in shlex.split(line.removeprefix("python "))
     ]
+    assert "data=meds" not in arguments or any(a.startswith(("data.root=", "data.roots=")) for a in arguments), line
     arguments = [f"data.root={tiny}" if a.startswith("data.root=") else a for a in arguments]
     flags = [] if "--help" in arguments else ["--cfg", "job"]
-    inside(*arguments, *flags, cwd=tmp_path)
+    shown = inside(*arguments, *flags, cwd=tmp_path)
+    assert "???" not in shown, "a key that has to be given is missing"
 
 
 def test_every_group_and_option_stands_in_the_readme():

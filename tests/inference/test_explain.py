@@ -258,7 +258,7 @@ def test_a_model_that_reads_no_vectors_is_refused(folder, monkeypatch):
 def test_the_command_line(folder, inside):
     output = inside("-m", "ehr_embed.explain", "run=run", "subject=204", cwd=folder)
     assert "run/explained/subject_204.html" in output
-    assert re.search(r"log-odds of true: .* gap .* after \d+ steps", output)
+    assert re.search(r"log-odds of case: .* miss the difference by .* after \d+ steps", output)
     assert "unknown key or group 'subjct'" in inside(
         "-m", "ehr_embed.explain", "run=run", "subjct=2", cwd=folder, code=2
     )

@@ -237,7 +237,10 @@ def test_the_package_is_imported_without_torch():
 
 
 def readme_snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    """Those of README.md, and the one of docs/predicting.md that needs no more than torch."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    page = (ROOT / "docs" / "predicting.md").read_text()
+    return found + [text for text in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "torch.load" in text]
 
 
 def test_the_snippets_of_the_readme_run(folder, monkeypatch, expected):
