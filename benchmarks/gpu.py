@@ -53,7 +53,7 @@ TINY: dict[str, dict[str, int]] = {
     "batches": {"subjects": 40},
     "packing": {"batch": 4, "longest": 16, "steps": 1, "repeats": 1, "model_dim": 16, "layers": 1},
     "generation_cache": {"prompt": 8, "new": 3, "batch": 2, "vocabulary": 20, "repeats": 1},
-    "embedding": {"distinct": 4, "repeats": 2},
+    "embedding": {"texts": 20, "distinct": 4, "calls": 4, "repeats": 1},
 }
 """Sizes of each module that show only that it runs."""
 TESTS = ("pytest", "-q", "tests/models/test_packing.py", "tests/data/test_device_events.py")

@@ -33,6 +33,7 @@ from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.next_event import NextEvent
+from ehr_embed.tasks.protocol import Task
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.trainer import Trainer
@@ -64,7 +65,7 @@ class Sides:
         store = build_store(folder / "store", MedsSource(root=str(root)), settings)
         self.folder, self.options = folder, options
         self.table = torch.randn(len(store.vocabulary), EMBEDDING_DIM, generator=torch.Generator().manual_seed(0))
-        self.task = NextEvent(windows="packed") if options.pretrain else Classification(monitor="auroc")
+        self.task: Task = NextEvent(windows="packed") if options.pretrain else Classification(monitor="auroc")
         set_up(self.task, store, root / "labels", options.context)
         self.files = folder / "train"
         self.files.mkdir()
