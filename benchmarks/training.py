@@ -17,7 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,8 @@ class Sides:
         store = build_store(folder / "store", MedsSource(root=str(root)), settings)
         self.folder, self.options = folder, options
         self.table = torch.randn(len(store.vocabulary), EMBEDDING_DIM, generator=torch.Generator().manual_seed(0))
-        self.task: Task = NextEvent(windows="packed") if options.pretrain else Classification(monitor="auroc")
+        made = NextEvent(windows="packed") if options.pretrain else Classification(monitor="auroc")
+        self.task = cast(Task, made)
         set_up(self.task, store, root / "labels", options.context)
         self.files = folder / "train"
         self.files.mkdir()
