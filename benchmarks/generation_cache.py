@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     seconds(True)  # warm-up
     pairs = [(seconds(True), seconds(False) if options.full else None) for _ in range(options.repeats)]
     n_events = options.batch * options.new * options.samples
-    wall, cpu = statistics.median(cached[0] for cached, _ in pairs), statistics.median(cached[1] for cached, _ in pairs)
+    wall = statistics.median(cached[0] for cached, _ in pairs)
+    cpu = statistics.median(cached[1] for cached, _ in pairs)
     both = [(cached, full) for cached, full in pairs if full is not None]
     against = {
         "events_per_s_full_pass": round(n_events / statistics.median(full[0] for _, full in both), 1),

@@ -116,7 +116,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if here.startswith(f"{SHOWN}/"):
         return markdown
     if here == LOG:  # what failed is not the first answer to a question
-        page.meta.setdefault("search", {"boost": 0.5})
+        page.meta.setdefault("search", {"boost": 0.001})
 
     def pointed(link: re.Match[str]) -> str:
         path = outside(link[1], here)

@@ -285,7 +285,7 @@ def asking(c: dict[str, str]) -> str:
     words, kept_out, many, supervised, boosting = (
         row("asking.md", start)
         for start in (
-            'hazards, "osteoarthritis" |',
+            'hazards, "osteoarthritis", seed 0 |',
             'hazards, "osteoarthritis", with every arthritis kept out',
             "100 such futures",
             "supervised, `experiment=gibleed`",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 METRICS = ("auroc", "auprc", "concordance", "integrated_brier", "squared_error", "explained")
 SPLITS = ("held_out/", "ensemble/")
-FACTS = ("seconds", "train_seconds", "events_per_s", "n_parameters")
-PROVENANCE = ("command", "commit", "hardware", "date")
-NOT_KEYS = ("n_runs", "runs", "folder", *PROVENANCE)
+REPEATED = (
+    "seed", "trainer.threads", "trainer.n_bootstrap", "data", "data.split_column", "data.splits", "data.renamed",
+    "model.max_length", "task.labels", "pretrain.trainer.epochs", "run_dir",
+)  # fmt: skip
+"""Keys of a command that do not say what was run."""
+TITLES = {
+    "held_out/auroc": "AUROC",
+    "held_out/auprc": "AUPRC",
+    "ensemble/auroc": "AUROC, seeds averaged",
+    "ensemble/auprc": "AUPRC, seeds averaged",
+}
 MARK = "†"
 """Stands behind what a run did not record of itself."""
 
@@ -62,48 +71,105 @@ def marked(row: dict[str, str], afterwards: dict[str, str]) -> dict[str, str]:
     }
 
 
+def words_of(command: str) -> list[str]:
+    """Return the overrides of a command that say what was run, without those that only repeat it or say where.
+
+    >>> words_of("ehr-embed train experiment=gibleed data.root=gibleed model=gbm seed=0 trainer.threads=1")
+    ['experiment=gibleed', 'data.root=gibleed', 'model=gbm']
+    """
+    return [word for word in shlex.split(command) if "=" in word and word.partition("=")[0] not in REPEATED]
+
+
+def labels_of(rows: list[dict[str, str]]) -> list[str]:
+    """Return a name per row: the overrides in which its command differs from the others, after its experiment or search where
+    no model is among them. A member of an ensemble has no command of its own and is named by its model.
+
+    >>> rows = [{"command": "ehr-embed train experiment=a seed=0,1"}, {"command": "ehr-embed train experiment=a model=gbm"}]
+    >>> labels_of(rows)
+    ['`experiment=a`', '`model=gbm`']
+    >>> labels_of([{"command": "ehr-embed train sweeps=a"}, {"command": "", "model._target_": "ehr_embed.models.gbm.GBM"}])
+    ['`sweeps=a`', 'member GBM']
+    """
+    of_row = [words_of(row.get("command") or "") for row in rows]
+    common = set.intersection(*map(set, of_row)) if of_row else set()
+    labels = []
+    for row, words in zip(rows, of_row, strict=True):
+        if not words and row.get("model._target_"):
+            labels.append(f"member {row['model._target_'].rpartition('.')[2]}")
+            continue
+        own = [word for word in words if word not in common]
+        if not any(word.startswith(("model=", "experiment=", "sweeps=", "embedder=")) for word in own):
+            own = [word for word in words if word.startswith(("experiment=", "sweeps="))] + own
+        own = own or [word for word in words if word.startswith("model=")] or words[:1]
+        labels.append(" ".join(f"`{word}`" for word in own))
+    return labels
+
+
 def table(path: Path, entry: dict[str, Any]) -> str:
-    """Return one table of results as Markdown, with its provenance row by row."""
-    afterwards = entry.get("afterwards", {})
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [marked(row, afterwards) for row in csv.DictReader(file)]
-    names = list(rows[0])
-    keys = [
-        name for name in names if name not in (*NOT_KEYS, *FACTS) and "/" not in name and any(row[name] for row in rows)
-    ]
-    metrics = [
-        name for name in names if name.count("/") == 1 and name.startswith(SPLITS) and name.split("/")[1] in METRICS
-    ]
-    if any("seconds" in row and row["seconds"] for row in rows):
-        metrics.append("seconds")
-    told = [name for name in PROVENANCE if name in names and any(row[name] for row in rows)]
-    head = [
-        *(f"`{key.removesuffix('._target_')}`" for key in keys),
-        "runs",
-        *(name.replace("held_out/", "").replace("/", " ") for name in metrics),
-        *told,
-    ]
+    """Return one table of results as Markdown, and below it, folded, the provenance of each row."""
+    rows = read(path, entry)
+    metrics = metrics_of(rows)
+    has_seconds = any(row.get("seconds") for row in rows)
+    head = ["run", "runs", *(TITLES.get(name, name) for name in metrics), *(["seconds of one"] if has_seconds else [])]
+    labels = labels_of(rows)
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        values = [
-            *(row[name].rpartition(".")[2] if row[name].startswith("ehr_embed.") else row[name] for name in keys),
-            row["n_runs"],
-            *(f"{float(row[name]):.0f}" if name == "seconds" and row[name] else cell(row, name) for name in metrics),
-            *(f"`{row[name]}`" if name == "command" and row[name] else row[name] for name in told),
-        ]
-        lines.append(f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |")
+    folded = []
+    for label, row in zip(labels, rows, strict=True):
+        seconds = [f"{float(row['seconds']):.0f}" if row.get("seconds") else ""] if has_seconds else []
+        lines.append(f"| {' | '.join([label, row['n_runs'], *(cell(row, name) for name in metrics), *seconds])} |")
+        about = "; ".join(row[name] for name in ("commit", "hardware", "date") if row.get(name))
+        folded += [f"# {about}", row.get("command") or f"# {label}: trained by the command of its ensemble"]
     about = f"{entry['about']}\n\n" if entry.get("about") else ""
     told_later = any(value.endswith(f" {MARK}") for row in rows for value in row.values())
-    note = f"\n{MARK} The runs did not record this. {afterwards['basis']}\n" if told_later else ""
-    return f"### {entry.get('title', path.stem.replace('_', ' '))}\n\n{about}" + "\n".join(lines) + f"\n{note}"
+    note = f"\n{MARK} The runs did not record this. {entry['afterwards']['basis']}\n" if told_later else ""
+    commands = "\n".join(folded)
+    details = (
+        '\n<details markdown="1">\n<summary>Commands, with commit, hardware and date</summary>\n\n'
+        f"```sh\n{commands}\n```\n{note}\n</details>\n"
+    )
+    return f"### {title(path, entry)}\n\n{about}" + "\n".join(lines) + f"\n{details}"
+
+
+def read(path: Path, entry: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of a table, with what was found out afterwards."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [marked(row, entry.get("afterwards", {})) for row in csv.DictReader(file)]
+
+
+def metrics_of(rows: list[dict[str, str]]) -> list[str]:
+    """Return the columns of metrics that are shown."""
+    return [
+        name for name in rows[0] if name.count("/") == 1 and name.startswith(SPLITS) and name.split("/")[1] in METRICS
+    ]
+
+
+def title(path: Path, entry: dict[str, Any]) -> str:
+    """Return the heading of a table."""
+    return str(entry.get("title", path.stem.replace("_", " ")))
+
+
+def summary(tables: list[tuple[Path, dict[str, Any]]]) -> str:
+    """Return the first row of each table beside its boosting, where boosting was measured."""
+    lines = ["| data and task | first row of its table | AUROC | `model=gbm`, AUROC |", "|---|---|---|---|"]
+    for path, entry in tables:
+        rows = read(path, entry)
+        metric = next((name for name in metrics_of(rows) if name.endswith("/auroc")), None)
+        if metric is None:
+            continue
+        labels = labels_of(rows)
+        boosted = [row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label or label == "member GBM"]
+        gbm = cell(boosted[0], metric) if boosted else "not measured"
+        lines.append(f"| {title(path, entry)} | {labels[0]} | {cell(rows[0], metric)} | {gbm} |")
+    return "\n".join(lines) + "\n"
 
 
 def leaderboard() -> str:
-    """Return all tables, in the order of titles.yaml, then those without an entry there."""
+    """Return a summary and all tables, in the order of titles.yaml, then those without an entry there."""
     titles: dict[str, dict[str, Any]] = yaml.safe_load((TABLES / "titles.yaml").read_text(encoding="utf-8"))
     paths = {path.stem: path for path in sorted(TABLES.glob("*.csv"))}
     order = [name for name in titles if name in paths] + [name for name in paths if name not in titles]
-    return "\n".join(table(paths[name], titles.get(name, {})) for name in order)
+    tables = [(paths[name], titles.get(name, {})) for name in order]
+    return summary(tables) + "\n" + "\n".join(table(path, entry) for path, entry in tables)
 
 
 def expanded(page: str) -> str:

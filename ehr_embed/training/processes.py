@@ -24,6 +24,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 from lightning_fabric.strategies import DDPStrategy, Strategy
 from pydantic import Field
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import end_with_parent, is_torchrun, n_launched
@@ -37,6 +38,7 @@ StrategyName = Annotated[str, OneOf("auto", "ddp", "fsdp")]
 Accelerator = Annotated[str, OneOf("auto", "cpu", "cuda", "gpu")]
 Devices = Annotated[int, Field(ge=1, le=1024)]
 Nodes = Annotated[int, Field(ge=1, le=65_536)]
+PACKAGE = __name__.partition(".")[0]
 POLL_S = 0.5
 GRACE_S = 60.0
 """Seconds between the failure of the first process and the end of the others, in which a tracker can be closed."""
@@ -216,9 +218,21 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
         return "auto"
     if name == "fsdp":
         return FullyShardedStrategy(n_processes)
-    # A user's model may leave parameters unused in a batch on some ranks. Buffers never change, so they are not
-    # broadcast.
-    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return _OwnDDP(gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers never change
+
+
+class _OwnDDP(DDPStrategy):
+    """DDP that looks for parameters without a gradient, a walk through the graph of each step, only in a model of another package.
+
+    Such a model may leave parameters unused in a batch on some ranks. Each parameter of this package's models has a gradient in
+    each step (`tests/training/test_no_wait.py`).
+    """
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """Wrap the model."""
+        is_own = type(module).__module__.partition(".")[0] == PACKAGE
+        self._ddp_kwargs["find_unused_parameters"] = not is_own
+        return super().setup_module(module)
 
 
 def run_ranks(function: Callable[[], T], n: int) -> T:

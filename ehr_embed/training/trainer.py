@@ -354,7 +354,7 @@ class Trainer:
         return signal.Signals(number).name if number else None
 
     def _asked_before(self, stop: StopRequest) -> bool:
-        """Return whether a signal asked any process to stop before the previous call, or asked the only process by now."""
+        """Return whether a signal had asked any process to stop at the previous call; a single process answers for now."""
         return self.processes.largest_before(int(stop.name is not None)) > 0
 
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:

@@ -23,7 +23,7 @@ SMALL = ("data.n_subjects=300", "embedder=hashing", "trainer.epochs=1", "trainer
 def environment(folder: Path, *, what: Path | str, is_built: bool = False, editable: bool = False) -> Path:
     """Make a virtual environment that has this one's libraries, without its ehr_embed, and install `what`; return its bin/.
 
-    What pip must build first (`is_built`, `editable`) it builds with this environment's setuptools.
+    Where pip must build a package first (`is_built`, `editable`), it builds with this environment's setuptools.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -120,7 +120,7 @@ def test_it_searches_from_an_empty_folder(bin_, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdist", "git"])
 def test_a_source_distribution_and_a_git_url_give_the_program(kind, source, tmp_path):
-    """What docs/install.md types beside the wheel: `pip install FILE` and `pip install git+URL`."""
+    """Two further commands of docs/install.md install the package: `pip install FILE` and `pip install git+URL`."""
     what: Path | str = source
     if kind == "sdist":
         what = build("sdist", source, tmp_path)

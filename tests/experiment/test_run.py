@@ -270,7 +270,7 @@ def test_real_sets_run_without_a_line_of_code(real_data, tmp_path, inside, exper
 
 
 FIRST_PAGES = ("README.md", "docs/index.md", "docs/quick-start.md", "docs/hospitals.md", "docs/asking.md")
-"""What somebody types in the first hour."""
+"""Mistakes that somebody types in the first hour."""
 COMPOSED = ("train", "embed", "convert", "generate", "predict", "explain", "represent", "ask")
 
 

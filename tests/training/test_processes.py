@@ -34,7 +34,8 @@ from tests.helpers.ranks import quick_ranks  # noqa: F401 (a fixture for all)
 from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
-# What starts Python for each process, as a run does: test_a_process_ends_with_the_one_that_started_it, and the slow ones.
+# Two kinds of tests start Python for each process, as a run does: test_a_process_ends_with_the_one_that_started_it, and the
+# slow ones.
 pytestmark = pytest.mark.usefixtures("quick_ranks")
 SMALL = (
     "embedder=hashing",
@@ -214,7 +215,7 @@ def speak() -> tuple[list[int], int, list[int], list[float], str]:
 
 
 def on_each(function: Any) -> Any:
-    """Every rank's result of `function`."""
+    """Return every rank's result of `function`."""
     result = function()
     return TrainerSettings(accelerator="cpu", devices=2).launch().gather(result)
 
