@@ -37,6 +37,8 @@ WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab fro
 WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm"}
 """Runs of other parts that use all labels."""
 QUICK = ("trainer.n_bootstrap=0",)
+MOST_DRAWS = 4
+"""Times as many draws as are wanted are tried, at most, where some have one class only."""
 TRAINER = ("trainer.threads=1", "audit=off")
 LAST = ("trainer.keep=last", "trainer.patience=null")
 CODE_TAB = (
@@ -144,8 +146,11 @@ def few(lab: Lab) -> list[list[str]]:
         for way, overrides in ways.items():
             found = []
             # All labels leave nothing to draw: seeds take the place of draws.
-            numbers = lab.seeds if n == n_train else lab.draws
-            for number in numbers if way in lab.ways else ():
+            wanted = lab.seeds if n == n_train else lab.draws
+            # Of few labels some draws have no case, of which nothing can be learned: further draws take their place.
+            for number in range(MOST_DRAWS * len(wanted)) if way in lab.ways else ():
+                if len(found) == len(wanted):
+                    break
                 if n == n_train:
                     name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
                     drawn: tuple[str, ...] = (f"seed={number}",)
@@ -157,12 +162,10 @@ def few(lab: Lab) -> list[list[str]]:
                 except UserError as error:
                     if "only one class" not in str(error):
                         raise
-                    continue  # a draw of few labels without a case, of which nothing can be learned
+                    continue
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
-            told = (
-                "" if len(found) in (0, len(numbers)) else f" ({len(found)} of {len(numbers)} draws have both classes)"
-            )
+            told = "" if len(found) in (0, len(wanted)) else f" ({len(found)} draws)"
             cells.append(mean_sd(found) + told if found else "")
         rows.append([str(n), *cells])
     return rows

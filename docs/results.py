@@ -82,7 +82,7 @@ def words_of(command: str) -> list[str]:
 
 def labels_of(rows: list[dict[str, str]]) -> list[str]:
     """Return a name per row: the overrides in which its command differs from the others, after its experiment or search where
-    no model is among them.
+    no model is among them, and after the class of the model where rows differ in it.
 
     >>> rows = [{"command": "ehr-embed train experiment=a seed=0,1"}, {"command": "ehr-embed train experiment=a model=gbm"}]
     >>> labels_of(rows)
@@ -90,12 +90,15 @@ def labels_of(rows: list[dict[str, str]]) -> list[str]:
     """
     of_row = [words_of(row.get("command") or "") for row in rows]
     common = set.intersection(*map(set, of_row)) if of_row else set()
+    kinds = [(row.get("model._target_") or "").rpartition(".")[2] for row in rows]
     labels = []
-    for words in of_row:
+    for words, kind in zip(of_row, kinds, strict=True):
         own = [word for word in words if word not in common]
         if not any(word.startswith(("model=", "experiment=", "sweeps=", "embedder=")) for word in own):
             own = [word for word in words if word.startswith(("experiment=", "sweeps="))] + own
         own = own or [word for word in words if word.startswith("model=")] or words[:1]
+        if len(set(kinds)) > 1 and not any(word.startswith("model=") for word in own):
+            own = [kind, *own]
         labels.append(" ".join(f"`{word}`" for word in own))
     return labels
 
@@ -152,7 +155,9 @@ def summary(tables: list[tuple[Path, dict[str, Any]]]) -> str:
         if metric is None:
             continue
         labels = labels_of(rows)
-        boosted = [row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label]
+        boosted = [
+            row for row, label in zip(rows, labels, strict=True) if {"`model=gbm`", "`GBM`"} & set(label.split())
+        ]
         gbm = cell(boosted[0], metric) if boosted else "not measured"
         lines.append(f"| {title(path, entry)} | {labels[0]} | {cell(rows[0], metric)} | {gbm} |")
     return "\n".join(lines) + "\n"

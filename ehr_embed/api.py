@@ -11,6 +11,7 @@ from ehr_embed.core.errors import UserError, check_range, unknown_name
 from ehr_embed.core.files import atomic_path, file_sha256
 from ehr_embed.core.settings import Count, OneOf, Seed, Share, Told, Width, checked
 from ehr_embed.data.batches import MICROSECONDS_PER_DAY, Batch, BatchDataset
+from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import STATIC_TIME, EventStore, SplitEvents
@@ -31,6 +32,7 @@ from ehr_embed.sources.imported import import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter
 from ehr_embed.sources.protocol import SPLITS, Source
+from ehr_embed.tasks.classes_from_records import ClassesFromRecords
 from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.protocol import Curves, Outputs, StepResult, Task
 from ehr_embed.trackers.protocol import Tracker
@@ -48,6 +50,7 @@ __all__ = [
     "Block",
     "Body",
     "Calibration",
+    "ClassesFromRecords",
     "Classification",
     "Count",
     "Course",
@@ -56,6 +59,7 @@ __all__ = [
     "Embedder",
     "EventEmbedding",
     "EventInput",
+    "EventSet",
     "EventStore",
     "Export",
     "FeatureSet",

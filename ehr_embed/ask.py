@@ -191,7 +191,7 @@ def _plot(folder: Path, answers: Answers) -> None:
 
 
 def _print(metrics: dict[str, Any], split: str) -> None:
-    from ehr_embed.evaluation.metrics import with_interval
+    from ehr_embed.evaluation.metric_entries import with_interval
 
     found = metrics[split]
     for name, own in found["per_question"].items() if "per_question" in found else [("", found)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
 
 import numpy as np
 import polars as pl
@@ -143,6 +144,10 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     sizes = ("--prompt", "8", "--new", "3", "--batch", "2", "--vocabulary", "20", "--repeats", "1", "--device", "cpu")
     generation_cache.main(list(sizes))
     assert json.loads(capsys.readouterr().out)["same_events"]
+    generation_cache.main([*sizes, "--samples", "3", "--full", "0", "--bfloat16", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert "ratio" not in found
+    assert found["seconds_per_patient"] > 0
 
 
 def test_packing_compares_batches_with_the_padding_asked_for(capsys):
@@ -196,13 +201,36 @@ def test_what_a_gpu_will_run_can_be_read(run, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop)
     name, *arguments = run
     with pytest.raises(ReadError, match="device='cuda'"):
-        importlib.import_module(f"benchmarks.{name}").main([*arguments, *gpu.DEVICE])
+        importlib.import_module(f"benchmarks.{name}").main([*arguments, "--device", "cuda"])
 
 
 def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 1
+    assert gpu.main([]) == 1
     assert "no GPU here" in capsys.readouterr().out
+
+
+def test_the_lines_for_a_gpu_end_in_time(capsys, monkeypatch):
+    """Each line may take its own time at most, and all lines together theirs."""
+    clock = iter(range(0, 10_000, 100))
+    limits = []
+
+    def run(command, *, check, timeout):
+        limits.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    n_lines = len(gpu.RUNS) + 1
+    assert gpu.main(["--device", "cuda", "--seconds", "350"]) == n_lines
+    assert limits == [100, 100, 50]
+    assert capsys.readouterr().out.count("no time left: python -m") == n_lines - 3
+
+
+@pytest.mark.slow
+def test_every_line_for_a_gpu_runs_on_a_cpu_in_a_tiny_form(capfd):
+    failed = gpu.main(["--device", "cpu", "--tiny", "1", "--line-seconds", "300", "--seconds", "2000"])
+    assert failed == 0, capfd.readouterr().out
 
 
 def test_f1_picks_the_better_model_less_often_than_auroc(capsys):

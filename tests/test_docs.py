@@ -288,6 +288,23 @@ def test_a_loss_in_one_file_and_one_yaml(follow):
     assert ehr_embed.load(folder / "runs" / "focal", trusted_packages=["my"]).class_names == ["false", "true"]
 
 
+def test_classes_from_the_records_in_one_file_and_one_yaml(follow):
+    folder = follow("extending.md", "Classes computed from the records")
+    metrics = metrics_of(folder / "runs" / "soon")
+    assert 0.5 < metrics["held_out"]["auroc"]["value"] <= 1
+    assert "bayes_auroc" not in metrics, "the demo's best possible AUROC is that of another question"
+    root = folder / "cache" / f"demo-{DEMO_SIZE}-0"
+    events = pl.read_parquet(root / "data" / "**" / "*.parquet")
+    rows = pl.read_parquet(folder / "runs" / "soon" / "predictions" / "held_out.parquet")
+    admissions = events.filter(pl.col("code").is_in(["ADMISSION//emergency", "ADMISSION//icu"])).join(
+        rows, on="subject_id"
+    )
+    after = pl.col("time") - pl.col("prediction_time")
+    soon = admissions.filter(after > timedelta(0), after <= timedelta(days=365))["subject_id"].unique()
+    assert rows.filter("boolean_value")["subject_id"].sort().to_list() == soon.sort().to_list()
+    assert len(pl.read_parquet(folder / "runs" / "soon" / "all.parquet")) == DEMO_SIZE
+
+
 def test_a_schedule_and_an_optimizer_in_one_file_and_one_yaml_each(follow):
     folder = follow("extending.md", "A schedule, an optimizer")
     checkpoint = torch.load(folder / "runs" / "lion" / "latest_checkpoint.pt", weights_only=True)

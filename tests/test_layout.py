@@ -123,8 +123,15 @@ def test_the_drawing_of_the_architecture_is_that_of_the_code():
 def test_one_number_is_followed_through_five_files():
     page = (ROOT / "docs" / "architecture.md").read_text()
     section = page.partition("## The way of one number")[2].partition("\n## ")[0]
-    steps = [re.findall(r"`([^`]+)`", step) for step in re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]]
+    told = re.split(r"^\d\. ", section, flags=re.MULTILINE)[1:]
+    steps = [re.findall(r"`([^`]+)`", re.sub(r"\([^)]*\)", "", step)) for step in told]
     assert len(steps) == 5
+    for step, (file, *_) in zip(told, steps, strict=True):
+        for names, source in re.findall(r"\((`[^)]*?) in\s+`([^`]+)`\)", step):
+            for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+                assert f"def {name}(" in (HOUSE / source).read_text()
+                assert re.search(rf"\b{name}\(", (HOUSE / file).read_text()), f"{file} calls it"
+    assert section.count(".py`)") == 3, "each further file has its parentheses"
     for number, (file, *names) in enumerate(steps):
         source = (HOUSE / file).read_text()
         assert f"def {names[0]}(" in source

@@ -92,6 +92,7 @@ def test_a_page_is_whole_at_every_width(site, browser, width, scheme):
         assert troubles(browser, address, pages, width=WIDTHS[width], scheme=scheme) == {}
     finally:
         server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.slow
@@ -113,6 +114,7 @@ def test_the_palette_follows_the_system_and_its_switch_works(site, browser):
             page.close()
     finally:
         server.shutdown()
+        server.server_close()
 
 
 class Links(HTMLParser):

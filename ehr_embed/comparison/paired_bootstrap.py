@@ -72,7 +72,7 @@ def ensemble(runs: Sequence[Path], split: str) -> dict[str, float]:
 
 
 LEAST_P = 0.01
-"""Smallest adjusted p that the replicates must be able to show: a fifth of the usual 0.05."""
+"""The number of replicates is chosen so that the adjusted p can get this small: a fifth of the usual 0.05."""
 FEWEST_REPLICATES = 1000
 
 

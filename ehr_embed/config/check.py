@@ -30,7 +30,7 @@ class Keys:
     """Base class of the keys that an entry point or a config group has beside those of its `_target_`: annotations, no values."""
 
     needed: ClassVar[tuple[str, ...]] = ()
-    """Keys that must be there."""
+    """Keys that a configuration must have."""
     has_only_these: ClassVar[bool] = False
     """True = other keys are refused."""
     expected: ClassVar[str] = ""
@@ -38,11 +38,11 @@ class Keys:
 
 
 class Built(Keys):
-    """A node of the configuration that names in `_target_` what is built."""
+    """A node of the configuration with a `_target_`, which names the class or function that builds it."""
 
 
 def check_config(cfg: DictConfig, keys: type[Keys]) -> None:
-    """Refuse a configuration of which something is missing, unknown, of another type, or out of its range.
+    """Refuse a configuration with a key that is missing or unknown, or with a value of another type or out of its range.
 
     Keys that `cfg` does not have are not asked for: old configurations lack the newer ones.
 
@@ -132,7 +132,10 @@ def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
         raise unknown_name(f"key of {key}", unknown[0], hints_of(keys))
     for name in keys.needed:
         if name not in node:
-            raise UserError(f"{key}.{name} is missing: every option of {key} has it. Type: +{key}.{name}=VALUE")
+            raise UserError(
+                f"{key}.{name} is missing: every option of {key} has it. Add it to the option's YAML, or type: "
+                f"+{key}.{name}=VALUE"
+            )
     _check_keys(node, keys, key)
 
 
@@ -143,7 +146,8 @@ def check_targets(node: Any, trusted: tuple[str, ...], *, keys: Any = None, raw:
         node: plain values.
         trusted: further packages that the user declares.
         keys: the keys that the node, and nodes below it, have beside those of their targets.
-        raw: the node before its interpolations were resolved: a value that stands elsewhere is told by the key that a user types.
+        raw: the node before its interpolations were resolved: where a value is taken from another key, the message
+            names the key that a user types.
         where: full name of the node; empty = it stands by itself.
 
     Raises:
@@ -177,10 +181,10 @@ def check_keys_of_target(
     beside: Sequence[str] = (),
     full_names: Mapping[str, str] | None = None,
 ) -> None:
-    """Compare the keys of a node with the names and annotations of what its target takes.
+    """Compare the keys of a node with the names and annotations of its target's parameters.
 
     Args:
-        node: plain values; what has a `_target_` of its own below it is not looked at.
+        node: plain values; nodes below it with a `_target_` of their own are not checked.
         target: the class or function.
         where: full name of the node; empty = it stands by itself.
         beside: further keys that the node may have, which the target does not get.
@@ -197,7 +201,7 @@ def check_keys_of_target(
 
 
 def _names_target(node: Any) -> bool:
-    """Return whether a node, or a node of a list, names what is built: its own type is another one."""
+    """Return whether a node, or a node of a list, has a `_target_`, so that its own type is not that of the built object."""
     return any(map(_names_target, node)) if isinstance(node, list) else isinstance(node, dict) and "_target_" in node
 
 

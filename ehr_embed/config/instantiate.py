@@ -30,17 +30,17 @@ MEDS = "ehr_embed.sources.meds.MedsSource"
 def check_stored(config: Mapping[str, Any], group: str, trusted: Sequence[str] = ()) -> DictConfig:
     """Return a group of a configuration that came with a checkpoint, once it is known to name members of that group only.
 
-    Its own `trusted_packages` are the word of whoever wrote it, and count for nothing.
+    The configuration's own `trusted_packages` are ignored, since whoever wrote it may have chosen them.
 
     Args:
-        config: all of it.
+        config: the whole configuration.
         group: model, task, embedder or source.
         trusted: further packages that the user who opens it trusts.
 
     Raises:
         UserError: as `check_stored_node`.
     """
-    # The values that were checked, and no others, are built.
+    # Build from the checked copy, not from the original.
     return OmegaConf.create(check_stored_node(stored_node(config, group), group, tuple(trusted)))
 
 

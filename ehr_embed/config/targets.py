@@ -58,7 +58,7 @@ STORED = {
     "source": Group("data.source", "ehr_embed.sources", "Source"),
     "calibration": Group("calibration", "ehr_embed.calibration", "Calibration"),
 }
-"""The groups of a configuration that came with a checkpoint that are built from it."""
+"""The groups that are built from a configuration that came with a checkpoint."""
 
 
 def looked_up_name(target: object) -> str:
@@ -140,7 +140,7 @@ def own_object(target: str, trusted: Sequence[str] = ()) -> Any:
 
 
 def _if_yours(target: str) -> str:
-    """Return the remedy for a class of a package that nobody trusts yet: none for Python's own modules, which are nobody's.
+    """Return the remedy for a class of a package that is not trusted yet; empty for Python's own modules.
 
     >>> _if_yours("my.conv.Conv"), _if_yours("os.system")
     (' Only if you know the code of my, type: trusted_packages=[my]', '')
@@ -228,7 +228,7 @@ def stored_object(target: str, group: str, trusted: Sequence[str] = ()) -> Any:
 
 
 def source_writes(target: object, trusted: Sequence[str] = ()) -> bool:
-    """Return whether a source of a stored configuration may write, as one does that imports a corpus.
+    """Return whether a source of a stored configuration may write, as a source that imports a corpus does.
 
     Raises:
         UserError: the target is no source of this package or of a trusted one.
@@ -370,6 +370,12 @@ def not_found(target: object, error: object) -> UserError:
         return UserError(
             f"{target} imports {cause.name}, which is now {now}. Import what it needs from ehr_embed.api, whose names stay."
         )
+    first = str(target).partition(".")[0]
+    if isinstance(cause, ModuleNotFoundError) and cause.name == first:
+        return UserError(
+            f"cannot find {_shown(target)}: no package {first} is installed or lies where Python looks. If it is a "
+            f"folder of yours, type before the command: PYTHONPATH=FOLDER, the folder that {first}/ lies in; else check _target_."
+        )
     return UserError(f"cannot find {_shown(target)}: {cause}. Check _target_.")
 
 
@@ -406,7 +412,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    """A foreign value on one line, without what a terminal would obey.
+    """Return a foreign value on one line, without characters that a terminal would obey.
 
     >>> print(_shown("a\\x1b[2Jb"), len(_shown("x" * 999)))
     a\\x1b[2Jb 80

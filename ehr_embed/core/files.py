@@ -247,6 +247,6 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def stamp_of(path: Path) -> list[int]:
-    """Return the facts by which a file that was not written since is known: device, inode, size, and two times in nanoseconds."""
+    """Return the facts that show whether a file was written since: device, inode, size, and two times in nanoseconds."""
     stat = path.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

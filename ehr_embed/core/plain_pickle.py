@@ -60,7 +60,8 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("numpy", "ndarray"):
             return "numpy.ndarray"  # pickles name the class only as an argument of `_reconstruct`, which ignores it
         try:
-            # Every use gets its own wrapper, since a pickle can also set attributes of the objects that it names.
+            # A pickle can set attributes of what find_class returns (its BUILD instruction): a new wrapper for each use keeps it
+            # from changing the function itself.
             return functools.partial(ALLOWED[module, name])
         except KeyError:
             raise _RefusedError(f"{module}.{name}") from None

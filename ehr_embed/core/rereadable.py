@@ -1,4 +1,4 @@
-"""Hand on what is too large to be kept and is read more than once."""
+"""Hand on items that are too large to be kept in memory and are read more than once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rereadable(Generic[T]):
-    """An iterable that reads its items anew each time, where a generator gives them once.
+    """An iterable that reads its items anew each time, in contrast to a generator, which gives them once.
 
     Attributes:
         read: reads the items.

@@ -13,7 +13,8 @@ SECRET_KEY = re.compile(
     r"(?:^|[_.\-])(?:token|secret|(?:ssl)?passw(?:or)?d|passphrase|pwd|pass|api_?key|credentials?|passfile|sslkey)$",
     re.IGNORECASE,
 )
-"""Matches the names whose values are secrets or files with secrets; `batch_tokens` does not match."""
+"""Names of keys whose values are secrets, or files with secrets: it matches `tracker.api_key` and `sslpassword`, but not
+`trainer.batch_tokens`."""
 MASK = "***"
 _USER_INFO = (re.compile(r"(://[^:/@\s]*):\S*@"), re.compile(r"(://[^:/@\s]*):[^@]*@"))
 """Match the password in a URL. A password may hold an @, or a space that nobody encoded: it ends at the last @ of the

@@ -38,7 +38,7 @@ WRONG_TYPE = ("_type", "sequence_str", "is_instance_of", "_attributes")
 
 @dataclass(frozen=True)
 class Told:
-    """An annotation: what the refusal of a setting says.
+    """An annotation: the words with which a setting is refused.
 
     Attributes:
         expected: the valid values in words; empty = the words for the type and range.
@@ -125,7 +125,7 @@ def check_settings(
         values: by name; names that `target` does not annotate are passed over.
         where: what stands before a name in messages, such as model.
         full_names: names for messages, of those that are known by another one.
-        only_rules: whether parameters are passed over whose annotation is a type alone.
+        only_rules: True = skip parameters whose annotation is a bare type.
 
     Raises:
         UserError: as `check_setting`.
@@ -166,8 +166,8 @@ def checked(where: str) -> Callable[[Function], Function]:
 
 @cache
 def rules_of(target: Any) -> dict[str, Any]:
-    """Return the annotations of what a class or function takes, by name; of a constructor that hands on further keywords to its
-    base class, those of the base class too. Annotations that cannot be resolved here are none."""
+    """Return the annotations of the parameters of a class or function, by name. If a constructor hands on further keywords to its
+    base class, those of the base class are included. Annotations that cannot be resolved here are left out."""
     rules: dict[str, Any] = {}
     for function in _signatures(target):
         try:
@@ -194,7 +194,7 @@ def names_of(target: Any) -> frozenset[str] | None:
 
 
 def _signatures(target: Any) -> Iterator[Any]:
-    """Yield a function itself; of a class its constructor, and as long as one hands on further keywords its base class's."""
+    """Yield a function itself, or the constructor of a class and, while it hands on further keywords, that of its base class."""
     if not isinstance(target, type):
         yield target
         return
@@ -233,7 +233,7 @@ def shown(value: Any) -> str:
 
 
 def arrived(value: Any) -> str:
-    """Return a value and its type in the words of a user, for what a refusal says arrived.
+    """Return a value and its type in the words of a user, for the part of a refusal that says what arrived.
 
     >>> arrived("two"), arrived(1.5), arrived(True), arrived(None), arrived([1])
     ("the text 'two'", 'the number 1.5', 'true', 'null', 'a list')
@@ -297,7 +297,7 @@ def _found(rule: Any, kind: type) -> Iterator[Any]:
 
 
 def _names(rule: Any) -> list[str]:
-    """Return the valid names of a rule that allows names, null or lists of names only; else none.
+    """Return the valid names of a rule that allows names, null or lists of names only; empty for any other rule.
 
     >>> _names(Literal["a", "b"] | None), _names(Literal["auto"] | int)
     (['a', 'b', 'null'], [])
@@ -316,7 +316,7 @@ def _names(rule: Any) -> list[str]:
 
 
 def words(rule: Any) -> str:
-    """Return what an annotation allows in the words of a user.
+    """Return the values that an annotation allows, in the words of a user.
 
     >>> words(Annotated[int, Field(ge=1)] | None), words(Annotated[float, Field(gt=0, le=1)]), words(dict[str, int])
     ('1 or more, or null', 'a number in (0, 1]', 'a mapping')

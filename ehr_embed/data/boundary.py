@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.data.samples import Samples, ragged_searchsorted
 from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
@@ -27,8 +27,8 @@ def check_boundary(events: SplitEvents, samples: Samples, *, where: str = "these
 
     Events of a record are in order of time, static ones first, so it suffices to look at the last event of a sample's
     two ranges: at most two times per sample are read from the store, whatever the length of the records. A static event
-    is always visible. The prediction time of a pretraining window is the time of its last event (`window_samples`), so
-    for windows the check confirms that they end where they claim to end.
+    is always visible. The prediction time of a pretraining window is by construction the time of its last event
+    (`window_samples`), so for windows the check can find only an error of that construction.
 
     Args:
         events: the split's events.
@@ -95,7 +95,7 @@ class UnseenRecords:
         first_timed = ragged_searchsorted(events.times, events.offsets[row], end, np.full_like(times, STATIC_TIME))
         early = np.zeros(len(blank), bool)
         has_timed = np.flatnonzero(first_timed < end)
-        # If static events fill the whole sequence, a sample without a timed event may have a correct prediction time.
+        # A sample may lack timed events only because static events fill max_length; its prediction time is then correct.
         early[has_timed] = events.times[first_timed[has_timed]] > times[has_timed]
         if not early.any():
             return

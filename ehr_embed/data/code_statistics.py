@@ -19,8 +19,8 @@ from ehr_embed.sources.protocol import Source
 MAX_VALUES_PER_CODE = 20_000
 """Values kept per code to compute its quantiles; a code with more values keeps a uniform sample of this size."""
 SPARE = 10 * MAX_VALUES_PER_CODE**0.5
-"""Allowance for chance: ten standard deviations of the number of values whose random priority lies below the threshold
-that keeps `MAX_VALUES_PER_CODE` values on average."""
+"""Spare values that are kept per code, ten standard deviations of the number that a threshold on random priorities keeps: fewer
+than `MAX_VALUES_PER_CODE` remain only with negligible probability."""
 VALUES_IN_MEMORY = 500_000
 N_FILES = 32
 RECORD = np.dtype([("code", np.int32), ("value", np.float32), ("priority", np.float64)])
@@ -32,10 +32,10 @@ def code_statistics(
 ) -> tuple[pl.DataFrame, dict[str, T]]:
     """Return counts (code, count) of train, frequent codes first, and a summary of each code's values if it has any.
 
-    The summary of a code is of the values with the lowest random priorities, which are a uniform sample over all
-    shards. The more values a code has had, the lower must the priority of a further value be to be kept. Kept values
-    are moved to unnamed temporary files, so that memory holds one shard at a time, and in the end the values of one
-    group of codes.
+    The values are drawn by bottom-k sampling (Cohen and Kaplan 2007): each gets a random priority, and the k lowest of a
+    code are a uniform sample over all shards. A shard keeps what lies below a threshold that falls as the code's values
+    become more, so that nearly all values that cannot be among the k lowest are never stored. Kept values are moved to
+    unnamed temporary files, so that memory holds one shard at a time, and in the end the values of one group of codes.
 
     Args:
         source: the source of the events.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,16 @@ class Embedder(Protocol):
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
+        ...
+
+
+@runtime_checkable
+class GivesAnothersVectors(Protocol):
+    """An embedder whose `embed` returns another embedder's vectors, so that both share one cache of texts."""
+
+    @property
+    def vectors_of(self) -> Embedder:
+        """Return the embedder whose vectors `embed` returns, unchanged."""
         ...
 
 

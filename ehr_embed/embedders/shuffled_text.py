@@ -38,6 +38,11 @@ class ShuffledTextEmbedder:
     def fingerprint(self) -> dict[str, Any]:
         return {"class": "ShuffledTextEmbedder", "inner": self.inner.fingerprint, "seed": self.seed}
 
+    @property
+    def vectors_of(self) -> Embedder:
+        """Return the inner embedder: only the names are permuted, so its cached vectors serve every seed."""
+        return self.inner
+
     def names(self, vocabulary: Vocabulary) -> list[str]:
         names = self.inner.names(vocabulary)
         return names[:FIRST_TOKEN] + deranged(names[FIRST_TOKEN:], self.seed)

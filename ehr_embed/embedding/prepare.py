@@ -11,14 +11,19 @@ from torch import Tensor
 
 from ehr_embed.core.files import digest, file_sha256, locked, remove_leftovers
 from ehr_embed.core.fingerprints import known_fingerprints
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 from ehr_embed.data.store import EventStore, build_store, check_fingerprint, store_folder
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.table import build_table, load_table, save_table
+from ehr_embed.sources.code_texts import STEPS
 from ehr_embed.sources.protocol import SPLITS, Source
 
 log = logging.getLogger(__name__)
+ORIGINS = dict(
+    zip(STEPS, ("terms of a lookup", "descriptions", "descriptions of parents", "codes in words"), strict=True)
+)
+"""What each origin of a text is called in the log."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ def prepare(
         path = folder / f"table-{about['embedder']}.safetensors"
         began, is_there = time.perf_counter(), path.exists() and not overwrite
         if not is_there:
-            log.info("embedding %d texts for %s", len(vocabulary), path)
-            table = build_table(embedder.names(vocabulary), embedder=embedder, cache_dir=cache_dir)
+            names = embedder.names(vocabulary)
+            # Token 0, padding, has no text.
+            log.info("embedding %d distinct texts for %s", len(set(names[1:])), path)
+            table = build_table(names, embedder=embedder, cache_dir=cache_dir)
             save_table(path, table, about)
         embedding_seconds = 0.0 if is_there else time.perf_counter() - began
     table, _ = load_table(path, expected=about)
@@ -100,7 +107,8 @@ def report(store: EventStore, min_text_coverage: float) -> None:
     """Log the origins of texts, the folded codes and the sizes of the splits; warn if few events have a real text."""
     found = store.vocabulary.report
     for what, shares in found["text_coverage"].items():
-        log.info("text of %s from: %s", what, ", ".join(f"{step} {share:.1%}" for step, share in shares.items()))
+        told = ", ".join(f"{ORIGINS[step]} {share:.1%}" for step, share in shares.items() if share)
+        log.info("the texts of %s are: %s", what, told or "none")
     log.info(
         "%d tokens for %d codes in train; %d codes with value bins; rare codes: %d folded into their parent, %d kept as plain text",
         found["tokens"],

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import cannot_write, digest, locked, write_failure
 from ehr_embed.core.progress import ProgressBar
-from ehr_embed.embedders.protocol import Embedder
+from ehr_embed.embedders.protocol import Embedder, GivesAnothersVectors
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -46,6 +46,8 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
             f"text {blank[0]} is empty ({len(blank)} such texts), and an empty text has no meaning to embed. Give its code a "
             "description."
         )
+    if isinstance(embedder, GivesAnothersVectors):
+        embedder = embedder.vectors_of
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     path = cache_dir / "embeddings" / f"{digest(embedder.fingerprint)}.sqlite"
     with _opened(path, embedder) as database:

@@ -299,7 +299,7 @@ def single_code(
     n, n_class = len(is_class), int(is_class.sum())
     if min(n_class, n - n_class) < MIN_PER_CLASS:
         return [], [
-            f"{class_name}: the audit did not look for codes that predict the label alone, because train has {n_class} "
+            f"class {class_name!r}: the audit did not look for codes that predict the label alone, because train has {n_class} "
             f"samples with and {n - n_class} without it, one of them fewer than {MIN_PER_CLASS}"
         ]
     _, names, tokens = code_groups(vocabulary)
@@ -321,10 +321,10 @@ def single_code(
     for (check, name), (value, what) in ranked[:MAX_LISTED]:
         details = {"class": class_name, "name": name, "feature": what, "auroc": value, "n": n, "n_class": n_class}
         about = f"{what} of {name} ({texts[token_of[name]]})" if check == "single_code" else what
-        message = f"{about} alone predicts {class_name} in train, AUROC {value:.3f} ({n_class} of {n} samples)"
+        message = f"{about} alone predicts class {class_name!r} in train, AUROC {value:.3f} ({n_class} of {n} samples)"
         findings.append(Finding(check, "leak", message, details))
     if len(ranked) > MAX_LISTED:
-        more = f"{len(ranked) - MAX_LISTED} more codes alone predict {class_name} in train"
+        more = f"{len(ranked) - MAX_LISTED} more codes alone predict class {class_name!r} in train"
         findings.append(Finding("single_code", "leak", more, {"class": class_name, "n": len(ranked)}))
     return findings, []
 
@@ -356,6 +356,6 @@ def prevalence(classes: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]]) -> li
             low, high = sorted((float(train.mean()), float(own.mean())))
             if high - low > PREVALENCE_Z * error and high > PREVALENCE_RATIO * low:
                 shares = {"train": float(train.mean()), split: float(own.mean())}
-                message = f"share of {name}: {shares['train']:.3f} in train, {shares[split]:.3f} in {split}"
+                message = f"share of class {name!r}: {shares['train']:.3f} in train, {shares[split]:.3f} in {split}"
                 findings.append(Finding("prevalence", "note", message, {"class": name, "shares": shares}))
     return findings

@@ -221,7 +221,9 @@ def read_predictions(path: Path) -> Predictions:
     columns = [name for name in frame.columns if name.startswith("probability_")]
     if "label" not in frame.columns or not columns:
         raise UserError(
-            f"{path}: expected the predictions of a task with labels, got columns {', '.join(frame.columns)}."
+            f"{path}: expected the predictions of a task with labels (column label with probability_CLASS, or those of "
+            f"write_predictions), got columns {', '.join(frame.columns)}, of which no paired test is known. Type: ehr-embed "
+            "tabulate FOLDERS, which compares the metrics of any task, or write such columns in the task's write_predictions"
         )
     names = [name.removeprefix("probability_") for name in columns]
     one_hot = np.stack([(frame["label"] == name).to_numpy() for name in names], axis=1)

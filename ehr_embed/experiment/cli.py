@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -63,7 +64,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             raise
         print(f"error: {masked(explain(error, config_name, sys.argv[1:]))}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:  # submitit's, in whose place a type would be better
+    except RuntimeError as error:  # submitit raises no type of its own
         if wants_traceback or 'Could not detect "srun"' not in str(error):
             raise
         print(
@@ -72,7 +73,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except OSError as error:  # of a library's own files: what the package writes has its line already
+    except OSError as error:  # a library's own file; errors of files that this package writes are `UserError`s already
         if wants_traceback or write_failure(error) is None:
             raise
         print(f"error: {cannot_write(error.filename or 'a file', error, is_whole=False)}", file=sys.stderr)
@@ -80,7 +81,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
 
 
 def _value_or_raise(job: JobReturn) -> Any:
-    """Return what a job of Hydra returned, or raise what it raised."""
+    """Return the value of a job of Hydra, or raise its error."""
     assert job.status != JobStatus.UNKNOWN, "the job has not ended"
     if job.status == JobStatus.COMPLETED:
         return job._return_value
@@ -124,7 +125,7 @@ def refuse_separated(arguments: list[str], config_name: str) -> None:
 
 
 def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """The message for a user: ours as it is, Hydra's with the valid names."""
+    """Return the message for a user: an error of this package as it is, and one of Hydra with the valid names."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OverrideParseException) and (quoted := _quoted(error.override)):
@@ -182,11 +183,13 @@ def _several(override: str, config_name: str) -> str:
 
 
 def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
-    """An unknown key, with the keys there are beside it under the other overrides."""
+    """Return the message for an unknown key, with the valid keys beside it under the other overrides."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             simple = [a for a in others if "=" in a and not a.startswith(("-", "hydra")) and "," not in a]
+            if own := get_args_parser().parse_known_args(others)[0].config_dir:
+                simple.append(f"hydra.searchpath=['file://{Path(own).absolute()}']")
             cfg = compose(config_name, overrides=simple)
     except (HydraException, OmegaConfBaseException):
         return f"could not override {key!r}: no such key. Type: {command(config_name)} --cfg job   to see all keys."

@@ -134,7 +134,7 @@ def judged(run_dir: Path, runs: Sequence[Path], weights: Sequence[float], *, n_b
 
     Returns:
         For each member `run`, `weight` and, per metric of `METRICS`, how far the ensemble lies above it: `difference`, `low`,
-        `high`, `p`, and `p_holm`, adjusted over the members; None where no draw tells.
+        `high`, `p`, and `p_holm`, adjusted over the members; None where it is undefined in every draw.
     """
     names = [f"{number}: {run.name}" for number, run in enumerate(runs)]
     files = {"": run_dir, **dict(zip(names, runs, strict=True))}

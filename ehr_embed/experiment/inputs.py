@@ -1,4 +1,4 @@
-"""Open what a configuration names: its source, its event store and its embedding table. `embed` and `convert` stop there."""
+"""Open the source, the event store and the embedding table of a configuration. The commands `embed` and `convert` stop there."""
 
 from __future__ import annotations
 
@@ -113,11 +113,11 @@ def vector_of_words(cfg: DictConfig, words: str) -> Tensor:
 
 
 def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, Prepared]:
-    """Return the source of a configuration with its store and table, and build of these what is missing.
+    """Return the source of a configuration with its store and table, which are built if they are missing.
 
     Args:
         cfg: the whole configuration.
-        overwrite: whether to build the store and the table again where they are there.
+        overwrite: whether to build the store and the table again even if they exist.
 
     Raises:
         UserError: anything that the source, the embedder, the store or the table refuses.
@@ -149,7 +149,7 @@ def prepare_from(cfg: DictConfig, *, overwrite: bool = False) -> tuple[Source, P
 @stop_requests(is_deferred=False)
 @checks_config("RunKeys")
 def embed(cfg: DictConfig) -> None:
-    """Prepare the dataset of a configuration, print what there is, and export it where the configuration names an export."""
+    """Prepare the dataset of a configuration, print where its store and table lie, and export them if an export is named."""
     if cfg.get("check"):  # configurations of earlier versions do not have this key
         from ehr_embed.experiment.outlook import tell_outlook
 
@@ -176,7 +176,7 @@ def embed(cfg: DictConfig) -> None:
 @stop_requests(is_deferred=False)
 @checks_config("RunKeys")
 def convert(cfg: DictConfig) -> None:
-    """Open the source of a configuration, which imports its corpus as MEDS, and print what is there."""
+    """Open the source of a configuration, which imports its corpus as MEDS, and print where the dataset lies."""
     source: Source = builder(cfg)(cfg.data.source)
     labels = ", ".join(available_labels(source.labels_dir))
     print(f"MEDS dataset {source.labels_dir.parent} ({len(source.shards)} shards, label sets: {labels})")

@@ -221,7 +221,7 @@ def codes_of(source: Source, n_events: int) -> pl.DataFrame | None:
 
 
 def coverage_of(codes: pl.DataFrame, metadata: pl.DataFrame, lookups: list[str]) -> str:
-    """Return in words which share of events has a text that somebody wrote, and which codes that make up most events have none.
+    """Return in words which share of events has a text that somebody wrote, and which of the most frequent codes have none.
 
     >>> codes = pl.DataFrame({"code": ["A", "LAB//B"], "n": [3, 1]})
     >>> metadata = pl.DataFrame({"code": ["A"], "description": ["fever"], "parent_codes": [None]},
@@ -239,7 +239,7 @@ def coverage_of(codes: pl.DataFrame, metadata: pl.DataFrame, lookups: list[str])
 
 
 def tokens_of(cfg: DictConfig, source: Source, codes: pl.DataFrame | None) -> tuple[int, str]:
-    """Return the largest number of texts to embed, and in words where it comes from."""
+    """Return the largest number of texts to embed, and in words how it was found."""
     settings = VocabularySettings(values=cfg.data["values"], n_bins=cfg.data.n_bins, min_count=cfg.data.min_count)
     if codes is None:
         n_codes = source.code_metadata()["code"].n_unique()

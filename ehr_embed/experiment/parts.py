@@ -78,7 +78,7 @@ class Inputs:
     Attributes:
         source: where the events come from.
         prepared: the event store and the embedding table; of an aligned dataset the events whose codes have a match, and the
-            vectors of what they match.
+            vectors of the codes that they match.
         aligned: the run that the weights start from and the match table; None = codes are read as they are.
         pooled: the match table of pooled datasets with each other; None = codes are read as they are.
         audited: findings of the leakage audit; None where the audit is off.
@@ -101,7 +101,7 @@ class Built:
         tracker: not yet entered.
         teacher: the unfitted model behind `trainer.teacher`; None = there is none.
         start: the checkpoint of an earlier start to go on from; None = from the beginning.
-        made_from: what the run's manifest says that the run was made from.
+        made_from: digests of the run's inputs, for its manifest.
         is_aligned: whether codes are read as those of the run that the weights start from.
         predicted: the splits that are predicted for.
     """

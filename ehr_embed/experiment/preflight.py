@@ -1,4 +1,4 @@
-"""Refuse what can be known to be wrong in a second, before the event store and the embedding, which may take hours."""
+"""Refuse mistakes that a second suffices to find, before the event store and the embedding are built, which may take hours."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from ehr_embed.tasks.classification import refuse_missing_classes, refuse_no_lab
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.numbers import numbers_in
 from ehr_embed.tasks.protocol import PredictsNumber, ReadsLabels, Task
+from ehr_embed.tasks.set_up import check_task
 from ehr_embed.trackers.protocol import ChecksFirst, Tracker
 
 MAX_EVENTS = 20_000_000
-"""Largest number of events of which the subjects are read, to know their splits, where folders define these."""
+"""Largest number of events whose subjects are read, in order to know their splits where folders define the splits."""
 WIDTH, N_TOKENS = 16, 50
 """Sizes for a model that is only built to be refused."""
 
@@ -38,9 +39,10 @@ def preflight(cfg: DictConfig, run_dir: Path) -> None:
     A corpus that has to be imported is imported first, as its labels are part of it.
 
     Raises:
-        UserError: as the parts raise it later.
+        UserError: the error that the part itself would raise later.
     """
     task: Task = builder(cfg)(cfg.task)
+    check_task(task)
     if isinstance(task, tasks.ChecksFirst):
         task.check()
     known = sizes_before_setup(task) or {}
@@ -67,7 +69,7 @@ def sizes_before_setup(task: Task) -> dict[str, int] | None:
         return {"vocab_size": N_TOKENS}
     try:
         known = dict(task.sizes)
-    except Exception:  # whatever a task that has read no data yet runs into
+    except Exception:  # any error of a task that has read no data yet
         return None
     is_known = set(known) in ({"num_classes"}, {"vocab_size"}) and all(known.values())
     return {name: int(size) for name, size in known.items()} if is_known else None
@@ -100,7 +102,7 @@ def check_model(cfg: DictConfig, *, num_classes: int = 2) -> None:
 
 
 def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
-    """Build the tracker, and let it refuse what it would refuse when the run starts.
+    """Build the tracker, so that it refuses now what it would refuse when the run starts.
 
     Raises:
         UserError: the tracker cannot start.
@@ -113,7 +115,7 @@ def check_tracker(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def splits_of(source: Source) -> pl.DataFrame | None:
-    """Return subject_id and split of a source's subjects; None where only reading all of it would tell."""
+    """Return subject_id and split of a source's subjects; None if only reading the whole source would tell."""
     return source.split_of_subjects(max_events=MAX_EVENTS) if isinstance(source, MedsSource | PooledSource) else None
 
 
@@ -133,9 +135,9 @@ def check_splits(splits: pl.DataFrame, where: str) -> None:
 
 
 def check_labels(labels: LabelSet, splits: pl.DataFrame) -> None:
-    """Refuse a label set that has no label in a split, or there one class or number only.
+    """Refuse a label set that has no label in a split, or only one class or one number there.
 
-    Subjects without events are not known yet, so that what passes here may still be refused.
+    Subjects without events are not known yet, so a label set that passes here may still be refused.
 
     Raises:
         UserError: names the label set and the split.

@@ -92,7 +92,7 @@ def environment() -> dict[str, Any]:
 
 @lru_cache(1)
 def processor() -> str:
-    """Return the name of the processor; of one that does not tell its name, the architecture."""
+    """Return the name of the processor, or its architecture if it does not tell its name."""
     found = Path("/proc/cpuinfo")
     lines = found.read_text(encoding="utf-8", errors="replace").splitlines() if found.is_file() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -118,7 +118,7 @@ def digest_of_start(init_from: str | Path | None) -> str | None:
 
 
 def made_from(prepared: Prepared, *, init_from_sha256: str | None, samples_digest: str) -> dict[str, Any]:
-    """Return what a run's manifest says that the run was made from.
+    """Return the digests of a run's inputs, for its manifest.
 
     Args:
         prepared: the store and the table.
@@ -135,7 +135,7 @@ def made_from(prepared: Prepared, *, init_from_sha256: str | None, samples_diges
 def group_choices(cfg: DictConfig) -> list[str]:
     """Return `group=option` for every config group, as tags for the tracker; no tags outside a Hydra application.
 
-    A name in place of a group, as in `trainer.schedule=cosine`, is what was chosen.
+    If a name stands in place of a group, as in `trainer.schedule=cosine`, this name is the chosen option.
 
     Raises:
         UserError: an option was typed for a group in whose place the configuration has another name.

@@ -1,4 +1,4 @@
-"""Calibrate the outputs of a stage: fit on tuning alone, keep what was fitted with the run, and say what it changed."""
+"""Calibrate the outputs of a stage: fit on tuning alone, keep the calibration with the run, and say what it changed."""
 
 from __future__ import annotations
 

@@ -6,27 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
 from omegaconf import DictConfig, OmegaConf
 
-from ehr_embed.comparison.results import with_results
-from ehr_embed.config.instantiate import MEDS, instantiate
-from ehr_embed.core.files import digest
-from ehr_embed.core.fingerprints import known_fingerprints, without_content
-from ehr_embed.core.outcome import Outcome, Row
-
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
+
+    from ehr_embed.core.outcome import Outcome, Row
 
 
 class SearchedRuns:
     """The runs of train.py, as a search sees them; see `ehr_embed.search.application.Application`.
 
-    Tables, plots and data are imported where they are made or read, since pandas and Polars take a second that a single run's
-    start does not need.
+    Each method imports what it needs, since Optuna, pandas and Polars take seconds that a single run's start and
+    a command's help do not need.
     """
 
     def build(self, config: DictConfig, /, *, trusted: Sequence[str] = (), **arguments: Any) -> Any:
+        from ehr_embed.config.instantiate import instantiate
+
         return instantiate(config, trusted=trusted, **arguments)
 
     def data_identity(self, example: DictConfig) -> str | None:
@@ -35,6 +33,10 @@ class SearchedRuns:
         The first digest is the one that studies of earlier versions store, the second is the present one. Return None for data
         that are generated or imported: their overrides, which the study stores too, identify them.
         """
+        from ehr_embed.config.instantiate import MEDS
+        from ehr_embed.core.files import digest
+        from ehr_embed.core.fingerprints import known_fingerprints, without_content
+
         root = OmegaConf.select(example, "data.root")
         if root is None or OmegaConf.select(example, "data.source._target_") != MEDS:
             return None
@@ -45,6 +47,8 @@ class SearchedRuns:
         return f"{digest({file: without_content(value) for file, value in found.items()})}:{digest(found)}"
 
     def with_results(self, outcome: Outcome, folder: Path, objectives: Sequence[str], n_objectives: int) -> Outcome:
+        from ehr_embed.comparison.results import with_results
+
         return with_results(outcome, folder, objectives, n_objectives)
 
     def write_report(

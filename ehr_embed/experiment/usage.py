@@ -1,4 +1,4 @@
-"""`--help` of the commands that take keys and no groups: what their YAML file says about itself and its keys."""
+"""`--help` of the commands that take keys and no groups: the head of their YAML file, and the comments of its keys."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
 from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
+from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
 
@@ -82,10 +83,10 @@ class Predictor:
         self.run = open_run(run_dir, trusted=self._trusted) if run is None else run
         self.device = torch.device(device)
         self.class_names = self.run.class_names
+        self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         if needs_classes:
             self._check(run_dir)
         self.run.model.to(self.device)
-        self._task = instantiate(check_stored(self.run.config, "task", self._trusted), trusted=self._trusted)
         self.calibrator: Calibrator | None = None
         if self.class_names:
             self.calibrator = stored_calibrator(
@@ -103,6 +104,13 @@ class Predictor:
             raise UserError(
                 f"{run_dir} predicts times, so it has no classes. Type: python -m ehr_embed.ask run={run_dir} data.root=DIR "
                 "'questions=[WORDS]' output=DIR"
+            )
+        if not self.class_names and not isinstance(self._task, NextEvent):
+            name = str(self.run.config["task"]["_target_"]).rpartition(".")[2]
+            raise UserError(
+                f"{run_dir}: its task {name} has no class_names, and predictions are made of classes or of the numbers of "
+                "task=regression. Its predictions of tuning and held_out are in the run's folder predictions/. To predict "
+                f"elsewhere, let {name} name its outputs in class_names and have a static method probabilities (docs/extending.md)"
             )
         if not self.class_names:
             raise UserError(

@@ -17,8 +17,8 @@ from ehr_embed.config.build_model import build_model
 from ehr_embed.config.instantiate import check_stored, instantiate, instantiate_stored_source
 from ehr_embed.config.targets import check_plain
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 from ehr_embed.core.manifest import checked
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.boundary import say_unseen
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
@@ -77,7 +77,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     if found_sha256 is None:
         found = "a folder without vocabulary/" if folder.is_dir() else "no such folder"
         raise UserError(f"run={where}: expected the folder of a finished run (run_dir of train.py), found {found}.")
-    path, checkpoint = read_checkpoint(folder)
+    path, checkpoint = read_checkpoint(folder, key="run")
     identity: dict[str, str] = checkpoint["identity"]
     if found_sha256 != identity["vocab_sha256"]:
         raise UserError(

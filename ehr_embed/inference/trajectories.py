@@ -21,6 +21,7 @@ from ehr_embed.data.samples import Samples
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.inference.trained_run import TrainedRun
 from ehr_embed.models.sampling import Sampling, Trajectories, generate
+from ehr_embed.training.precision import autocast_of_run
 
 log = logging.getLogger(__name__)
 TRAJECTORY_SCHEMA: dict[str, Any] = {
@@ -63,7 +64,11 @@ def sample_futures(
     for rows in ProgressBar(
         np.array_split(np.arange(len(samples)), -(-len(samples) // batch_size)), desc="futures", unit="batch"
     ):
-        trajectories = generate(model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache)
+        # The head computes in float32 whatever the body does.
+        with autocast_of_run(run.config["trainer"]["precision"], run.precision, device):
+            trajectories = generate(
+                model, embedding, prompts[rows].to(device), sampling, generator, use_cache=use_cache
+            )
         frames.append(as_events(trajectories, samples.take(rows), run.vocabulary))
     futures = pl.concat(frames)
     log.info(

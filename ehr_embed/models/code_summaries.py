@@ -163,6 +163,10 @@ class CodeSummaries(ReadsCodes):
             return pairs
         row_K, code_K, scores_KF, part_G = self.matches.merged(pairs.row, pairs.code, pairs.summaries)
         last_K = torch.zeros_like(row_K).scatter_reduce(0, part_G, pairs.last_event, "amax", include_self=False)
+        if len(self.quantiles.knots):  # those of train, which a pool's ranks have no need of
+            # A number that train never had, or that was the same in all its records, was 0 in training: no weight was fitted to it.
+            n_knots_KF = self.quantiles.offsets.diff()[self._columns(code_K)]
+            scores_KF = scores_KF.masked_fill(n_knots_KF < 2, float("nan"))
         return Pairs(row_K, code_K, scores_KF, last_K)
 
     def _pairs(self, inputs: dict[str, Tensor]) -> Pairs:

@@ -36,12 +36,13 @@ class Cox(FittedToOutcomes, ReadsCodeFeatures):
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         max_codes, times: as in `CodeFeatures`.
         l1_ratio: share of the absolute coefficients in the penalty, in (0, 1].
-        n_penalties: number of penalties on the path, from the least that leaves no feature down to a hundredth of it.
+        n_penalties: number of penalties on the path, from the smallest at which all coefficients are 0 down to a hundredth of it.
 
     Raises:
         UserError: the task predicts events, or a number is out of range.
     """
 
+    # This option of conf/model/ and its sibling for classes, which a refusal names.
     option, of_classes = "cox", "logistic"
 
     @checked("model")
@@ -151,6 +152,6 @@ def baseline_of(
     counts = np.bincount(at[is_event], minlength=len(edges))
     mean = counts.sum() / (np.exp(risk) @ spent.sum(1))
     spent_at_risk = np.exp(risk) @ spent
-    # A bin without events has the mean hazard with the weight of half an event, so that no hazard is 0.
+    # A bin without events is shrunk to the mean hazard by half a pseudo-event, so that no hazard is 0.
     empty = np.where(counts == 0, 0.5, 0.0)
     return torch.from_numpy(np.log((counts + empty) / (spent_at_risk + empty / mean)))

@@ -17,10 +17,10 @@ from ehr_embed.data.batches import Batch
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.heads import (
-    LOGITS_AT_ONCE,
     N_TIME_BINS,
     EventHead,
     ValueDistribution,
+    logits_at_once,
     time_edges,
     token_logits,
 )
@@ -353,7 +353,7 @@ def log_chance_beyond(head: EventHead, hidden_BD: Tensor, table_VE: Tensor, wait
         wait_B: length of the silence, in days.
     """
     share_B1Q = log_share_beyond(wait_B)[:, None]
-    n_tokens = max(1, LOGITS_AT_ONCE // (len(hidden_BD) * max(hidden_BD.shape[1], N_TIME_BINS)))
+    n_tokens = max(1, logits_at_once(hidden_BD.device) // (len(hidden_BD) * max(hidden_BD.shape[1], N_TIME_BINS)))
     found = []
     for vectors_TE in table_VE.split(n_tokens):
         time_BTQ, _ = head.time_and_value(hidden_BD[:, None], vectors_TE)

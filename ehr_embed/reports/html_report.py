@@ -18,7 +18,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, read_json
 from ehr_embed.core.secrets import without_private
 from ehr_embed.evaluation.metric import title_of
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.reports.page import from_markdown, picture, render, sections, shown, table_in
 from ehr_embed.run_folder.finish import read_config, read_metrics
 from ehr_embed.run_folder.layout import (

@@ -18,7 +18,7 @@ from ehr_embed.core.programs import as_typed
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.regression import IN_UNITS
 from ehr_embed.evaluation.subgroups import MAX_CODES, MIN_SUBJECTS, Subgroup, subgroups
 from ehr_embed.reports.markdown import code, plain, table

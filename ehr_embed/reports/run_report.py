@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ehr_embed.core.programs import command
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
-from ehr_embed.evaluation.metrics import intervals_missing, values_of, with_interval
+from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
     BEFORE,
     plot_calibration,
@@ -23,6 +23,9 @@ from ehr_embed.evaluation.plots import (
 )
 from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
+
+LEAST_TOLD_MFU = 0.005
+"""Below it the share of the peak arithmetic would read 0 %, as that of every small model on a shared CPU."""
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, float]:
@@ -131,7 +134,7 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     trained = ""
     if "epochs" in train:
         trained = f"best epoch {train['best_epoch']} of {train['epochs']}, {train['events_per_s']:,.0f} events/s, "
-        if "mfu" in train:
+        if train.get("mfu", 0) >= LEAST_TOLD_MFU:
             trained += f"{train['mfu']:.0%} of the peak arithmetic, "
         trained += f"{train['padding_share']:.0%} padding, "
     console.print(

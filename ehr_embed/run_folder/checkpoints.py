@@ -29,7 +29,7 @@ from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.hazards import HAZARDS, hazard_sizes
 from ehr_embed.models.protocol import Declarations, body_of, declarations
-from ehr_embed.run_folder.layout import BEST, LATEST, VOCABULARY
+from ehr_embed.run_folder.layout import BEST, CONFIG, LATEST, VOCABULARY
 
 log = logging.getLogger(__name__)
 DOS_FOLDER = 0x10
@@ -64,19 +64,29 @@ def checkpoint_path(where: str | Path) -> Path:
     return path / BEST if path.is_dir() else path
 
 
-def read_checkpoint(where: str | Path) -> tuple[Path, dict[str, Any]]:
+def read_checkpoint(where: str | Path, *, key: str = "init_from") -> tuple[Path, dict[str, Any]]:
     """Read the best checkpoint of a run's folder, or a checkpoint file, and return its path and content.
 
     The file is compared with the run's manifest if there is one, which only finished runs have. Its CRC-32 checksums are
     always verified here, since torch does not verify them.
+
+    Args:
+        where: a run's folder, or a checkpoint file.
+        key: the key by which the user named it, for the message.
 
     Raises:
         UserError: there is no checkpoint, the file is damaged or differs from the manifest, or another program wrote it.
     """
     path = checkpoint_path(where)
     if not path.is_file():
+        if Path(where).expanduser().is_dir() and (path.parent / CONFIG).is_file():
+            raise UserError(
+                f"{key}={where}: the run has not finished its first epoch, so it has no {BEST} yet. Wait until it has, or start it "
+                f"again by its own command, with run_dir={where}"
+            )
         raise UserError(
-            f"init_from={where}: expected a run's folder with {BEST} inside, or a checkpoint file; found none."
+            f"{key}={where}: expected a run's folder with {BEST} inside, or a checkpoint file; found none. Give the run_dir of a "
+            "finished run"
         )
     checked(path)
     try:

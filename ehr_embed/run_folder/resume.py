@@ -136,8 +136,7 @@ class FoundRun:
                 raise UserError(
                     f"{path} was trained on other data: {names.get(key, key)} had digest {str(there.get(key))[:12]}, now "
                     f"{value[:12]}. A run that was trained partly on each would be a result on neither. Type: "
-                    "run_dir=ANOTHER, or resume=overwrite to start "
-                    "again here"
+                    "run_dir=ANOTHER, or resume=overwrite to start again here"
                 )
         progress = checkpoint["progress"]
         place = f"batch {progress['batch']}" if progress["batch"] else "its end"

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import optuna
 from omegaconf import DictConfig
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.outcome import Outcome, Row
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
@@ -10,11 +11,12 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.plugins.sweeper import Sweeper
 
 from ehr_embed.core.programs import shipped
 from ehr_embed.search.application import Application, register_application
-from ehr_embed.search.sweeper import StudySweeper
 
+SWEEPER = "ehr_embed.search.sweeper.StudySweeper"
 SWEEPS = shipped("sweeps")
 GROUP = "sweeps"
 
@@ -27,7 +29,7 @@ def register(application: Application) -> None:
     """
     register_application(application)
     plugins = Plugins.instance()
-    plugins.register(StudySweeper)
+    plugins.class_name_to_class[SWEEPER] = _LazySweeper
     plugins.register(SweepsSource)
     plugins.register(SweepsSearchPath)
     # Hydra accepts sweepers only from its own namespace package `hydra_plugins`. This project does not install modules into
@@ -41,8 +43,16 @@ def is_plugin_module(name: str) -> bool:
     >>> is_plugin_module("ehr_embed.search.sweeper.StudySweeper"), is_plugin_module("os.system")
     (True, False)
     """
-    own = f"{StudySweeper.__module__}.{StudySweeper.__name__}"
-    return name == own or Plugins.is_in_toplevel_plugins_module(name)
+    return name == SWEEPER or Plugins.is_in_toplevel_plugins_module(name)
+
+
+class _LazySweeper(Sweeper):
+    """The study sweeper, imported when a search starts: Optuna takes half a second that other starts do not need."""
+
+    def __new__(cls, **options: Any) -> Sweeper:  # type: ignore[misc]
+        from ehr_embed.search.sweeper import StudySweeper
+
+        return StudySweeper(**options)
 
 
 class SweepsSearchPath(SearchPathPlugin):

@@ -53,8 +53,8 @@ class Answers:
         return isinstance(self.predictor.run.model, Ensemble)
 
     def warm_up(self) -> None:
-        """Predict for a record, so that the first request does not wait for what is loaded at first use: a code of the run, and a
-        new one, whose text the embedder reads."""
+        """Predict for a record with a code of the run and a new code, whose text the embedder reads, so that the first request does
+        not wait for parts that are loaded at first use."""
         known = next(iter(self._known), "A")
         for code in (known, "a code that no run has seen"):
             record = Record(None, 0, [code], np.zeros(1, np.int64), np.full(1, np.nan, np.float32), {}, 1)

@@ -1,4 +1,4 @@
-"""The web application of `ehr-embed serve`: what it takes, what it refuses, and what it tells of itself.
+"""The web application of `ehr-embed serve`: its requests and answers, its refusals, and the numbers that it gives about itself.
 
 The server writes no file and keeps nothing of a request but the vectors of new codes' texts, so there is no state that a request
 could leave half-made. Messages and logs name keys, never values: these may be a patient's.
@@ -90,8 +90,8 @@ def create_app(
         answers: of the run.
         run_name: what /health calls the run.
         limits: what a request may cost.
-        hosts: names in the header Host under which it answers; None = any. A browser that a web page has pointed at this machine
-            under another name is refused so.
+        hosts: names in the header Host under which it answers; None = any. This refuses a browser
+            that a web page has pointed at this machine under another name.
     """
     limits, counts = limits or Limits(), Counts()
     batches = MicroBatches[Record, Answer](

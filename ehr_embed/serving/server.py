@@ -1,4 +1,4 @@
-"""Listen, serve until a signal, then answer what was begun and end."""
+"""Listen, serve until a signal arrives, answer the requests that were begun, and end."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket, *, shutdown_s: float, max_connections: int) -> None:
-    """Serve until SIGINT or SIGTERM; then no new connection is taken, and what was begun is answered.
+    """Serve until SIGINT or SIGTERM; then no new connection is taken, and requests that were begun are answered.
 
     Args:
         app: the application.

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 
 log = logging.getLogger(__name__)
 CONTROL = "Control"

@@ -13,7 +13,7 @@ import polars as pl
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.fingerprints import fingerprint
-from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.sources.meds_files import COLUMNS, check_events, read_columns, readable
 from ehr_embed.sources.meds_remedies import refuse_other_folders, refuse_other_formats
 from ehr_embed.sources.protocol import SPLITS

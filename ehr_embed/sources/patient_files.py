@@ -28,8 +28,8 @@ import torch
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.fingerprints import fingerprint_of_many, known_fingerprints
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.core.progress import ProgressBar
-from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_writer import MedsWriter, write_parquet

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.vanishing import say_or_refuse
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.sources.protocol import SPLITS
 
 SYNONYMS = {

@@ -19,10 +19,10 @@ import polars as pl
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.core.fingerprints import fingerprint, known_fingerprints
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.core.plain_pickle import load_pickle
 from ehr_embed.core.progress import ProgressBar
 from ehr_embed.core.settings import Count, Told, checked
-from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.sources.case_labels import CaseLabels, read_case_labels
 from ehr_embed.sources.imported import find_shards, import_folder, import_once
 from ehr_embed.sources.meds import MedsSource

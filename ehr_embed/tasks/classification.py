@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.lost_data import ONLY_SAID, say_or_refuse
 from ehr_embed.core.settings import DrawSeed, ShareBelow1, Told, checked
 from ehr_embed.core.transfer import kept_on
-from ehr_embed.core.vanishing import ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, read_labels
 from ehr_embed.data.pool import Pool
@@ -110,9 +110,14 @@ class Classification:
             raise UserError(f"label set {found.name} has float_value: numbers are no classes. Type: task=regression")
         return [found]
 
+    def label_set(self, store: EventStore, labels_dir: Path) -> LabelSet:
+        """Return the labels of all splits; `ClassesFromRecords` computes them from the records of `store`."""
+        (found,) = self.label_sets(labels_dir)
+        return found
+
     def setup(self, store: EventStore, labels_dir: Path, max_length: int) -> None:
         self._max_length = max_length
-        (label_set,) = self.label_sets(labels_dir)
+        label_set = self.label_set(store, labels_dir)
         splits = split_labels(label_set, {split: store.split(split) for split in SPLITS})
         self._events = {split: events for split, (events, _) in splits.items()}
         train_events, train_labels = splits["train"]
@@ -355,8 +360,17 @@ def encode_classes(values: pl.Series, names: list[str], where: str) -> npt.NDArr
     return np.array([index[value] for value in values.to_list()], dtype=np.int64)
 
 
-def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label_set: str, split: str) -> None:
+def refuse_missing_classes(
+    codes: npt.NDArray[np.int64], names: list[str], of: str, split: str, *, what: str = "label set"
+) -> None:
     """Refuse a split without samples of some class, or with one class in all, because its metrics would be undefined.
+
+    Args:
+        codes: (n,) the class of each sample.
+        names: names of the classes.
+        of: name of the label set or task.
+        split: name of the split.
+        what: what `of` names.
 
     Raises:
         UserError: a class is missing; the message names the split and the count of each class.
@@ -366,7 +380,6 @@ def refuse_missing_classes(codes: npt.NDArray[np.int64], names: list[str], label
     if missing or len(names) < 2:
         have = ", ".join(f"{name}: {n}" for name, n in zip(names, counts, strict=False))
         raise UserError(
-            f"label set {label_set}, split {split}: only one class, or a class is missing ({have}). AUROC and the "
-            "threshold would be "
-            "undefined. Choose another label set, or splits in which every class occurs."
+            f"{what} {of}, split {split}: only one class, or a class is missing ({have}). AUROC and the threshold would be "
+            "undefined. Choose other labels, or splits in which every class occurs."
         )

@@ -17,8 +17,8 @@ from torch import nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.lost_data import say_or_refuse
 from ehr_embed.core.transfer import kept_on
-from ehr_embed.core.vanishing import say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.labels import LabelSet, read_times

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
+from ehr_embed.core.lost_data import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.core.transfer import kept_on
-from ehr_embed.core.vanishing import NEARLY_ALL, ONLY_SAID, say_or_refuse
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.labels import LabelSet, available_labels, read_labels
 from ehr_embed.data.prefixes import Prefixes, drawn

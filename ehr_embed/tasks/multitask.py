@@ -26,13 +26,13 @@ from ehr_embed.data.samples import Samples, build_samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric, metric_named
+from ehr_embed.evaluation.metric_entries import values_of
 from ehr_embed.evaluation.metrics import (
     CLASS_METRICS,
     binary_metrics,
     choose_threshold,
     multiclass_metrics,
     summaries,
-    values_of,
 )
 from ehr_embed.evaluation.plots import plot_numbers
 from ehr_embed.evaluation.regression import REGRESSION_METRICS, regression_metrics

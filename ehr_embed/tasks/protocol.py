@@ -21,7 +21,7 @@ from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.evaluation.metric import Metric
-from ehr_embed.evaluation.metrics import values_of
+from ehr_embed.evaluation.metric_entries import values_of
 from ehr_embed.models.event_vectors import named_inputs
 from ehr_embed.models.protocol import declarations
 

@@ -3,19 +3,80 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import getattr_static
 from pathlib import Path
 
 import numpy as np
 
+from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import EventDataset
 from ehr_embed.data.boundary import check_boundary, say_unseen
 from ehr_embed.data.checked import checked_dataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
+from ehr_embed.tasks.classification import refuse_missing_classes
 from ehr_embed.tasks.protocol import HasUnlabelled, Task
 
 log = logging.getLogger(__name__)
+
+
+BEFORE_SETUP = (
+    *("metrics", "monitor", "is_higher_better", "needs_causal", "is_trained"),
+    *("setup", "dataset", "step", "fit_thresholds", "evaluate", "write_predictions", "curves"),
+)
+"""What a task must have before `setup`."""
+AFTER_SETUP = ("sizes", "class_names", "n_outputs", "samples")
+"""What a task must have after `setup` at the latest."""
+WHAT_FOR = {
+    "fit_thresholds": "which may do nothing",
+    "curves": "which may return {}",
+    "class_names": "an empty list for numbers",
+}
+
+
+def check_task(task: Task) -> None:
+    """Refuse a task that lacks what would be asked of it hours later, or whose monitored metric is not among its metrics.
+
+    Raises:
+        UserError: names what is missing and how it may be given.
+    """
+    name = type(task).__name__
+    refuse_lacking(task, BEFORE_SETUP)
+    by_name = {metric.name: metric for metric in task.metrics}
+    if task.monitor not in by_name:
+        raise UserError(
+            f"{name}.monitor={task.monitor!r} is not among the task's metrics ({', '.join(by_name)}): no checkpoint could be "
+            f"chosen. Declare the metric in {name}.metrics, or let monitor be one of these"
+        )
+    if (declared := by_name[task.monitor].is_higher_better) != task.is_higher_better:
+        raise UserError(
+            f"{name}.is_higher_better={task.is_higher_better}, but {name}.metrics declares is_higher_better={declared} for "
+            f"{task.monitor}: the worst checkpoint would be chosen. Let both say the same"
+        )
+
+
+def refuse_lacking(task: Task, names: Sequence[str]) -> None:
+    """Refuse a task that lacks one of `names`; a property is not evaluated.
+
+    Raises:
+        UserError: names all that are missing.
+    """
+    nothing = object()
+    if lacking := [name for name in names if getattr_static(task, name, nothing) is nothing]:
+        told = ", ".join(name + (f" ({WHAT_FOR[name]})" if name in WHAT_FOR else "") for name in lacking)
+        raise UserError(
+            f"{type(task).__name__} has no {told}: a run asks every task for it, after hours of training in some cases. Add it as "
+            "ehr_embed/tasks/protocol.py describes it, or extend a task that has it, such as ehr_embed.api.Classification"
+        )
+
+
+def refuse_one_class(task: Task) -> None:
+    """Refuse a split in which a class has no sample, where a task has one class per sample."""
+    for split, samples in task.samples.items():
+        labels = samples.labels
+        if task.class_names and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+            refuse_missing_classes(labels.astype(np.int64), task.class_names, type(task).__name__, split, what="task")
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:
@@ -32,13 +93,16 @@ def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> 
         max_length: largest number of events per sample.
 
     Raises:
-        UserError: the task, `check_boundary` or `say_unseen` refuses the samples.
+        UserError: the task lacks something, or `check_boundary` or `say_unseen` refuses the samples, or a split lacks a class.
     """
+    check_task(task)
     task.setup(store, labels_dir, max_length)
+    refuse_lacking(task, AFTER_SETUP)
     for split, samples in task.samples.items():
         events, where = store.split(split), f"{type(task).__name__}, split {split}"
         check_boundary(events, samples, where=where)
         say_unseen(events, samples, where=where)
+    refuse_one_class(task)
     if task.needs_causal is None:  # windows of whole records, as of pretraining, are cut on purpose
         say_cut(task.samples, max_length)
 

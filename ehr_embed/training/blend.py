@@ -134,7 +134,7 @@ def _checkpoints(trainer: Trainer, runs: Sequence[Path]) -> Iterator[dict[str, A
 
 
 def _recipe(config: Mapping[str, Any]) -> str:
-    """Return what two runs have alike that differ in their seed alone."""
+    """Return the part of a run that is equal in runs that differ in their seed alone."""
     return json.dumps([config.get("model"), config.get("trainer")], sort_keys=True, default=str)
 
 

@@ -34,13 +34,13 @@ class Ema:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Take the weights as they are for averages."""
+        """Set the averages to the present weights."""
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             average.copy_(parameter.detach())
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the averages where the weights are, and the weights back afterwards."""
+        """Use the averages in place of the weights while inside, and restore the weights afterwards."""
         self._swap()
         try:
             yield

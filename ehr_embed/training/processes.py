@@ -24,6 +24,7 @@ from lightning_fabric.plugins.environments.lightning import find_free_network_po
 from lightning_fabric.strategies import DDPStrategy, Strategy
 from pydantic import Field
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import end_with_parent, is_torchrun, n_launched
@@ -37,6 +38,7 @@ StrategyName = Annotated[str, OneOf("auto", "ddp", "fsdp")]
 Accelerator = Annotated[str, OneOf("auto", "cpu", "cuda", "gpu")]
 Devices = Annotated[int, Field(ge=1, le=1024)]
 Nodes = Annotated[int, Field(ge=1, le=65_536)]
+PACKAGE = __name__.partition(".")[0]
 POLL_S = 0.5
 GRACE_S = 60.0
 """Seconds between the failure of the first process and the end of the others, in which a tracker can be closed."""
@@ -57,6 +59,7 @@ class Processes:
         self.fabric, self.rank, self.size = fabric, fabric.global_rank, fabric.world_size
         # A group of its own on the hosts, because a message through the GPUs' group would wait for their queued work.
         self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
+        self._before: tuple[Any, Tensor] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -90,6 +93,23 @@ class Processes:
             return number
         distributed.all_reduce(found := torch.tensor(number), op=distributed.ReduceOp.MAX, group=self._group)
         return int(found)
+
+    def largest_before(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks gave at the previous call, 0 at the first; a single process gets its own
+        number back at once.
+
+        The exchange goes on while the caller computes, so that no rank waits for the others in each step; all get the same answer
+        at the same call.
+        """
+        if self._group is None:
+            return number
+        before, found = self._before, torch.tensor(number)
+        work = distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        self._before = (work, found)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
     def means(self, numbers: Sequence[float]) -> list[float]:
         """Return the mean of each number over the ranks."""
@@ -198,9 +218,21 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
         return "auto"
     if name == "fsdp":
         return FullyShardedStrategy(n_processes)
-    # A user's model may leave parameters unused in a batch on some ranks. Buffers never change, so they are not
-    # broadcast.
-    return DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return _OwnDDP(gradient_as_bucket_view=True, broadcast_buffers=False)  # buffers never change
+
+
+class _OwnDDP(DDPStrategy):
+    """DDP that looks for parameters without a gradient, a walk through the graph of each step, only in a model of another package.
+
+    Such a model may leave parameters unused in a batch on some ranks. Each parameter of this package's models has a gradient in
+    each step (`tests/training/test_no_wait.py`).
+    """
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """Wrap the model."""
+        is_own = type(module).__module__.partition(".")[0] == PACKAGE
+        self._ddp_kwargs["find_unused_parameters"] = not is_own
+        return super().setup_module(module)
 
 
 def run_ranks(function: Callable[[], T], n: int) -> T:

@@ -82,12 +82,12 @@ def set_up_training(
     Args:
         model: on any device, with the weights to start from.
         embedding: likewise.
-        run: what to go on from; None = start.
+        run: the earlier start to continue; None = begin.
         settings: how to train.
         processes: those that train together.
         task: after `setup`.
         seed: for what each process draws by itself.
-        about: what every checkpoint says beside the weights; `precision` among it.
+        about: further contents of every checkpoint, among them `precision`.
         n_batches: of one process in one epoch.
 
     Raises:
@@ -101,11 +101,11 @@ def set_up_training(
     if settings.compile:
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
-        # Ranks among an aligned dataset's own numbers need no labels, and are the better the more records there are.
+        # Ranks among an aligned dataset's own numbers need no labels, and more records make them better.
         dataset = records_of(task) if about.get("alignment") is not None else dataset_of(task, "train")
         model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
-    # Before the optimizer: a model that is spread has new parameters.
+    # Before the optimizer: an FSDP model has new parameters.
     wrapped = fabric.setup_module(model)
     groups = parameter_groups(
         model,
@@ -159,7 +159,7 @@ def set_up_training(
 def inputs_of_all(
     dataset: EventDataset, embedding: EventEmbedding, *, settings: TrainerSettings
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield what a model is given of all rows of a dataset, in order of length; the same in every process."""
+    """Yield a model's inputs for all rows of a dataset, in order of length; every process gets the same."""
     for rows in BucketSampler(
         dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
     ):

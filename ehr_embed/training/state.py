@@ -166,7 +166,7 @@ class TrainingState:
         self.progress.n_processes = self.processes.size
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Put the averages where the weights are, as long as something is predicted; without `ema` nothing changes."""
+        """Use the averages in place of the weights while inside, for predictions; without `ema` nothing changes."""
         return nullcontext() if self.ema is None else self.ema.in_place()
 
     def save(self, run_dir: Path, rng: dict[str, Any] | None = None) -> None:

@@ -64,8 +64,10 @@ def teacher_model(
     *,
     windows_hours: Sequence[float] | None = None,
 ) -> GBM | None:
-    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` as a model's. Where the model that it
-    teaches reads windows of hours before the prediction, the teacher reads the same."""
+    """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` are those of a model.
+
+    Where the model that it teaches reads windows of hours before the prediction, the teacher reads the same windows.
+    """
     if name is None:
         return None
     model = GBM(**sizes, **OPTIONS, windows_hours=windows_hours)

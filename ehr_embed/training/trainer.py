@@ -32,6 +32,7 @@ from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.sharding import load_weights
 from ehr_embed.training.split_batches import SplitBatches
 from ehr_embed.training.state import Progress, TrainingState, rng_state
+from ehr_embed.training.step_check import check_step
 from ehr_embed.training.step_mean import StepMean, count_of
 from ehr_embed.training.threads import SlowEpochWarning
 
@@ -44,7 +45,7 @@ class Trainer:
 
     Args:
         settings: how to train.
-        processes: what `settings.launch` gave.
+        processes: the processes that train together, as `settings.launch` returned them.
         task: after `setup`.
         run_dir: where checkpoints go.
         config: the resolved configuration, stored in every checkpoint beside the precision.
@@ -101,7 +102,7 @@ class Trainer:
             of metrics per epoch), and those of `facts`.
 
         Raises:
-            UserError: the loss became NaN or infinite, or `run` does not fit the model.
+            UserError: the loss became NaN or infinite or is no sum over the samples, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
         training = set_up_training(
@@ -115,6 +116,8 @@ class Trainer:
             about=self.about,
             n_batches=self.batches.n_of_epoch(1),
         )
+        if run is None:
+            check_step(self.task, training.wrapped, embedding, dataset_of(self.task, "train"))
         self._train_until_done(training)
         self._reload_best(model, embedding)
         progress = training.state.progress
@@ -204,14 +207,14 @@ class Trainer:
     def _reload_best(self, model: nn.Module, embedding: EventEmbedding) -> None:
         """Give model and embedding the weights of the best epoch."""
         self.fabric.barrier()
-        # Mapped: the optimizer's state, twice the weights, is not read.
+        # mmap: the optimizer's state in the file, twice as large as the weights, is not read.
         best = torch.load(self.run_dir / BEST, map_location="cpu", weights_only=True, mmap=True)
         load_weights(model, best["model_state_dict"])
         embedding.load_state_dict(best.get("embedding_state_dict", {}))
 
     def facts(self, model: nn.Module, embedding: EventEmbedding) -> dict[str, Any]:
-        """Return the facts of a model that is not trained here: n_parameters, how many of them are n_trained, peak_memory_mib so
-        far (of the GPU, else of this process), precision, and an empty history."""
+        """Return the facts that any model has, also one that is not trained here: n_parameters, n_trained (those with a gradient),
+        peak_memory_mib so far (of the GPU, else of this process), precision, and an empty history."""
         parameters = [*model.parameters(), *embedding.parameters()]
         return {
             "n_parameters": sum(p.numel() for p in parameters),
@@ -284,7 +287,7 @@ class Trainer:
             group = min(settings.accumulate, n_batches - number // settings.accumulate * settings.accumulate)
             self._step(training, step_mean, n_batches=group)
             is_due = settings.checkpoint_every is not None and progress.step % settings.checkpoint_every == 0
-            asked = self._asked(stop)
+            asked = self._asked_before(stop)
             if asked or is_due or number + 1 == n_batches:
                 progress.batch, progress.seconds = number + 1, time.perf_counter() - began
                 progress.average(losses.tolist(), self.processes)
@@ -350,6 +353,10 @@ class Trainer:
         number = self.processes.largest(0 if stop.name is None else signal.Signals[stop.name])
         return signal.Signals(number).name if number else None
 
+    def _asked_before(self, stop: StopRequest) -> bool:
+        """Return whether a signal had asked any process to stop at the previous call; a single process answers for now."""
+        return self.processes.largest_before(int(stop.name is not None)) > 0
+
     def _leave_if_asked(self, stop: StopRequest, progress: Progress) -> None:
         """Raise `Stopped` if a signal asked any process to stop; the caller has saved the state."""
         if name := self._asked(stop):
@@ -369,10 +376,10 @@ class Trainer:
         n, n_own = len(loader.dataset), loader.sampler.n_own
         result = torch.zeros(n, self.task.n_outputs, dtype=torch.float64, device=self.fabric.device)
         losses = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
-        # Buffers that a spread model makes in inference mode could not be trained with.
+        # Buffers that an FSDP model makes in inference mode could not be trained with.
         with torch.inference_mode(self.processes.size == 1), torch.no_grad():
             for number, batch in enumerate(loader):
-                if stop is not None and self._asked(stop):
+                if stop is not None and self._asked_before(stop):
                     raise Stopped
                 moved = batch.to(self.fabric.device)
                 with self.fabric.autocast():

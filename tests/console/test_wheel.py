@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import sysconfig
 import tarfile
@@ -19,14 +20,19 @@ from tests.helpers.wheels import build, call, source, wheel  # noqa: F401  (sour
 SMALL = ("data.n_subjects=300", "embedder=hashing", "trainer.epochs=1", "trainer.n_bootstrap=20", "trainer.threads=1")
 
 
-def environment(folder: Path, *, what: Path, editable: bool = False) -> Path:
-    """Make a virtual environment that has this one's libraries, without its ehr_embed, and install `what`; return its bin/."""
+def environment(folder: Path, *, what: Path | str, is_built: bool = False, editable: bool = False) -> Path:
+    """Make a virtual environment that has this one's libraries, without its ehr_embed, and install `what`; return its bin/.
+
+    Where pip must build a package first (`is_built`, `editable`), it builds with this environment's setuptools.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     own = call(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder.parent).strip()
     # A line of a .pth file adds a folder, but no .pth file inside it is read, such as that of an editable install.
     Path(own, "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    options = ["--no-build-isolation", "--editable"] if editable else ["--no-index"]
+    options = ["--no-index"]
+    if is_built or editable:
+        options = ["--no-build-isolation", *(["--editable"] if editable else [])]
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--ignore-installed"]
     call(*pip, *options, what, cwd=folder.parent)
     return folder / "bin"
@@ -109,6 +115,27 @@ def test_it_searches_from_an_empty_folder(bin_, trained):
     call(bin_ / "ehr-embed", "train", "-m", *SMALL, "model=mean_pool,gbm", "hydra.sweep.dir=many", cwd=trained)
     assert (trained / "many" / "1" / "metrics.json").is_file()
     assert "gbm" in call(bin_ / "ehr-embed", "compare", "many", cwd=trained).lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdist", "git"])
+def test_a_source_distribution_and_a_git_url_give_the_program(kind, source, tmp_path):
+    """Two further commands of docs/install.md install the package: `pip install FILE` and `pip install git+URL`."""
+    what: Path | str = source
+    if kind == "sdist":
+        what = build("sdist", source, tmp_path)
+    else:
+        shutil.copytree(source, tmp_path / "repository", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+        git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path / "repository")
+        for words in (("init", "--quiet"), ("add", "--all"), ("commit", "--quiet", "--message", "all")):
+            call(*git, *words, cwd=tmp_path)
+        what = f"git+file://{tmp_path / 'repository'}"
+    bin_, empty = environment(tmp_path / "env", what=what, is_built=True), tmp_path / "empty"
+    empty.mkdir()
+    where = call(bin_ / "python", "-c", "import ehr_embed; print(ehr_embed.__file__)", cwd=empty)
+    assert str(bin_.parent) in where, "the checkout is not what is tested"
+    assert "auroc" in call(bin_ / "ehr-embed", "train", *SMALL, "run_dir=runs/first", cwd=empty)
+    assert (empty / "runs" / "first" / "report.html").is_file()
 
 
 @pytest.mark.slow

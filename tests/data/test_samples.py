@@ -143,7 +143,7 @@ def test_packed_rows_hold_every_event_once(records, max_length, seed):
         for sequence in seen.values():
             assert len({record_of[token - 2] for token in sequence}) == 1, "a sequence holds one subject"
             assert sequence == list(range(sequence[0], sequence[0] + len(sequence)))
-    # What is predicted is what follows within a sequence.
+    # The predicted event is the one that follows within a sequence.
     pairs = predicted(dataset)
     assert all(after == before + 1 and record_of[before - 2] == record_of[after - 2] for before, after in pairs)
     assert not batch.is_next[:, 0].any()

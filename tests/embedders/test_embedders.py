@@ -17,6 +17,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.pretrained_weights import BUNDLED
 from ehr_embed.embedders.hashing import HashingEmbedder
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
+from ehr_embed.embedders.shuffled_text import ShuffledTextEmbedder
 from ehr_embed.embedding.table import build_table, load_table, save_table
 from ehr_embed.embedding.vector_cache import check_informative, embed_texts
 from tests.helpers.refusals import refused
@@ -144,6 +145,17 @@ def test_the_cache_embeds_only_what_is_new_and_keeps_order(tmp_path):
         HashingEmbedder(embedding_dim=16).embed(["ccc", "dddd"]),
     )
     assert second.seen == ["dddd"]
+
+
+def test_permuted_vectors_are_read_from_the_cache_of_the_embedder_that_made_them(tmp_path):
+    texts = ["a", "b", "c"]
+    expected = embed_texts(Counting(), texts, cache_dir=tmp_path)
+    again = Counting()
+    for seed in (0, 1):
+        permuted = ShuffledTextEmbedder(inner=again, seed=seed)
+        np.testing.assert_array_equal(embed_texts(permuted, texts[::-1], cache_dir=tmp_path), expected[::-1])
+    assert not again.seen
+    assert len(list((tmp_path / "embeddings").glob("*.sqlite"))) == 1
 
 
 def test_an_interrupted_run_keeps_its_finished_batches(tmp_path):

@@ -16,6 +16,7 @@ from sklearn import metrics as sk
 from ehr_embed.core.errors import UserError
 from ehr_embed.evaluation import bootstrap, metrics
 from ehr_embed.evaluation.bootstrap import SubjectBootstrap, weighted_areas
+from ehr_embed.evaluation.metric_entries import intervals_missing
 from ehr_embed.evaluation.metrics import (
     METRICS,
     binary_metrics,
@@ -308,4 +309,4 @@ def test_one_subject_has_no_interval_of_zero_width(n_samples):
     )
     assert result["n_subjects"] == 1
     assert all((result[name]["low"], result[name]["high"]) == (None, None) for name in metrics.METRICS)
-    assert "one subject" in metrics.intervals_missing({"held_out": result})[0]
+    assert "one subject" in intervals_missing({"held_out": result})[0]

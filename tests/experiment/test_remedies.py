@@ -57,7 +57,7 @@ def read(root: Path) -> None:
 
 def test_numbers_in_place_of_codes_name_the_stage_of_meds_transforms(data):
     rewrite(data, "data/*/*.parquet", lambda frame: frame.with_columns(pl.col("code").str.slice(3).cast(pl.UInt16)))
-    with refused("UInt16", "numericalised", "`normalization`", "the stage before"):
+    with refused("UInt16", "numericalised", "`normalization`", "Set data.root"):
         read(data)
 
 
@@ -85,13 +85,11 @@ def test_folders_of_other_names_get_the_right_ones(data):
 
 def test_labels_given_twice_say_whether_they_contradict_each_other(data):
     rewrite(data, "labels/x/*.parquet", lambda frame: pl.concat([frame, frame.head(2)]))
-    with refused("subject 0 has several labels", "Drop the copies", ".unique()"):
+    with refused("subject 0", "Drop the copies", ".unique()"):
         read_labels("x", data / "labels")
     file = rewrite(data, "labels/x/*.parquet", lambda frame: frame.unique())
     rewrite(data, "labels/x/*.parquet", lambda frame: pl.concat([frame, frame.with_columns(~pl.col("boolean_value"))]))
-    with refused(
-        "contradict each other, false and true", "times with a contradiction: 60", "boolean_value", ".max()"
-    ) as caught:
+    with refused("false and true", ": 60", "boolean_value", ".max()") as caught:
         read_labels("x", data / "labels")
     code = str(caught.value).partition("keep one: ")[2].partition(" takes")[0]
     exec(code.replace("FILE", "file"), {"polars": pl, "file": file})
@@ -102,7 +100,7 @@ def test_labels_given_twice_say_whether_they_contradict_each_other(data):
 def test_times_with_a_zone_are_refused_with_both_ways_out(data, pattern):
     column = "time" if pattern.startswith("data") else "prediction_time"
     rewrite(data, pattern, lambda frame: frame.with_columns(pl.col(column).dt.replace_time_zone("Europe/Berlin")))
-    with refused(f"`{column}`", "Europe/Berlin", 'convert_time_zone("UTC")', "see what came later"):
+    with refused(f"`{column}`", "Europe/Berlin", 'convert_time_zone("UTC")'):
         read_labels("x", data / "labels")
         read(data)
 

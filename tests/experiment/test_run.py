@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with the demo prepared; its cache serves the runs of this module."""
     folder = tmp_path_factory.mktemp("place")
     output = call("embed.py", COHORT, cwd=folder)
-    assert re.search(r"text of codes from: lookup 0.0%, description 100.0%", output)
+    assert re.search(r"the texts of codes are: descriptions 100.0%", output)
     return folder
 
 
@@ -270,7 +270,7 @@ def test_real_sets_run_without_a_line_of_code(real_data, tmp_path, inside, exper
 
 
 FIRST_PAGES = ("README.md", "docs/index.md", "docs/quick-start.md", "docs/hospitals.md", "docs/asking.md")
-"""What somebody types in the first hour."""
+"""Mistakes that somebody types in the first hour."""
 COMPOSED = ("train", "embed", "convert", "generate", "predict", "explain", "represent", "ask")
 
 

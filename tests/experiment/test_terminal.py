@@ -55,11 +55,11 @@ def test_a_log_has_whole_sentences_and_nothing_twice(tmp_path, inside):
     )
     assert [word for word in STRANGE if word in output] == []
     embedded = inside("embed.py", "data.n_subjects=201", "embedder=hashing", "cache_dir=cache", cwd=tmp_path)
-    told = [line for line in embedded.splitlines() if line.startswith("text of ")]
+    told = [line for line in embedded.splitlines() if line.startswith("the texts of ")]
     assert told
     assert len(told) == len(set(told)), "the coverage stands there once"
     again = inside("embed.py", "data.n_subjects=201", "embedder=hashing", "cache_dir=cache", cwd=tmp_path)
-    assert [line for line in again.splitlines() if line.startswith("text of ")] == told
+    assert [line for line in again.splitlines() if line.startswith("the texts of ")] == told
 
 
 @pytest.mark.slow

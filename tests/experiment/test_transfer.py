@@ -67,6 +67,20 @@ def test_renaming_destroys_every_id_and_keeps_the_rest(tiny, words):
     assert source.fingerprint() != inner.fingerprint()
 
 
+def test_renamed_subjects_keep_their_birth(tiny, words):
+    """Without MEDS_BIRTH a model would lose the age, and the loss would pass for one of words."""
+    born = pl.DataFrame({"code": ["MEDS_BIRTH", "MEDS_DEATH", "A"]})
+
+    class Born(MedsSource):
+        def read(self, shard: Path) -> pl.DataFrame:
+            return born
+
+    table = write_table(Path(words).with_name("born.csv"), {"MEDS_BIRTH": "Born", "MEDS_DEATH": "Died", "A": "Other"})
+    found = RenamedSource(Born(root=str(tiny)), table=table).read(Path("any"))["code"].to_list()
+    assert found[:2] == ["MEDS_BIRTH", "MEDS_DEATH"]
+    assert found[2] != "A"
+
+
 def test_a_vocabulary_under_other_names_is_the_same_but_for_names(tiny, words):
     inner = MedsSource(root=str(tiny))
     one, other = fitted(inner), fitted(RenamedSource(inner, table=words))

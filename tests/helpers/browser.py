@@ -55,7 +55,7 @@ def troubles(browser: Any, address: str, pages: list[str], *, width: int, scheme
     page, found, said = context.new_page(), {}, []
     page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: said.append(str(error)))
-    # What the next page interrupts has not failed.
+    # A request that the next page interrupts has not failed.
     page.on("requestfailed", lambda r: None if r.failure == "net::ERR_ABORTED" else said.append(f"failed: {r.url}"))
     page.on(
         "request",

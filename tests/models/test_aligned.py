@@ -188,3 +188,21 @@ def test_summaries_know_which_codes_are_matched():
     assert summaries.code_of_token.tolist() == [-1, -1, -1, 0, -1]
     pairs = summaries(batch())
     assert set(pairs.code.tolist()) == {2}
+
+
+def test_a_number_that_train_never_varied_says_nothing_there():
+    """Train's records are of half a day, so that its later windows are empty; those of the other hospital last for two."""
+    model = trained_tab()
+    summaries = (
+        model.body.input if hasattr(model, "body") else next(m for m in model.modules() if isinstance(m, CodeSummaries))
+    )
+    longer = batch(seed=3)
+    longer["days"] = longer["days"] * 2
+    summaries.set_vocabulary(vocabulary(HERE))
+    summaries.align(ONE_TO_ONE)
+    summaries.fit([longer])
+    found = summaries.normalise(summaries(longer))
+    later = [*range(11, 13), *range(15, 17)]  # counts and means of the third and fourth window
+    assert found[:, later].abs().max() == 0
+    assert found[:, :9].abs().max() > 1
+    assert found[:, 9:11].abs().max() > 0.5

@@ -77,7 +77,7 @@ def test_a_run_loaded_again_predicts_what_it_predicted(runs, root, model):
     known, with_new = predictor.predict_proba(records)[:, 1]
     assert known == with_new, "a code without a column has no effect"
     np.testing.assert_array_equal(predictor.predict_proba(root, labels="case")["probability_true"], by_sevens)
-    with pytest.raises(UserError, match=r"GBM .*Give texts, or the root of a MEDS dataset"):
+    with pytest.raises(UserError, match=r"(GBM|Logistic) .*Give texts, or the root of a MEDS dataset"):
         predictor.predict_proba(np.zeros((2, 16)))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -18,8 +20,17 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.inference.trajectories import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.models.heads import EventHead, time_bin
-from ehr_embed.models.sampling import Sampling, Trajectories, check_generates, draw_gap, draw_token, generate
+from ehr_embed.models.heads import EventHead, time_bin, token_logits
+from ehr_embed.models.sampling import (
+    Sampling,
+    Trajectories,
+    _Sequences,
+    check_generates,
+    draw_gap,
+    draw_token,
+    draw_value,
+    generate,
+)
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.zero_shot import ZeroShot
 from tests.helpers.planted_events import WAYS, planted, pretrained
@@ -165,7 +176,7 @@ def test_the_first_event_has_the_distribution_that_rejection_gives(kind, monkeyp
         head.given[1].weight.mul_(8)
         head.time[1].weight.mul_(8)  # gaps depend on the token
     embedding, batch = EventEmbedding(torch.randn(n_tokens, 6)), silent_prompts(silence)
-    monkeypatch.setattr("ehr_embed.models.sampling.LOGITS_AT_ONCE", 500)  # blocks of a few tokens
+    monkeypatch.setattr("ehr_embed.models.heads.LOGITS_AT_ONCE", 500)  # blocks of a few tokens
     sampling = Sampling(n_samples=20_000, max_new_events=1, horizon_days=1e6)
     generator = torch.Generator().manual_seed(0)
     found = generate(model, embedding, batch, sampling, generator)
@@ -189,6 +200,30 @@ def test_the_first_event_has_the_distribution_that_rejection_gives(kind, monkeyp
         assert (found.days + silence).log().quantile(share).item() == pytest.approx(
             gap_N[is_kept].log().quantile(share).item(), abs=0.08
         )
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_no_event_of_a_future_waits_for_the_device(planted, pretrained, n_samples):
+    """Tensors without data: whoever reads a number gets an error; prompts, draws and the cache read none."""
+    meta = torch.device("meta")
+    model, embedding = (copy.deepcopy(part).to(meta) for part in pretrained[:2])
+    sampling = Sampling(n_samples=n_samples, max_new_events=4, top_k=2, top_p=0.9)
+    batch, generator = prompts(planted)[0].to(meta), cast("torch.Generator", None)
+    head = model.head
+    with torch.inference_mode():
+        weight_VD, bias_V = head.token_weights(embedding.table)
+        sequences = _Sequences(model, embedding, batch, sampling, use_cache=True)
+        for number in range(3):
+            hidden_RD = sequences.hidden()
+            logits_RV = token_logits(hidden_RD, weight_VD, bias_V)
+            if number == 0:
+                logits_RV = logits_RV + sequences.log_chance_of_silence()
+            token_R = draw_token(logits_RV, sampling, generator)
+            time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
+            gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
+            sequences.advance(token_R, gap_R, draw_value(value, sampling, generator))
+            sequences.go_on(sequences.goes_on_R & (sequences.days_R <= 9))
+    assert sequences.hidden().shape == (len(batch.labels) * n_samples, weight_VD.shape[1])
 
 
 def test_top_k_and_top_p_leave_the_rest_out():

@@ -257,7 +257,7 @@ def test_a_run_loads_again_and_reads_codes_and_texts_it_never_saw(folder, tmp_pa
     np.testing.assert_allclose(by_text, [known, strange], atol=1e-6)
     again = predictor.predict_proba(folder / "set", labels="case")["probability_true"]
     assert again.equals(found), "the run's own vocabulary is in place again"
-    with refused("TextEncoder", "codes or texts"):
+    with refused("TextEncoder", "Give texts, or the root of a MEDS dataset"):
         predictor.predict_proba(torch.zeros(3, predictor.run.embedding.table.shape[1]))
 
 

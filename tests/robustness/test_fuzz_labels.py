@@ -29,7 +29,7 @@ SUBJECTS = {split: [100 * number + s for s in range(N)] for number, split in enu
 Row = tuple[int | None, int | None, Any]
 """Subject, microseconds, value."""
 
-# What is done to the rows, and whether they are refused for it.
+# Kinds of damage to the rows, and whether each is refused.
 ROW_DAMAGES: dict[str, bool] = {
     "unknown subject": False,
     "only unknown subjects": True,

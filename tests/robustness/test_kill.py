@@ -28,9 +28,9 @@ EVERY = 20
 
 
 def stamps(folder: Path, *patterns: str) -> dict[str, tuple[int, int]]:
-    """Inode and time of the files that match: a file that was written again has others.
+    """Return inode and time of the files that match: a file that was written again has others.
 
-    What lies in a folder that is still being written is not finished, and may go; pathlib's `*` matches its hidden name too.
+    A file in a folder that is still being written is not finished, and may go; pathlib's `*` matches its hidden name too.
     """
     found = [
         path
@@ -145,8 +145,8 @@ def test_killed_while_searching(tmp_path, capsys):
         before = stamps(tmp_path, *finished)
         began = time.time()
         process = Watched(*arguments, cwd=tmp_path)
-        # By turns after a trial has begun, after one has a checkpoint, after one has finished: how fast the machine is must
-        # not decide what is hit.
+        # The search is killed by turns after a trial has begun, after one has a checkpoint, and after one has finished, so that the
+        # speed of the machine does not decide which is hit.
         sign = ("log.txt", "latest_checkpoint.pt", "metrics.json")[n_kills % 3]
         process.wait_for(
             lambda sign=sign, began=began: any(p.stat().st_mtime > began for p in folder.glob(f"*/{sign}")), seconds=600

@@ -157,7 +157,7 @@ def test_no_config_builds_more_than_is_trusted(tmp_path, monkeypatch, config):
     whole = OmegaConf.create(
         {"node": config, "evil": {"_target_": "torch.load", "f": "evil.pt", "weights_only": False}}
     )
-    with pytest.raises(UserError, match=r"_target_=\S+ .*class of ehr_embed|_target_=?.*Write the|Check _target_"):
+    with pytest.raises(UserError, match=r"_target_=\S+ .*\bclass\b|_target_ .*Write the|Check _target_"):
         instantiate(whole.node)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pt"]
 

@@ -73,7 +73,7 @@ ATTACKS: list[tuple[str, Any]] = [
     ("model", named("ehr_embed.tasks.classification.Classification")),
     ("model", named("ehr_embed.exports.vocab_pt.VocabularyExport", dir="pwned")),
     ("model", named("ehr_embed.trackers.jsonl.JsonlTracker", run_dir="pwned")),
-    # What is no dotted public name.
+    # Targets that are no dotted public names.
     ("model", named(7)),
     ("model", named(None)),
     ("model", named(["os.system"])),
@@ -228,9 +228,7 @@ def test_trusted_packages_of_the_user_work_for_classes_and_what_is_in_them(here)
     with pytest.raises(UserError, match=r"trusted_packages=\[mine\]"):
         check_stored(config, "model")
     for other in (named("mine.write_json", path="pwned", value=1), named("mine.Mine", part=EVIL_IMPORT)):
-        with pytest.raises(
-            UserError, match=r"_target_=\S+ .*(nothing else|trusted_packages=\[PACKAGE\]|class of ehr_embed)"
-        ):
+        with pytest.raises(UserError, match=r"_target_=\S+ .*\bclass\b"):
             check_stored({"model": other}, "model", ["mine"])
     assert not ran(here)
 
@@ -268,13 +266,11 @@ def test_a_foreign_run_folder_runs_no_code_of_its_own(trained, ward, tmp_path, i
         "generate": ["-m", "ehr_embed.generate", "run=runs/run"],
         "init_from": ["train.py", "data=meds", f"data.root={ward}", *SMALL, "init_from=runs/run", "run_dir=runs/new"],
     }[command]
-    # Of a checkpoint that a run starts from, weights are read and nothing is built.
+    # A run that starts from a checkpoint reads its weights, and builds nothing that it names.
     output = inside(*arguments, cwd=tmp_path, code=0 if command == "init_from" else 2)
     assert "Traceback" not in output
     assert not (tmp_path / "pwned").exists()
     if command != "init_from":
-        assert r"_target_=\S+ .*(nothing else|trusted_packages=\[PACKAGE\]|class of ehr_embed)" in output
-        with pytest.raises(
-            UserError, match=r"_target_=\S+ .*(nothing else|trusted_packages=\[PACKAGE\]|class of ehr_embed)"
-        ):
+        assert "_target_=torch.nn.attention._fa4" in output
+        with pytest.raises(UserError, match=r"_target_=\S+ .*\bclass\b"):
             ehr_embed.load(folder)

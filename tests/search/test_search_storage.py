@@ -44,7 +44,7 @@ def postgresql() -> Iterator[str]:
     initdb, postgres = binary("initdb"), binary("postgres")
     if initdb is None or postgres is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql, as .ci/run does")
-    # Not below pytest's own folder, which only the user who runs the tests may enter.
+    # The folder lies outside pytest's own one, which only the user who runs the tests may enter.
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     user: dict = {}
     if os.getuid() == 0:  # PostgreSQL refuses to run as root

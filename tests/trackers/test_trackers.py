@@ -76,7 +76,7 @@ def test_jsonl_marks_how_a_run_ended(tmp_path, error, state):
 
 @pytest.mark.parametrize("option", ["jsonl", "wandb"])
 def test_both_options_take_the_experiments_arguments(tmp_path, option):
-    # Of a run's own config nothing may be built or resolved.
+    # Nothing in a run's own config may be built or resolved.
     config = {"model": {"_target_": "nowhere.Model"}, "hydra": {"run": {"dir": "${run_dir}"}}}
     make = hydra.utils.instantiate(OmegaConf.load(CONF / f"{option}.yaml"), _partial_=True)
     table = tmp_path / "table.npy"

@@ -34,7 +34,8 @@ from tests.helpers.ranks import quick_ranks  # noqa: F401 (a fixture for all)
 from tests.helpers.refusals import refused
 from tests.helpers.small_meds import ROOT, Event, write_meds
 
-# What starts Python for each process, as a run does: test_a_process_ends_with_the_one_that_started_it, and the slow ones.
+# Two kinds of tests start Python for each process, as a run does: test_a_process_ends_with_the_one_that_started_it, and the
+# slow ones.
 pytestmark = pytest.mark.usefixtures("quick_ranks")
 SMALL = (
     "embedder=hashing",
@@ -197,7 +198,7 @@ def test_a_slurm_step_is_one_run(dataset, tmp_path, alone):
     end_well(tasks, tmp_path, alone)
 
 
-def speak() -> tuple[list[int], int, list[float], str]:
+def speak() -> tuple[list[int], int, list[int], list[float], str]:
     """Return what two ranks hear of each other."""
     here: Processes = TrainerSettings(accelerator="cpu", devices=2).launch()
 
@@ -209,17 +210,18 @@ def speak() -> tuple[list[int], int, list[float], str]:
     except UserError as error:
         heard = str(error)
     said = here.on_first(lambda: f"rank {here.rank}")
-    return here.gather(here.rank), here.largest(here.rank), here.means([here.rank, 4.0]), f"{said}; {heard}"
+    before = [here.largest_before(number) for number in (3 * here.rank, 0, 0)]
+    return here.gather(here.rank), here.largest(here.rank), before, here.means([here.rank, 4.0]), f"{said}; {heard}"
 
 
 def on_each(function: Any) -> Any:
-    """Every rank's result of `function`."""
+    """Return every rank's result of `function`."""
     result = function()
     return TrainerSettings(accelerator="cpu", devices=2).launch().gather(result)
 
 
 def test_every_rank_hears_the_same():
-    answer = ([0, 1], 1, [0.5, 4.0], "rank 0; only rank 0 knows why")
+    answer = ([0, 1], 1, [0, 3, 0], [0.5, 4.0], "rank 0; only rank 0 knows why")
     assert run_ranks(partial(on_each, speak), 2) == [answer, answer]
 
 

@@ -15,13 +15,15 @@ ONLY_SAID = float("inf")
 
 
 def say_or_refuse(n: int, of: int, what: str, *, remedy: str, refused_from: float = NEARLY_ALL) -> None:
-    """Warn that `n` of `of` things are lost, or refuse to go on if these are nearly all of them.
+    """Warn that `n` of `of` rows, labels or subjects are lost, or refuse to go on if these are nearly all of them.
 
     Args:
-        n, of: how many things are lost, and how many there were; there is no warning for n = 0.
-        what: continuation of "3 of 10 " that names the things, what is wrong with them and that they are left out.
+        n: how many are lost; there is no warning for 0.
+        of: how many there were.
+        what: the rest of the sentence that begins with "3 of 10": what they are, what is wrong with them, and that they are
+            left out, such as "rows have no subject and are left out".
         remedy: a whole sentence that says what to type or mend.
-        refused_from: share of lost things from which on the loss is refused.
+        refused_from: lost share from which on the loss is refused.
 
     Raises:
         UserError: the lost share is `refused_from` or more.

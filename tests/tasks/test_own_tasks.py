@@ -1,0 +1,145 @@
+"""A task of one's own that lacks something, or whose loss is no sum over the samples, is refused before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import open_dict
+
+from ehr_embed.experiment.run import run
+from ehr_embed.inference.predictor import Predictor
+from tests.helpers.configs import composed
+from tests.helpers.refusals import refused
+from tests.helpers.small_meds import write_meds
+
+TASKS = """
+import numpy as np
+import polars as pl
+import torch.nn.functional as F
+from ehr_embed.api import BatchDataset, Classification, Metric, SPLITS, StepResult, atomic_path, build_samples
+
+class Number:
+    metrics = (Metric("mae", is_higher_better=False),)
+    monitor, is_higher_better, is_trained, needs_causal, n_outputs = "mae", False, True, None, 1
+    sizes, class_names = {"num_classes": 1}, []
+    reduction, width = "sum", 1
+
+    def __init__(self):
+        self.samples = {}
+
+    def setup(self, store, labels_dir, max_length):
+        self.events = {split: store.split(split) for split in SPLITS}
+        for split, events in self.events.items():
+            last = np.array([events.times[a:b].max() for a, b in zip(events.offsets, events.offsets[1:])])
+            when = pl.DataFrame({"subject_id": events.subject_ids, "prediction_time": last.astype("datetime64[us]")})
+            known = (events.subject_ids % 2).astype(np.float32) + 0.5
+            self.samples[split] = build_samples(events, when, known[:, None] if self.width else known, max_length=max_length)
+
+    def dataset(self, split, rng=None):
+        return BatchDataset(self.events[split], self.samples[split])
+
+    def step(self, model, embedding, batch):
+        predicted = model(embedding.inputs(batch)).float()
+        loss = F.l1_loss(predicted, batch.labels, reduction=self.reduction)
+        return StepResult(loss, len(predicted), predicted.detach().double())
+
+    def fit_thresholds(self, outputs):
+        pass
+
+    def evaluate(self, split, outputs, *, n_bootstrap):
+        error = np.abs(self.samples[split].labels.reshape(-1) - outputs[:, 0]).mean()
+        return {"mae": {"value": float(error), "low": None, "high": None}, "n": len(outputs)}
+
+    def write_predictions(self, path, split, outputs):
+        with atomic_path(path) as temporary:
+            pl.DataFrame(dict(self.samples[split].meds_keys) | {"p": outputs[:, 0]}).write_parquet(temporary)
+
+    def curves(self, outputs):
+        return {}
+
+class Mean(Number):
+    reduction = "mean"
+
+class OneDimensional(Number):
+    width = 0
+
+class Unfinished:
+    metrics, monitor, is_higher_better, is_trained, needs_causal = Number.metrics, "mae", False, True, None
+    setup, dataset, step, evaluate, write_predictions = (None,) * 5
+
+class OtherMonitor(Number):
+    monitor = "rmse"
+
+class OtherWay(Number):
+    is_higher_better = True
+
+class OneClass(Classification):
+    def setup(self, store, labels_dir, max_length):
+        super().setup(store, labels_dir, max_length)
+        self.samples["tuning"].labels[:] = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("own_tasks")
+    subjects = {"train": range(40), "tuning": range(100, 120), "held_out": range(200, 220)}
+    splits = {
+        split: [(s, float(day), ("GOOD", "BAD")[s % 2], None) for s in own for day in range(3)]
+        for split, own in subjects.items()
+    }
+    labels = [(s, 2.0, s % 2 == 1) for own in subjects.values() for s in own]
+    write_meds(folder / "set", splits, labels={"bad": labels})
+    (folder / "tasks_of_own.py").write_text(TASKS)
+    return folder
+
+
+@pytest.fixture
+def train(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place))
+
+    def train(task: str, *overrides: str) -> Path:
+        cfg = composed(
+            "data=meds", f"data.root={place / 'set'}", "data.min_count=1", f"cache_dir={place / 'cache'}", "audit=off",
+            "embedder=hashing", "embedder.embedding_dim=8", "model=mean_pool", "model.model_dim=8", "model.max_length=16",
+            "trainer=short", "trainer.epochs=1", "trainer.n_bootstrap=0", "trusted_packages=[tasks_of_own]",
+            f"run_dir={place / task}", *overrides,
+        )  # fmt: skip
+        with open_dict(cfg):
+            cfg.task = {"_target_": f"tasks_of_own.{task}"}
+        run(cfg)
+        return place / task
+
+    return train
+
+
+def test_a_whole_task_is_trained_and_says_why_nothing_else_is_predicted(train):
+    folder = train("Number")
+    assert (folder / "metrics.json").exists()
+    with refused("its task Number has no class_names", "probabilities", "predictions/"):
+        Predictor(folder, trusted_packages=["tasks_of_own"])
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("Unfinished", ["has no fit_thresholds (which may do nothing), curves (which may return {})"]),
+        ("OtherMonitor", ["OtherMonitor.monitor='rmse'", "metrics (mae)"]),
+        ("OtherWay", ["OtherWay.is_higher_better=True", "declares is_higher_better=False for mae"]),
+        ("OneClass", ["task OneClass, split tuning: only one class", "false: 20, true: 0"]),
+        ("Mean", ["Mean.step", "the mean over the batch", 'reduction="sum"']),
+        ("OneDimensional", ["outputs of shape (2, 1) and labels of shape (2,)", "labels of shape (n, 1)"]),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_told_before_it_trains(train, place, task, told):
+    with refused(*told):
+        train(task)
+    assert not list((place / task).glob("*.pt"))
+
+
+def test_a_package_that_python_does_not_find_says_how_it_is_found(place):
+    with refused("cannot find absent_lab.tasks.Own", "PYTHONPATH=FOLDER", "absent_lab/"):
+        run(
+            composed("task._target_=absent_lab.tasks.Own", "trusted_packages=[absent_lab]", f"run_dir={place / 'none'}")
+        )
