@@ -82,23 +82,25 @@ def words_of(command: str) -> list[str]:
 
 def labels_of(rows: list[dict[str, str]]) -> list[str]:
     """Return a name per row: the overrides in which its command differs from the others, after its experiment or search where
-    no model is among them, and after the class of the model where rows differ in it.
+    no model is among them. A member of an ensemble has no command of its own and is named by its model.
 
     >>> rows = [{"command": "ehr-embed train experiment=a seed=0,1"}, {"command": "ehr-embed train experiment=a model=gbm"}]
     >>> labels_of(rows)
     ['`experiment=a`', '`model=gbm`']
+    >>> labels_of([{"command": "ehr-embed train sweeps=a"}, {"command": "", "model._target_": "ehr_embed.models.gbm.GBM"}])
+    ['`sweeps=a`', 'member GBM']
     """
     of_row = [words_of(row.get("command") or "") for row in rows]
     common = set.intersection(*map(set, of_row)) if of_row else set()
-    kinds = [(row.get("model._target_") or "").rpartition(".")[2] for row in rows]
     labels = []
-    for words, kind in zip(of_row, kinds, strict=True):
+    for row, words in zip(rows, of_row, strict=True):
+        if not words and row.get("model._target_"):
+            labels.append(f"member {row['model._target_'].rpartition('.')[2]}")
+            continue
         own = [word for word in words if word not in common]
         if not any(word.startswith(("model=", "experiment=", "sweeps=", "embedder=")) for word in own):
             own = [word for word in words if word.startswith(("experiment=", "sweeps="))] + own
         own = own or [word for word in words if word.startswith("model=")] or words[:1]
-        if len(set(kinds)) > 1 and not any(word.startswith("model=") for word in own):
-            own = [kind, *own]
         labels.append(" ".join(f"`{word}`" for word in own))
     return labels
 
@@ -116,7 +118,7 @@ def table(path: Path, entry: dict[str, Any]) -> str:
         seconds = [f"{float(row['seconds']):.0f}" if row.get("seconds") else ""] if has_seconds else []
         lines.append(f"| {' | '.join([label, row['n_runs'], *(cell(row, name) for name in metrics), *seconds])} |")
         about = "; ".join(row[name] for name in ("commit", "hardware", "date") if row.get(name))
-        folded += [f"# {about}", row.get("command") or "# the runs did not record their command"]
+        folded += [f"# {about}", row.get("command") or f"# {label}: trained by the command of its ensemble"]
     about = f"{entry['about']}\n\n" if entry.get("about") else ""
     told_later = any(value.endswith(f" {MARK}") for row in rows for value in row.values())
     note = f"\n{MARK} The runs did not record this. {entry['afterwards']['basis']}\n" if told_later else ""
@@ -156,7 +158,7 @@ def summary(tables: list[tuple[Path, dict[str, Any]]]) -> str:
             continue
         labels = labels_of(rows)
         boosted = [
-            row for row, label in zip(rows, labels, strict=True) if {"`model=gbm`", "`GBM`"} & set(label.split())
+            row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label or label == "member GBM"
         ]
         gbm = cell(boosted[0], metric) if boosted else "not measured"
         lines.append(f"| {title(path, entry)} | {labels[0]} | {cell(rows[0], metric)} | {gbm} |")

@@ -37,7 +37,7 @@ def test_pictures_are_those_of_the_pages():
 def test_bars_are_as_long_as_their_figures():
     svg = (ROOT / "docs" / "pictures" / "speed-light.svg").read_text(encoding="utf-8")
     lengths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)" height="18"', svg)]
-    figures = [float(figure) for figure in re.findall(r">(\d+)x</text>", svg)]
+    figures = [float(figure) for figure in re.findall(r">([\d.]+)x</text>", svg)]
     assert len(lengths) == len(figures) >= 4
     assert [length / max(lengths) for length in lengths] == pytest.approx([f / max(figures) for f in figures], rel=0.01)
 
