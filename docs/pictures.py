@@ -47,7 +47,7 @@ DARK = {
 }
 COLUMNS, N_FIRST_LINES = 104, 2
 COMMAND = ("train",)
-"""What the terminal shows: the second command of the first screen."""
+"""The command that the terminal shows: the second one of the first screen."""
 EVENTS = (
     ("2 y", "Type 2 diabetes"),
     ("14 mo", "Creatinine = 1.9"),
