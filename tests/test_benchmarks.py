@@ -138,6 +138,8 @@ def test_utilisation_measures_each_side_alone(capsys):
     found = line(utilisation.main, capsys, *TINY_MODEL)
     assert found["ours"]["n_events"] == found["original"]["n_events"]
     assert found["ours"]["mfu"] > 0
+    pretrained = line(utilisation.main, capsys, *TINY_MODEL, "--original", "0", "--pretrain", "1", "--codes", "40")
+    assert pretrained["ours"]["events_per_s"] > 0
     assert found["original"]["peak_memory_mib"] >= found["original"]["of_it_before_mib"]
 
 

@@ -39,7 +39,7 @@ print("sum", float(abs(vectors).sum()), flush=True)
 
 
 class Embedding:
-    """A process that embeds some texts into a cache; within its first batch it waits for `go`, however slow other processes start."""
+    """A process that embeds some texts into a cache; its first batch waits for `go`, however slow other processes start."""
 
     def __init__(self, folder: Path, first: int = 0, last: int = 200) -> None:
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
