@@ -157,7 +157,9 @@ def summary(tables: list[tuple[Path, dict[str, Any]]]) -> str:
         if metric is None:
             continue
         labels = labels_of(rows)
-        boosted = [row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label or label == "member GBM"]
+        boosted = [
+            row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label or label == "member GBM"
+        ]
         gbm = cell(boosted[0], metric) if boosted else "not measured"
         lines.append(f"| {title(path, entry)} | {labels[0]} | {cell(rows[0], metric)} | {gbm} |")
     return "\n".join(lines) + "\n"
