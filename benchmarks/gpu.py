@@ -20,13 +20,24 @@ SECONDS, LINE_SECONDS, LEAST_SECONDS = 460, 100, 15
 """Time for all lines, for one line, and below which no line is started."""
 LARGE = ("--model-dim", "640", "--layers", "10", "--context", "2048", "--median-events", "1500", "--original", "0")
 """50 million parameters."""
-SMALL = {"model_dim": 16, "layers": 1, "subjects": 40, "context": 32, "median_events": 12, "batch_tokens": 512}
+PRETRAIN = ("--pretrain", "1", "--codes", "30000")
+SMALL = {
+    "model_dim": 16,
+    "layers": 1,
+    "subjects": 40,
+    "context": 32,
+    "median_events": 12,
+    "batch_tokens": 512,
+    "codes": 50,
+    "compile": 0,
+}
 RUNS: tuple[tuple[str, ...], ...] = (
-    ("utilisation", *LARGE, "--batch-tokens", "65536", "--subjects", "2000"),
+    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--subjects", "2000"),
     ("training", "--subjects", "4000", "--batch-tokens", "131072"),
     ("generation_cache", "--samples", "20", "--batch", "32", "--bfloat16", "1", "--full", "0"),
     ("utilisation", "--subjects", "8000", "--batch-tokens", "131072", "--original", "0"),
-    ("utilisation", *LARGE, "--batch-tokens", "65536", "--subjects", "2000", "--compile", "1"),
+    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--subjects", "2000", "--compile", "1"),
+    ("utilisation", *LARGE, "--batch-tokens", "65536", "--subjects", "2000"),
     ("training", "--subjects", "4000", "--dropout-percent", "0"),
     ("batches", "--subjects", "8000"),
     ("packing",),
@@ -42,7 +53,7 @@ TINY: dict[str, dict[str, int]] = {
     "batches": {"subjects": 40},
     "packing": {"batch": 4, "longest": 16, "steps": 1, "repeats": 1, "model_dim": 16, "layers": 1},
     "generation_cache": {"prompt": 8, "new": 3, "batch": 2, "vocabulary": 20, "repeats": 1},
-    "embedding": {"distinct": 4, "repeats": 2},
+    "embedding": {"texts": 20, "distinct": 4, "calls": 4, "repeats": 1},
 }
 """Sizes of each module that show only that it runs."""
 TESTS = ("pytest", "-q", "tests/models/test_packing.py", "tests/data/test_device_events.py")

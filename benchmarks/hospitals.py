@@ -144,7 +144,7 @@ def few(lab: Lab) -> list[list[str]]:
         share = 1.0 if n == n_train else round(n / n_train, 6)
         cells = []
         for way, overrides in ways.items():
-            found: list[Any] = []
+            found: list[float] = []
             # All labels leave nothing to draw: seeds take the place of draws.
             wanted = lab.seeds if n == n_train else lab.draws
             # Of few labels some draws have no case, of which nothing can be learned: further draws take their place.

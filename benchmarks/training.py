@@ -17,7 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,12 @@ from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.exports.patient_files import sample_record
+from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.tasks.next_event import NextEvent
+from ehr_embed.tasks.protocol import Task
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.trainer import Trainer
@@ -44,6 +47,8 @@ SIZES = {
     "median_events": 150,
     "batch_tokens": 16_384,
     "compile": 0,
+    "pretrain": 0,
+    "codes": 5000,
 }
 """Options of model, cohort and trainer, with their defaults."""
 
@@ -53,11 +58,15 @@ class Sides:
 
     def __init__(self, folder: Path, options: argparse.Namespace, *, with_files: bool = True) -> None:
         lengths = {"median_events": options.median_events, "max_events": options.context}
-        root = write_cohort(folder / "meds", n_subjects=options.subjects, **lengths)
-        store = build_store(folder / "store", MedsSource(root=str(root)), VocabularySettings(values="none"))
+        root = write_cohort(folder / "meds", n_subjects=options.subjects, n_codes=options.codes, **lengths)
+        settings = (
+            VocabularySettings(values="none", min_count=1) if options.pretrain else VocabularySettings(values="none")
+        )
+        store = build_store(folder / "store", MedsSource(root=str(root)), settings)
         self.folder, self.options = folder, options
         self.table = torch.randn(len(store.vocabulary), EMBEDDING_DIM, generator=torch.Generator().manual_seed(0))
-        self.task = Classification(monitor="auroc")
+        made = NextEvent(windows="packed") if options.pretrain else Classification(monitor="auroc")
+        self.task = cast(Task, made)
         set_up(self.task, store, root / "labels", options.context)
         self.files = folder / "train"
         self.files.mkdir()
@@ -72,16 +81,17 @@ class Sides:
     def sizes(self) -> dict[str, Any]:
         """Return the sizes with which either model is built."""
         options = self.options
-        sizes = {"model_dim": options.model_dim, "n_heads": 8, "n_layers": options.layers, "num_classes": 2}
+        sizes = {"model_dim": options.model_dim, "n_heads": 8, "n_layers": options.layers, **self.task.sizes}
         return sizes | {"embedding_dim": EMBEDDING_DIM, "dropout": options.dropout_percent / 100}
 
     def ours(self) -> float:
         """Events a second of one epoch of the trainer."""
         torch.manual_seed(0)
-        model, embedding = Encoder(**self.sizes, max_length=self.options.context), EventEmbedding(self.table)
+        kind = Decoder if self.options.pretrain else Encoder
+        model, embedding = kind(**self.sizes, max_length=self.options.context), EventEmbedding(self.table)
         settings = TrainerSettings(
             epochs=1,
-            batch_size=BATCH_SIZE,
+            batch_size=None if self.options.pretrain else BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             accelerator=self.options.device,
             batch_tokens=self.options.batch_tokens,
@@ -150,6 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     found = parser(__doc__, subjects=1000, repeats=3, **SIZES)
     options = found.parse_args(arguments)
+    if options.pretrain:
+        found.error(
+            "--pretrain has no original to compare with: python -m benchmarks.utilisation --pretrain 1 --original 0"
+        )
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(Path(folder), options)
         losses = same_losses(sides)

@@ -4,10 +4,10 @@
     python -m benchmarks.utilisation --device cuda --subjects 20000
 
     python -m benchmarks.utilisation --device cuda --model-dim 640 --layers 10 --context 2048 --median-events 1500 \\
-        --batch-tokens 65536 --subjects 4000 --original 0
+        --batch-tokens 65536 --subjects 2000 --original 0 --pretrain 1 --codes 30000
 
-The last is a model of 50 million parameters, without the original. FLOPs are those of the events alone, without padding
-(ehr_embed/training/throughput.py); the peak is looked up (GPU) or measured (CPU).
+The last is a decoder of 50 million parameters that predicts the next of 30,000 tokens, in packed rows, without the original. FLOPs
+are those of the events alone, without padding (ehr_embed/training/throughput.py); the peak is looked up (GPU) or measured (CPU).
 """
 
 from __future__ import annotations

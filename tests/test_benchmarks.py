@@ -19,6 +19,7 @@ from benchmarks import (
     folds,
     generation_cache,
     gpu,
+    hidden_codes,
     hospitals,
     packing,
     scale,
@@ -137,6 +138,8 @@ def test_utilisation_measures_each_side_alone(capsys):
     found = line(utilisation.main, capsys, *TINY_MODEL)
     assert found["ours"]["n_events"] == found["original"]["n_events"]
     assert found["ours"]["mfu"] > 0
+    pretrained = line(utilisation.main, capsys, *TINY_MODEL, "--original", "0", "--pretrain", "1", "--codes", "40")
+    assert pretrained["ours"]["events_per_s"] > 0
     assert found["original"]["peak_memory_mib"] >= found["original"]["of_it_before_mib"]
 
 
@@ -261,6 +264,24 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
     metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
     assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+
+
+@pytest.mark.slow
+def test_hidden_codes_cost_something_and_the_table_is_made_once(capsys, tmp_path):
+    home = write_hospital(tmp_path / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    arguments = [
+        "--data", str(home), "--labels", "case", "--folder", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"),
+        "--draws", "1", "--epochs", "2", "--share", "0.6", "--model", "mean_pool",
+    ]  # fmt: skip
+    found = line(hidden_codes.main, capsys, *arguments)["table"]
+    assert found[0][:3] == ["vectors", "all codes", "60% hidden"]
+    assert [row[0] for row in found[1:]] == ["minilm_l6", "learned"]
+    for row in found[1:]:
+        assert float(row[1]) - float(row[2]) == pytest.approx(float(row[-1]), abs=2e-3)
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+    assert len(times) == 4
+    assert line(hidden_codes.main, capsys, *arguments)["table"] == found
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
 
 
 def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys, tmp_path):

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ehr_embed.config.targets import is_instruction, looked_up_name, own_object
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.settings import check_setting, check_settings, names_of, shown
+from ehr_embed.core.settings import check_setting, check_settings, names_of, on_one_line
 
 Result = TypeVar("Result")
 ONE_KEY = re.compile(r"\$\{([\w.]+)\}")
@@ -127,7 +127,7 @@ def _check_node(key: str, node: Any, keys: type[Keys]) -> None:
         group = "data" if key.startswith("data") else key.rpartition(".")[2]
         what = "a mapping with _target_, which names what is built," if is_built else "a mapping of its keys,"
         expected = keys.expected or f"{what} as the files of conf/{group}/ are. Type: {group}=OPTION"
-        raise UserError(f"{key}={shown(node)}: expected {expected}")
+        raise UserError(f"{key}={on_one_line(node)}: expected {expected}")
     if unknown := [name for name in node if keys.has_only_these and name not in hints_of(keys)]:
         raise unknown_name(f"key of {key}", unknown[0], hints_of(keys))
     for name in keys.needed:

@@ -222,24 +222,24 @@ def has_rule(hint: Any) -> bool:
     return get_origin(hint) in (Annotated, Literal) or any(has_rule(part) for part in get_args(hint))
 
 
-def shown(value: Any) -> str:
+def on_one_line(value: Any) -> str:
     """Return a value as it is typed, on one line and not too long.
 
-    >>> shown(None), shown("a\\nb"), len(shown("x" * 999))
+    >>> on_one_line(None), on_one_line("a\\nb"), len(on_one_line("x" * 999))
     ('null', 'a b', 60)
     """
     text = "null" if value is None else " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def arrived(value: Any) -> str:
+def words_of_value(value: Any) -> str:
     """Return a value and its type in the words of a user, for the part of a refusal that says what arrived.
 
-    >>> arrived("two"), arrived(1.5), arrived(True), arrived(None), arrived([1])
+    >>> words_of_value("two"), words_of_value(1.5), words_of_value(True), words_of_value(None), words_of_value([1])
     ("the text 'two'", 'the number 1.5', 'true', 'null', 'a list')
     """
     if isinstance(value, str):
-        return f"the text '{shown(value)}'"
+        return f"the text '{on_one_line(value)}'"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
@@ -283,8 +283,10 @@ def _refusal(key: str, value: Any, rule: Any, error: ValidationError) -> UserErr
         if given:
             return unknown_name(key, "null" if given[-1] is None else given[-1], names, remedy)
     is_of_type = not any(part in one["type"] for one in error.errors() for part in WRONG_TYPE)
-    got = "" if is_of_type else f", got {arrived(value)}"
-    return UserError(f"{key}={shown(value)}: expected {words(rule)}{got}.{' ' + remedy if remedy else ''}")
+    got = "" if is_of_type else f", got {words_of_value(value)}"
+    return UserError(
+        f"{key}={on_one_line(value)}: expected {words_of_rule(rule)}{got}.{' ' + remedy if remedy else ''}"
+    )
 
 
 def _found(rule: Any, kind: type) -> Iterator[Any]:
@@ -315,11 +317,13 @@ def _names(rule: Any) -> list[str]:
     return [name for part in parts for name in part] if all(parts) and parts != [["null"]] else []
 
 
-def words(rule: Any) -> str:
+def words_of_rule(rule: Any) -> str:
     """Return the values that an annotation allows, in the words of a user.
 
-    >>> words(Annotated[int, Field(ge=1)] | None), words(Annotated[float, Field(gt=0, le=1)]), words(dict[str, int])
-    ('1 or more, or null', 'a number in (0, 1]', 'a mapping')
+    >>> words_of_rule(Annotated[int, Field(ge=1)] | None), words_of_rule(Annotated[float, Field(gt=0, le=1)])
+    ('1 or more, or null', 'a number in (0, 1]')
+    >>> words_of_rule(dict[str, int])
+    'a mapping'
     """
     if (told := next(_found(rule, Told), Told())).expected and get_origin(rule) is Annotated:
         return told.expected
@@ -329,9 +333,9 @@ def words(rule: Any) -> str:
         limits = [
             limit for one in rule.__metadata__ for limit in (one.metadata if isinstance(one, FieldInfo) else [one])
         ]
-        return _range(limits, rule.__origin__) or words(rule.__origin__)
+        return _range(limits, rule.__origin__) or words_of_rule(rule.__origin__)
     if get_origin(rule) in (Union, UnionType):
-        parts = [words(part) for part in get_args(rule)]
+        parts = [words_of_rule(part) for part in get_args(rule)]
         return f"{', '.join(parts[:-1])}, or {parts[-1]}"
     if get_origin(rule) is Literal:
         return " or ".join(map(str, get_args(rule)))
@@ -339,7 +343,7 @@ def words(rule: Any) -> str:
     if isinstance(kind, type) and kind not in (str, bytes) and issubclass(kind, Mapping):
         return "a mapping"
     if isinstance(kind, type) and kind not in (str, bytes) and issubclass(kind, Iterable):
-        parts = [words(part) for part in get_args(rule) if part is not Ellipsis]
+        parts = [words_of_rule(part) for part in get_args(rule) if part is not Ellipsis]
         return f"a list (each {parts[0]})" if parts else "a list"
     return str(PLAIN.get(rule) or getattr(rule, "__name__", rule))
 

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.settings import OneOf
-from ehr_embed.embedding.synonyms import Synonyms, tidy
+from ehr_embed.embedders.synonyms import Synonyms, tidy
 
 SHIPPED_RULES = Path(__file__).with_name("alignment.yaml")
 SHIPPED_SYNONYMS = "shipped"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf, Share, check_setting
 from ehr_embed.data.vocabulary import FIRST_TOKEN
-from ehr_embed.embedding.synonyms import Synonyms, tidy
+from ehr_embed.embedders.synonyms import Synonyms, tidy
 
 log = logging.getLogger(__name__)
 SYNONYMS, WORDS, NEIGHBOURS = "synonyms", "words", "neighbours"

@@ -128,7 +128,9 @@ def tell_finished(plan: Plan) -> float:
     """Print the metrics of a run that an earlier start finished, and return the monitored one."""
     metrics = read_metrics(plan.run_dir)
     if plan.processes.is_first:
-        log.info("%s is finished already. To train again: resume=overwrite, or another run_dir", plan.run_dir)
+        own = ", ".join(plan.cfg.trusted_packages)
+        note = f" (the settings are the same; whether the code of {own} has changed is not compared)" if own else ""
+        log.info("%s is finished already%s. To train again: resume=overwrite, or another run_dir", plan.run_dir, note)
         print_metrics(metrics, plan.run_dir)
     return monitored(metrics, plan.task)
 

@@ -10,7 +10,7 @@ import polars as pl
 from pydantic import Field
 
 from ehr_embed.core.settings import Seed, Told, check_setting
-from ehr_embed.sources.protocol import Source
+from ehr_embed.sources.protocol import SHARED, Source
 
 HiddenShare = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)", example="0", remedy="0 hides no code.")]
 
@@ -18,7 +18,8 @@ HiddenShare = Annotated[float, Field(ge=0, lt=1), Told("a share in [0, 1)", exam
 class HiddenCodes:
     """Source that leaves train's events of some codes out of another source; tuning and held_out keep all events.
 
-    Whether a code is hidden depends on its name and the seed alone, not on its events.
+    Whether a code is hidden depends on its name and the seed alone, not on its events. MEDS_BIRTH and MEDS_DEATH are never hidden:
+    without a birth, train would lose its subjects' ages, and not a code alone.
 
     Args:
         inner: the other source.
@@ -33,7 +34,8 @@ class HiddenCodes:
         check_setting("data.hidden_codes", share, HiddenShare)
         check_setting("data.hidden_seed", seed, Seed)
         self.inner, self.share, self.seed = inner, share, seed
-        self.name = f"{inner.name}-hidden-{share:g}-{seed}"
+        # Earlier versions hid MEDS_BIRTH too; their stores have the name with -hidden-.
+        self.name = f"{inner.name}-hiding-{share:g}-{seed}"
         self.labels_dir, self.shards, self.writes = inner.labels_dir, inner.shards, inner.writes
 
     def read(self, shard: Path) -> pl.DataFrame:
@@ -50,11 +52,13 @@ class HiddenCodes:
 
 
 def is_hidden(code: str, share: float, seed: int) -> bool:
-    """Return whether a code is among the share of codes that the seed draws.
+    """Return whether a code is among the share of codes that the seed draws; MEDS's own never are.
 
     >>> codes = [f"LAB//{i}" for i in range(1000)]
     >>> 150 < sum(is_hidden(code, 0.2, 0) for code in codes) < 250
     True
     """
+    if code.partition("//")[0] in SHARED:
+        return False
     drawn = hashlib.blake2b(f"{seed} {code}".encode(), digest_size=8).digest()
     return int.from_bytes(drawn, "big") < share * 2**64

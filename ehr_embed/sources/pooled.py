@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from meds import birth_code, death_code
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import atomic_directory, digest, file_sha256
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.meds_files import readable
+from ehr_embed.sources.protocol import SHARED
 
 log = logging.getLogger(__name__)
-SHARED = (birth_code, death_code)
-"""Codes that MEDS itself gives a meaning, which are those of all datasets."""
 LABELS, TASK_LABELS = "labels", "task_labels"
 
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import polars as pl
+from meds import birth_code, death_code
 
 SPLITS = ("train", "tuning", "held_out")
 """The split names of MEDS 0.4."""
 EVALUATED = SPLITS[1:]
 """The splits that a run is evaluated on."""
+SHARED = (birth_code, death_code)
+"""Codes that MEDS itself gives a meaning, the same in all datasets: a record without its birth has no age, whatever its codes."""
 
 
 class Source(Protocol):

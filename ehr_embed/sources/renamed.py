@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
-from meds import birth_code, death_code
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import file_sha256
 from ehr_embed.core.settings import OneOf, Text, Told, check_setting
 from ehr_embed.sources.code_texts import read_lookups
-from ehr_embed.sources.protocol import Source
+from ehr_embed.sources.protocol import SHARED, Source
 
 SHIPPED = Path(__file__).parent / "paraphrases"
-SHARED = (birth_code, death_code)
-"""Codes that MEDS itself gives a meaning, which every dataset has: without its birth a record would lose its age, not its words."""
 Missing = Annotated[str, OneOf("refuse", "keep")]
 Table = Annotated[Text | None, Told("a CSV file, a table that comes with the package, or null", example="null")]
 

@@ -8,8 +8,8 @@ import torch
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import read_json
+from ehr_embed.embedders.synonyms import Synonyms
 from ehr_embed.embedding.event_embedding import EventEmbedding
-from ehr_embed.embedding.synonyms import Synonyms
 from ehr_embed.embedding.variants import TextVariants, text_variants
 from ehr_embed.experiment.run import run
 from tests.helpers.configs import composed

@@ -109,6 +109,7 @@ def test_a_code_that_tells_the_label_is_found(tmp_path, code, plant, feature):
     assert found["details"]["feature"] == feature
     assert found["details"]["auroc"] in (0.0, 1.0)
     assert code in found["message"]
+    assert "alone predicts class 'true' in train" in found["message"]
 
 
 def test_a_last_value_is_found_in_bins_too(tmp_path):

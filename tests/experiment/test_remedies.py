@@ -13,6 +13,7 @@ from hydra.core.plugins import Plugins
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.labels import read_labels
+from ehr_embed.experiment.cli import _unknown_key
 from ehr_embed.sources.meds import MedsSource
 from tests.helpers.entry_points import inside  # noqa: F401  (a fixture)
 from tests.helpers.refusals import refused
@@ -136,3 +137,10 @@ def test_a_path_with_signs_of_its_own_trains_and_predicts_as_quoted(whole, tmp_p
     assert len(pl.read_parquet(tmp_path / "[x].parquet", glob=False)) == 60
     with pytest.raises(UserError, match=r"data\.splits=\S*\[y\]\.parquet"):
         MedsSource(root=whole, splits=tmp_path / "[y].parquet")
+
+
+def test_a_misspelt_key_of_an_option_of_ones_own_names_the_nearest(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own.yaml").write_text("_target_: my.own.Own\nwidth: 3\nmax_length: 16\n")
+    told = _unknown_key("model.widht", "train", ["--config-dir", str(tmp_path), "model=own"])
+    assert "did you mean 'width'? Valid: max_length, width" in told

@@ -27,8 +27,9 @@ from ehr_embed.embedders.hashing import HashingEmbedder
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
 class Slow(HashingEmbedder):
     def embed(self, texts):
-        time.sleep(0.02)
         print("embedded", len(texts), flush=True)
+        while not (folder / "go").exists():
+            time.sleep(0.01)
         return super().embed(texts)
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 texts = [f"finding number {number}" for number in range(first, last)]
@@ -38,7 +39,7 @@ print("sum", float(abs(vectors).sum()), flush=True)
 
 
 class Embedding:
-    """A process that embeds some texts into a cache."""
+    """A process that embeds some texts into a cache; its first batch waits for `go`, however slow other processes start."""
 
     def __init__(self, folder: Path, first: int = 0, last: int = 200) -> None:
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}"
@@ -85,6 +86,7 @@ def test_processes_embed_every_text_once(tmp_path):
     others = [Embedding(tmp_path, start, start + 200) for start in (50, 100)]
     for process in others:
         process.wait_until_said("waiting for another process that is embedding texts")
+    (tmp_path / "go").touch()
     processes = [first, *others]
     for process in processes:
         process.total()
@@ -99,6 +101,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     waiting.wait_until_said("waiting for another process that is embedding texts")
     holder.process.send_signal(signal.SIGKILL)
     holder.process.wait()
+    (tmp_path / "go").touch()
     killed = time.monotonic()
     total = waiting.total()
     assert lock_of(tmp_path).exists(), "the file stays, and holds nothing"
@@ -110,6 +113,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def test_a_process_that_misses_nothing_does_not_wait(tmp_path):
+    (tmp_path / "go").touch()
     Embedding(tmp_path).total()
     with FileLock(lock_of(tmp_path)):
         again = Embedding(tmp_path, 10, 90)

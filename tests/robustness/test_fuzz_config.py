@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError
-from ehr_embed.experiment import stage
+from ehr_embed.experiment import results
 from ehr_embed.experiment.cli import explain
 from ehr_embed.experiment.run import run
 from ehr_embed.sources.cohort import write_demo_cohort
@@ -73,7 +73,7 @@ def base(dataset: Path, *overrides: str) -> DictConfig:
 def elsewhere() -> Iterator[None]:
     """Work in an empty folder, without plots, which take longer than all the rest."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "write_plots", lambda *_, **__: [])
+        patch.setattr(results, "write_plots", lambda *_, **__: [])
         yield
 
 

@@ -14,6 +14,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.experiment.cli import refuse_repeated, refuse_separated
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.trajectories import write_futures
+from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.contents import refuse_other_contents, remove_results
 from ehr_embed.run_folder.resume import claimed, find_run
 from tests.helpers.configs import composed
@@ -162,3 +163,11 @@ def test_shipped_configurations_of_the_commands_pass():
         ("generate", GenerateKeys, ("run=x",)),
     ):
         check_config(OmegaConf.create(composed(*needed, name=name)), keys)
+
+
+def test_a_run_without_a_first_epoch_is_told_by_the_key_that_was_typed(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with refused(f"run={tmp_path}", "has not finished its first epoch", f"run_dir={tmp_path}"):
+        read_checkpoint(tmp_path, key="run")
+    with refused(f"init_from={tmp_path / 'absent.pt'}", "Give the run_dir of a finished run"):
+        read_checkpoint(tmp_path / "absent.pt")

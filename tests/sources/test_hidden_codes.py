@@ -90,3 +90,8 @@ def test_hidden_codes_never_reach_the_store_of_train(tmp_path):
     assert not np.isin(store.split("train").token_ids, tokens).any()
     assert np.isin(store.split("held_out").token_ids, tokens).any()
     assert store.manifest["splits"]["held_out"]["n_unknown"] == 0
+
+
+def test_what_meds_itself_names_is_never_hidden():
+    assert not any(is_hidden(code, 0.99, seed) for code in ("MEDS_BIRTH", "MEDS_DEATH") for seed in range(50))
+    assert is_hidden("LAB//1", 0.99, 0)

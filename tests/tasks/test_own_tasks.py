@@ -114,9 +114,12 @@ def train(place, monkeypatch):
     return train
 
 
-def test_a_whole_task_is_trained_and_says_why_nothing_else_is_predicted(train):
+def test_a_whole_task_is_trained_and_says_why_nothing_else_is_predicted(train, caplog):
+    caplog.set_level("INFO")
     folder = train("Number")
     assert (folder / "metrics.json").exists()
+    train("Number")
+    assert "finished already (the settings are the same; whether the code of tasks_of_own has changed" in caplog.text
     with refused("its task Number has no class_names", "probabilities", "predictions/"):
         Predictor(folder, trusted_packages=["tasks_of_own"])
 
