@@ -1,4 +1,4 @@
-"""What codes that train never had cost, with vectors of texts and with learned ids.
+"""Measure the cost of codes that train never had, with vectors of texts and with learned ids.
 
     python -m benchmarks.hidden_codes --data DIR --labels NAME --folder runs/hidden --cache CACHE
     python -m benchmarks.hidden_codes --data DIR --labels NAME --folder runs/hidden --share 0.5 --draws 3 --epochs 8

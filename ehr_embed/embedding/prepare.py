@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 ORIGINS = dict(
     zip(STEPS, ("terms of a lookup", "descriptions", "descriptions of parents", "codes in words"), strict=True)
 )
-"""What each origin of a text is called in the log."""
+"""The name of each origin of a text in the log."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ SMALLER = {
     "ehr_embed.models.encoder.Encoder": "model=encoder_small trainer=short",
     "ehr_embed.models.decoder.Decoder": "model=decoder_small trainer=pretrain_short",
 }
-"""What to type for a smaller model of a kind, which trains on a CPU."""
+"""The option to type for a smaller model of a kind, which trains on a CPU."""
 MIB_PER_GIB = 2**10
 
 

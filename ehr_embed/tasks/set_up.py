@@ -25,9 +25,9 @@ BEFORE_SETUP = (
     *("metrics", "monitor", "is_higher_better", "needs_causal", "is_trained"),
     *("setup", "dataset", "step", "fit_thresholds", "evaluate", "write_predictions", "curves"),
 )
-"""What a task must have before `setup`."""
+"""The attributes and methods that a task must have before `setup`."""
 AFTER_SETUP = ("sizes", "class_names", "n_outputs", "samples")
-"""What a task must have after `setup` at the latest."""
+"""The attributes that a task must have after `setup` at the latest."""
 WHAT_FOR = {
     "fit_thresholds": "which may do nothing",
     "curves": "which may return {}",
