@@ -137,7 +137,9 @@ def judged(
 
 
 def _shown(question: Question) -> str:
-    """Return the question with the events that it was resolved to, nearest first."""
+    """Return the question with the events that it was resolved to, nearest first, and those that only the margin leaves out."""
+    from ehr_embed.embedding.nearest_events import margin_to
+
     lines = [
         f"{question.name}:" + (" the words' own vector; the nearest events are" if question.vector is not None else "")
     ]
@@ -145,8 +147,10 @@ def _shown(question: Question) -> str:
         cosine = "" if math.isnan(event.cosine) else f"cosine {event.cosine:.3f}, "
         lines.append(f"  {event.text} ({event.code}; {cosine}{event.n_train:,} events in train)")
     if question.wider is not None:
-        missed = "; ".join(f"{event.text} ({event.code}; {event.cosine:.3f})" for event in question.left_out)
-        lines.append(f"  left out by margin: {missed}; to include them type margin={question.wider:g}")
+        lines.append("  left out by margin alone; type the margin of an event to include it and those above it:")
+        for event in question.left_out:
+            needed = margin_to(question.events[0].cosine, event.cosine)
+            lines.append(f"    {event.text} ({event.code}; cosine {event.cosine:.3f}, margin={needed:g})")
     return "\n".join(lines)
 
 

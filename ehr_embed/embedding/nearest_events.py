@@ -74,7 +74,16 @@ def margin_for(near: Sequence[NearEvent], *, min_cosine: float, margin: float) -
     enough = [event.cosine for event in near if event.cosine >= min_cosine]
     if not enough or enough[-1] >= near[0].cosine - margin:
         return None
-    return math.ceil((near[0].cosine - enough[-1]) * STEPS) / STEPS
+    return margin_to(near[0].cosine, enough[-1])
+
+
+def margin_to(nearest: float, cosine: float) -> float:
+    """Return the margin, in steps of 0.05, with which an event counts.
+
+    >>> margin_to(0.875, 0.764), margin_to(0.875, 0.583)
+    (0.15, 0.3)
+    """
+    return math.ceil((nearest - cosine) * STEPS) / STEPS
 
 
 def nothing_near(
