@@ -37,7 +37,7 @@ class ProgressBar(tqdm):
         if not self.is_bar:
             options |= {"file": _Log(), "bar_format": LINE, "leave": False, "ncols": 200}
             options |= {"mininterval": EVERY_S, "maxinterval": EVERY_S, "delay": EVERY_S}
-            unit = f"{unit}s"
+            unit += "es" if unit.endswith("ch") else "s"
         super().__init__(iterable, desc=desc, unit=unit, disable=not is_shown, **options)
 
 
