@@ -88,8 +88,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for every notebook, and for every file of the repository that is linked to."""
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
         notebook = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
-        # Code and tables need the room of the navigation.
-        page = "---\nhide: [navigation]\n---\n\n" + notebook_page(notebook, posixpath.basename(file.src_uri))
+        # Code and tables need the room of the table of contents.
+        page = "---\nhide: [toc]\n---\n\n" + notebook_page(notebook, posixpath.basename(file.src_uri))
         files.append(File.generated(config, file.src_uri.removesuffix(".ipynb") + ".md", content=page))
     found = {
         path

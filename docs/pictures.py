@@ -162,7 +162,10 @@ class Drawing:
 def overview(c: dict[str, str]) -> str:
     """Draw the way from the texts of events to an answer."""
     d = Drawing(
-        1000, 250, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c
+        1000,
+        250,
+        "Event texts become vectors, a small model reads them, and a risk comes out, with held-out metrics",
+        c,
     )
     heads = (
         (16, 225, "1  a record's events, as text"),
@@ -186,17 +189,17 @@ def overview(c: dict[str, str]) -> str:
                 f'opacity="{value / 10}"/>'
             )
     d.text(382, 222, "one row per distinct text", size=12, colour="soft", anchor="middle")
-    for name, y in (("transformer", 62), ("or boosting", 106), ("code_tab, GRU, Cox", 150)):
+    for name, y in (("transformer", 62), ("GRU", 106), ("code_tab", 150)):
         d.box(544, y, 150, 34, fill="paper")
         d.text(619, y + 22, name, size=13, anchor="middle")
-    d.text(619, 212, "config, search, seeds", size=12, colour="soft", anchor="middle")
+    d.text(619, 204, "beside baselines on codes:", size=12, colour="soft", anchor="middle")
+    d.text(619, 220, "boosting, logistic, Cox", size=12, colour="soft", anchor="middle")
     d.text(774, 76, "Heart failure within a year", size=13, weight=600)
     d.line(774, 106, 966, 106, colour="line", width=6)
-    d.line(850, 106, 910, 106, colour="green", width=6)
     d.dot(881, 106, colour="green", radius=7)
-    d.text(774, 136, "risk, with what moved it", size=13)
+    d.text(774, 136, "risk, and what moved it", size=13)
     for y, text in (
-        (162, "95 % intervals over subjects"),
+        (162, "metrics with 95 % intervals"),
         (186, "audit: no later event is seen"),
         (210, "report.html, model card"),
     ):
@@ -209,7 +212,7 @@ def overview(c: dict[str, str]) -> str:
 def overview_narrow(c: dict[str, str]) -> str:
     """Draw the same from top to bottom, for a phone."""
     d = Drawing(
-        360, 640, "Event texts become vectors, a small model reads them, and an answer with an interval comes out", c
+        360, 640, "Event texts become vectors, a small model reads them, and a risk comes out, with held-out metrics", c
     )
     parts = (
         (10, 156, "1  a record's events, as text"),
@@ -230,13 +233,12 @@ def overview_narrow(c: dict[str, str]) -> str:
             f'<rect x="{26 + 28 * column}" y="246" width="25" height="18" rx="3" fill="{c["good"]}" opacity="{value / 10}"/>'
         )
     d.text(26, 288, "one row per distinct text", size=14, colour="soft")
-    d.text(26, 394, "transformer, code_tab, GRU, Cox, boosting", size=14)
-    d.text(26, 422, "configuration, search, seeds", size=14, colour="soft")
+    d.text(26, 394, "transformer, GRU, code_tab", size=14)
+    d.text(26, 422, "beside boosting, logistic and Cox on codes", size=14, colour="soft")
     d.text(26, 532, "Heart failure within a year", size=15)
     d.line(26, 554, 330, 554, colour="line", width=6)
-    d.line(130, 554, 216, 554, colour="green", width=6)
     d.dot(172, 554, colour="green", radius=7)
-    d.text(26, 586, "✓ 95 % intervals over subjects", size=14, colour="soft")
+    d.text(26, 586, "✓ metrics with 95 % intervals", size=14, colour="soft")
     d.text(26, 610, "✓ no later event is seen; report.html", size=14, colour="soft")
     for y in (166, 302, 438):
         d.line(180, y + 4, 180, y + 30, colour="soft", width=2)
@@ -362,7 +364,7 @@ def speed(c: dict[str, str]) -> str:
     d = Drawing(480, 118 + 40 * len(told), "Speed and size against other designs", c)
     d.text(20, 32, "Times faster, times smaller", size=17, weight=600)
     d.text(20, 53, "2 CPU cores (AMD EPYC with AVX512-BF16), no GPU, 2026-11-25", size=12, colour="soft")
-    d.text(20, 70, "grey: like for like, where that is another figure", size=12, colour="soft")
+    d.text(20, 70, "grey: the same computation on both sides", size=12, colour="soft")
     ratios = []
     for *_, cell, _ in told:
         found = re.match(r"(?:1/)?([\d.]+)", cell)

@@ -105,13 +105,25 @@ def labels_of(rows: list[dict[str, str]]) -> list[str]:
     return labels
 
 
+def named(rows: list[dict[str, str]], entry: dict[str, Any]) -> list[str]:
+    """Return a name per row, with today's names of the options that `now` of the table's entry maps from those of its commands.
+
+    >>> named([{"command": "ehr-embed train experiment=a"}], {"now": {"experiment=a": "experiment=b"}})
+    ['`experiment=b`']
+    """
+    labels = labels_of(rows)
+    for old, new in entry.get("now", {}).items():
+        labels = [label.replace(f"`{old}`", f"`{new}`") for label in labels]
+    return labels
+
+
 def table(path: Path, entry: dict[str, Any]) -> str:
     """Return one table of results as Markdown, and below it, folded, the provenance of each row."""
     rows = read(path, entry)
     metrics = metrics_of(rows)
     has_seconds = any(row.get("seconds") for row in rows)
     head = ["run", "runs", *(TITLES.get(name, name) for name in metrics), *(["seconds of one"] if has_seconds else [])]
-    labels = labels_of(rows)
+    labels = named(rows, entry)
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     folded = []
     for label, row in zip(labels, rows, strict=True):
@@ -156,7 +168,7 @@ def summary(tables: list[tuple[Path, dict[str, Any]]]) -> str:
         metric = next((name for name in metrics_of(rows) if name.endswith("/auroc")), None)
         if metric is None:
             continue
-        labels = labels_of(rows)
+        labels = named(rows, entry)
         boosted = [
             row for row, label in zip(rows, labels, strict=True) if "`model=gbm`" in label or label == "member GBM"
         ]

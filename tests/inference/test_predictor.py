@@ -29,22 +29,22 @@ SPLIT_SIZE, N_EVENTS = 50, 5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the dataset `set` and the run `runs/first` on it."""
+    """A folder with the dataset `set` and the run `runs/mine` on it."""
     folder = tmp_path_factory.mktemp("place")
     root = write_homonyms(folder / "set")
-    run(config(root, folder / "runs" / "first", *KINDS["residual"], "trainer.epochs=6"))
+    run(config(root, folder / "runs" / "mine", *KINDS["residual"], "trainer.epochs=6"))
     run(config(root, folder / "runs" / "decoder", *KINDS["frozen"], "model=decoder_small", "trainer.epochs=1"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def predictor(folder) -> Predictor:
-    return ehr_embed.load(folder / "runs" / "first")
+    return ehr_embed.load(folder / "runs" / "mine")
 
 
 @pytest.fixture(scope="module")
 def expected(folder) -> pl.DataFrame:
-    return pl.read_parquet(folder / "runs" / "first" / "predictions" / "held_out.parquet")
+    return pl.read_parquet(folder / "runs" / "mine" / "predictions" / "held_out.parquet")
 
 
 def token_ids(folder: Path, predictor) -> np.ndarray:
@@ -147,7 +147,7 @@ def write_shards(root: Path, *, n: int) -> Path:
 @pytest.mark.parametrize("chunk_events", [1, 5, 1000])
 def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch, labels, chunk_events):
     root, read, held = write_shards(tmp_path / "shards", n=6), [], []
-    predictor = ehr_embed.load(folder / "runs" / "first")
+    predictor = ehr_embed.load(folder / "runs" / "mine")
     real_read, real_predict = MedsSource.read, Predictor.predict_samples
     monkeypatch.setattr(records_module, "CHUNK_EVENTS", chunk_events)
     monkeypatch.setattr(MedsSource, "read", lambda self, shard: read.append(shard) or real_read(self, shard))
@@ -161,7 +161,7 @@ def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch,
     assert held == {1: [2] * 6, 5: [6, 6], 1000: [12]}[chunk_events]
     assert found["subject_id"].to_list() == ([5, 4, 3, 2, 1, 0] if labels is None else list(range(6)))
     monkeypatch.setattr(records_module, "CHUNK_EVENTS", 10**9)
-    at_once = ehr_embed.load(folder / "runs" / "first").predict_proba(root, labels=labels)
+    at_once = ehr_embed.load(folder / "runs" / "mine").predict_proba(root, labels=labels)
     np.testing.assert_allclose(found["probability_true"], at_once["probability_true"], atol=1e-6)
     assert found.columns == at_once.columns
     assert found["probability_true"].n_unique() == 6
@@ -169,7 +169,7 @@ def test_shards_are_read_once_and_a_few_at_a_time(folder, tmp_path, monkeypatch,
 
 def test_a_loaded_run_embeds_a_new_text_once_and_keeps_its_tables(folder, tmp_path, monkeypatch):
     root, embedded = write_shards(tmp_path / "shards", n=4), []
-    predictor = ehr_embed.load(folder / "runs" / "first")
+    predictor = ehr_embed.load(folder / "runs" / "mine")
     real = type(predictor.records.embedder).embed
     monkeypatch.setattr(
         type(predictor.records.embedder), "embed", lambda self, texts: embedded.extend(texts) or real(self, texts)
@@ -188,7 +188,7 @@ def test_a_loaded_run_embeds_a_new_text_once_and_keeps_its_tables(folder, tmp_pa
 
 def test_texts_of_another_state_of_a_dataset_are_read_again(folder, tmp_path):
     root = write_shards(tmp_path / "shards", n=2)
-    predictor = ehr_embed.load(folder / "runs" / "first")
+    predictor = ehr_embed.load(folder / "runs" / "mine")
     before = predictor.predict_proba(root)
     codes = root / "metadata" / "codes.parquet"
     pl.read_parquet(codes).with_columns(description=pl.lit("Result of the test")).write_parquet(codes)
@@ -244,10 +244,10 @@ def readme_snippets() -> list[str]:
 
 
 def test_the_snippets_of_the_readme_run(folder, monkeypatch, expected):
-    """The README's lines run in a folder with the run runs/first."""
+    """The README's lines run in a folder with the run runs/mine."""
     monkeypatch.chdir(folder)
     place: dict = {"DIR": str(folder / "set"), "NAME": "case"}
-    predictor = ehr_embed.load("runs/first")
+    predictor = ehr_embed.load("runs/mine")
     tokens = torch.from_numpy(token_ids(folder, predictor)).long()
     place["embeddings"] = predictor.run.embedding.table[tokens[0]]
     snippets = readme_snippets()
