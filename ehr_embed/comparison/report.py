@@ -198,6 +198,7 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
         str(name) for name in table.columns if str(name).startswith("held_out/") and str(name).count("/") == 1
     ]
     usual = [name for name in SHOWN_METRICS if name in on_held_out]
+    told = [name for name in overrides if not _follows_class(table, name)]
     metric = next(iter([*usual, *on_held_out]), None)
     for name in ("run", "state"):
         shown.add_column(name)
@@ -209,7 +210,7 @@ def print_table(table: pd.DataFrame, objectives: Sequence[str], overrides: Seque
         cells += [_cell(row.get(name), ".4f") for name in objectives]
         cells += [_interval(row, metric)] if metric else []
         cells.append(_cell(row.get("seconds"), ",.0f"))
-        cells.append(_told({name: row[name] for name in overrides if _is_set(row[name])}, overrides))
+        cells.append(_told({name: row[name] for name in told if _is_set(row[name])}, overrides))
         shown.add_row(*cells)
     console.print(shown)
     if len(table) > MAX_SHOWN:
@@ -222,22 +223,32 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
+def _follows_class(table: pd.DataFrame, key: str) -> bool:
+    """Return whether the class of a key's group says the key's value too, since all runs of one class have the same one.
+
+    >>> table = pd.DataFrame({"model._target_": ["A", "A", "B"], "model.n_trees": [9, 9, None], "model.dropout": [0.1, 0.3, None]})
+    >>> _follows_class(table, "model.n_trees"), _follows_class(table, "model.dropout"), _follows_class(table, "model._target_")
+    (True, False, False)
+    """
+    of_class = f"{key.partition('.')[0]}._target_"
+    if key == of_class or of_class not in table.columns:
+        return False
+    return bool(table[key].astype(str).groupby(table[of_class].astype(str)).nunique().max() <= 1)
+
+
 def _told(chosen: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return what tells a run from the others, as it might be typed. Where runs differ in the class of a group, that is said in
-    place of the keys of that group.
+    """Return what tells a run from the others, as it might be typed; a class is said by its name.
 
     >>> keys = ["model._target_", "model.n_trees", "seed"]
-    >>> _told({"model._target_": "ehr_embed.models.gbm.GBM", "model.n_trees": "9", "seed": "0"}, keys)
+    >>> _told({"model._target_": "ehr_embed.models.gbm.GBM", "seed": "0"}, keys)
     'model=GBM seed=0'
     """
-    groups = {key.removesuffix("_target_") for key in keys if key.endswith("._target_")}
-    told = []
-    for key, value in chosen.items():
-        if key.endswith("._target_"):
-            told.append(f"{key.removesuffix('._target_')}={str(value).rpartition('.')[2]}")
-        elif not any(key.startswith(group) for group in groups):
-            told.append(f"{_short(key, keys)}={_shown(value)}")
-    return " ".join(told)
+    return " ".join(
+        f"{key.removesuffix('._target_')}={str(value).rpartition('.')[2]}"
+        if key.endswith("._target_")
+        else f"{_short(key, keys)}={_shown(value)}"
+        for key, value in chosen.items()
+    )
 
 
 def _short(key: str, keys: Sequence[str]) -> str:

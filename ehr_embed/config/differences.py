@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -17,6 +19,8 @@ from ehr_embed.core.programs import shipped
 
 NOT_TOLD = ("run_dir", "cache_dir", "hydra", "defaults", "sweeps")
 """Keys that differ from run to run without a choice of the user."""
+SELECTED = re.compile(r"\$\{oc\.select:[^,}]+,([^}]*)\}")
+"""An interpolation with a default, which is what the option usually has."""
 
 
 class Difference(NamedTuple):
@@ -75,11 +79,15 @@ def _composed(options: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def _is_same(value: Any, usual: Any) -> bool:
-    """Return whether a value is the usual one; an interpolation stands for any value.
+    """Return whether a value is the usual one; an interpolation stands for any value, unless it has a default.
 
     >>> _is_same(1, 1.0), _is_same("cache/demo", "${cache_dir}/demo"), _is_same(None, {})
     (True, True, True)
+    >>> _is_same(True, "${oc.select:event_vectors.whiten,false}"), _is_same(0.1, "${oc.select:a.b,0.1}")
+    (False, True)
     """
+    if isinstance(usual, str) and (found := SELECTED.fullmatch(usual)):
+        usual = yaml.safe_load(found[1])
     if isinstance(usual, str) and "${" in usual:
         return True
     return bool(value == usual) or (not value and not usual and value is not False and value != 0)

@@ -47,6 +47,7 @@ DEFINITIONS = {
 }
 """Single definitions, old name -> new, both below `ehr_embed.`; these lines take precedence over `MODULES`."""
 MODULES = {
+    "core.vanishing": "core.lost_data",
     "attribution": "inference.attribution",
     "audit": "evaluation.leakage_audit",
     "batches": "data.batches",

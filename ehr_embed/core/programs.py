@@ -14,6 +14,8 @@ HOME = Path(__file__).resolve().parents[1]
 COMMAND = re.compile(r"\bpython (?:(train|embed)\.py|-m ehr_embed\.([a-z]+))\b")
 _typed: list[str] = []
 """The words before the arguments, where the console script started this process."""
+PLAIN_VALUE = re.compile(r"[\w./-]+")
+"""A value that neither Hydra nor a shell reads as anything but text."""
 
 
 def shipped(name: str) -> Path:
@@ -62,6 +64,19 @@ def as_typed(text: str) -> str:
     'Type: ehr-embed embed overwrite=true or ehr-embed predict run=RUN'
     """
     return COMMAND.sub(lambda found: command(found[1] or found[2]), text)
+
+
+def quoted_override(key: str, value: object) -> str:
+    """Return `key=value`, quoted for Hydra and for a shell where the value has characters that they would read.
+
+    >>> print(quoted_override("run", "runs/a"), quoted_override("run", "multirun/a=1,b=2"))
+    run=runs/a "run='multirun/a=1,b=2'"
+    """
+    if PLAIN_VALUE.fullmatch(str(value)):
+        return f"{key}={value}"
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", str(value))
+    quoted = f"{key}='{escaped}'"
+    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
 
 
 def command_line() -> str:

@@ -86,7 +86,8 @@ class AdaptedEmbedder:
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         if self._factors is None:
-            self._factors = self._fitted()
+            with torch.inference_mode(False):  # a caller may predict in inference mode, in which nothing can be fitted
+                self._factors = self._fitted()
         x_NE = torch.from_numpy(self.inner.embed(texts)).float()
         return adapted(x_NE, *self._factors).numpy()
 

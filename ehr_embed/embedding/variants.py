@@ -71,8 +71,12 @@ def text_variants(
     kinds: Sequence[str],
     synonyms: Synonyms,
     embed: Callable[[list[str]], npt.NDArray[np.float32]],
+    plain_tokens: npt.NDArray[np.int64] | None = None,
 ) -> TextVariants:
     """Return the variants of each token's text: in the words of synonyms, without one of its words, and the nearest other texts.
+
+    A token with a value bin keeps the words of its bin, and the other bins of its code are no neighbours of it: they mean the
+    opposite.
 
     Args:
         texts: of the tokens (V,).
@@ -81,6 +85,7 @@ def text_variants(
         kinds: which of `KINDS`.
         synonyms: the table of synonyms.
         embed: returns the vectors (n, E) of n texts.
+        plain_tokens: (V,) the token of each token's code without value bin; None = no token has a bin.
 
     Raises:
         UserError: no kind, an unknown one, or no token has a variant, so that nothing would ever vary.
@@ -91,11 +96,15 @@ def text_variants(
         )
     for kind in kinds:
         check_setting("data.variant_kinds", kind, Kind)
-    words = [_reworded(text, kinds, synonyms) if token >= FIRST_TOKEN else [] for token, text in enumerate(texts)]
+    plain = list(range(len(texts))) if plain_tokens is None else plain_tokens.tolist()
+    words = [
+        _reworded(text, kinds, synonyms, bin_of=texts[plain[token]]) if token >= FIRST_TOKEN else []
+        for token, text in enumerate(texts)
+    ]
     distinct = list(dict.fromkeys(text for found in words for text in found))
     embedded = torch.from_numpy(embed(distinct)).float() if distinct else table.new_zeros(0, table.shape[1])
     row_of = {text: row for row, text in enumerate(distinct)}
-    near = _neighbours(table) if NEIGHBOURS in kinds else [[] for _ in texts]
+    near = _neighbours(table, torch.tensor(plain)) if NEIGHBOURS in kinds else [[] for _ in texts]
     rows = [[*(row_of[text] for text in found), *(len(distinct) + token for token in others)]
             for found, others in zip(words, near, strict=True)]  # fmt: skip
     counts = torch.tensor([0, *map(len, rows)])
@@ -112,12 +121,16 @@ def text_variants(
     return TextVariants(torch.cat([embedded, table.float().cpu()])[places], counts.cumsum(0), share)
 
 
-def _reworded(text: str, kinds: Sequence[str], synonyms: Synonyms) -> list[str]:
-    """Return the distinct variants of a text in other or fewer words.
+def _reworded(text: str, kinds: Sequence[str], synonyms: Synonyms, *, bin_of: str = "") -> list[str]:
+    """Return the distinct variants of a text in other or fewer words; what a value bin adds to the text `bin_of` of its code stays.
 
     >>> _reworded("Closed fracture of hip", ["synonyms", "words"], Synonyms.of_pairs([("fracture of", "broken")]))
     ['closed broken hip', 'fracture of hip', 'closed of hip', 'closed fracture hip', 'closed fracture of']
+    >>> _reworded("Serum iron: low (1st of 5)", ["words"], Synonyms.of_pairs([]), bin_of="Serum iron")
+    ['iron: low (1st of 5)', 'serum: low (1st of 5)']
     """
+    if bin_of and text != bin_of and text.startswith(bin_of):
+        return [other + text[len(bin_of) :] for other in _reworded(bin_of, kinds, synonyms)]
     own = tidy(text)
     found = synonyms.restated(own) if SYNONYMS in kinds else []
     split = own.split()
@@ -126,14 +139,15 @@ def _reworded(text: str, kinds: Sequence[str], synonyms: Synonyms) -> list[str]:
     return [other for other in dict.fromkeys(found) if other not in ("", own)]
 
 
-def _neighbours(table: Tensor) -> list[list[int]]:
-    """Return the tokens with the nearest texts of each token, at most `N_NEIGHBOURS`, of a cosine of `LEAST_COSINE` or more."""
+def _neighbours(table: Tensor, plain_V: Tensor) -> list[list[int]]:
+    """Return the tokens with the nearest texts of each token, at most `N_NEIGHBOURS`, of a cosine of `LEAST_COSINE` or more; none
+    is of the same code, `plain_V`."""
     unit = F.normalize(table.float().cpu(), dim=1)
     found: list[list[int]] = [[] for _ in range(min(FIRST_TOKEN, len(unit)))]
     for start in range(FIRST_TOKEN, len(unit), 4096):
         cosine = unit[start : start + 4096] @ unit[FIRST_TOKEN:].T
-        own = torch.arange(len(cosine))
-        cosine[own, own + start - FIRST_TOKEN] = -1.0
+        is_same = plain_V[start : start + len(cosine), None] == plain_V[FIRST_TOKEN:]
+        cosine = cosine.masked_fill(is_same, -1.0)
         best = cosine.topk(min(N_NEIGHBOURS, cosine.shape[1]), dim=1)
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             found.append(

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, write_failure
-from ehr_embed.core.programs import command, shipped
+from ehr_embed.core.programs import command, quoted_override, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
 from ehr_embed.experiment.searched import SearchedRuns
@@ -163,13 +163,12 @@ def _quoted(override: str) -> str | None:
     "data.root='a[1]'" None
     """
     key, _, value = override.partition("=")
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    quoted = f"{key}='{escaped}'"
+    quoted = quoted_override(key, value)
     try:
-        OverridesParser.create().parse_override(quoted)
+        OverridesParser.create().parse_override(shlex.split(quoted)[0])
     except HydraException:
         return None
-    return shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+    return quoted
 
 
 def _several(override: str, config_name: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ehr_embed.comparison.compare import paired_tests
@@ -22,6 +24,7 @@ from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import MEMBERS, predictions_file
 from ehr_embed.training.blend import refuse_task
 
+log = logging.getLogger(__name__)
 TARGET = f"{Ensemble.__module__}.{Ensemble.__qualname__}"
 OWN, SHARED = ("model", "trainer"), ("data", "embedder", "task")
 """Groups that a member may have of its own, and those that it has from the ensemble."""
@@ -56,6 +59,11 @@ def written_out(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         for group in SHARED:  # now, since ${seed} would mean another seed in each member
             cfg[group] = OmegaConf.to_container(cfg[group], resolve=True)
+        takers = [name for name, member in cfg.ensemble.members.items() if member.get("model") is None]
+        typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        chosen = next((text for text in typed if text.startswith("model=")), None)
+        if takers and chosen:
+            log.warning("%s is the model of the members %s, which have none of their own", chosen, ", ".join(takers))
         for name, member in cfg.ensemble.members.items():
             for group in OWN:
                 if member.get(group) is None:

@@ -17,7 +17,6 @@ from ehr_embed.data.labels import available_labels
 from ehr_embed.data.vocabulary import VocabularySettings
 from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.aligning import NONE, AlignmentSettings
-from ehr_embed.embedding.alignment import Rules
 from ehr_embed.embedding.prepare import Prepared, prepare, report
 from ehr_embed.embedding.table import as_stored
 from ehr_embed.embedding.variants import TextVariants, text_variants
@@ -56,7 +55,7 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
     )
 
 
-def variants_of(cfg: DictConfig, prepared: Prepared, rules: Rules) -> TextVariants | None:
+def variants_of(cfg: DictConfig, prepared: Prepared, settings: AlignmentSettings) -> TextVariants | None:
     """Return the variants by which a configuration reads tokens in training; None where it wants none.
 
     Raises:
@@ -78,8 +77,9 @@ def variants_of(cfg: DictConfig, prepared: Prepared, rules: Rules) -> TextVarian
             prepared.table,
             share=share,
             kinds=list(cfg.data.variant_kinds),
-            synonyms=rules.synonyms,
+            synonyms=settings.read().synonyms,
             embed=lambda texts: embed_texts(embedder, texts, cache_dir=Path(cfg.cache_dir)),
+            plain_tokens=prepared.store.vocabulary.plain_tokens,
         )
     finally:
         embedder.close()

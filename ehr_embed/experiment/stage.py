@@ -171,7 +171,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     pool_model(model, inputs)
     check_causality(task, model)
     check_vectors(model, trainable)
-    variants = variants_of(cfg, prepared, plan.alignment.read()) if plan.is_trained else None
+    variants = variants_of(cfg, prepared, plan.alignment) if plan.is_trained else None
     if variants is not None:
         check_variants(model, variants.share)
     embedding = EventEmbedding(prepared.table, trainable, variants)

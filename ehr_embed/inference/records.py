@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ehr_embed.config.instantiate import check_stored, instantiate_embedder
 from ehr_embed.core.errors import UserError, unknown_name
-from ehr_embed.core.files import file_sha256
+from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.data.boundary import UnseenRecords
 from ehr_embed.data.labels import read_labels
 from ehr_embed.data.samples import Samples, build_samples
@@ -296,6 +296,13 @@ class RecordReader:
         embedder: Embedder = instantiate_embedder(
             check_stored(self._run.config, "embedder", self._trusted), trusted=self._trusted
         )
+        if self._run.embedder_digest not in (None, found := digest(embedder.fingerprint)):
+            log.warning(
+                "the embedder that the run names differs from the one it was trained with (digest %s, now %s), so new texts get "
+                "vectors that the model has not learned to read. Restore its files, such as embedder.synonyms, or train again",
+                self._run.embedder_digest,
+                found,
+            )
         return embedder
 
 

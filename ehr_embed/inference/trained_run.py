@@ -51,6 +51,7 @@ class TrainedRun:
         matches: code -> code as which the run reads it, and gate: a code of an earlier run, or of a dataset that was pooled with
             the code's own; None = codes are read as themselves.
         is_pooled: whether the run was trained on pooled datasets, whose codes are read as each other's.
+        embedder_digest: digest of the embedder whose vectors the run was trained on.
     """
 
     config: dict[str, Any]
@@ -61,6 +62,7 @@ class TrainedRun:
     precision: str | None
     matches: dict[str, tuple[str, float]] | None = None
     is_pooled: bool = False
+    embedder_digest: str | None = None
 
 
 def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
@@ -110,6 +112,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         precision=checkpoint.get("precision"),
         matches=matches,
         is_pooled=is_pooled,
+        embedder_digest=identity.get("embedder"),
     )
 
 

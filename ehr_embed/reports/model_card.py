@@ -14,7 +14,7 @@ import numpy as np
 
 from ehr_embed import __version__
 from ehr_embed.core.files import atomic_path
-from ehr_embed.core.programs import as_typed
+from ehr_embed.core.programs import as_typed, quoted_override
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
@@ -114,8 +114,11 @@ def _about(name: str, config: dict[str, Any], train: dict[str, Any]) -> str:
     if "best_epoch" in train:
         rows.insert(3, ["checkpoint", f"epoch {train['best_epoch']} of {train['epochs']}, best on tuning"])
     again = as_typed(
-        f"To train it again, type in the folder that holds the run's folder `{plain(name)}`: `python train.py --config-path "
-        f"$PWD/{name} --config-name config run_dir={name}_again`."
+        f"To train it again, type in the folder that holds the run's folder {code(name)}: "
+        + code(
+            f'python train.py --config-path "$PWD/{name}" --config-name config {quoted_override("run_dir", f"{name}_again")}'
+        )
+        + "."
     )
     return f"{table(['', ''], rows)}\n\n{again}"
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ehr_embed.core.programs import command
+from ehr_embed.core.programs import command, quoted_override
 from ehr_embed.evaluation.decision_curve import decision_table, write_decision_table
 from ehr_embed.evaluation.metric_entries import intervals_missing, values_of, with_interval
 from ehr_embed.evaluation.plots import (
@@ -21,7 +21,7 @@ from ehr_embed.evaluation.plots import (
     plot_precision_recall,
     plot_roc,
 )
-from ehr_embed.run_folder.layout import DECISION_CURVE, REPORT
+from ehr_embed.run_folder.layout import BEST, DECISION_CURVE, REPORT
 from ehr_embed.sources.protocol import EVALUATED
 
 LEAST_TOLD_MFU = 0.005
@@ -144,8 +144,13 @@ def print_metrics(metrics: dict[str, Any], run_dir: Path) -> None:
     )
     if (run_dir / REPORT).is_file():
         console.print(f"Report: {run_dir / REPORT}", highlight=False, soft_wrap=True, markup=False)
-    if "auroc" in metrics["held_out"]:
-        console.print(f"Next: {command('explain')} run={run_dir}", highlight=False, soft_wrap=True, markup=False)
+    if "auroc" in metrics["held_out"] and (run_dir / BEST).is_file():
+        console.print(
+            f"Next: {command('explain')} {quoted_override('run', run_dir)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def calibration_text(metrics: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.hazards import HAZARDS, hazard_sizes
 from ehr_embed.models.protocol import Declarations, body_of, declarations
-from ehr_embed.run_folder.layout import BEST, CONFIG, LATEST, VOCABULARY
+from ehr_embed.run_folder.layout import BEST, CONFIG, FINISHED, LATEST, VOCABULARY
 
 log = logging.getLogger(__name__)
 DOS_FOLDER = 0x10
@@ -79,6 +79,11 @@ def read_checkpoint(where: str | Path, *, key: str = "init_from") -> tuple[Path,
     """
     path = checkpoint_path(where)
     if not path.is_file():
+        if (path.parent / FINISHED).is_file():
+            raise UserError(
+                f"{key}={where}: this run trained nothing (trainer=evaluate, or a task without training), so it has no {BEST}. "
+                "Type the run that its init_from names"
+            )
         if Path(where).expanduser().is_dir() and (path.parent / CONFIG).is_file():
             raise UserError(
                 f"{key}={where}: the run has not finished its first epoch, so it has no {BEST} yet. Wait until it has, or start it "

@@ -85,7 +85,8 @@ class RenamedSource:
         return codes
 
     def _refuse_missing(self, codes: pl.Series, where: str) -> None:
-        lacking = codes.filter(~codes.is_in(self._with_text.implode())).sort()
+        kept = codes.str.split("//").list.first().is_in(list(SHARED))
+        lacking = codes.filter(~kept & ~codes.is_in(self._with_text.implode())).sort()
         if not len(lacking):
             return
         remedy = (

@@ -101,3 +101,23 @@ def test_a_run_trains_with_other_words_and_predicts_with_its_own(tmp_path):
     with refused("data.variant_kinds"):
         run(config("refused", "data.text_variants=0.9", "data.variant_kinds=[words,antonyms]"))
     assert not (tmp_path / "refused").exists()
+
+
+def test_bins_of_one_test_are_no_variants_of_each_other():
+    """The vectors of "low" and "high" lie near each other, and mean the opposite."""
+    texts = ["", "unknown event", "Serum iron", "Serum iron: low (1st of 2)", "Serum iron: high (2nd of 2)", "Ferritin"]
+    table = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.01], [1.0, 0.02], [0.9, 0.1]])
+    embedded: list[str] = []
+
+    def embed(new: list[str]) -> np.ndarray:
+        embedded.extend(new)
+        return vectors_of(new)
+
+    found = text_variants(
+        texts, table, share=0.5, kinds=["words", "neighbours"], synonyms=Synonyms.of_pairs([]), embed=embed,
+        plain_tokens=np.array([0, 1, 2, 2, 2, 5]),
+    )  # fmt: skip
+    assert all(("low" in text) == ("1st" in text) and ("high" in text) == ("2nd" in text) for text in embedded)
+    of_low = found.vectors[found.starts[3] : found.starts[4]]
+    assert len(of_low) == 3, "two with a word less, and Ferritin"
+    torch.testing.assert_close(of_low[-1], table[5])
