@@ -267,11 +267,15 @@ def test_an_epoch_that_falls_far_below_the_first_is_remarked_on_once(caplog, mac
 
 
 def test_a_slow_epoch_of_a_real_training_is_remarked_on(planted, tmp_path, caplog, monkeypatch):
-    """Its third epoch is held up at every batch, as by another program."""
+    """Its third epoch is held up at every batch, as by another program, five times as long as a batch of the second takes."""
     count = Progress.count
+    times = []
 
     def held_up(self: Progress, batch: Any) -> None:
-        time.sleep(0.05 * (self.epoch == 3))
+        if self.epoch == 2:
+            times.append(time.perf_counter())
+        if self.epoch == 3:
+            time.sleep(max(0.05, 5 * (times[-1] - times[0]) / len(times)))
         count(self, batch)
 
     monkeypatch.setattr(Progress, "count", held_up)
