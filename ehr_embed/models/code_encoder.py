@@ -136,7 +136,8 @@ class CodeInput(ReadsCodes):
     @staticmethod
     def _values(groups: Groups, values_N: Tensor) -> Tensor:
         has_value_N = ~values_N.isnan()
-        valued, x_N = groups.only(has_value_N), values_N
+        # A NaN would stay one in the backward pass, where it is multiplied by a gradient of 0.
+        valued, x_N = groups.only(has_value_N), values_N.masked_fill(~has_value_N, 0.0)
         if reads_freely(values_N.device):  # where few events have a value, the others would take most of the time
             valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
         mean_G = valued.mean(x_N)
