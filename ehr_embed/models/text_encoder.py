@@ -79,6 +79,7 @@ class TextEncoder(nn.Module):
             _load, backbone, revision, key="model.backbone", offline="model.backbone=bundled"
         )
         _check_encoder(backbone, body.config, max_pieces)
+        self.learns_all = backbone == "bundled"  # parts of other backbones may not lead to the last layer's vectors
         body.pooler = None  # it serves next-sentence prediction; its weights would never get a gradient
         self.body = body if lora_rank is None else with_lora(body, lora_rank)
         self.text = RecordText(tokenizer, max_pieces=max_pieces, times=times)
@@ -98,7 +99,7 @@ class TextEncoder(nn.Module):
         """Return logits (B, num_classes); inputs as in `RecordText.forward`."""
         pieces_BL, is_piece_BL = self.text(inputs)
         mask = is_piece_BL.long()
-        config = self.body.config
+        config: Any = self.body.config
         sees_all = config.model_type in SEE_ALL and not getattr(config, "is_decoder", False)
         is_sdpa = getattr(config, "_attn_implementation", None) == "sdpa"
         if sees_all and is_sdpa and not reads_freely(mask.device):

@@ -96,6 +96,7 @@ def test_a_gpu_gives_a_backbone_the_attention_that_a_cpu_gives_it(name, tokenize
     AutoModel.from_config(BACKBONES[name]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, found = encoder(str(tmp_path)), []
+    assert not model.learns_all
     given = {"token_ids": torch.tensor([[2, 4, 5, 4, 3], [5, 3, 0, 0, 0]], dtype=torch.int32)}
     for counts in (True, False):
         monkeypatch.setattr("ehr_embed.models.text_encoder.reads_freely", lambda device, counts=counts: counts)
