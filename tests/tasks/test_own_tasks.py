@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import polars as pl
 import pytest
 from omegaconf import open_dict
 
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.predictor import Predictor
+from ehr_embed.tasks.classes_from_records import ClassesFromRecords
 from tests.helpers.configs import composed
+from tests.helpers.ragged_events import make_events
 from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_meds
 
@@ -139,6 +144,20 @@ def test_what_is_wrong_with_a_task_is_told_before_it_trains(train, place, task, 
     with refused(*told):
         train(task)
     assert not list((place / task).glob("*.pt"))
+
+
+def test_labels_of_subjects_of_another_split_are_refused():
+    """Else each sample would come once per split that names it."""
+
+    class OfAll(ClassesFromRecords):
+        def labels_of(self, events, vocabulary):
+            subjects = [0, 7, 14]
+            return pl.DataFrame({"subject_id": subjects, "prediction_time": [10] * 3, "value": [True, False, True]})
+
+    events, _ = make_events([(0, [0]), (0, [0])])  # subjects 7 and 0
+    store: Any = SimpleNamespace(split=lambda name: events, vocabulary=None)
+    with refused("OfAll.labels_of, split train", "1 of 3 rows", "subject 14", "events.subject_ids"):
+        OfAll().label_set(store, Path())
 
 
 def test_a_package_that_python_does_not_find_says_how_it_is_found(place):
