@@ -86,6 +86,8 @@ class CodeInput(ReadsCodes):
         code_N = self.code_of_token[self.tokens(inputs).flatten()[place_N]]
         key_N = place_N // n_places * n_codes + code_N
         counts = reads_freely(key_N.device)
+        if not counts:  # a task may have hidden events whose places are still given; they join the row that is cut off
+            key_N = key_N.masked_fill(~inputs["padding_mask"].flatten()[place_N], n_rows * n_codes)
         # Without counting, there are as many groups as events. The empty ones come last, in a row that is cut off below.
         key_G, group_N = key_N.unique(return_inverse=True) if counts else grouped(key_N, n_rows * n_codes)
         row_G = key_G // n_codes
