@@ -13,6 +13,7 @@ from ehr_embed.data.batches import Batch, BatchDataset, EventDataset, PackedData
 from ehr_embed.data.boundary import REMEDY, check_boundary
 from ehr_embed.data.samples import Samples
 
+GATHERS = (BatchDataset.__getitem__, BatchDataset.on)
 NEEDED = ("events", "lengths", "on", "__len__", "__getitem__")
 
 
@@ -21,7 +22,8 @@ def checked_dataset(dataset: EventDataset, *, where: str) -> EventDataset:
 
     `BatchDataset` and `PackedDataset` check their samples when they are built, and are returned as they are. Of a dataset of any
     other class, such as a subclass with a constructor of its own, the samples are checked here, if it has any, and each batch when
-    it is read.
+    it is read, unless it gathers its batches from these samples as `BatchDataset` does. Reading a batch's days makes the host wait
+    for the device.
 
     Args:
         dataset: what a task returned.
@@ -35,11 +37,15 @@ def checked_dataset(dataset: EventDataset, *, where: str) -> EventDataset:
             f"{where}: dataset() returned a {type(dataset).__name__} without {', '.join(missing)}. Expected an EventDataset "
             "(ehr_embed/data/batches.py). Return ehr_embed.api.BatchDataset(events, samples)"
         )
-    samples = getattr(dataset, "samples", None)
+    kind, samples = type(dataset), getattr(dataset, "samples", None)
     if isinstance(samples, Samples) and samples is not getattr(dataset, "checked_samples", None):
         check_boundary(dataset.events, samples, where=where)
-    is_own = type(dataset) in (BatchDataset, PackedDataset)
-    return dataset if is_own else _CheckedBatches(dataset, where)
+    if kind in (BatchDataset, PackedDataset):
+        return dataset
+    gathers_as_own = isinstance(dataset, BatchDataset) and (kind.__getitem__, kind.on) == GATHERS
+    # A property could give other samples later.
+    are_checked = gathers_as_own and isinstance(vars(dataset).get("samples"), Samples)
+    return dataset if are_checked else _CheckedBatches(dataset, where)
 
 
 class _CheckedBatches:

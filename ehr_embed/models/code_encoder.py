@@ -86,6 +86,8 @@ class CodeInput(ReadsCodes):
         code_N = self.code_of_token[self.tokens(inputs).flatten()[place_N]]
         key_N = place_N // n_places * n_codes + code_N
         counts = reads_freely(key_N.device)
+        if not counts:  # a task may have hidden events whose places are still given; they join the row that is cut off
+            key_N = key_N.masked_fill(~inputs["padding_mask"].flatten()[place_N], n_rows * n_codes)
         # Without counting, there are as many groups as events. The empty ones come last, in a row that is cut off below.
         key_G, group_N = key_N.unique(return_inverse=True) if counts else grouped(key_N, n_rows * n_codes)
         row_G = key_G // n_codes
@@ -136,7 +138,8 @@ class CodeInput(ReadsCodes):
     @staticmethod
     def _values(groups: Groups, values_N: Tensor) -> Tensor:
         has_value_N = ~values_N.isnan()
-        valued, x_N = groups.only(has_value_N), values_N
+        # A NaN would stay one in the backward pass, where it is multiplied by a gradient of 0.
+        valued, x_N = groups.only(has_value_N), values_N.masked_fill(~has_value_N, 0.0)
         if reads_freely(values_N.device):  # where few events have a value, the others would take most of the time
             valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
         mean_G = valued.mean(x_N)

@@ -52,6 +52,8 @@ class Declarations:
         reads_back: whether a training step reads numbers back from the device, so that the host waits for a GPU in each step. Other
             models are tested not to (`tests/training/test_no_wait.py`).
         reads_values: whether the weights of `body` depend on how the data give numbers (`data.values`) beyond their shapes.
+        learns_all: whether each parameter has a gradient in each step of this package's tasks, so that several processes need not
+            look for those without one; asked only of models of this package.
     """
 
     is_causal: bool | None = None
@@ -61,6 +63,7 @@ class Declarations:
     token_weights: tuple[str, ...] = ("head.tokens.",)
     reads_back: bool = False
     reads_values: bool = False
+    learns_all: bool = True
 
 
 def declarations(model: nn.Module | type) -> Declarations:

@@ -21,6 +21,9 @@ from ehr_embed.models.record_text import RecordText
 
 log = logging.getLogger(__name__)
 POOLINGS = ("mean", "cls")
+SEE_ALL = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra"})
+"""Types of backbones of which each layer lets every piece see all pieces. Others have a mask per layer, or a causal one, which
+transformers builds from the pieces' mask only."""
 
 
 class TextEncoder(nn.Module):
@@ -76,6 +79,7 @@ class TextEncoder(nn.Module):
             _load, backbone, revision, key="model.backbone", offline="model.backbone=bundled"
         )
         _check_encoder(backbone, body.config, max_pieces)
+        self.learns_all = backbone == "bundled"  # parts of other backbones may not lead to the last layer's vectors
         body.pooler = None  # it serves next-sentence prediction; its weights would never get a gradient
         self.body = body if lora_rank is None else with_lora(body, lora_rank)
         self.text = RecordText(tokenizer, max_pieces=max_pieces, times=times)
@@ -95,7 +99,10 @@ class TextEncoder(nn.Module):
         """Return logits (B, num_classes); inputs as in `RecordText.forward`."""
         pieces_BL, is_piece_BL = self.text(inputs)
         mask = is_piece_BL.long()
-        if not reads_freely(mask.device) and getattr(self.body.config, "_attn_implementation", None) == "sdpa":
+        config: Any = self.body.config
+        sees_all = config.model_type in SEE_ALL and not getattr(config, "is_decoder", False)
+        is_sdpa = getattr(config, "_attn_implementation", None) == "sdpa"
+        if sees_all and is_sdpa and not reads_freely(mask.device):
             # Given (B, L), transformers reads back whether any piece is padding; the mask of all pairs it takes as it is.
             mask = is_piece_BL[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
         x_BLD = self.body(input_ids=pieces_BL, attention_mask=mask).last_hidden_state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from ehr_embed.core.errors import UserError
@@ -50,10 +51,14 @@ class ClassesFromRecords(Classification, ABC):
         """Return the labels of all splits.
 
         Raises:
-            UserError: `labels_of` returned other columns, other types of values, or repeated or missing rows.
+            UserError: `labels_of` returned other columns, other types of values, repeated or missing rows, or rows of
+                subjects of other splits.
         """
         name = type(self).__name__
-        frames = [self._checked(self.labels_of(store.split(split), store.vocabulary), split) for split in SPLITS]
+        frames = []
+        for split in SPLITS:
+            events = store.split(split)
+            frames.append(self._checked(self.labels_of(events, store.vocabulary), events, split))
         kinds = {frame.schema["value"] for frame in frames if len(frame)}
         if len(kinds) != 1:
             raise UserError(
@@ -65,7 +70,7 @@ class ClassesFromRecords(Classification, ABC):
         as_text = [frame.with_columns(pl.col("value").cast(pl.String)) for frame in frames if len(frame)]
         return LabelSet(name, pl.concat(as_text).sort(COLUMNS[:2]), column)
 
-    def _checked(self, frame: pl.DataFrame, split: str) -> pl.DataFrame:
+    def _checked(self, frame: pl.DataFrame, events: SplitEvents, split: str) -> pl.DataFrame:
         """Return the rows of a split in the types of a label set, or refuse them."""
         where = f"{type(self).__name__}.labels_of, split {split}"
         if sorted(frame.columns) != sorted(COLUMNS):
@@ -83,5 +88,11 @@ class ClassesFromRecords(Classification, ABC):
             raise UserError(
                 f"{where}: a row has no value in some column, or two rows have the same subject and time. Return one whole row per "
                 "subject and prediction time"
+            )
+        is_other = ~np.isin(rows["subject_id"].to_numpy(), events.subject_ids)
+        if is_other.any():
+            raise UserError(
+                f"{where}: {is_other.sum()} of {len(rows)} rows are of subjects that are not in this split, such as subject "
+                f"{rows['subject_id'][int(is_other.argmax())]}. Return rows of the subjects in events.subject_ids only"
             )
         return rows

@@ -53,8 +53,11 @@ class MaskedEvent(NextEvent):
         """Return the places of the masked events, then -1.
 
         The number of masked events is random. The result has room for eight standard deviations above its mean, beyond which not
-        one batch in 10^14 lies; masked events without room would be left out of that step's loss.
+        one batch in 10^14 lies; masked events without room would be left out of that step's loss. A subclass that chooses its
+        targets by itself has room for all events.
         """
+        if type(self).is_target is not MaskedEvent.is_target:
+            return super().target_places(batch, targets_BT)
         n, share = batch.n_events, self.mask_share
         most = min(n, int(n * share + 8 * math.sqrt(n * share * (1 - share))) + 8)
         return places_of(targets_BT.flatten() > 0, most)

@@ -15,7 +15,8 @@ from ehr_embed.data.boundary import check_boundary, say_unseen
 from ehr_embed.data.checked import checked_dataset
 from ehr_embed.data.samples import Samples
 from ehr_embed.data.store import EventStore
-from ehr_embed.tasks.classification import refuse_missing_classes
+from ehr_embed.evaluation.metric import metric_named
+from ehr_embed.tasks.classification import Classification, refuse_missing_classes
 from ehr_embed.tasks.protocol import HasUnlabelled, Task
 
 log = logging.getLogger(__name__)
@@ -72,11 +73,18 @@ def refuse_lacking(task: Task, names: Sequence[str]) -> None:
 
 
 def refuse_one_class(task: Task) -> None:
-    """Refuse a split in which a class has no sample, where a task has one class per sample."""
+    """Refuse a split in which a class has no sample, where a task has one class per sample and metrics that need all classes.
+
+    These are the tasks that extend `Classification` and those whose monitored metric is a ranking. A negative label is no class.
+    """
+    is_ranked = metric_named(task.monitor, task.metrics).is_ranking
+    if len(task.class_names) < 2 or not (is_ranked or isinstance(task, Classification)):
+        return
     for split, samples in task.samples.items():
         labels = samples.labels
-        if task.class_names and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-            refuse_missing_classes(labels.astype(np.int64), task.class_names, type(task).__name__, split, what="task")
+        if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+            codes = labels[labels >= 0].astype(np.int64)
+            refuse_missing_classes(codes, task.class_names, type(task).__name__, split, what="task")
 
 
 def set_up(task: Task, store: EventStore, labels_dir: Path, max_length: int) -> None:

@@ -30,6 +30,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.launchers import end_with_parent, is_torchrun, n_launched
 from ehr_embed.core.settings import OneOf
 from ehr_embed.core.stopping import Stopped, StopRequest, stop_requests, stopped_by
+from ehr_embed.models.protocol import declarations
 from ehr_embed.training.precision import precision_plugin
 from ehr_embed.training.sharding import FullyShardedStrategy
 
@@ -124,6 +125,12 @@ class Processes:
         if self.size > 1:
             distributed.all_reduce(x)
         return x
+
+    def wrap(self, model: nn.Module, task: Any) -> Any:
+        """Return the model as it trains on the task together with the other processes' models."""
+        if isinstance(strategy := self.fabric.strategy, _OwnDDP):
+            strategy.learns_all = learns_all(model, task)
+        return self.fabric.setup_module(model)
 
     def share(self, model: nn.Module) -> None:
         """Give every rank the weights and buffers of rank 0, because a fit to vectors may differ between machines."""
@@ -222,17 +229,25 @@ def _strategy(name: str, n_processes: int) -> Strategy | Literal["auto"]:
 
 
 class _OwnDDP(DDPStrategy):
-    """DDP that looks for parameters without a gradient, a walk through the graph of each step, only in a model of another package.
+    """DDP that looks for parameters without a gradient, a walk through the graph of each step, only where `learns_all` is False."""
 
-    Such a model may leave parameters unused in a batch on some ranks. Each parameter of this package's models has a gradient in
-    each step (`tests/training/test_no_wait.py`).
-    """
+    learns_all = False
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         """Wrap the model."""
-        is_own = type(module).__module__.partition(".")[0] == PACKAGE
-        self._ddp_kwargs["find_unused_parameters"] = not is_own
+        self._ddp_kwargs["find_unused_parameters"] = not self.learns_all
         return super().setup_module(module)
+
+
+def learns_all(model: nn.Module, task: Any) -> bool:
+    """Return whether each parameter is sure to have a gradient in each step.
+
+    This package's models have one in the steps of its tasks (`tests/training/test_no_wait.py`), unless they declare otherwise. A
+    model of another package may leave parameters unused in a batch on some ranks, and a task of another package may leave some of
+    the model's outputs out of its loss.
+    """
+    are_own = all(type(x).__module__.partition(".")[0] == PACKAGE for x in (model, task))
+    return are_own and declarations(model).learns_all
 
 
 def run_ranks(function: Callable[[], T], n: int) -> T:

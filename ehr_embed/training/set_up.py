@@ -106,7 +106,7 @@ def set_up_training(
         model.to(fabric.device).adapt_to_records(inputs_of_all(dataset, embedding, settings=settings))
     processes.share(model)
     # Before the optimizer: an FSDP model has new parameters.
-    wrapped = fabric.setup_module(model)
+    wrapped = processes.wrap(model, task)
     groups = parameter_groups(
         model,
         embedding,

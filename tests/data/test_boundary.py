@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ import ehr_embed
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import BatchDataset
 from ehr_embed.data.boundary import check_boundary
+from ehr_embed.data.checked import checked_dataset
 from ehr_embed.data.samples import Samples, build_samples, packed_samples, window_samples
 from ehr_embed.data.store import STATIC_TIME, SplitEvents
 from ehr_embed.experiment.inputs import embed
@@ -252,6 +254,30 @@ def test_all_samples_of_the_package_pass(records, max_length, seed):
     check_boundary(events, packed_samples(events, max_length=max_length, rng=rng)[0])
     if any(n_static + len(days) >= 2 and days for n_static, days in records):
         check_boundary(events, window_samples(events, max_length=max_length, which="all", rng=rng))
+
+
+def test_batches_of_checked_samples_are_not_read_once_more():
+    """Reading them back would make the host wait for a GPU in each step."""
+
+    class Own(BatchDataset):
+        pass
+
+    class Shows(BatchDataset):
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), days=-torch.ones(len(index), 8))
+
+    class Moves(BatchDataset):
+        def on(self, device):
+            return Shows(self.events, self.samples)
+
+    events, _ = make_events([(1, [0, 1, 2])])
+    samples = build_samples(events, label_frame(events, [0], [1.0]), np.zeros(1, np.int64), max_length=9)
+    own = Own(events, samples)
+    assert checked_dataset(own, where="own") is own
+    for held in (checked_dataset(Shows(events, samples), where="own"),
+                 checked_dataset(Moves(events, samples), where="own").on(torch.device("cpu"))):  # fmt: skip
+        with refused("own: a batch shows events up to 1 days"):
+            held[np.zeros(1, np.int64)]
 
 
 def test_reversed_ranges_are_refused():

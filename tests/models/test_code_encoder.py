@@ -227,3 +227,27 @@ def test_vectors_without_tokens_and_of_another_width_are_refused():
         model({name: x for name, x in given.items() if name != "token_ids"})
     with pytest.raises(UserError, match=f"built for {WIDTH}"):
         model(given | {"rows": torch.zeros(8, WIDTH + 1)})
+
+
+def test_hidden_events_stay_hidden_on_a_gpu(monkeypatch):
+    """A task may hide events of a batch, whose places the batch still tells."""
+    model, given = build(), inputs()
+    given["places"] = given["padding_mask"].flatten().nonzero().squeeze(1)
+    given["padding_mask"] = given["padding_mask"].clone()
+    given["padding_mask"][0, 1], given["padding_mask"][2, 2] = False, False
+    expected = model(given)
+    monkeypatch.setattr("ehr_embed.models.code_encoder.reads_freely", lambda device: False)
+    torch.testing.assert_close(model(given), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_explanations_on_a_gpu_have_gradients_of_the_values(monkeypatch):
+    """Without counting, events without a value are in the computation too, and give nothing to the gradient."""
+    model, gradients = build(), []
+    for counts in (True, False):
+        monkeypatch.setattr("ehr_embed.models.code_encoder.reads_freely", lambda device, counts=counts: counts)
+        given = inputs()
+        given["values"] = given["values"].clone().requires_grad_()
+        model(given)[:, 1].sum().backward()
+        gradients.append(given["values"].grad.nan_to_num(nan=77.0))
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 from omegaconf import DictConfig
-from transformers import AutoModel, AutoTokenizer, BertConfig
+from transformers import AutoModel, AutoTokenizer, BertConfig, GPT2Config, ModernBertConfig
 
 import ehr_embed
 from ehr_embed.core.errors import UserError
@@ -74,6 +74,34 @@ def written(
     assert pieces_BL.shape[1] % 8 == 0
     assert (pieces_BL[~is_piece_BL] == tokenizer.pad_token_id).all()
     return [tokenizer.decode(row[keep]) for row, keep in zip(pieces_BL, is_piece_BL, strict=True)]
+
+
+BACKBONES = {
+    "bert": BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=128
+    ),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=128),
+    "modernbert": ModernBertConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=128,
+        global_attn_every_n_layers=3, local_attention=4, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_gpu_gives_a_backbone_the_attention_that_a_cpu_gives_it(name, tokenizer, tmp_path, monkeypatch):
+    """A causal backbone stays causal, and a layer that sees the neighbours only goes on to do so."""
+    torch.manual_seed(0)
+    BACKBONES[name].vocab_size = len(tokenizer)
+    AutoModel.from_config(BACKBONES[name]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, found = encoder(str(tmp_path)), []
+    assert not model.learns_all
+    given = {"token_ids": torch.tensor([[2, 4, 5, 4, 3], [5, 3, 0, 0, 0]], dtype=torch.int32)}
+    for counts in (True, False):
+        monkeypatch.setattr("ehr_embed.models.text_encoder.reads_freely", lambda device, counts=counts: counts)
+        found.append(model(given))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_record_is_the_texts_of_its_events_in_order(tokenizer):

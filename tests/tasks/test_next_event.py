@@ -142,6 +142,26 @@ def test_targets_by_hand(planted):
     assert torch.isfinite(inputs["target_values"][has_target]).all()
 
 
+def test_there_is_room_for_all_targets_of_a_task_of_ones_own(planted):
+    """On a GPU the targets are looked for in a bounded number of places, and the bound of random masks holds for those only."""
+
+    class MasksAll(MaskedEvent):
+        def is_target(self, batch, *, is_training=False):
+            return batch.is_next
+
+    found = {}
+    for kind in (MaskedEvent, MasksAll):
+        task = kind(mask_share=0.05)
+        task.setup(planted[0], Path(), 32)
+        dataset = task.dataset("tuning")
+        batch = dataset[np.arange(len(dataset))]
+        targets = batch.token_ids * task.is_target(batch, is_training=True)
+        places = task.target_places(batch, targets)
+        assert set(targets.flatten().nonzero().flatten().tolist()) <= set(places.tolist())
+        found[kind] = len(places)
+    assert found[MaskedEvent] < found[MasksAll]
+
+
 def test_a_blanked_event_is_gone_and_evaluation_does_not_depend_on_the_batch(planted):
     store, _ = planted
     task = MaskedEvent(mask_share=0.5)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
+import torch
 from omegaconf import open_dict
 
+from ehr_embed.api import Metric, StepResult
+from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.predictor import Predictor
+from ehr_embed.tasks.classes_from_records import ClassesFromRecords
+from ehr_embed.tasks.set_up import refuse_one_class
+from ehr_embed.training.step_check import check_step
 from tests.helpers.configs import composed
+from tests.helpers.ragged_events import make_events
 from tests.helpers.refusals import refused
 from tests.helpers.small_meds import write_meds
 
@@ -139,6 +152,81 @@ def test_what_is_wrong_with_a_task_is_told_before_it_trains(train, place, task, 
     with refused(*told):
         train(task)
     assert not list((place / task).glob("*.pt"))
+
+
+def own_task(labels: list[int], *, names: list[str], is_ranking: bool) -> Any:
+    metric = Metric("own", is_higher_better=True, is_ranking=is_ranking)
+    samples = {"train": SimpleNamespace(labels=np.array(labels))}
+    return SimpleNamespace(metrics=(metric,), monitor="own", class_names=names, samples=samples)
+
+
+def test_only_metrics_that_need_every_class_refuse_a_split_without_one():
+    refuse_one_class(own_task([0, 1, -100, -1], names=["no", "yes"], is_ranking=True))
+    refuse_one_class(own_task([3, 5, 8], names=["days"], is_ranking=True))
+    refuse_one_class(own_task([0, 0, 2], names=["a", "b", "c"], is_ranking=False))
+    with refused("split train", "a: 2, b: 0, c: 1"):
+        refuse_one_class(own_task([0, 0, 2, -1], names=["a", "b", "c"], is_ranking=True))
+
+
+@dataclass
+class Rows:
+    """A batch of one number per row, which is its label, its input and its length."""
+
+    labels: torch.Tensor
+
+    def to(self, device):
+        return self
+
+
+class RowsDataset:
+    lengths = np.arange(1, 9)
+
+    def __getitem__(self, index):
+        return Rows(torch.as_tensor(self.lengths[index]).float())
+
+
+def mean(x):
+    return x.mean()
+
+
+def random_mask(x):
+    return x[torch.rand(len(x)) < 0.5].sum()
+
+
+def mean_of_some(x):
+    return x.sum() if x[0] > 6 else x.mean()
+
+
+def fails(x):
+    raise ValueError("not of this shape")
+
+
+@pytest.mark.parametrize(("loss", "is_refused"), [(mean, True), (torch.sum, False), (random_mask, False),
+                                                  (mean_of_some, False), (fails, False)])  # fmt: skip
+def test_a_loss_is_refused_only_if_all_samples_agree(loss, is_refused):
+    class Own:
+        def step(self, model, embedding, batch):
+            return StepResult(loss(batch.labels), len(batch.labels), batch.labels)
+
+    model: Any = torch.nn.Identity()
+    given: Any = (Own(), model, EventEmbedding(torch.zeros(2, 2)), RowsDataset())
+    with refused("the mean over the batch") if is_refused else nullcontext():
+        check_step(*given)
+    assert model.training
+
+
+def test_labels_of_subjects_of_another_split_are_refused():
+    """Else each sample would come once per split that names it."""
+
+    class OfAll(ClassesFromRecords):
+        def labels_of(self, events, vocabulary):
+            subjects = [0, 7, 14]
+            return pl.DataFrame({"subject_id": subjects, "prediction_time": [10] * 3, "value": [True, False, True]})
+
+    events, _ = make_events([(0, [0]), (0, [0])])  # subjects 7 and 0
+    store: Any = SimpleNamespace(split=lambda name: events, vocabulary=None)
+    with refused("OfAll.labels_of, split train", "1 of 3 rows", "subject 14", "events.subject_ids"):
+        OfAll().label_set(store, Path())
 
 
 def test_a_package_that_python_does_not_find_says_how_it_is_found(place):

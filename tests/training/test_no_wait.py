@@ -32,9 +32,10 @@ from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.experiment.inputs import prepare_from
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.protocol import AdaptsToRecords, FitsAtOnce, adapt, declarations
-from ehr_embed.tasks.protocol import Task, check_causality, run_step
+from ehr_embed.tasks.next_event import NextEvent
+from ehr_embed.tasks.protocol import StepResult, Task, check_causality, run_step
 from ehr_embed.tasks.set_up import set_up
-from ehr_embed.training.processes import Processes
+from ehr_embed.training.processes import Processes, learns_all
 from ehr_embed.training.step_mean import StepMean
 from tests.helpers.configs import CONF, composed
 from tests.helpers.small_meds import Event, write_meds
@@ -192,6 +193,28 @@ def test_no_step_waits_for_the_device(name, cases):
             mean.finish(model.parameters(), n_batches=2)
         check_all_learn(model, case)
     assert tried, "no task takes this model"
+
+
+def test_processes_look_for_parameters_without_a_gradient_where_there_may_be_some(cases, monkeypatch):
+    """A task of another package may ask a model of this one for a part of its outputs, and a backbone may use a part of itself."""
+
+    class ScoresOnly(NextEvent):
+        def step(self, model, embedding, batch):
+            inputs = self.inputs(embedding, batch, self.is_target(batch))
+            nll = model(inputs).nll
+            return StepResult(nll.sum(), len(nll), nll.detach())
+
+    task, prepared = next((task, prepared) for _, task, prepared in cases if type(task) is NextEvent)
+    model, embedding = built("decoder_small", task, prepared) or pytest.fail("refused")
+    assert learns_all(model, task)
+    own = ScoresOnly()
+    own.__dict__.update(task.__dict__)
+    run_step(own, model, embedding, task.dataset("train")[np.arange(4)]).loss_sum.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None], "the heads of times and values"
+    assert not learns_all(model, own)
+    assert not learns_all(nn.Linear(2, 2), task)
+    monkeypatch.setattr(model, "learns_all", False, raising=False)
+    assert not learns_all(model, task)
 
 
 @pytest.mark.parametrize("name", ["code_encoder", "decoder_small", "encoder_small", "gru", *SLOW])
