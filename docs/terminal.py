@@ -32,8 +32,8 @@ HEAD = """# What the terminal shows
 This page holds what `make demo` writes, recorded by `python docs/terminal.py`, so that you can compare it with your own screen.
 The first part was recorded in a pseudo-terminal of {columns} columns: a line of progress is written over itself, and stands here
 as it was last written. The second part is the log file of the same commands without a terminal, as a job of Slurm has it: a line
-of progress comes once a minute, and none where a step takes less. The first line on CPU threads is printed only where other programs
-keep the machine busy, as they did here.
+of progress comes once a minute, and none where a step takes less. The first line on CPU threads is printed only where other
+programs keep the machine busy, as they did here.
 
 Recorded on {machine}.
 
