@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import polars as pl
-
+from ehr_embed.core.csv_tables import read_csv_table
 from ehr_embed.core.errors import UserError
 
 SHIPPED = Path(__file__).with_name("synonyms.csv")
@@ -37,15 +36,7 @@ class Synonyms:
                 f"synonyms {path}: no such file. Expected a CSV file with columns {','.join(COLUMNS)}, such as {SHIPPED}; "
                 "synonyms: null in the file of rules uses none."
             )
-        try:
-            frame = pl.read_csv(path, glob=False, infer_schema=False)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns {','.join(COLUMNS)}."
-            ) from error
-        if not set(COLUMNS) <= set(frame.columns):
-            raise UserError(f"{path}: expected columns {','.join(COLUMNS)}, found {', '.join(frame.columns)}.")
+        frame = read_csv_table(path, COLUMNS)
         pairs = [(tidy(term or ""), tidy(synonym or "")) for term, synonym in frame.select(COLUMNS).iter_rows()]
         for number, pair in enumerate(pairs):
             if not all(pair):

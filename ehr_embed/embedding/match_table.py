@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ehr_embed.core.csv_tables import read_csv_table
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.settings import OneOf, check_setting
@@ -256,15 +257,7 @@ def read_pairs(path: str) -> pl.DataFrame:
         raise UserError(
             f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
         )
-    try:
-        frame = pl.read_csv(path, glob=False, infer_schema=False)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,matched_code."
-        ) from error
-    if not {"code", "matched_code"} <= set(frame.columns):
-        raise UserError(f"{path}: expected columns code,matched_code, found {', '.join(frame.columns)}.")
+    frame = read_csv_table(path, ("code", "matched_code"))
     if "gate" not in frame.columns:
         frame = frame.with_columns(gate=pl.lit(None, pl.String))
     frame = frame.select("code", "matched_code", "gate").with_columns(

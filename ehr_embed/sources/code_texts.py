@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from ehr_embed.core.csv_tables import read_csv_table
 from ehr_embed.core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,7 @@ def read_lookups(paths: Sequence[str]) -> pl.DataFrame:
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"data.lookups: no such file {path}. Expected CSV files with columns code,term.")
-        try:
-            frame = pl.read_csv(path, glob=False, infer_schema=False)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{path}: not a readable CSV file ({told}). Expected UTF-8 with columns code,term."
-            ) from error
-        if not {"code", "term"} <= set(frame.columns):
-            raise UserError(f"{path}: expected columns code,term, found {', '.join(frame.columns)}.")
+        frame = read_csv_table(path, ("code", "term"))
         frame = frame.select("code", "term")
         terms = frame.drop_nulls().filter(pl.col("term") != "")
         _tell_ambiguous(terms.rename({"term": "text"}), str(path), "the last one is taken")
