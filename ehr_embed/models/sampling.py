@@ -163,15 +163,9 @@ def generate(
     stop_tokens = sent(list(sampling.stop_tokens), bias_V.device, torch.int64)
     events: list[tuple[Tensor, ...]] = []
     for number in range(sampling.max_new_events):
-        hidden_RD = sequences.hidden()
-        logits_RV = token_logits(hidden_RD, weight_VD, bias_V)
-        if number == 0:
-            logits_RV = logits_RV + sequences.log_chance_of_silence()
-        token_R = draw_token(logits_RV, sampling, generator)
-        time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
-        gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
-        value_R = draw_value(value, sampling, generator) if value else torch.full_like(gap_R, float("nan"))
-        sequences.advance(token_R, gap_R, value_R)
+        token_R, value_R = _draw_event(
+            sequences, head, embedding, (weight_VD, bias_V), sampling, generator, is_first=number == 0
+        )
         happens_R = sequences.goes_on_R & (sequences.days_R <= sampling.horizon_days)
         events.append((sequences.future_R, token_R, sequences.days_R, value_R, happens_R))
         sequences.go_on(happens_R & ~torch.isin(token_R, stop_tokens))
@@ -186,6 +180,34 @@ def generate(
     kept = kept[torch.argsort(future[kept], stable=True)]
     prompt, sample = future[kept] // sampling.n_samples, future[kept] % sampling.n_samples
     return Trajectories(is_cut.view(-1, sampling.n_samples), prompt, sample, token_ids[kept], days[kept], values[kept])
+
+
+def _draw_event(
+    sequences: _Sequences,
+    head: EventHead,
+    embedding: EventEmbedding,
+    weights: tuple[Tensor, Tensor],
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    is_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """Draw the next event of each future, advance by it, and return its token (R,) and value (R,), NaN where the head has none.
+
+    Args:
+        weights: weight (V, D) and bias (V,) of the tokens, as `head.token_weights` gives them.
+        is_first: whether it is the first event after the prediction time, which is drawn given the silence before that time.
+    """
+    hidden_RD = sequences.hidden()
+    logits_RV = token_logits(hidden_RD, *weights)
+    if is_first:
+        logits_RV = logits_RV + sequences.log_chance_of_silence()
+    token_R = draw_token(logits_RV, sampling, generator)
+    time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
+    gap_R = draw_gap(time_RQ, sequences.wait_R if is_first else None, sampling, generator)
+    value_R = draw_value(value, sampling, generator) if value else torch.full_like(gap_R, float("nan"))
+    sequences.advance(token_R, gap_R, value_R)
+    return token_R, value_R
 
 
 class _Sequences:

@@ -20,15 +20,15 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.inference.trajectories import TRAJECTORY_SCHEMA, as_events
 from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
-from ehr_embed.models.heads import EventHead, time_bin, token_logits
+from ehr_embed.models.heads import EventHead, time_bin
 from ehr_embed.models.sampling import (
     Sampling,
     Trajectories,
+    _draw_event,
     _Sequences,
     check_generates,
     draw_gap,
     draw_token,
-    draw_value,
     generate,
 )
 from ehr_embed.tasks.next_event import NextEvent
@@ -211,19 +211,12 @@ def test_no_event_of_a_future_waits_for_the_device(planted, pretrained, n_sample
     batch, generator = prompts(planted)[0].to(meta), cast("torch.Generator", None)
     head = model.head
     with torch.inference_mode():
-        weight_VD, bias_V = head.token_weights(embedding.table)
+        weights = head.token_weights(embedding.table)
         sequences = _Sequences(model, embedding, batch, sampling, use_cache=True)
         for number in range(3):
-            hidden_RD = sequences.hidden()
-            logits_RV = token_logits(hidden_RD, weight_VD, bias_V)
-            if number == 0:
-                logits_RV = logits_RV + sequences.log_chance_of_silence()
-            token_R = draw_token(logits_RV, sampling, generator)
-            time_RQ, value = head.time_and_value(hidden_RD, embedding(token_R))
-            gap_R = draw_gap(time_RQ, sequences.wait_R if number == 0 else None, sampling, generator)
-            sequences.advance(token_R, gap_R, draw_value(value, sampling, generator))
+            _draw_event(sequences, head, embedding, weights, sampling, generator, is_first=number == 0)
             sequences.go_on(sequences.goes_on_R & (sequences.days_R <= 9))
-    assert sequences.hidden().shape == (len(batch.labels) * n_samples, weight_VD.shape[1])
+    assert sequences.hidden().shape == (len(batch.labels) * n_samples, weights[0].shape[1])
 
 
 def test_top_k_and_top_p_leave_the_rest_out():
