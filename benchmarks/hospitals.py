@@ -147,7 +147,7 @@ def few(lab: Lab) -> list[list[str]]:
             found: list[float] = []
             # All labels leave nothing to draw: seeds take the place of draws.
             wanted = lab.seeds if n == n_train else lab.draws
-            # Of few labels some draws have no case, of which nothing can be learned: further draws take their place.
+            # A draw of few labels may have no case, and nothing can be learned from it: a further draw takes its place.
             for number in range(MOST_DRAWS * len(wanted)) if way in lab.ways else ():
                 if len(found) == len(wanted):
                     break

@@ -47,7 +47,7 @@ DARK = {
 }
 COLUMNS, N_FIRST_LINES = 104, 2
 COMMAND = ("train", "data.n_subjects=2000", "trainer.epochs=4", "run_dir=runs/first")
-"""What the terminal shows: the second command of the first screen, with fewer subjects and epochs."""
+"""The terminal picture shows this command: the second one of the first screen, with fewer subjects and epochs."""
 EVENTS = (
     ("2 y", "Type 2 diabetes"),
     ("14 mo", "Creatinine = 1.9"),

@@ -104,7 +104,7 @@ class ZeroShot(Classification):
                 f"no token of the vocabulary is in {self._event_set}, so every risk would be 0. Check vocab.csv."
             )
         self._tokens = torch.tensor(tokens)
-        # What follows the first event of the set does not change the risk.
+        # Events after the first one of the set do not change the risk.
         stops = {*self._stop.tokens(store.vocabulary), *tokens}
         self._sampling = replace(self._sampling, stop_tokens=tuple(sorted(stops)))
 

@@ -42,7 +42,7 @@ def check_step(task: Task, model: Any, embedding: EventEmbedding, dataset: Event
         return
     was_training, device = model.training, embedding.table.device
     model.eval()
-    # What the task draws by itself must not change what training draws.
+    # The task may draw random numbers here, and training must draw the same numbers as without this check.
     with (
         warnings.catch_warnings(),
         torch.no_grad(),

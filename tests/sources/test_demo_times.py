@@ -102,7 +102,7 @@ def test_the_best_possible_concordance_is_printed_and_not_exceeded(cohort, tmp_p
         best = concordance_index_censored(happened, days, log_hazard)[0]
         assert found["bayes_concordance"][split] == pytest.approx(best)
         assert best - 0.06 < found[split]["concordance"]["value"] < best + 0.01, "better than possible: a leak"
-    # Where something else is asked, the best possible concordance is not known, and is not claimed.
+    # For another question nobody knows the best possible concordance, so the run states none.
     other = metrics("other", "task.times=null")
     assert "bayes_concordance" not in other
 
