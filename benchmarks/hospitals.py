@@ -33,8 +33,9 @@ CONF = Path(__file__).parents[1] / "conf"
 PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
 WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
-        "pool": "boosting pooled"}  # fmt: skip
-WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm"}
+        "pool": "boosting pooled", "pooltab": "code_tab pooled"}  # fmt: skip
+POOLED = ("pool", "pooltab")
+WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm", "pooltab": "pool_tab"}
 """Runs of other parts that use all labels."""
 QUICK = ("trainer.n_bootstrap=0",)
 MOST_DRAWS = 4
@@ -47,8 +48,13 @@ CODE_TAB = (
 )  # fmt: skip
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
+OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
+CONTROLS = {"random": ("embedder=random_frozen",), "learned": OWN_VECTORS}
+"""What a model of codes has in place of texts: a random vector per code, which texts do not bring near to another one's; with that,
+weights of each code that are learned for it alone."""
 TUNED = ("trainer=short", "trainer.epochs=3", "trainer.learning_rate=1e-4", "trainer.warmup_steps=0", *LAST)
-NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both"}
+NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both", "random": "code_tab of random vectors",
+         "learned": "code_tab of random vectors and learned weights per code"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Hospital:
     root: Path
     labels: str
     prefixes: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -92,8 +99,10 @@ class Lab:
     def trained(self, hospital: Hospital, kind: str, seed: int) -> Path:
         """Return the run of a model that was trained on all labels of one hospital."""
         name = f"{hospital.name}_{kind}_{seed}"
-        prefixes = hospital.prefixes if kind == "tab" else ()
-        self.run(name, *MODELS[kind], *hospital.data, *prefixes, f"seed={seed}")
+        prefixes = () if kind == "gbm" else hospital.prefixes
+        how = MODELS[kind] if kind in MODELS else (*MODELS["tab"], *CONTROLS[kind])
+        schedule = hospital.schedule if "experiment=hospitals" in how else ()
+        self.run(name, *how, *schedule, *hospital.data, *prefixes, f"seed={seed}")
         return self.folder / name
 
     def unchanged(self, one: Hospital, other: Hospital, kind: str, seed: int, control: str) -> Path:
@@ -101,7 +110,8 @@ class Lab:
         start = self.trained(one, kind, seed)
         name = f"{one.name}_to_{other.name}_{kind}_{control}_{seed}"
         how = {"texts": (), "shuffled": ("data.alignment_texts=shuffled",), "none": ("data.aligned_to=none",)}[control]
-        self.run(name, *READS[kind], *other.data, "trainer=evaluate", f"init_from={start}", f"seed={seed}", *how)
+        reads = READS[kind] if kind in READS else (*READS["tab"], *CONTROLS[kind])
+        self.run(name, *reads, *other.data, "trainer=evaluate", f"init_from={start}", f"seed={seed}", *how)
         return self.folder / name
 
 
@@ -111,7 +121,7 @@ def unchanged(lab: Lab) -> list[list[str]]:
     for one, other in ((lab.home, lab.away), (lab.away, lab.home)):
         found: dict[tuple[str, str], list[Predictions]] = {}
         for control in ("texts", "shuffled", "none"):
-            for kind in MODELS:
+            for kind in (*MODELS, *CONTROLS):
                 runs = [lab.unchanged(one, other, kind, seed, control) for seed in lab.seeds]
                 found[kind, control] = [Predictions.of(folder, SPLITS) for folder in runs]
             both = zip(found["tab", control], found["gbm", control], strict=True)
@@ -137,6 +147,7 @@ def few(lab: Lab) -> list[list[str]]:
         "tab": (*MODELS["tab"], *away.data),
         "tuned": (*READS["tab"], *TUNED, *away.data, f"init_from={start}"),
         "pool": ("model=gbm", *pooled_data(lab)),
+        "pooltab": (*MODELS["tab"], *pooled_data(lab), *home.prefixes),
     }
     unchanged = {kind: held_out(lab.unchanged(home, away, kind, 0, "texts")) for kind in MODELS}
     rows = [["0", *(f"{unchanged['tab']} (unchanged)" if way == "tuned" else "" for way in ways)]]
@@ -155,7 +166,7 @@ def few(lab: Lab) -> list[list[str]]:
                     name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
                     drawn: tuple[str, ...] = (f"seed={number}",)
                 else:
-                    fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
+                    fraction = f"task.label_fraction={[1.0, share] if way in POOLED else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
                 try:
                     metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
