@@ -79,6 +79,7 @@ NEW: dict[str, Any] = {
     "trainer.devices": 1,
     "trainer.ema": None,
     "trainer.keep": "best",
+    "trainer.min_steps": None,
     "trainer.nodes": 1,
     "trainer.pull": 0.0,
     "trainer.optimizer._target_": ADAMW,
