@@ -60,7 +60,7 @@ class SplitBatches:
         sampler = BucketSampler(
             dataset.lengths,
             batch_size=self._settings.batch_size,
-            batch_tokens=self._settings.batch_tokens,
+            batch_tokens=self._settings.most_batch_tokens,
             shuffle=epoch is not None,
             bucket_batches=self._settings.bucket_batches,
             seed=self._seed,
