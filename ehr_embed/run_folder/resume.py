@@ -44,6 +44,7 @@ HARMLESS = (
     "trainer.save_every",
     "trainer.num_workers",
     "trainer.data_device",
+    "trainer.prefetch",
     "trainer.profile",
     "report",
     "trainer.threads",

@@ -36,6 +36,8 @@ BatchTokens = Annotated[
     Told("auto, or 1 or more events", example="auto", remedy="auto chooses by the memory of the GPU."),
 ]
 
+Prefetch = Annotated[Literal["auto"] | bool, Told("auto, true or false", example="auto")]
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -78,6 +80,7 @@ class TrainerSettings:
     n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     num_workers: Annotated[int, Field(ge=0, le=1024), Told(remedy="0 builds batches in this process.")] = 0
     data_device: DataDevice = "auto"
+    prefetch: Prefetch = "auto"
     accelerator: Accelerator = "auto"
     devices: Devices = 1
     nodes: Nodes = 1

@@ -49,6 +49,7 @@ class SplitBatches:
             num_workers=self._settings.num_workers,
             device=self._processes.fabric.device,
             data_device=self._settings.data_device,
+            prefetch=self._settings.prefetch,
         )
 
     def _dataset(self, split: str, epoch: int | None) -> EventDataset:
