@@ -6,7 +6,9 @@
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python -m benchmarks.training --float32 1
 
 The same subjects, model size and batch size on both sides; an epoch of one, then of the other. Both clip gradients and step
-AdamW. The last command computes as a CPU without AVX-512 does. Ours is the trainer itself with its defaults: event store, table lookup, batches of similar length, mixed precision.
+AdamW. The last command computes as a CPU without AVX-512 does.
+
+Ours is the trainer itself with its defaults: event store, table lookup, batches of similar length, mixed precision.
 The original reads a file a subject, pads random batches to the longest and computes in float32. `ratio_cpu_time` compares
 the processor's seconds of the whole calls, which other work on the machine changes less (ours then includes an evaluation).
 """

@@ -4,9 +4,10 @@
     python -m benchmarks.peers --peers hugging_face meds_eic_ar --subjects 400 --repeats 3
 
 Each peer has an environment of its own, which pip fills once (`--environments`; with the torch of this one), and each measurement
-is a process of its own there, whose start, loading and first steps are not counted. Rates are events/s without padding; `ratio` is the
-median of ours over the peer's, of measurements that follow each other, and `ratio_cpu_time` the same of CPU seconds, which other
-programs change less. A peer that pip cannot install is left out, and the line says what pip said.
+is a process of its own there, whose start, loading and first steps are not counted. Rates are events/s without padding. `ratio` is
+the median of ours over the peer's, of measurements that follow each other; `ratio_cpu_time` is the same of CPU seconds, which other
+programs change less and which hold ours to an evaluation and a checkpoint as well. A peer that pip cannot install is left out, and
+the line says what pip said.
 
 What does the same as what:
 
@@ -104,6 +105,11 @@ def write_records(sides: Sides, folder: Path) -> None:
     (folder / "sizes.json").write_text(json.dumps(sizes))
 
 
+def precision_of(options: argparse.Namespace) -> str:
+    """Return the precision of both sides."""
+    return "32-true" if options.float32 else choose_precision("auto", options.device)
+
+
 def timed(work: Callable[[], int]) -> Measured:
     """Return the seconds of `work`, which returns a number of events."""
     began, cpu_began = time.perf_counter(), time.process_time()
@@ -141,7 +147,7 @@ def our_futures(options: argparse.Namespace, vocab_size: int) -> Measured:
     embedding = EventEmbedding(torch.randn(vocab_size, 384)).to(options.device)
     prompts = random_prompts(options.prompts, options.prompt, vocab_size).to(torch.device(options.device))
     sampling = Sampling(max_new_events=options.new, horizon_days=1e9, n_samples=options.futures)
-    is_bf16 = not options.float32 and choose_precision("auto", options.device).startswith("bf16")
+    is_bf16 = precision_of(options).startswith("bf16")
 
     def work() -> int:
         generator = torch.Generator(options.device).manual_seed(0)
