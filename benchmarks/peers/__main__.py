@@ -51,8 +51,9 @@ from ehr_embed.training.precision import choose_precision
 
 HUGGING_FACE = Peer("hugging_face", "run_hugging_face.py", ("transformers[torch]",))
 MEDS_EIC_AR = Peer("meds_eic_ar", "run_meds_eic_ar.py", ("meds-eic-ar",))
-PYHEALTH = Peer("pyhealth", "run_pyhealth.py", ("pyhealth",))
 MEDS_TORCH_DATA = Peer("meds_torch_data", "run_meds_torch_data.py", ("meds-torch-data==0.9.*",))
+PYHEALTH = Peer("pyhealth", "run_pyhealth.py", ("pyhealth", "numpy<2", "setuptools<80"))
+"""Its last version for Python 3.11 needs, without saying so, a numpy that its pandas knows and the `pkg_resources` of setuptools."""
 FUTURES = {"prompts": 2, "futures": 20, "prompt": 192, "new": 64}
 N_HEADS = 8
 
@@ -152,7 +153,7 @@ def our_futures(options: argparse.Namespace, vocab_size: int) -> Measured:
     def work() -> int:
         generator = torch.Generator(options.device).manual_seed(0)
         with torch.autocast(options.device, torch.bfloat16, enabled=is_bf16):
-            return int(generate(model, embedding, prompts, sampling, generator).is_event.sum())
+            return len(generate(model, embedding, prompts, sampling, generator).token_ids)
 
     return timed(work)
 

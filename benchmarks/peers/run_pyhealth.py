@@ -8,12 +8,17 @@ The records become PyHealth samples with one list of codes and a binary label. I
 import sys
 import tempfile
 from importlib import metadata
+from unittest.mock import MagicMock
 
 import torch
-from pyhealth.datasets import SampleEHRDataset, get_dataloader
-from pyhealth.models import Transformer
-from pyhealth.trainer import Trainer
 from records import Records, say, seconds
+
+# PyHealth's models of images import torchvision, whose build in the package index cannot be loaded beside a torch without CUDA.
+sys.modules |= {name: MagicMock() for name in ("torchvision", "torchvision.models", "torchvision.transforms")}
+
+from pyhealth.datasets import SampleEHRDataset, get_dataloader  # noqa: E402
+from pyhealth.models import Transformer  # noqa: E402
+from pyhealth.trainer import Trainer  # noqa: E402
 
 
 def main() -> None:
