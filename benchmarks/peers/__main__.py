@@ -53,7 +53,7 @@ HUGGING_FACE = Peer("hugging_face", "run_hugging_face.py", ("transformers[torch]
 MEDS_EIC_AR = Peer("meds_eic_ar", "run_meds_eic_ar.py", ("meds-eic-ar",))
 MEDS_TORCH_DATA = Peer("meds_torch_data", "run_meds_torch_data.py", ("meds-torch-data==0.9.*",))
 PYHEALTH = Peer("pyhealth", "run_pyhealth.py", ("pyhealth", "numpy<2", "setuptools<80"))
-"""Its last version for Python 3.11 needs, without saying so, a numpy that its pandas knows and the `pkg_resources` of setuptools."""
+"""Its last version for Python 3.11 needs, unsaid, a numpy that its pandas knows and the `pkg_resources` of setuptools."""
 FUTURES = {"prompts": 2, "futures": 20, "prompt": 192, "new": 64}
 N_HEADS = 8
 
