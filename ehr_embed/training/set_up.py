@@ -118,7 +118,7 @@ def set_up_training(
     optimizer: Any = fabric.setup_optimizers(
         build_optimizer(settings.optimizer, groups, is_fused=precision != "16-mixed")
     )
-    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
+    total_steps = settings.steps_of(n_batches) * settings.epochs_of(n_batches)
     course = Course(
         total_steps=total_steps,
         warmup_steps=warmup_steps_of(settings.warmup_steps, total_steps),
@@ -161,7 +161,7 @@ def inputs_of_all(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield a model's inputs for all rows of a dataset, in order of length; every process gets the same."""
     for rows in BucketSampler(
-        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.most_batch_tokens, shuffle=False
     ):
         yield embedding.inputs(dataset[rows].to(embedding.table.device))
 
