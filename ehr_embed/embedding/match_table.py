@@ -157,9 +157,9 @@ def say_other_kinds(table: pl.DataFrame) -> None:
     lost = table.filter((pl.col("gate") == 0) & pl.col("warning").is_in([NUMBERS_HERE, NUMBERS_THERE]))
     if len(lost):
         log.warning(
-            "%d codes, with %.1f%% of the events, have the text of a code whose events are of another kind, such as %s (%s), so their "
-            "numbers cannot agree and the codes have no match. If these are the same, write numbers as numeric_value on both sides, or "
-            "name the pairs: data.alignment_pairs=FILE.csv",
+            "%d codes, with %.1f%% of the events, have the text of a code whose events are of another kind, such as %s (%s), so "
+            "their numbers cannot agree and the codes have no match. If these are the same, write numbers as numeric_value on both "
+            "sides, or name the pairs: data.alignment_pairs=FILE.csv",
             len(lost), 100 * float(lost["share"].sum()), lost["text"][0], lost["warning"][0],
         )  # fmt: skip
 
@@ -257,7 +257,9 @@ def align_codes(
     weight[matched < 0] = 0.0
     table = _table(source, target, matched, cosine, weight, origin)
     other_kind = of_other_kind(text_S, text_T, is_number_S, is_number_T, rules)
-    said = pl.Series([said if g == 0 else "" for said, g in zip(other_kind, table["gate"], strict=True)], dtype=pl.String)
+    said = pl.Series(
+        [said if g == 0 else "" for said, g in zip(other_kind, table["gate"], strict=True)], dtype=pl.String
+    )
     return table.with_columns(warning=pl.when(said != "").then(said).otherwise("warning"))
 
 

@@ -272,8 +272,8 @@ class RecordReader:
             yield joined(parts)
 
     def _embedded(self, texts: list[str], *, cache_dir: Path | None = None) -> Tensor:
-        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector; those in the cache
-        of a folder are not computed again."""
+        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector; those that the
+        cache holds are not computed again."""
         if not self.reads_vectors:
             return torch.zeros(len(texts), self._run.embedding.table.shape[1])
         embedder = self.embedder

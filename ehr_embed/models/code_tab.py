@@ -201,9 +201,7 @@ class CodeTabBody(nn.Module):
                 z_BMD = z_BMD + part(n_rows, pairs.row[in_G], code_G, x_GP[in_G], e_CE[codes_U], a_CM[codes_U])
         return z_BMD
 
-    def _dense(
-        self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor
-    ) -> Tensor:
+    def _dense(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
         """(B, M, D): all codes in all records, code by code."""
         n_codes = len(e_CE)
         g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
@@ -221,9 +219,7 @@ class CodeTabBody(nn.Module):
         v_CBD = h_CBH @ torch.einsum("cr,rhd->chd", g2_CR, self.weights2)
         return torch.einsum("cm,cbd->bmd", a_CM, v_CBD)
 
-    def _sparse(
-        self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor
-    ) -> Tensor:
+    def _sparse(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
         """(B, M, D) from the pairs that occur, ascending by record, and, once for all records, the known codes' parts where they
         are absent.
 

@@ -151,7 +151,9 @@ class GBM(ReadsCodeFeatures):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
             part, other = train.features.rows(outside), train.features.rows(inside)
             too_rare = self._too_rare(part)
-            data = lightgbm_module().Dataset(rows_of(part, too_rare), train.labels[outside], weight=train.weights[outside])
+            data = lightgbm_module().Dataset(
+                rows_of(part, too_rare), train.labels[outside], weight=train.weights[outside]
+            )
             unseen = data.create_valid(rows_of(other, too_rare), train.labels[inside], weight=train.weights[inside])
             told: dict[str, dict[str, list[float]]] = {}
             booster = lightgbm_module().train(
@@ -164,7 +166,9 @@ class GBM(ReadsCodeFeatures):
             losses += np.asarray(told["valid_0"][measure]) * train.weights[inside].sum()
             boosters.append((inside, booster))
         n_trees = int(losses.argmin()) + 1
-        log.info("cross-fitted trees: %d of %d have the least loss on samples that they did not see", n_trees, self.n_trees)
+        log.info(
+            "cross-fitted trees: %d of %d have the least loss on samples that they did not see", n_trees, self.n_trees
+        )
         found = np.zeros((len(train.labels), self.num_classes))
         for inside, booster in boosters:
             predicted = booster.predict(

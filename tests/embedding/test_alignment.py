@@ -171,7 +171,9 @@ def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
     assert "Heart rate (numbers there and none here)" in caplog.text
     pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [None]})
     table = align(*two, embed=embed, rules=Rules.read(), pairs=pairs).table.filter(code="note//6")
-    assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), "a person's word, with a warning"
+    assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), (
+        "a person's word, with a warning"
+    )
 
 
 def test_tokens_have_the_vectors_of_what_they_match_as_far_as_the_gate_says(two):

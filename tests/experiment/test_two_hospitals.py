@@ -156,7 +156,7 @@ def test_what_cannot_be_aligned_is_refused_before_the_run_begins(hospitals, tmp_
 
 
 def test_a_hospital_or_a_run_without_texts_is_refused_before_the_run_begins(hospitals, tmp_path):
-    silent = {code: "" for code in ("q//1", "q//2", "q//3", "q//4", "q//5")}
+    silent = dict.fromkeys(("q//1", "q//2", "q//3", "q//4", "q//5"), "")
     write_hospital(hospitals / "silent", silent, heart_unit=1.0, noise=0, seed=2, first=90_000)
     run(config(hospitals, "silent", "gbm", "gbm-silent", TRAINER[0]))
     for data, start in (("silent", "gbm-home"), ("away", "gbm-silent")):
