@@ -343,9 +343,9 @@ class CodeTab(nn.Module):
         """Take the vectors (V, E) of train's tokens."""
         self.body.take_vectors(vectors, self._tokens)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
-        """Read the codes of the present vocabulary as the known ones that `matches` names."""
-        self.body.input.align(matches)
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read the codes of the present vocabulary as the known ones that `matches` names, and as their `twins`."""
+        self.body.input.align(matches, twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too."""
