@@ -21,7 +21,7 @@ from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.event_vectors import event_vectors
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
-from ehr_embed.models.whitening import Shrinkage, Whitening
+from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 ROTARY = ("rope", "rope_time")
 """Rotary positions: attention sees the number of events, or the time, between two events."""
@@ -48,11 +48,11 @@ class EventInput(nn.Module):
         model_dim: Width,
         has_values: bool,
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
-        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
+        self.norm = normalising(embedding_dim, whiten, shrinkage)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
         if has_values and values != "none":
@@ -168,7 +168,7 @@ class Body(nn.Module):
         positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
         times: Times,
         values: Values,
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
