@@ -17,12 +17,14 @@ from benchmarks import (
     batches,
     disk,
     embedding,
+    event_head,
     folds,
     generation_cache,
     gpu,
     hidden_codes,
     hospitals,
     packing,
+    prefetch,
     scale,
     selection,
     store_building,
@@ -154,6 +156,21 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     assert found["seconds_per_patient"] > 0
 
 
+def test_the_ways_to_score_a_vocabulary_have_one_loss_and_gradient(capsys):
+    sizes = ("--events", "50", "--vocabulary", "40", "--model-dim", "8", "--repeats", "1", "--device", "cpu")
+    found = line(event_head.main, capsys, *sizes)
+    assert "ours" in found["relative_error"]
+    assert max(found["relative_error"].values()) < 1e-5
+    assert all(x >= 0 for x in found["peak_mib"].values())
+    assert found["seconds"].keys() == found["peak_mib"].keys() == found["times_as_fast_as_ours"].keys()
+
+
+def test_prefetch_compares_epochs_with_and_without(capsys):
+    sizes = ("--subjects", "40", "--repeats", "1", "--batch-tokens", "512", "--cold", "1", "--device", "cpu")
+    found = line(prefetch.main, capsys, *sizes)
+    assert found["ratio"] == pytest.approx(found["events_per_s_with"] / found["events_per_s_without"], rel=1e-2)
+
+
 def test_packing_compares_batches_with_the_padding_asked_for(capsys):
     sizes = ("--batch", "9", "--longest", "16", "--steps", "1", "--repeats", "1", "--padding-percent", "25")
     found = line(packing.main, capsys, *sizes, "--model-dim", "16", "--layers", "1", "--device", "cpu")
@@ -219,7 +236,7 @@ def test_the_lines_for_a_gpu_end_in_time(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 100))
     limits = []
 
-    def run(command, *, check, timeout):
+    def run(command, *, timeout, **_):
         limits.append(timeout)
         raise subprocess.TimeoutExpired(command, timeout)
 

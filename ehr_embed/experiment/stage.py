@@ -54,6 +54,7 @@ from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.batch_tokens import with_batch_tokens
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -188,6 +189,19 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     )
     pool_model(teacher, inputs)
     start = found.load(prepared.identity, task.samples)
+    settings = with_batch_tokens(
+        plan.settings,
+        plan.processes,
+        task=task,
+        model=model,
+        embedding=embedding,
+        seed=cfg.seed,
+        kept=found.batch_tokens,
+    )
+    if (
+        plan.settings.batch_tokens != settings.batch_tokens
+    ):  # the number is kept, so that the run can be repeated elsewhere
+        plan.config["trainer"]["batch_tokens"] = settings.batch_tokens
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
         run_dir=plan.run_dir,
@@ -197,7 +211,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         table_path=prepared.table_path,
     )
     trainer = Trainer(
-        plan.settings,
+        settings,
         plan.processes,
         task=task,
         run_dir=plan.run_dir,

@@ -75,7 +75,14 @@ class GBM(ReadsCodeFeatures):
         sample_share: ShareAbove0 = 0.7,
         l2: float = 5.0,
     ) -> None:
-        super().__init__(has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours)
+        super().__init__(
+            has_values=has_values,
+            max_codes=max_codes,
+            times=times,
+            windows_hours=windows_hours,
+            # Fewer records have the code than a leaf needs, so that no tree can split by it.
+            min_records=min_leaf_samples,
+        )
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
         self.n_trees, self.stop_on, self.patience = n_trees, stop_on, patience
         self.parameters_of_trees = {

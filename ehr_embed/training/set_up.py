@@ -161,7 +161,7 @@ def inputs_of_all(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield a model's inputs for all rows of a dataset, in order of length; every process gets the same."""
     for rows in BucketSampler(
-        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.most_batch_tokens, shuffle=False
     ):
         yield embedding.inputs(dataset[rows].to(embedding.table.device))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Len
@@ -28,6 +28,16 @@ from ehr_embed.training.processes import (
 from ehr_embed.training.protocol import MakesOptimizer, Schedule
 from ehr_embed.training.schedules import BY_NAME, Plateau
 
+AUTO = "auto"
+N_BATCH_TOKENS = 16_384
+"""Events per batch unless a setting says another number, and what `batch_tokens=auto` stands for on a CPU."""
+BatchTokens = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1)],
+    Told("auto, or 1 or more events", example="auto", remedy="auto chooses by the memory of the GPU."),
+]
+
+Prefetch = Annotated[Literal["auto"] | bool, Told("auto, true or false", example="auto")]
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -43,7 +53,7 @@ class TrainerSettings:
     epochs: Annotated[int, Field(ge=0), Told("0 (only evaluate what init_from names) or more", example="50")] = 50
     min_steps: Annotated[Count | None, Told("1 or more steps, or null", example="300")] = None
     batch_size: Count | None = 32
-    batch_tokens: Count = 16_384
+    batch_tokens: BatchTokens = N_BATCH_TOKENS
     bucket_batches: Count = BUCKET_BATCHES
     accumulate: Count = 1
     learning_rate: NotNegative = 1e-4
@@ -72,6 +82,7 @@ class TrainerSettings:
     n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     num_workers: Annotated[int, Field(ge=0, le=1024), Told(remedy="0 builds batches in this process.")] = 0
     data_device: DataDevice = "auto"
+    prefetch: Prefetch = "auto"
     accelerator: Accelerator = "auto"
     devices: Devices = 1
     nodes: Nodes = 1
@@ -160,6 +171,11 @@ class TrainerSettings:
     def batch_key(self) -> str:
         """Return the name of the setting that bounds the size of a batch."""
         return "trainer.batch_tokens" if self.batch_size is None else "trainer.batch_size"
+
+    @property
+    def most_batch_tokens(self) -> int:
+        """Return the most events per batch; before `training.batch_tokens` has chosen for `auto`, that of a CPU."""
+        return N_BATCH_TOKENS if self.batch_tokens == AUTO else int(self.batch_tokens)
 
     def launch(self) -> Processes:
         """Join the processes that train together and choose their devices, see `ehr_embed.training.processes.launch`."""
