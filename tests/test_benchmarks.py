@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -313,6 +314,14 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
     sizes = [(of_fold[f"fold{fold + 1}"] == "held_out").sum() for fold in range(5)]
     assert max(sizes) - min(sizes) <= 1, "the cases are spread evenly"
 
+    draws = tmp_path / "draws.parquet"
+    line(folds.main, capsys, "draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.6,0.1,0.3")
+    splits = pl.read_parquet(draws).drop("subject_id").to_numpy()
+    assert [round(float((splits == split).mean()), 1) for split in ("train", "tuning", "held_out")] == [0.6, 0.1, 0.3]
+    assert len({tuple(column) for column in splits.T}) == 5, "the draws differ"
+    with pytest.raises(UserError, match=r"--shares 0.6,0.1,0.3"):
+        folds.main(["draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.6,0.1"])
+
     for fold, (better, worse) in enumerate([(0.9, 0.8), (0.7, 0.5)]):
         for folder, value in {
             "": better,
@@ -324,10 +333,23 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
             place.mkdir(parents=True, exist_ok=True)
             metrics = {name: {"value": value} for name in folds.METRICS}
             (place / "metrics.json").write_text(json.dumps({"tuning": metrics, "held_out": metrics}))
-    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"))["rows"]
+    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"), "--output", str(tmp_path / "t" / "folds.csv"))["rows"]
+    assert pl.read_csv(tmp_path / "t" / "folds.csv")["recipe"].unique().sort().to_list() == ["ensemble", "gbm", "tab"]
     told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
     assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
     assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)
     assert told["ensemble"]["difference"] == 0.15
+    low, high = told["ensemble"]["low"], told["ensemble"]["high"]
+    assert low < 0.15 < high and high - low == pytest.approx(2 * 12.706 * 0.05, abs=1e-4), "Student's t over two folds"
+    assert told["tab"]["seeds_sd"] == pytest.approx(np.mean([0.1, 0.2]) / 2**0.5, abs=1e-4)
+
+    for fold in ("0", "1"):  # with several seeds, each has an ensemble of its own
+        (tmp_path / "seeds" / fold).mkdir(parents=True)
+        shutil.copytree(tmp_path / "sweep" / "0", tmp_path / "seeds" / fold / "seed_0")
+        shutil.copytree(tmp_path / "sweep" / "1", tmp_path / "seeds" / fold / "seed_1")
+    rows = line(folds.main, capsys, "table", str(tmp_path / "seeds"))["rows"]
+    (found,) = (row for row in rows if (row["recipe"], row["split"], row["metric"]) == ("ensemble", "held_out", "auroc"))
+    assert (found["mean"], found["folds"], found["seeds"]) == (0.8, 2, 2)
+    assert found["seeds_sd"] == pytest.approx(0.2 / 2**0.5, abs=1e-4)
     with pytest.raises(UserError, match=r"--against other.*gbm"):
         folds.main(["table", str(tmp_path / "sweep"), "--against", "other"])

@@ -125,17 +125,17 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
         lines.append(("time", "not estimated: this model is not trained by steps on vectors"))
     else:
         n_batches = -(-n_train // n_rows)
-        epoch = n_batches * found.seconds
+        epoch, n_epochs = n_batches * found.seconds, settings.epochs_of(n_batches)
         lines.append(
             (
                 "training",
-                f"at most {settings.epochs} epochs of {n_batches:,} batches of {n_rows} samples, about {length} events each",
+                f"at most {n_epochs} epochs of {n_batches:,} batches of {n_rows} samples, about {length} events each",
             )
         )
         lines.append(
             (
                 "time",
-                f"about {in_words(epoch)} an epoch on {found.where}, at most {in_words(epoch * settings.epochs)} in all, and "
+                f"about {in_words(epoch)} an epoch on {found.where}, at most {in_words(epoch * n_epochs)} in all, and "
                 "evaluation",
             )
         )

@@ -203,7 +203,9 @@ class Body(nn.Module):
             )
         x_BTD = self.input(inputs)
         if self.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoids(event_index(inputs), x_BTD.shape[-1]).to(x_BTD.dtype)
+            # All rows count their events alike, unless they hold several sequences, so one row of sines is enough.
+            index = event_index(inputs) if "event_index" in inputs else event_index(inputs)[:1]
+            x_BTD = x_BTD + sinusoids(index, x_BTD.shape[-1]).to(x_BTD.dtype)
         elif self.time is not None:
             x_BTD = x_BTD + self.time(time_features(inputs["days"], x_BTD.shape[-1]).to(x_BTD.dtype))
         if self.times is not None:
@@ -246,6 +248,14 @@ class Body(nn.Module):
             x_ND = self._blocks(mask.pack(x_BTD), mask, None if rope_BT is None else mask.pack(rope_BT))
             return mask.unpack(x_ND, *x_BTD.shape[:2])
         return self._blocks(x_BTD, mask, rope_BT, cache)
+
+    def attend_at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None) -> Tensor:
+        """Return what `attend` without a mask returns at a few places (B, Q) of each row, (B, Q, D). The last block, whose other
+        places nothing reads, is computed there alone."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_BTD = block(x_BTD, None, rope_BT)
+        return self.norm(last.at(x_BTD, place_BQ, rope_BT))
 
     def _blocks(
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None

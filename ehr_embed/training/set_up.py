@@ -119,7 +119,7 @@ def set_up_training(
     optimizer: Any = fabric.setup_optimizers(
         build_optimizer(settings.optimizer, groups, is_fused=precision != "16-mixed")
     )
-    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
+    total_steps = settings.steps_of(n_batches) * settings.epochs_of(n_batches)
     course = Course(
         total_steps=total_steps,
         warmup_steps=warmup_steps_of(settings.warmup_steps, total_steps),

@@ -51,6 +51,7 @@ class TrainerSettings:
     """
 
     epochs: Annotated[int, Field(ge=0), Told("0 (only evaluate what init_from names) or more", example="50")] = 50
+    min_steps: Annotated[Count | None, Told("1 or more steps, or null", example="300")] = None
     batch_size: Count | None = 32
     batch_tokens: BatchTokens = N_BATCH_TOKENS
     bucket_batches: Count = BUCKET_BATCHES
@@ -149,6 +150,21 @@ class TrainerSettings:
             ("scheduler_patience", None),
         ):
             object.__setattr__(self, name, value)
+
+    def epochs_of(self, n_batches: int) -> int:
+        """Return the largest number of epochs of `n_batches` batches each: `epochs`, or more where these make under `min_steps` steps.
+
+        >>> settings = TrainerSettings(epochs=6, min_steps=100)
+        >>> settings.epochs_of(7), settings.epochs_of(50), TrainerSettings(epochs=0, min_steps=100).epochs_of(7)
+        (15, 6, 0)
+        """
+        if self.min_steps is None or self.epochs == 0:
+            return self.epochs
+        return max(self.epochs, -(-self.min_steps // self.steps_of(n_batches)))
+
+    def steps_of(self, n_batches: int) -> int:
+        """Return the number of optimizer steps of an epoch of `n_batches` batches, at least 1."""
+        return max(1, -(-n_batches // self.accumulate))
 
     @property
     def batch_key(self) -> str:

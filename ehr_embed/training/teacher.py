@@ -39,7 +39,10 @@ OPTIONS: dict[str, Any] = {
     "min_leaf_samples": 40,
     "feature_share": 0.2,
 }
-"""Settings of the teacher's trees, whose number no split chooses; other settings are those of conf/model/gbm.yaml."""
+"""Settings of the teacher's trees: `n_trees` is their largest number, and train's own folds choose it (`GBM.cross_fit`). Other
+settings are those of conf/model/gbm.yaml."""
+TREES = "by the loss of unseen samples"
+"""How the number of trees is chosen, as part of the cache's key."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def folds(subject_ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64
 def _key(train: FeatureSet, fold: npt.NDArray[np.int64], seed: int) -> str:
     """Return a digest of all that the probabilities depend on."""
     cells = train.features.cells
-    digest = hashlib.sha256(json.dumps([OPTIONS, N_FOLDS, seed, list(train.features.shape)]).encode())
+    digest = hashlib.sha256(json.dumps([OPTIONS, TREES, N_FOLDS, seed, list(train.features.shape)]).encode())
     for array in (cells.data, cells.indices, cells.indptr, train.features.usual, train.labels, train.weights, fold):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:24]

@@ -206,3 +206,19 @@ def test_a_number_that_train_never_varied_says_nothing_there():
     assert found[:, later].abs().max() == 0
     assert found[:, :9].abs().max() > 1
     assert found[:, 9:11].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("windows_hours", [None, (12, 24)])
+def test_what_occurs_is_what_the_table_of_all_matched_codes_holds(windows_hours):
+    features = CodeFeatures(has_values=True, max_codes=9, times=True, windows_hours=windows_hours)
+    features.set_vocabulary(vocabulary(HERE))
+    features.pool({code: (code, 1.0) for code in HERE})
+    features.choose([batch()])
+    there = batch(n=7, seed=5)
+    there["days"] = torch.linspace(2, 0, there["days"].shape[1]).expand_as(there["days"])
+    there["values"][0, :2] = float("nan")
+    row, code, found = features._pairs(there)
+    table = features._of_matches(there).view(7, len(features.groups), -1)
+    expected_row, expected_code = (table[:, 0] > 0).nonzero(as_tuple=True)
+    assert (row.tolist(), code.tolist()) == (expected_row.tolist(), expected_code.tolist())
+    torch.testing.assert_close(found, table[expected_row, :, expected_code], rtol=0, atol=0, equal_nan=True)
