@@ -67,9 +67,7 @@ def folds(strata: npt.NDArray[np.int64], n_folds: int, seed: int) -> npt.NDArray
     return found
 
 
-def draws(
-    strata: npt.NDArray[np.int64], n_draws: int, shares: Sequence[float], seed: int
-) -> npt.NDArray[np.object_]:
+def draws(strata: npt.NDArray[np.int64], n_draws: int, shares: Sequence[float], seed: int) -> npt.NDArray[np.object_]:
     """Return the split (N, F) of N subjects in each of F draws that do not depend on each other.
 
     Args:

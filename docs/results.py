@@ -150,7 +150,9 @@ def paired(path: Path) -> str:
     with beside.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     recipes = dict.fromkeys(row["recipe"] for row in rows)
-    reference = next(name for name in recipes if not any(float(row["difference"]) for row in rows if row["recipe"] == name))
+    reference = next(
+        name for name in recipes if not any(float(row["difference"]) for row in rows if row["recipe"] == name)
+    )
     lines = [
         "",
         f"Paired over folds, less `{reference}`, with 95 % intervals over folds (too narrow, since folds share subjects of train). "

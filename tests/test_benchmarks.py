@@ -333,14 +333,17 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
             place.mkdir(parents=True, exist_ok=True)
             metrics = {name: {"value": value} for name in folds.METRICS}
             (place / "metrics.json").write_text(json.dumps({"tuning": metrics, "held_out": metrics}))
-    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"), "--output", str(tmp_path / "t" / "folds.csv"))["rows"]
+    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"), "--output", str(tmp_path / "t" / "folds.csv"))[
+        "rows"
+    ]
     assert pl.read_csv(tmp_path / "t" / "folds.csv")["recipe"].unique().sort().to_list() == ["ensemble", "gbm", "tab"]
     told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
     assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
     assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)
     assert told["ensemble"]["difference"] == 0.15
     low, high = told["ensemble"]["low"], told["ensemble"]["high"]
-    assert low < 0.15 < high and high - low == pytest.approx(2 * 12.706 * 0.05, abs=1e-4), "Student's t over two folds"
+    assert low < 0.15 < high
+    assert high - low == pytest.approx(2 * 12.706 * 0.05, abs=1e-4), "Student's t over two folds"
     assert told["tab"]["seeds_sd"] == pytest.approx(np.mean([0.1, 0.2]) / 2**0.5, abs=1e-4)
 
     for fold in ("0", "1"):  # with several seeds, each has an ensemble of its own
@@ -348,7 +351,9 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
         shutil.copytree(tmp_path / "sweep" / "0", tmp_path / "seeds" / fold / "seed_0")
         shutil.copytree(tmp_path / "sweep" / "1", tmp_path / "seeds" / fold / "seed_1")
     rows = line(folds.main, capsys, "table", str(tmp_path / "seeds"))["rows"]
-    (found,) = (row for row in rows if (row["recipe"], row["split"], row["metric"]) == ("ensemble", "held_out", "auroc"))
+    (found,) = (
+        row for row in rows if (row["recipe"], row["split"], row["metric"]) == ("ensemble", "held_out", "auroc")
+    )
     assert (found["mean"], found["folds"], found["seeds"]) == (0.8, 2, 2)
     assert found["seeds_sd"] == pytest.approx(0.2 / 2**0.5, abs=1e-4)
     with pytest.raises(UserError, match=r"--against other.*gbm"):

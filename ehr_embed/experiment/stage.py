@@ -185,6 +185,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         prepared.store.vocabulary,
         of_constructor(sizes),
         windows_hours=cfg.model.get("windows_hours"),
+        n_trees=plan.settings.teacher_trees,
     )
     pool_model(teacher, inputs)
     start = found.load(prepared.identity, task.samples)

@@ -139,11 +139,18 @@ class GBM(ReadsCodeFeatures):
         )
         self.booster = best_trees(booster)
 
-    def cross_fit(self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.float64]:
-        """Return probabilities (n, C) of train's samples by trees that were fitted to the other folds, (n,).
+    def cross_fit(
+        self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int, chooses_trees: bool = True
+    ) -> npt.NDArray[np.float64]:
+        """Return probabilities (n, C) of train's samples by trees that were fitted to the other folds.
 
-        All folds have the same number of trees, at most `n_trees`: the one with which the samples have the least loss by the trees
-        that did not see them. Few samples need few trees, and trees beyond that number give probabilities that are too sure.
+        Args:
+            train: the samples.
+            fold: of each sample, (n,).
+            seed: of the trees.
+            chooses_trees: whether all folds have the number of trees, at most `n_trees`, with which the samples have the least loss
+                by the trees that did not see them; otherwise `n_trees`. Few samples need few trees, and trees beyond that number
+                give probabilities that are too sure.
         """
         boosters, losses = [], np.zeros(self.n_trees)
         measure = self._objective[1]
@@ -165,10 +172,8 @@ class GBM(ReadsCodeFeatures):
             )
             losses += np.asarray(told["valid_0"][measure]) * train.weights[inside].sum()
             boosters.append((inside, booster))
-        n_trees = int(losses.argmin()) + 1
-        log.info(
-            "cross-fitted trees: %d of %d have the least loss on samples that they did not see", n_trees, self.n_trees
-        )
+        n_trees = int(losses.argmin()) + 1 if chooses_trees else self.n_trees
+        log.info("cross-fitted trees: %d of at most %d", n_trees, self.n_trees)
         found = np.zeros((len(train.labels), self.num_classes))
         for inside, booster in boosters:
             predicted = booster.predict(

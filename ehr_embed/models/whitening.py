@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Told, checked
+from ehr_embed.core.settings import Share, Told, checked
 
+Whiten = Annotated[bool | Literal["half"], Told("true, half or false", example="half")]
 Shrinkage = Annotated[float, Field(ge=0), Told("0 or more, a share of the mean variance")]
 
 
@@ -22,18 +23,22 @@ class Whitening(nn.Module):
     before `fit`. The fitted mean and matrix are part of the `state_dict`, so that vectors of another vocabulary are
     mapped in the same way.
 
+    With `power` 0.5 each component is divided by the fourth root of its variance: the components still differ in size, in the order
+    of what texts have in common, but less.
+
     Args:
         dim: width E of the vectors.
         shrinkage: share of the mean variance that is added to each variance.
+        power: of the variance by whose square root a component is divided; 0 leaves the sizes as they are.
     """
 
     mean: Tensor
     matrix: Tensor
 
     @checked("model")
-    def __init__(self, dim: int, shrinkage: Shrinkage = 0.1) -> None:
+    def __init__(self, dim: int, shrinkage: Shrinkage = 0.1, power: Share = 1.0) -> None:
         super().__init__()
-        self.shrinkage = shrinkage
+        self.shrinkage, self.power = shrinkage, power
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(dim))
 
@@ -50,7 +55,7 @@ class Whitening(nn.Module):
         if not bool(varies.any()) or len(x_VE) < 2:
             return
         variance, directions = variance[varies].flip(0), directions.T[varies].flip(0)
-        shrunk = variance + self.shrinkage * variance.mean()
+        shrunk = (variance + self.shrinkage * variance.mean()) ** self.power
         # Scale the variances so that the mean square of the mapped vectors' elements is one.
         shrunk = shrunk * (variance / shrunk).sum() / len(mean)
         self.mean.copy_(mean)
@@ -60,3 +65,11 @@ class Whitening(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """Return the whitened vectors, (..., E) -> (..., E)."""
         return (vectors - self.mean) @ self.matrix
+
+
+def normalising(dim: int, whiten: Whiten, shrinkage: float) -> nn.Module:
+    """Return what brings event vectors (..., E) to unit variance: a `Whitening`, of half the power for `whiten="half"`, or a layer
+    norm for `whiten=False`."""
+    if not whiten:
+        return nn.LayerNorm(dim)
+    return Whitening(dim, shrinkage, power=0.5 if whiten == "half" else 1.0)

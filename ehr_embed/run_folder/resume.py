@@ -92,6 +92,7 @@ NEW: dict[str, Any] = {
     "trainer.strategy": "auto",
     "trainer.teacher": None,
     "trainer.teacher_share": 0.5,
+    "trainer.teacher_trees": 330,
 }
 """Keys that configurations of earlier versions lack, with the values that correspond to the behaviour of these versions."""
 TRAINER_GROUPS = ("trainer.schedule", "trainer.optimizer")

@@ -70,6 +70,7 @@ class TrainerSettings:
     ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
     teacher: Annotated[str, OneOf("gbm")] | None = None
     teacher_share: Share = 0.5
+    teacher_trees: Annotated[Count | None, Told("1 or more trees, or null", example="330")] = None
     warmup_steps: NotNegative = 100
     schedule: Schedule | str = field(default_factory=Plateau)
     scheduler_patience: Annotated[int, Field(ge=0)] | None = None
@@ -152,7 +153,7 @@ class TrainerSettings:
             object.__setattr__(self, name, value)
 
     def epochs_of(self, n_batches: int) -> int:
-        """Return the largest number of epochs of `n_batches` batches each: `epochs`, or more where these make under `min_steps` steps.
+        """Return the largest number of epochs of `n_batches` batches: `epochs`, or as many as `min_steps` steps take.
 
         >>> settings = TrainerSettings(epochs=6, min_steps=100)
         >>> settings.epochs_of(7), settings.epochs_of(50), TrainerSettings(epochs=0, min_steps=100).epochs_of(7)

@@ -90,7 +90,7 @@ class Trainer:
         }
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
-        """Train until `epochs` (more where `min_steps` asks for them), or until the monitored metric has not improved for `patience` epochs.
+        """Train until `epochs` (or those of `min_steps`), or until the monitored metric has not improved for `patience` epochs.
 
         Model and embedding end with the best epoch's weights.
 

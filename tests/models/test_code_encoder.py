@@ -193,6 +193,12 @@ def test_whitening_brings_out_small_differences_and_is_kept():
     spread = shrunk(vectors).std(0)
     assert spread.max() / spread.min() > 5, "components that hardly vary stay small"
     assert shrunk(vectors).square().mean().item() == pytest.approx(1, rel=1e-3)
+    half = Whitening(WIDTH, shrinkage=0.0, power=0.5)
+    half.fit(vectors)
+    own = torch.linalg.svdvals(vectors - vectors.mean(0))
+    spread = half(vectors).std(0)
+    torch.testing.assert_close(spread / spread[0], (own / own[0]).sqrt(), atol=1e-3, rtol=1e-3)
+    assert half(vectors).square().mean().item() == pytest.approx(1, rel=1e-3)
 
 
 def test_whitening_of_few_vectors_drops_what_they_do_not_span():

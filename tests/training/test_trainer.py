@@ -115,7 +115,8 @@ def test_a_small_train_split_is_read_until_there_are_enough_steps(planted, tmp_p
                             min_learning_rate=0.0)  # fmt: skip
     assert (facts["epochs"], facts["steps"]) == (3, 9), "three steps per epoch"
     rates = [row["train/learning_rate"] for row in rows]
-    assert rates == sorted(rates, reverse=True) and rates[1] > 1e-3 > rates[2], "the schedule ends with the last of them"
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] > 1e-3 > rates[2], "the schedule ends with the last of them"
     facts, *_ = train(planted, tmp_path / "enough", epochs=2, batch_size=20, min_steps=6)
     assert facts["epochs"] == 2
 
