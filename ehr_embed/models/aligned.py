@@ -105,8 +105,8 @@ class CodeMatches(nn.Module):
         return key_K // n_known, key_K % n_known, sum_KF / total_KF, part_G  # 0 / 0 = NaN, missing
 
     def with_twins(self, row_K: Tensor, code_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the known codes (L,) of the pairs of record (K,) and known code (K,) and of their twins, ascending by row and code,
-        and the pair (L,) that each is one of."""
+        """Return the known codes (L,) of pairs of a record (K,) and a known code (K,) and of their twins, ascending by row and
+        code, and the pair (L,) that each comes from."""
         if not len(self.twins):
             return code_K, torch.arange(len(code_K), device=code_K.device)
         is_twin_KN = code_K[:, None] == self.twins[:, 0]
