@@ -42,7 +42,7 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("utilisation", *MIDDLE, "--batch-tokens", "0"),
     ("generation_cache", "--samples", "20", "--batch", "32", "--bfloat16", "1", "--full", "0"),
     ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--compile", "1"),
-    ("event_head", "--events", "65536", "--model-dim", "640", "--bfloat16", "1"),
+    ("event_head", "--events", "65536", "--model-dim", "640", "--bfloat16", "1", "--compiled", "1"),
     ("utilisation", *MIDDLE, "--batch-tokens", "131072"),
     ("utilisation", *MIDDLE, "--batch-tokens", "131072", "--compile", "1"),
     ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "0"),
@@ -63,7 +63,7 @@ TINY: dict[str, dict[str, int]] = {
     "packing": {"batch": 4, "longest": 16, "steps": 1, "repeats": 1, "model_dim": 16, "layers": 1},
     "generation_cache": {"prompt": 8, "new": 3, "batch": 2, "vocabulary": 20, "repeats": 1},
     "embedding": {"texts": 20, "distinct": 4, "calls": 4, "repeats": 1},
-    "event_head": {"events": 40, "vocabulary": 50, "model_dim": 16, "repeats": 1},
+    "event_head": {"events": 40, "vocabulary": 50, "model_dim": 16, "repeats": 1, "compiled": 0},
     "prefetch": {"subjects": 40, "repeats": 1, "model_dim": 16, "layers": 1, "batch_tokens": 512},
 }
 """Sizes of each module that show only that it runs."""
@@ -107,7 +107,7 @@ def compared(lines: list[dict[str, Any]]) -> list[str]:
             told += [
                 f"{way} in place of heads.token_scores: {ratio:.2f} times as fast: {_verdict(ratio)}"
                 for way, ratio in line["times_as_fast_as_ours"].items()
-                if way.startswith("torch")
+                if way.startswith(("torch", "compiled"))
             ]
         if line.get("benchmark") == "prefetch":
             told.append(f"trainer.prefetch=true: {line['ratio']:.2f} times the events/s: {_verdict(line['ratio'])}")

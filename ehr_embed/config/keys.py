@@ -180,6 +180,7 @@ class AlignedDatasetKeys(DatasetKeys):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    alignment_cache: Annotated[Text | None, Told("a folder, or null", example="null")]
 
 
 class PredictKeys(DeviceKeys):

@@ -33,6 +33,7 @@ from ehr_embed.embedding.alignment import (
     one_to_one,
     phrasings,
 )
+from ehr_embed.embedding.disagreement import NUMBERS_HERE, NUMBERS_THERE, disagreement, of_other_kind
 
 log = logging.getLogger(__name__)
 Texts = Annotated[str, OneOf("own", "shuffled")]
@@ -40,8 +41,6 @@ Texts = Annotated[str, OneOf("own", "shuffled")]
 QUANTILES = ("q10", "q50", "q90")
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
-FAR = 3.0
-"""Medians that differ by this factor, both positive, are warned of."""
 SHOWN = 40
 
 
@@ -142,6 +141,7 @@ class Alignment:
                 row["text"], row["matched_text"], row["cosine"], row["gate"], 100 * row["share"],
                 f"  {row['warning']}" if row["warning"] else "",
             )  # fmt: skip
+        say_other_kinds(self.table)
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
@@ -150,6 +150,18 @@ class Alignment:
                 "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
             )  # fmt: skip
+
+
+def say_other_kinds(table: pl.DataFrame) -> None:
+    """Warn of codes without a match whose text the other side has, where only one of the two sides has numbers."""
+    lost = table.filter((pl.col("gate") == 0) & pl.col("warning").is_in([NUMBERS_HERE, NUMBERS_THERE]))
+    if len(lost):
+        log.warning(
+            "%d codes, with %.1f%% of the events, have the text of a code whose events are of another kind, such as %s (%s), so "
+            "their numbers cannot agree and the codes have no match. If these are the same, write numbers as numeric_value on both "
+            "sides, or name the pairs: data.alignment_pairs=FILE.csv",
+            len(lost), 100 * float(lost["share"].sum()), lost["text"][0], lost["warning"][0],
+        )  # fmt: skip
 
 
 def align(
@@ -243,7 +255,12 @@ def align_codes(
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
     weight[matched < 0] = 0.0
-    return _table(source, target, matched, cosine, weight, origin)
+    table = _table(source, target, matched, cosine, weight, origin)
+    other_kind = of_other_kind(text_S, text_T, is_number_S, is_number_T, rules)
+    said = pl.Series(
+        [said if g == 0 else "" for said, g in zip(other_kind, table["gate"], strict=True)], dtype=pl.String
+    )
+    return table.with_columns(warning=pl.when(said != "").then(said).otherwise("warning"))
 
 
 def read_pairs(path: str) -> pl.DataFrame:
@@ -391,28 +408,6 @@ def _table(
     said = [disagreement(row[: len(names)], row[len(names) :]) for row in
             table.select(*names, *(f"matched_{name}" for name in names)).iter_rows()]  # fmt: skip
     return table.with_columns(warning=pl.Series(said, dtype=pl.String))
-
-
-def disagreement(here: Sequence[float | None], there: Sequence[float | None]) -> str:
-    """Return in words how the 10, 50 and 90 % quantiles of two codes' numbers disagree; empty if they do not.
-
-    >>> disagreement((30.0, 40.0, 100.0), (0.35, 0.5, 1.0))
-    'median 40 here, 0.5 there: 80 times as large'
-    >>> disagreement((130.0, 138.0, 145.0), (133.0, 139.0, 144.0))
-    ''
-    >>> disagreement((88.0, 97.0, 100.0), (8.0, 10.0, 13.0)), disagreement((None, None, None), (1.0, 2.0, 3.0))
-    ('median 97 here, 10 there: 9.7 times as large', '')
-    """
-    numbers = [x for x in (*here, *there) if x is not None and x == x]
-    if len(numbers) < 2 * len(QUANTILES):
-        return ""
-    low, median, high, their_low, their_median, their_high = numbers
-    said = f"median {median:.4g} here, {their_median:.4g} there"
-    if median > 0 and their_median > 0:
-        factor = median / their_median
-        if factor > FAR or factor < 1 / FAR:
-            return f"{said}: {f'{factor:.2g} times as large' if factor > 1 else f'{1 / factor:.2g} times as small'}"
-    return f"{said}: the middle 80 % do not overlap" if low > their_high or high < their_low else ""
 
 
 def _nearest_said(table: pl.DataFrame) -> str:

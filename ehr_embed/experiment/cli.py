@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, write_failure
+from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import command, quoted_override, shipped
 from ehr_embed.core.secrets import masked
 from ehr_embed.core.stopping import REQUEUE, Stopped
@@ -37,6 +38,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
+@reader_may_leave()
 def run_main(main: Callable[[], Any], config_name: str) -> None:
     """Run a Hydra application; set HYDRA_FULL_ERROR=1 to see tracebacks."""
     if config_name in SELF_DESCRIBED and {"-h", "--help"} & set(sys.argv[1:]):

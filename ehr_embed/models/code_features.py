@@ -248,7 +248,9 @@ class CodeFeatures(ReadsCodes):
         code_of_token = [
             own if pool is None or own is None else pool.get(own, (None, 0.0))[0] for own in self.token_codes
         ]
-        number_of = {code: i for i, code in enumerate(dict.fromkeys(code for code in code_of_token if code is not None))}
+        number_of = {
+            code: i for i, code in enumerate(dict.fromkeys(code for code in code_of_token if code is not None))
+        }
         number_of_token = torch.tensor([-1 if code is None else number_of[code] for code in code_of_token])
         n_codes = len(number_of)
         events, valued, records = (torch.zeros(n_codes, dtype=torch.int64) for _ in range(3))

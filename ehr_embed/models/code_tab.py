@@ -121,41 +121,43 @@ class CodeTabBody(nn.Module):
         if self.training and self.code_dropout:
             is_kept_G = torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout
             pairs = Pairs(*(x[is_kept_G] for x in pairs))
-        e_CE = self._texts(inputs, pairs)
-        if self.training and self.text_noise:
-            e_CE = e_CE + self.text_noise * torch.randn_like(e_CE)
+        vectors_CE = self._vectors(inputs, pairs)
         n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
-        a_CM = self._member_weights(e_CE)
         x_GP = self.input.normalise(pairs)
-        is_known = len(e_CE) == n_known
-        if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)):
-            z_BMD = self._dense(n_rows, pairs.row, pairs.code, x_GP, e_CE, a_CM)
-        elif self.feeds_absent:
-            z_BMD = self._sparse(n_rows, pairs.row, pairs.code, x_GP, e_CE, a_CM)
+        is_known = len(vectors_CE) == n_known
+        if self.feeds_absent or (is_known and self._is_dense_cheaper(n_rows, len(pairs.row))):
+            e_CE = self._texts(vectors_CE)
+            part = self._dense if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)) else self._sparse
+            z_BMD = part(n_rows, pairs.row, pairs.code, x_GP, e_CE, self._member_weights(e_CE))
         else:
-            z_BMD = self._by_frequency(n_rows, pairs, x_GP, e_CE, a_CM)
+            z_BMD = self._by_frequency(n_rows, pairs, x_GP, vectors_CE)
         if self.subject is not None and self.subject_signs is not None:
             z_BMD = z_BMD + self.subject_signs[:, None] * self.subject(inputs)[:, None]
         return 2 / (n_known + 1) ** 0.5 * z_BMD
 
-    def _texts(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
-        """Return whitened vectors (C + J, E) float32: of the C known codes those of train, then, if any of the vocabulary's J other
-        codes occurs, those that their events have."""
+    def _vectors(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
+        """Return vectors (C + J, E): of the C known codes those of train, then, if any of the vocabulary's J other codes occurs,
+        those that their events have."""
         vectors_CE, n_known = self.vectors, self.input.n_codes
         is_new_G = pairs.code >= n_known
-        if bool(is_new_G.any()):
-            is_event_BT = inputs["padding_mask"]
-            new_CE = vectors_CE.new_zeros(self.input.n_slots - n_known, self.embedding_dim)
-            places = pairs.last_event[is_new_G]
-            if "rows" in inputs:
-                found = inputs["rows"][inputs["row_ids"][is_event_BT][places].long()]
-            else:
-                found = inputs["embeddings"][is_event_BT][places]
-            check_width(found, self.embedding_dim)
-            new_CE = new_CE.index_put((pairs.code[is_new_G] - n_known,), found.float())
-            vectors_CE = torch.cat([vectors_CE, new_CE])
+        if not bool(is_new_G.any()):
+            return vectors_CE
+        is_event_BT = inputs["padding_mask"]
+        new_CE = vectors_CE.new_zeros(self.input.n_slots - n_known, self.embedding_dim)
+        places = pairs.last_event[is_new_G]
+        if "rows" in inputs:
+            found = inputs["rows"][inputs["row_ids"][is_event_BT][places].long()]
+        else:
+            found = inputs["embeddings"][is_event_BT][places]
+        check_width(found, self.embedding_dim)
+        new_CE = new_CE.index_put((pairs.code[is_new_G] - n_known,), found.float())
+        return torch.cat([vectors_CE, new_CE])
+
+    def _texts(self, vectors_CE: Tensor) -> Tensor:
+        """Return the whitened vectors (C, E) float32, in training with noise."""
         with torch.autocast(vectors_CE.device.type, enabled=False):
-            return self.norm(vectors_CE)
+            e_CE = self.norm(vectors_CE)
+        return e_CE + self.text_noise * torch.randn_like(e_CE) if self.training and self.text_noise else e_CE
 
     def _member_weights(self, e_CE: Tensor) -> Tensor:
         """(C + J, M); without weights from texts, a new code has those of the known code whose text is nearest."""
@@ -184,26 +186,32 @@ class CodeTabBody(nn.Module):
         """Return the products that one pair of a record and a code costs in `_sparse`."""
         return (1 + self.n_gates) * N_INPUTS * self.hidden_dim + self.n_members * self.n_gates * self.hidden_dim
 
-    def _by_frequency(self, n_rows: int, pairs: Pairs, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
+    def _by_frequency(self, n_rows: int, pairs: Pairs, x_GP: Tensor, vectors_CE: Tensor) -> Tensor:
         """(B, M, D) of the codes that occur, where others add nothing: frequent ones code by code, rare ones pair by pair.
 
         Hospitals that are pooled share a few codes that all records have, and have thousands that few records have.
         """
-        n_C = pairs.code.bincount(minlength=len(e_CE))
-        is_frequent_C = n_C * self._products_of_pair() > self._products_of_code(n_rows)
+        n_C = pairs.code.bincount(minlength=len(vectors_CE))
+        codes_U = n_C.nonzero().squeeze(1)
+        e_UE = self._texts(vectors_CE[codes_U])
+        if (
+            self.from_text is None and len(vectors_CE) > self.input.n_codes
+        ):  # new codes look for the nearest of all known ones
+            a_UM = self._member_weights(self._texts(vectors_CE))[codes_U]
+        else:
+            a_UM = self.signs.T[codes_U] if self.from_text is None else self.from_text(e_UE)
+        number_G = ((n_C > 0).long().cumsum(0) - 1)[pairs.code]
+        is_frequent_U = n_C[codes_U] * self._products_of_pair() > self._products_of_code(n_rows)
         z_BMD = self.weights2.new_zeros(n_rows, self.n_members, self.weights2.shape[2])
-        for is_chosen_C, part in ((is_frequent_C, self._dense), ((n_C > 0) & ~is_frequent_C, self._sparse)):
-            codes_U = is_chosen_C.nonzero().squeeze(1)
-            if len(codes_U):
-                number_C = is_chosen_C.long().cumsum(0) - 1
-                in_G = is_chosen_C[pairs.code]
-                code_G = number_C[pairs.code[in_G]]
-                z_BMD = z_BMD + part(n_rows, pairs.row[in_G], code_G, x_GP[in_G], e_CE[codes_U], a_CM[codes_U])
+        for is_chosen_U, part in ((is_frequent_U, self._dense), (~is_frequent_U, self._sparse)):
+            chosen = is_chosen_U.nonzero().squeeze(1)
+            if len(chosen):
+                in_G = is_chosen_U[number_G]
+                code_G = (is_chosen_U.long().cumsum(0) - 1)[number_G[in_G]]
+                z_BMD = z_BMD + part(n_rows, pairs.row[in_G], code_G, x_GP[in_G], e_UE[chosen], a_UM[chosen])
         return z_BMD
 
-    def _dense(
-        self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor
-    ) -> Tensor:
+    def _dense(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
         """(B, M, D): all codes in all records, code by code."""
         n_codes = len(e_CE)
         g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
@@ -221,9 +229,7 @@ class CodeTabBody(nn.Module):
         v_CBD = h_CBH @ torch.einsum("cr,rhd->chd", g2_CR, self.weights2)
         return torch.einsum("cm,cbd->bmd", a_CM, v_CBD)
 
-    def _sparse(
-        self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor
-    ) -> Tensor:
+    def _sparse(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
         """(B, M, D) from the pairs that occur, ascending by record, and, once for all records, the known codes' parts where they
         are absent.
 

@@ -60,7 +60,9 @@ class CudaMemory:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         work()
-        return torch.cuda.max_memory_allocated(self.device) - before
+        taken = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.reset_peak_memory_stats(self.device)  # the run reports the peak of its own steps
+        return taken
 
 
 def with_batch_tokens(

@@ -13,6 +13,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
 from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.heads import EventHead
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
@@ -167,7 +168,7 @@ def inputs_of_all(
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks of a model.
+    """Compile the blocks of a model, and what a head that predicts events scores.
 
     Raises:
         UserError: it has none.
@@ -178,3 +179,6 @@ def compile_blocks(model: nn.Module) -> None:
         )
     for block in blocks:  # alike, so that one compilation serves all
         block.compile(dynamic=True)
+    for module in model.modules():
+        if isinstance(module, EventHead):
+            module.compile_scores()

@@ -161,6 +161,21 @@ def test_nothing_in_common_is_refused(two, tmp_path):
         align(two[0], other, embed=embed, rules=Rules.read())
 
 
+def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
+    """A code whose numbers cannot agree with those of the run's has no match, and its loss is said."""
+    table = align(*two, embed=embed, rules=Rules.read())
+    assert table.table.filter(code="note//6").select("gate", "warning").row(0) == (0.0, "numbers there and none here")
+    table.say()
+    assert "numbers cannot agree" in caplog.text
+    assert "data.alignment_pairs=FILE.csv" in caplog.text
+    assert "Heart rate (numbers there and none here)" in caplog.text
+    pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [None]})
+    table = align(*two, embed=embed, rules=Rules.read(), pairs=pairs).table.filter(code="note//6")
+    assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), (
+        "a person's word, with a warning"
+    )
+
+
 def test_tokens_have_the_vectors_of_what_they_match_as_far_as_the_gate_says(two):
     run, here = two
     found = align(run, here, embed=embed, rules=Rules.read())

@@ -105,7 +105,9 @@ def test_frequent_codes_one_by_one_and_rare_ones_pair_by_pair_sum_up_to_the_same
         ways = []
         for way in ("_dense", "_sparse"):
             own = getattr(body, way)
-            monkeypatch.setattr(body, way, lambda *given, own=own, way=way: (ways.append(way), own(*given))[1])
+            monkeypatch.setattr(
+                body, way, lambda *given, own=own, way=way, ways=ways: (ways.append(way), own(*given))[1]
+            )
         z = body(inputs(records))
         z.square().sum().backward()
         found.append((z, body.weights1.grad, ways))

@@ -12,15 +12,17 @@ import yaml
 from torch import nn
 
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.experiment import stage
 from ehr_embed.experiment.run import run
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.run_folder.resume import find_run
 from ehr_embed.tasks.classification import Classification
+from ehr_embed.training import batch_tokens
 from ehr_embed.training.batch_tokens import SHARE, STATE_BYTES, largest_that_fits, with_batch_tokens
 from ehr_embed.training.settings import N_BATCH_TOKENS, TrainerSettings
 from tests.helpers.planted import planted  # noqa: F401 (fixtures)
 from tests.helpers.refusals import refused
-from tests.helpers.stopped_runs import dataset, settings  # noqa: F401 (fixtures)
+from tests.helpers.stopped_runs import dataset, settings, what_is_left  # noqa: F401 (fixtures)
 
 
 class CountedMemory:
@@ -128,6 +130,29 @@ def test_the_number_is_in_the_files_of_the_run_which_goes_on_with_it(dataset, tm
     with refused("trainer.batch_tokens was 16384, now 99"):
         find_run(tmp_path / "run", {**config, "trainer": config["trainer"] | {"batch_tokens": 99}}, how="auto")
     assert _checkpoint(tmp_path / "run")["trainer"]["batch_tokens"] == N_BATCH_TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [("model=code_tab",), ("task=next_event", "task.windows=packed", "model=decoder_small"), ("task=masked_event",)],
+    ids=" ".join,
+)
+def test_steps_of_other_models_and_tasks_can_be_tried(kind, dataset, tmp_path, monkeypatch):
+    """They are tried before the model is adapted to train's records; the run then trains as with the number alone."""
+    chosen_before = stage.with_batch_tokens
+    monkeypatch.setattr(batch_tokens, "FEWEST", 64)
+
+    def with_memory(*args: Any, **options: Any) -> TrainerSettings:
+        return chosen_before(*args, **options, memory=CountedMemory(free=3e7))
+
+    monkeypatch.setattr(stage, "with_batch_tokens", with_memory)
+    more = ("trainer.epochs=1", "trainer.batch_size=null")
+    run(settings(dataset, tmp_path / "auto", *kind, *more, "trainer.batch_tokens=auto"))
+    number = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["trainer"]["batch_tokens"]
+    assert number not in (64, N_BATCH_TOKENS)
+    run(settings(dataset, tmp_path / "number", *kind, *more, f"trainer.batch_tokens={number}"))
+    assert what_is_left(tmp_path / "auto") == what_is_left(tmp_path / "number")
 
 
 def _checkpoint(run_dir: Path) -> dict[str, Any]:

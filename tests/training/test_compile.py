@@ -5,15 +5,16 @@ The graphs are traced and counted, and run as they are; the compiler proper, whi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ehr_embed.models import packing
+from ehr_embed.models import heads, packing
 from ehr_embed.models.blocks import Dropout
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.packing import attend_one_by_one
@@ -56,13 +57,8 @@ attend.register_autograd(_backward, setup_context=_keep)
 def counter(monkeypatch) -> Iterator[CompileCounterWithBackend]:
     """Counts the graphs; the kernel of a GPU is replaced by an operation of the same kind."""
     torch._dynamo.reset()
-    counted = CompileCounterWithBackend("eager")
-    compile_block = nn.Module.compile
-
-    def quick(block: nn.Module, **options: Any) -> None:
-        compile_block(block, backend=counted, **options)
-
-    monkeypatch.setattr(nn.Module, "compile", quick)
+    counted, compiled = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **own: compiled(function, **{"backend": counted, **own}))
     monkeypatch.setattr(packing, "attend_at_once", lambda q, k, v, own: attend(q, k, v, own.starts, own.longest))
     yield counted
     torch._dynamo.reset()
@@ -119,3 +115,34 @@ def test_batches_of_all_shapes_share_the_compiled_blocks(packs, most, counter, m
         for x, y in zip(own, plain, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
     assert 0 < n_graphs[-1] <= most * n_graphs[0], n_graphs
+
+
+def test_the_scores_of_a_vocabulary_are_compiled_for_all_sizes_and_have_the_same_gradients(counter, monkeypatch):
+    """Chunks of all sizes, the smaller last one included, share three graphs; evaluation stays as it is."""
+    monkeypatch.setattr(heads, "LOGITS_AT_ONCE", 40 * 8)  # eight events per chunk
+    torch.manual_seed(0)
+    head = heads.EventHead(kind="linear", model_dim=10, embedding_dim=6, vocab_size=40, has_values=False).train()
+    table, found, n_graphs = torch.randn(40, 6), [], []
+    for is_compiled in (False, True):
+        if is_compiled:
+            head.compile_scores()
+        for n_events in (20, 30, 7, 17):
+            generator = torch.Generator().manual_seed(n_events)
+            x = torch.randn(1, n_events, 10, generator=generator, requires_grad=True)
+            targets = torch.randint(2, 40, (1, n_events), generator=generator)
+            head.zero_grad()
+            scores = head(x, {"table": table, "targets": targets, "target_gap_days": torch.ones(1, n_events)})
+            scores.nll.square().sum().backward()
+            gradients = [p.grad.clone() for p in (x, *head.tokens.parameters()) if p.grad is not None]
+            found.append([scores.nll.detach(), *gradients])
+            n_graphs.append(counter.frame_count)
+    for plain, compiled in zip(found[:4], found[4:], strict=True):
+        assert len(plain) == 4
+        for x, y in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert n_graphs[:4] == [0] * 4
+    assert 0 < n_graphs[-1] <= 3, "one of the first chunk, one of those after it, and one of a single event left over"
+    copied = copy.deepcopy(head)
+    assert torch.equal(copied.tokens.weight, head.tokens.weight)
+    head.eval()(torch.zeros(1, 17, 10), {"table": table, "targets": targets, "target_gap_days": torch.ones(1, 17)})
+    assert counter.frame_count == n_graphs[-1]
