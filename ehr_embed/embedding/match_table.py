@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,11 @@ class Alignment:
         table: one row per code of the dataset, the most frequent first: code, text, matched_code and matched_text (null = none),
             cosine, gate, origin (`same code`, `text`, `shuffled text` or `pair`), n_events and share of the events it was fitted
             on, q10, q50 and q90 of its numbers, matched_q10, matched_q50 and matched_q90, and warning.
+        twins: code of the run without a match -> matched code of the run that says the same; it takes the same events.
     """
 
     table: pl.DataFrame
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> dict[str, tuple[str, float]]:
@@ -86,12 +88,16 @@ class Alignment:
         found = [(lead.get(str(code), [None, 0.0]), gate) for code, gate in rows]
         to = pl.Series([match[0] for match, _ in found], dtype=pl.String)
         gates = pl.Series([match[1] * gate for match, gate in found], dtype=pl.Float64)
-        return Alignment(self.table.with_columns(matched_code=to, gate=gates))
+        table = self.table.with_columns(matched_code=to, gate=gates)
+        taken = set(table.filter(pl.col("gate") > 0)["matched_code"])
+        twins = {str(lead.get(twin, [twin])[0]): str(lead.get(code, [code])[0]) for twin, code in self.twins.items()}
+        return Alignment(table, {twin: code for twin, code in twins.items() if twin not in taken and code in taken})
 
     @property
     def digest(self) -> str:
         """Digest of what a model is told."""
-        return digest({code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()})
+        found: dict[str, Any] = {code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()}
+        return digest({"matches": found, "twins": dict(self.twins)} if self.twins else found)
 
     def keeps(self, vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
         """Return whether the code of each token of the dataset's vocabulary has a match, (V,)."""
@@ -135,6 +141,11 @@ class Alignment:
             len(found), len(self.table), found["matched_code"].n_unique(), 100 * found["share"].sum(),
             100 * (found["share"] * found["gate"]).sum(),
         )  # fmt: skip
+        if self.twins:
+            log.info(
+                "%d more of the run's codes say the same as one of these and take the same events, such as: %s",
+                len(self.twins), ", ".join(f"{twin} as {code}" for twin, code in list(self.twins.items())[:5]),
+            )  # fmt: skip
         for row in found.head(SHOWN).iter_rows(named=True):
             log.info(
                 "  %s -> %s  (cosine %.2f, gate %.2f, %.1f%% of events)%s",
@@ -209,7 +220,21 @@ def align(
             "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
             "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
         )
-    return Alignment(table)
+    return Alignment(table, _twins(codes_of(run), table, embed, rules) if matching == "nearest" else {})
+
+
+def _twins(
+    run: pl.DataFrame, table: pl.DataFrame, embed: Callable[[list[str]], npt.NDArray[np.float32]], rules: Rules
+) -> dict[str, str]:
+    """Return the run's codes that no code of the dataset goes to, and that say surely the same as one that has a match.
+
+    A hospital with thousands of codes has several for one thing, such as a laboratory value and the worst one of the first day. A
+    model learned from all of them, and would miss all but one where the other hospital has one code for it.
+    """
+    matched = set(table.filter(pl.col("gate") > 0)["matched_code"])
+    is_matched = pl.Series([code in matched for code in run["code"]], dtype=pl.Boolean)
+    found = align_codes(run.filter(is_matched), run.filter(~is_matched), embed=embed, rules=rules)
+    return dict(found.filter(pl.col("gate") >= 1.0).select("code", "matched_code").iter_rows())
 
 
 def align_codes(

@@ -225,6 +225,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     )
     if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
         trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
+        trainer.about["twins"] = dict(inputs.aligned[1].twins)
     if inputs.pooled is not None:
         trainer.about |= {
             "alignment": {c: list(match) for c, match in inputs.pooled.matches.items()},

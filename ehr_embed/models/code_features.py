@@ -164,9 +164,9 @@ class CodeFeatures(ReadsCodes):
         self._quantiles = (QuantileNormal(len(train.usual)),)
         self._quantiles[0].fit(*(torch.from_numpy(x)[found] for x in (columns, numbers, weights)))
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the chosen ones that `matches` names, with their gates, and leave all others
-        out; None = read codes as they are.
+        out; None = read codes as they are. A chosen code in `twins` takes what the code takes that it names.
 
         Raises:
             UserError: a run of an earlier version, which kept no quantiles.
@@ -179,7 +179,7 @@ class CodeFeatures(ReadsCodes):
                 "this run was fitted by an earlier version, which kept no quantiles of its features, so another dataset's numbers "
                 "cannot be compared with them. Train it again, or type: data.aligned_to=none"
             )
-        self._read_as(matches)
+        self._read_as(matches, twins=twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too: `choose` counts and chooses these, and
@@ -192,12 +192,17 @@ class CodeFeatures(ReadsCodes):
         self._pool = (dict(matches), dataset_of)
         self._read_as(matches, dataset_of)
 
-    def _read_as(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+    def _read_as(
+        self,
+        matches: Mapping[str, tuple[str, float]],
+        dataset_of: Mapping[str, int] | None = None,
+        twins: Mapping[str, str] | None = None,
+    ) -> None:
         device = self.column_of_token.device
         summaries = [summary for summary, _ in self.groups]
         counts = tuple(i for i, summary in enumerate(summaries) if summary.startswith("count"))
         found = CodeMatches(self.codes, n_summaries=len(summaries), counts=counts)
-        found.match(matches, dataset_of)
+        found.match(matches, dataset_of, twins)
         own = CodeFeatures(
             has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True, windows_hours=self.ends
         ).to(device)
@@ -352,6 +357,8 @@ class CodeFeatures(ReadsCodes):
         assert self.matches is not None
         quantiles = self._quantiles[0].to(inputs["padding_mask"].device) if self._pool is None else None
         row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
+        code_K, of_K = self.matches.with_twins(row_K, code_K)
+        row_K, scores_KS = row_K[of_K], scores_KS[of_K]
         found_BF = scores_KS.new_full((len(inputs["padding_mask"]), len(self.names)), float("nan"))
         start = 0
         for number, (summary, codes) in enumerate(self.groups):
@@ -433,9 +440,9 @@ class ReadsCodeFeatures(nn.Module):
         """Choose the codes that get features, by the batches of train."""
         self.features.choose(train)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
-        """Read the codes of the present vocabulary as the chosen ones that `matches` names."""
-        self.features.align(matches)
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read the codes of the present vocabulary as the chosen ones that `matches` names, and as their `twins`."""
+        self.features.align(matches, twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -245,8 +245,11 @@ class CodeTabBody(nn.Module):
             total_KH = k_CK[:n_known].T @ absent_CH
             is_known = (code_G < n_known)[:, None]
             h_GH = h_GH - absent_CH[code_G.clamp(max=n_known - 1)] * is_known
-        sums_BKH = _sum_of_products(n_rows, row_G, k_CK[code_G], h_GH) + total_KH
-        return sums_BKH.view(n_rows, self.n_members, -1) @ self.weights2.flatten(0, 1)
+        parts, rows = [], []
+        for rows_L, sums_LKH in _sums_of_products(n_rows, row_G, k_CK[code_G], h_GH):
+            parts.append((sums_LKH + total_KH).view(len(rows_L), self.n_members, -1) @ self.weights2.flatten(0, 1))
+            rows.append(rows_L)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _hidden(self, x_GP: Tensor, g_GR: Tensor, t_GH: Tensor) -> Tensor:
         """(G, H): the first matrix is a sum over gates, so that all of them read the products of inputs and gates."""
@@ -340,9 +343,9 @@ class CodeTab(nn.Module):
         """Take the vectors (V, E) of train's tokens."""
         self.body.take_vectors(vectors, self._tokens)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
-        """Read the codes of the present vocabulary as the known ones that `matches` names."""
-        self.body.input.align(matches)
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read the codes of the present vocabulary as the known ones that `matches` names, and as their `twins`."""
+        self.body.input.align(matches, twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too."""
@@ -362,30 +365,28 @@ class CodeTab(nn.Module):
         return self.head(self.body(inputs))
 
 
-def _sum_of_products(n_rows: int, row_G: Tensor, k_GK: Tensor, h_GH: Tensor) -> Tensor:
-    """(B, K, H): for each record, the sum of the outer products of its pairs, which ascend by record.
+def _sums_of_products(n_rows: int, row_G: Tensor, k_GK: Tensor, h_GH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some records (L,) and for each of them the sum (L, K, H) of the outer products of its pairs, which ascend by record.
 
-    Records lie side by side, each with as many places as the longest of about its length has pairs, because few long records would
-    otherwise fill all others with zeros.
+    Records of about one length lie side by side, each with as many places as the longest of them has pairs: a few long records
+    would otherwise fill all others with zeros.
 
     >>> row, k, h = torch.tensor([0, 2, 2]), torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    >>> _sum_of_products(3, row, k, h).tolist()
-    [[[1.0, 0.0]], [[0.0, 0.0]], [[3.0, 5.0]]]
+    >>> [(rows.tolist(), sums.tolist()) for rows, sums in _sums_of_products(3, row, k, h)]
+    [([1], [[[0.0, 0.0]]]), ([0], [[[1.0, 0.0]]]), ([2], [[[3.0, 5.0]]])]
     """
     n_B = row_G.bincount(minlength=n_rows)
     place_G = torch.arange(len(row_G), device=row_G.device) - (n_B.cumsum(0) - n_B)[row_G]
     size_B = torch.frexp(n_B.float()).exponent  # n < 2**size
-    sums_BKH = h_GH.new_zeros(n_rows, k_GK.shape[1], h_GH.shape[1])
     for size in size_B.unique().tolist():
-        rows_L = (size_B == size).nonzero().squeeze(1)
-        n_places = int(n_B[rows_L].max())
-        in_G = (size_B == size)[row_G]
-        number_B = (size_B == size).long().cumsum(0) - 1
-        where = (number_B[row_G[in_G]], place_G[in_G])
-        k_LSK = k_GK.new_zeros(len(rows_L), n_places, k_GK.shape[1]).index_put(where, k_GK[in_G])
-        h_LSH = h_GH.new_zeros(len(rows_L), n_places, h_GH.shape[1]).index_put(where, h_GH[in_G])
-        sums_BKH = sums_BKH.index_copy(0, rows_L, k_LSK.transpose(1, 2) @ h_LSH)
-    return sums_BKH
+        has_size_B = size_B == size
+        rows_L = has_size_B.nonzero().squeeze(1)
+        in_G = has_size_B[row_G]
+        where = ((has_size_B.long().cumsum(0) - 1)[row_G[in_G]], place_G[in_G])
+        shape = len(rows_L), int(n_B[rows_L].max())
+        k_LSK = k_GK.new_zeros(*shape, k_GK.shape[1]).index_put(where, k_GK[in_G])
+        h_LSH = h_GH.new_zeros(*shape, h_GH.shape[1]).index_put(where, h_GH[in_G])
+        yield rows_L, k_LSK.transpose(1, 2) @ h_LSH
 
 
 def _as_many_signs(body: CodeTabBody, state: dict[str, Tensor], prefix: str, *_: object) -> None:

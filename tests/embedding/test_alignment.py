@@ -161,6 +161,26 @@ def test_nothing_in_common_is_refused(two, tmp_path):
         align(two[0], other, embed=embed, rules=Rules.read())
 
 
+def test_codes_of_the_run_that_say_the_same_take_the_same_events(tmp_path, two, caplog):
+    twice = {
+        **RUN,
+        "APACHE": ("Worst value: Sodium [mEq/L]", 139.0),
+        "WORDS": ("Sodium", None),
+        "K": ("Potassium", 4.0),
+    }
+    run = vocabulary(tmp_path, twice)
+    with caplog.at_level("INFO"):
+        found = align(run, two[1], embed=embed, rules=Rules.read())
+        found.say()
+    assert found.matches["lab//1"][0] in ("NA", "APACHE")
+    assert {frozenset(pair) for pair in found.twins.items()} == {frozenset(("NA", "APACHE"))}, (
+        "of one kind, and surely the same"
+    )
+    assert "APACHE" in caplog.text
+    assert found.digest != align(two[0], two[1], embed=embed, rules=Rules.read()).digest
+    assert align(run, two[1], embed=embed, rules=Rules.read(), matching="one_to_one").twins == {}
+
+
 def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
     """A code whose numbers cannot agree with those of the run's has no match, and its loss is said."""
     table = align(*two, embed=embed, rules=Rules.read())
