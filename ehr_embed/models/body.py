@@ -20,7 +20,7 @@ from ehr_embed.data.batches import LENGTH_MULTIPLE
 from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.event_vectors import event_vectors
-from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
+from ehr_embed.models.packing import Packing, kernel_takes, packing_of, pays_on_cpu, product_dtype
 from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 ROTARY = ("rope", "rope_time")
@@ -148,8 +148,8 @@ class Body(nn.Module):
         whiten, shrinkage: as in `EventInput`.
 
     Attributes:
-        packs: whether the blocks compute without padding, for inputs that hold `places`; None = only where torch has a
-            kernel for packed sequences. Both ways give the same vectors.
+        packs: whether the blocks compute without padding, for inputs that hold `places`; None = where torch has a kernel for
+            packed sequences, and on a CPU where `pays_on_cpu`. Both ways give the same vectors.
     """
 
     packs: bool | None = None
@@ -226,8 +226,10 @@ class Body(nn.Module):
         packing, weight = packing_of(inputs, is_causal=is_causal), self.norm.weight
         if packing is None:
             return None
-        has_kernel = kernel_takes(weight.device, product_dtype(weight), len(weight) // self.n_heads)
-        packs = has_kernel if self.packs is None else self.packs
+        dtype = product_dtype(weight)
+        has_kernel = kernel_takes(weight.device, dtype, len(weight) // self.n_heads)
+        pays = has_kernel or pays_on_cpu(packing, len(inputs["padding_mask"]), dtype)
+        packs = pays if self.packs is None else self.packs
         return replace(packing, at_once=has_kernel) if packs else None
 
     def attend(
