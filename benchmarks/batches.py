@@ -32,7 +32,7 @@ from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.set_up import set_up
 
 BATCH_SIZE, MAX_LENGTH = 32, 512
-PEER = Path(__file__).with_name("peer_batches.py")
+PEER = Path(__file__).parent / "peers" / "run_meds_torch_data.py"
 
 
 def our_loaders(root: Path, folder: Path, device: torch.device) -> dict[str, Any]:
@@ -61,6 +61,18 @@ def epoch(loader: Any, device: torch.device) -> dict[str, float]:
     return {"seconds": seconds(work, str(device)), **found}
 
 
+def cohort(folder: Path, n_subjects: int) -> Path:
+    """Write a MEDS dataset half of whose codes carry numbers, and return its folder."""
+    return write_cohort(folder, n_subjects=n_subjects, with_values=True)
+
+
+def preprocess(programs: Path, root: Path, tensors: Path) -> None:
+    """Let the peer, whose programs lie in a folder, prepare a MEDS dataset for its batches."""
+    command = [str(programs / "MTD_preprocess"), f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
+    others = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}  # it starts others of its own
+    subprocess.run(command, check=True, capture_output=True, env=others)
+
+
 def peer_epoch(python: str, tensors: Path) -> dict[str, Any]:
     """The same of the peer, in its own environment."""
     command = [f"{python}/python", str(PEER), str(tensors), str(BATCH_SIZE), str(MAX_LENGTH)]
@@ -74,10 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     found.add_argument("--peer", help="folder of the programs of an environment with meds-torch-data")
     options = found.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        root, tensors = (
-            write_cohort(Path(name) / "meds", n_subjects=options.subjects, with_values=True),
-            Path(name) / "peer",
-        )
+        root, tensors = cohort(Path(name) / "meds", options.subjects), Path(name) / "peer"
         loaders = our_loaders(root, Path(name) / "store", torch.device(options.device))
         devices = {side: HOST if side == "ours" else torch.device(options.device) for side in loaders}
         for side, loader in loaders.items():
@@ -93,9 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         sides: dict[str, Callable[[], float]] = {side: partial(ours, side) for side in loaders}
         if options.peer:
-            command = [f"{options.peer}/MTD_preprocess", f"MEDS_dataset_dir={root}", f"output_dir={tensors}"]
-            programs = {**os.environ, "PATH": f"{options.peer}:{os.environ['PATH']}"}  # it starts others of its own
-            subprocess.run(command, check=True, capture_output=True, env=programs)
+            preprocess(Path(options.peer), root, tensors)
             sides["peer"] = lambda: measured("peer", lambda: peer_epoch(options.peer, tensors))
         rates = alternate(sides, options.repeats)
     result: dict[str, Any] = {}

@@ -35,12 +35,10 @@ from ehr_embed.experiment.inputs import alignment_settings, prepare_from, varian
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import calibration_of, recalibrate
-from ehr_embed.experiment.results import write_predictions, write_results
 from ehr_embed.experiment.shared_codes import align_inputs, align_model, pool_inputs, pool_model
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_variants, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
-from ehr_embed.reports.run_report import print_metrics
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
@@ -54,6 +52,7 @@ from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.batch_tokens import with_batch_tokens
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -126,6 +125,8 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 
 def tell_finished(plan: Plan) -> float:
     """Print the metrics of a run that an earlier start finished, and return the monitored one."""
+    from ehr_embed.reports.run_report import print_metrics  # here, as in `conclude`
+
     metrics = read_metrics(plan.run_dir)
     if plan.processes.is_first:
         own = ", ".join(plan.cfg.trusted_packages)
@@ -184,9 +185,23 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         prepared.store.vocabulary,
         of_constructor(sizes),
         windows_hours=cfg.model.get("windows_hours"),
+        n_trees=plan.settings.teacher_trees,
     )
     pool_model(teacher, inputs)
     start = found.load(prepared.identity, task.samples)
+    settings = with_batch_tokens(
+        plan.settings,
+        plan.processes,
+        task=task,
+        model=model,
+        embedding=embedding,
+        seed=cfg.seed,
+        kept=found.batch_tokens,
+    )
+    if (
+        plan.settings.batch_tokens != settings.batch_tokens
+    ):  # the number is kept, so that the run can be repeated elsewhere
+        plan.config["trainer"]["batch_tokens"] = settings.batch_tokens
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
         run_dir=plan.run_dir,
@@ -196,7 +211,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         table_path=prepared.table_path,
     )
     trainer = Trainer(
-        plan.settings,
+        settings,
         plan.processes,
         task=task,
         run_dir=plan.run_dir,
@@ -210,6 +225,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     )
     if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
         trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
+        trainer.about["twins"] = dict(inputs.aligned[1].twins)
     if inputs.pooled is not None:
         trainer.about |= {
             "alignment": {c: list(match) for c, match in inputs.pooled.matches.items()},
@@ -312,6 +328,10 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
 
     Only the first process concludes.
     """
+    # The imports are here because they load the libraries of plots, which would delay the first epoch.
+    from ehr_embed.experiment.results import write_predictions, write_results
+    from ehr_embed.reports.run_report import print_metrics
+
     calibrated = recalibrate(plan, fitted.outputs, evaluate=partial(evaluate, n_bootstrap=plan.settings.n_bootstrap))
     fitted = replace(fitted, outputs=calibrated.outputs)
     metrics = measure(plan, inputs, built, fitted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from ehr_embed.data.batches import LENGTH_MULTIPLE
 from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.event_vectors import event_vectors
-from ehr_embed.models.packing import Packing, kernel_takes, packing_of, product_dtype
-from ehr_embed.models.whitening import Shrinkage, Whitening
+from ehr_embed.models.packing import Packing, kernel_takes, packing_of, pays_on_cpu, product_dtype
+from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 ROTARY = ("rope", "rope_time")
 """Rotary positions: attention sees the number of events, or the time, between two events."""
@@ -48,11 +48,11 @@ class EventInput(nn.Module):
         model_dim: Width,
         has_values: bool,
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
-        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
+        self.norm = normalising(embedding_dim, whiten, shrinkage)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
         if has_values and values != "none":
@@ -148,8 +148,8 @@ class Body(nn.Module):
         whiten, shrinkage: as in `EventInput`.
 
     Attributes:
-        packs: whether the blocks compute without padding, for inputs that hold `places`; None = only where torch has a
-            kernel for packed sequences. Both ways give the same vectors.
+        packs: whether the blocks compute without padding, for inputs that hold `places`; None = where torch has a kernel for
+            packed sequences, and on a CPU where `pays_on_cpu`. Both ways give the same vectors.
     """
 
     packs: bool | None = None
@@ -168,7 +168,7 @@ class Body(nn.Module):
         positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
         times: Times,
         values: Values,
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
@@ -226,8 +226,10 @@ class Body(nn.Module):
         packing, weight = packing_of(inputs, is_causal=is_causal), self.norm.weight
         if packing is None:
             return None
-        has_kernel = kernel_takes(weight.device, product_dtype(weight), len(weight) // self.n_heads)
-        packs = has_kernel if self.packs is None else self.packs
+        dtype = product_dtype(weight)
+        has_kernel = kernel_takes(weight.device, dtype, len(weight) // self.n_heads)
+        pays = has_kernel or pays_on_cpu(packing, len(inputs["padding_mask"]), dtype)
+        packs = pays if self.packs is None else self.packs
         return replace(packing, at_once=has_kernel) if packs else None
 
     def attend(
@@ -255,7 +257,7 @@ class Body(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BTD = block(x_BTD, None, rope_BT)
-        return self.norm(last.at(x_BTD, place_BQ, rope_BT))
+        return self.norm(cast(Block, last).at(x_BTD, place_BQ, rope_BT))
 
     def _blocks(
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None

@@ -13,7 +13,7 @@ from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
 from ehr_embed.models.packing import Packing
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
 POOLINGS = ("last", "mean", "max", "attention")
@@ -38,8 +38,8 @@ class Decoder(nn.Module):
             prediction are not offered, because they would reveal how long a record continues.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
-            unit variance.
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
+            brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = ("gap", "elapsed"),
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
         vocabulary_head: VocabularyHead = "text_tied",

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # which loads a part when it is first used
 import torch
-from scipy import optimize
-from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
@@ -79,7 +78,7 @@ class Ensemble(nn.Module):
             if isinstance(member, ReadsVocabulary):
                 member.set_vocabulary(vocabulary)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the known ones that `matches` names, in every member.
 
         Raises:
@@ -87,7 +86,7 @@ class Ensemble(nn.Module):
         """
         for member in self.members:
             if isinstance(member, AlignsCodes):
-                member.align(matches)
+                member.align(matches, twins)
             elif matches is not None:
                 raise UserError(
                     f"a member of this ensemble, {type(member).__name__}, does not align codes, and would read the same events "
@@ -136,7 +135,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def pooled_losses(weights_G: Floats, log_p_GNC: Floats, labels_N: npt.NDArray[np.int64]) -> Floats:
     """Return the cross-entropy (N,) of the pool of log-probabilities (G, N, C) with weights (G,)."""
     z_NC = np.einsum("g,gnc->nc", weights_G, log_p_GNC)
-    losses: Floats = logsumexp(z_NC, axis=1) - z_NC[np.arange(len(labels_N)), labels_N]
+    losses: Floats = scipy.special.logsumexp(z_NC, axis=1) - z_NC[np.arange(len(labels_N)), labels_N]
     return losses
 
 
@@ -192,7 +191,7 @@ def choose_weights(
     equal_G = np.full(n_groups, 1 / n_groups)
     chosen_G, differ = equal_G, False
     if n_groups > 1:
-        found = optimize.minimize(
+        found = scipy.optimize.minimize(
             lambda w: pooled_losses(w, log_p_GNC, labels_N).mean(),
             equal_G,
             bounds=[(0, 1)] * n_groups,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.models.cpu_attention import applies, cpu_attention
 
 log = logging.getLogger(__name__)
 WIDEST_HEAD = 192
@@ -22,6 +23,8 @@ WIDEST_HEAD = 192
 8.6, 8.9, 12.0) have no backward pass."""
 CAPABILITY = (8, 0)
 """Least compute capability of the GPU, that of Ampere, from which on FlashAttention runs."""
+LEAST_PADDING, LONG = 0.1, 192
+"""Least share of padding, and in 16 bits least length in events, from which on packing pays on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,32 @@ def attend_one_by_one(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, packing: Pack
     lengths = packing.starts.diff().tolist()
     # The shape is (1, H, length, K), because torch has its fused kernels for four dimensions only.
     q, k, v = ([x.transpose(0, 1)[None] for x in y_NHK.split(lengths)] for y_NHK in (q_NHK, k_NHK, v_NHK))
-    attended = [
-        F.scaled_dot_product_attention(*sequence, is_causal=packing.is_causal) for sequence in zip(q, k, v, strict=True)
-    ]
-    return torch.cat(attended, dim=2)[0].transpose(0, 1)
+    attended = [_whole(*sequence, is_causal=packing.is_causal) for sequence in zip(q, k, v, strict=True)]
+    return torch.cat([x[0].transpose(0, 1) for x in attended])
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+    """Return the attended values of one sequence without padding, (1, H, T, K)."""
+    if applies(q, k):
+        return cpu_attention(q, k, v, None if is_causal else q.new_ones(1, 1, 1, q.shape[-2], dtype=torch.bool))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def pays_on_cpu(packing: Packing, n_rows: int, dtype: torch.dtype) -> bool:
+    """Return whether a CPU computes a batch of `n_rows` rows faster packed, with attention one sequence at a time.
+
+    It does from a tenth of padding on (docs/speed.md). In 16 bits it does only if the sequences are long too, because short ones
+    share products in `cpu_attention`.
+
+    >>> starts = torch.tensor([0, 8, 12])
+    >>> packing = Packing(torch.tensor([*range(8), *range(8, 12)]), starts, longest=8, is_causal=False)
+    >>> pays_on_cpu(packing, 2, torch.float32), pays_on_cpu(packing, 2, torch.bfloat16)
+    (True, False)
+    """
+    if packing.places.device.type != "cpu":
+        return False
+    padding = 1 - len(packing.places) / (n_rows * packing.longest)
+    return padding >= LEAST_PADDING and (dtype == torch.float32 or packing.longest >= LONG)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:

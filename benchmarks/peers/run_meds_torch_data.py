@@ -1,6 +1,6 @@
 """An epoch of meds-torch-data's batches; benchmarks/batches.py runs it with the Python of an environment that has it.
 
-PEER/bin/python benchmarks/peer_batches.py TENSORS BATCH_SIZE MAX_LENGTH
+PYTHON benchmarks/peers/run_meds_torch_data.py TENSORS BATCH_SIZE MAX_LENGTH
 """
 
 import json
