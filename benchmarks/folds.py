@@ -1,12 +1,16 @@
 """Folds over a dataset's subjects, and the comparison of an ensemble's recipes over them.
 
     python -m benchmarks.folds draw DIR --labels NAME --output FOLDS.parquet
+    python -m benchmarks.folds draw DIR --labels NAME --output FOLDS.parquet --shares 0.6,0.1,0.3
     python train.py sweeps=folds data.root=DIR task.labels=NAME data.splits=FOLDS.parquet
+    python train.py sweeps=folds data.root=DIR task.labels=NAME data.splits=FOLDS.parquet hydra.sweeper.seeds=[0,1,2]
     python -m benchmarks.folds table multirun/folds
+    python -m benchmarks.folds table SWEEP SWEEP --output docs/results/paired/folds.csv
 
 A set of a few hundred labels, or a few dozen positive ones in held_out, tells recipes apart only over several folds. Each subject
-is held out once. `table` gives the mean over folds of each recipe's seeds and of the ensemble, and their paired differences from
-one of the recipes.
+is held out once, or with `--shares` each column is a draw of its own. `table` gives the mean over folds of each recipe's seeds and
+of the ensemble, the SD over the seeds of a fold, and the paired differences from one of the recipes with their 95 % intervals over
+folds. The folds of a dataset share subjects of train, so that these intervals are too narrow (Bengio and Grandvalet 2004).
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.common import report
+from ehr_embed.comparison.results import read_config
+from ehr_embed.comparison.tabulate import statistic
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.files import atomic_path
 from ehr_embed.data.labels import read_labels
 from ehr_embed.run_folder.layout import FINISHED, MEMBERS
 from ehr_embed.sources.meds import MedsSource
@@ -60,8 +67,36 @@ def folds(strata: npt.NDArray[np.int64], n_folds: int, seed: int) -> npt.NDArray
     return found
 
 
-def draw(root: Path, labels: str, output: Path, *, n_folds: int, seed: int) -> pl.DataFrame:
+def draws(strata: npt.NDArray[np.int64], n_draws: int, shares: Sequence[float], seed: int) -> npt.NDArray[np.object_]:
+    """Return the split (N, F) of N subjects in each of F draws that do not depend on each other.
+
+    Args:
+        strata: each subject's stratum (N,): each stratum is split by `shares`.
+        n_draws: F.
+        shares: of train, tuning and held_out.
+        seed: of the draws.
+
+    >>> found = draws(np.array([0] * 30 + [1] * 10), 2, (0.6, 0.1, 0.3), seed=0)
+    >>> [int((found[30:, 0] == split).sum()) for split in ("train", "tuning", "held_out")], found.shape
+    ([6, 1, 3], (40, 2))
+    """
+    rng = np.random.default_rng(seed)
+    found = np.full((len(strata), n_draws), "train", dtype=object)
+    for number in range(n_draws):
+        for stratum in np.unique(strata):
+            order = rng.permutation(np.flatnonzero(strata == stratum))
+            n_out, n_tuning = round(shares[2] * len(order)), round(shares[1] * len(order))
+            found[order[:n_out], number] = "held_out"
+            found[order[n_out : n_out + n_tuning], number] = "tuning"
+    return found
+
+
+def draw(
+    root: Path, labels: str, output: Path, *, n_folds: int, seed: int, shares: Sequence[float] | None = None
+) -> pl.DataFrame:
     """Write subject_id and the columns fold1, fold2, ... for `data.splits`; subjects are stratified by their greatest label.
+
+    With `shares` (of train, tuning and held_out) each column is a draw of its own; otherwise each subject is held out once.
 
     Raises:
         UserError: `root` is no MEDS dataset with splits, or lacks the label set.
@@ -73,7 +108,7 @@ def draw(root: Path, labels: str, output: Path, *, n_folds: int, seed: int) -> p
     own = read_labels(labels, source.labels_dir).frame.group_by("subject_id").agg(pl.col("value").max())
     rows = subjects.select("subject_id").join(own, on="subject_id", how="left").sort("subject_id")
     strata = rows["value"].fill_null("").rank("dense").cast(pl.Int64).to_numpy()
-    found = folds(strata, n_folds, seed)
+    found = folds(strata, n_folds, seed) if shares is None else draws(strata, n_folds, shares, seed)
     frame = rows.select("subject_id").with_columns(
         pl.Series(f"fold{fold + 1}", found[:, fold].tolist()) for fold in range(n_folds)
     )
@@ -83,25 +118,27 @@ def draw(root: Path, labels: str, output: Path, *, n_folds: int, seed: int) -> p
 
 
 def measured(sweep: Path) -> pl.DataFrame:
-    """Return fold, recipe, split, metric and value (the mean over the recipe's seeds) of a finished sweep over folds.
+    """Return dataset, labels, fold, recipe, split, metric and value of each run of a finished sweep over folds.
+
+    A recipe is a member of the ensemble, or the ensemble itself; it has a run per fold and seed.
 
     Raises:
         UserError: the folder holds no finished ensemble.
     """
     rows = []
-    for place in sorted(sweep.glob(f"*/{FINISHED}")):
-        fold = place.parent
-        runs = [(ENSEMBLE, fold)] + [(run.name.rpartition("-")[0], run) for run in sorted((fold / MEMBERS).glob("*"))]
+    for place in sorted([*sweep.glob(f"*/{FINISHED}"), *sweep.glob(f"*/seed_*/{FINISHED}")]):
+        whole = place.parent
+        config = read_config(whole)
+        about = {
+            "dataset": Path(str(config.get("data.root", sweep))).name,
+            "labels": str(config.get("task.labels", "")),
+            "fold": place.relative_to(sweep).parts[0],
+        }
+        runs = [(ENSEMBLE, whole)] + [(run.name.rpartition("-")[0], run) for run in sorted((whole / MEMBERS).glob("*"))]
         for recipe, run in runs:
             metrics = json.loads((run / FINISHED).read_text(encoding="utf-8"))
             rows += [
-                {
-                    "fold": fold.name,
-                    "recipe": recipe,
-                    "split": split,
-                    "metric": name,
-                    "value": metrics[split][name]["value"],
-                }
+                about | {"recipe": recipe, "split": split, "metric": name, "value": metrics[split][name]["value"]}
                 for split in ("tuning", "held_out")
                 for name in METRICS
             ]
@@ -109,15 +146,15 @@ def measured(sweep: Path) -> pl.DataFrame:
         raise UserError(
             f"{sweep}: expected a folder per fold with {FINISHED} and {MEMBERS}/. Type: python train.py sweeps=folds ..."
         )
-    found = pl.DataFrame(rows).group_by("fold", "recipe", "split", "metric", maintain_order=True)
-    return found.agg(pl.col("value").mean())
+    return pl.DataFrame(rows)
 
 
 def against(values: pl.DataFrame, reference: str) -> pl.DataFrame:
-    """Return mean and SD over folds per recipe, split and metric, and the paired difference from a recipe with its standard error.
+    """Return mean and SD over folds per dataset, labels, recipe, split and metric, the SD over the seeds of a fold (mean over
+    folds; null for one seed), and the paired difference from a recipe with its standard error and 95 % interval.
 
-    >>> values = pl.DataFrame({"fold": ["1", "2"] * 2, "recipe": ["a"] * 2 + ["b"] * 2, "split": ["held_out"] * 4,
-    ...     "metric": ["auroc"] * 4, "value": [0.75, 0.5, 0.5, 0.5]})
+    >>> values = pl.DataFrame({"dataset": ["d"] * 4, "labels": ["l"] * 4, "fold": ["1", "2"] * 2, "recipe": ["a"] * 2 + ["b"] * 2,
+    ...     "split": ["held_out"] * 4, "metric": ["auroc"] * 4, "value": [0.75, 0.5, 0.5, 0.5]})
     >>> against(values, "b").select("recipe", "mean", "difference", "standard_error").rows()
     [('a', 0.625, 0.125, 0.125), ('b', 0.5, 0.0, 0.0)]
 
@@ -126,30 +163,53 @@ def against(values: pl.DataFrame, reference: str) -> pl.DataFrame:
     """
     if reference not in (names := values["recipe"].unique(maintain_order=True).to_list()):
         raise UserError(f"--against {reference}: expected one of {', '.join(names)}")
-    keys = ["fold", "split", "metric"]
-    other = values.filter(recipe=reference).select(*keys, reference=pl.col("value"))
-    rows = values.join(other, on=keys).with_columns(difference=pl.col("value") - pl.col("reference"))
-    return rows.group_by("recipe", "split", "metric", maintain_order=True).agg(
-        mean=pl.col("value").mean(),
-        sd=pl.col("value").std(),
-        difference=pl.col("difference").mean(),
-        standard_error=pl.col("difference").std() / pl.len().sqrt(),
-        folds=pl.len(),
+    keys = ["dataset", "labels", "fold", "split", "metric"]
+    of_fold = values.group_by(*keys, "recipe", maintain_order=True).agg(
+        pl.col("value").mean(), seeds_sd=pl.col("value").std(), seeds=pl.len()
     )
+    other = of_fold.filter(recipe=reference).select(*keys, reference=pl.col("value"))
+    rows = of_fold.join(other, on=keys, maintain_order="left").with_columns(
+        difference=pl.col("value") - pl.col("reference")
+    )
+    found = []
+    for key, group in rows.group_by("dataset", "labels", "split", "recipe", "metric", maintain_order=True):
+        mean, less = statistic(group["value"].to_list()), statistic(group["difference"].to_list())
+        found.append(
+            dict(zip(("dataset", "labels", "split", "recipe", "metric"), key, strict=True))
+            | {"folds": len(group), "seeds": int(group["seeds"].sum()) / len(group)}
+            | {"mean": mean.mean, "sd": mean.sd, "seeds_sd": group["seeds_sd"].mean()}
+            | {"difference": less.mean, "low": less.low, "high": less.high}
+            | {"standard_error": None if less.sd is None else less.sd / len(group) ** 0.5}
+        )
+    return pl.DataFrame(found)
 
 
 def told(rows: pl.DataFrame, reference: str) -> list[str]:
-    """Return the lines of a Markdown table, one row per split and recipe."""
+    """Return the lines of a Markdown table, one row per dataset, labels, split and recipe."""
     lines = [
-        f"| split | recipe | AUROC | AUPRC | AUROC less {reference} | AUPRC less {reference} |",
-        "|---|---|---|---|---|---|",
+        f"| data | split | recipe | seeds | AUROC | AUPRC | SD over seeds | AUROC less {reference} | AUPRC less {reference} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (split, recipe), group in rows.group_by("split", "recipe", maintain_order=True):
+    for (dataset, labels, split, recipe), group in rows.group_by(
+        "dataset", "labels", "split", "recipe", maintain_order=True
+    ):
         of = {row["metric"]: row for row in group.iter_rows(named=True)}
-        means = [f"{of[name]['mean']:.4f} ± {of[name]['sd']:.4f}" for name in METRICS]
-        less = [f"{of[name]['difference']:+.4f} ± {of[name]['standard_error']:.4f}" for name in METRICS]
-        lines.append(f"| {split} | {recipe} | {' | '.join(means + less)} |")
+        auroc = of["auroc"]
+        means = [f"{of[name]['mean']:.4f}" + _plus_minus(of[name]["sd"]) for name in METRICS]
+        spread = "" if auroc["seeds_sd"] is None else f"{auroc['seeds_sd']:.4f}"
+        less = ["" if recipe == reference else _interval(of[name]) for name in METRICS]
+        about = [f"{dataset} {labels}", split, recipe, f"{auroc['seeds']:g}", *means, spread, *less]
+        lines.append(f"| {' | '.join(about)} |")
     return lines
+
+
+def _plus_minus(sd: float | None) -> str:
+    return "" if sd is None else f" ± {sd:.4f}"
+
+
+def _interval(row: dict[str, float | None]) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+    return f"{row['difference']:+.4f}{interval}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,18 +222,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawing.add_argument("--output", type=Path, required=True)
     drawing.add_argument("--folds", type=int, default=5)
     drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--shares", help="of train, tuning and held_out, for draws that do not depend on each other")
     table = commands.add_parser("table")
-    table.add_argument("sweep", type=Path)
+    table.add_argument("sweeps", type=Path, nargs="+", metavar="sweep")
     table.add_argument("--against", default="gbm")
+    table.add_argument("--output", type=Path, help="a CSV of the table")
     args = own.parse_args(arguments)
     if args.what == "draw":
-        frame = draw(args.root, args.labels, args.output, n_folds=args.folds, seed=args.seed)
+        shares = None if args.shares is None else shares_of(args.shares)
+        frame = draw(args.root, args.labels, args.output, n_folds=args.folds, seed=args.seed, shares=shares)
         result = {"labels": args.labels, "subjects": len(frame), "folds": args.folds}
         report("folds", result, dataset=args.root.name, device="cpu")
     else:
-        rows = against(measured(args.sweep), args.against)
+        rows = against(pl.concat([measured(sweep) for sweep in args.sweeps]), args.against)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(args.output) as temporary:
+                rows.write_csv(temporary)
         print("\n".join(told(rows, args.against)))
-        report("folds", {"rows": rows.to_dicts()}, dataset=args.sweep.name, device="cpu")
+        report("folds", {"rows": rows.to_dicts()}, dataset=args.sweeps[0].name, device="cpu")
+
+
+def shares_of(text: str) -> tuple[float, float, float]:
+    """Return the shares of train, tuning and held_out.
+
+    >>> shares_of("0.6,0.1,0.3")
+    (0.6, 0.1, 0.3)
+
+    Raises:
+        UserError: the text is not three shares of sum 1.
+    """
+    try:
+        train, tuning, held_out = (float(part) for part in text.split(","))
+    except ValueError:
+        train = tuning = held_out = 0.0
+    if min(train, tuning, held_out) <= 0 or abs(train + tuning + held_out - 1) > 1e-6:
+        raise UserError(
+            f"--shares {text}: expected the shares of train, tuning and held_out, of sum 1. Type: --shares 0.6,0.1,0.3"
+        )
+    return train, tuning, held_out
 
 
 if __name__ == "__main__":

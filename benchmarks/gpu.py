@@ -4,15 +4,19 @@
     python -m benchmarks.gpu --device cpu --tiny 1
 
 First the tests of what only a GPU can run, then the lines in order of value. A line that fails says so, and the next one goes on; a
-line that takes longer than `--line-seconds` is ended, and those for which no time is left are named. The second command tries all
-lines with sizes that mean nothing, on a machine without a GPU.
+line that takes longer than `--line-seconds` is ended, and those for which no time is left are named. At the end the pairs of lines
+that differ in one choice are compared, such as with and without trainer.compile. The second command tries all lines with sizes that
+mean nothing, on a machine without a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from typing import Any
 
 from benchmarks.common import parser
 
@@ -20,7 +24,9 @@ SECONDS, LINE_SECONDS, LEAST_SECONDS = 460, 100, 15
 """Time for all lines, for one line, and below which no line is started."""
 LARGE = ("--model-dim", "640", "--layers", "10", "--context", "2048", "--median-events", "1500", "--original", "0")
 """50 million parameters."""
-PRETRAIN = ("--pretrain", "1", "--codes", "30000")
+PRETRAIN = ("--pretrain", "1", "--codes", "30000", "--subjects", "2000", "--epochs", "2")
+MIDDLE = ("--subjects", "8000", "--batch-size", "0", "--original", "0", "--epochs", "2")
+"""Six layers of 256, with batches that the number of samples does not bound."""
 SMALL = {
     "model_dim": 16,
     "layers": 1,
@@ -32,19 +38,23 @@ SMALL = {
     "compile": 0,
 }
 RUNS: tuple[tuple[str, ...], ...] = (
-    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--subjects", "2000"),
-    ("training", "--subjects", "4000", "--batch-tokens", "131072"),
+    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536"),
+    ("training", "--subjects", "4000", "--batch-size", "0", "--batch-tokens", "131072"),
+    ("utilisation", *MIDDLE, "--batch-tokens", "0"),
     ("generation_cache", "--samples", "20", "--batch", "32", "--bfloat16", "1", "--full", "0"),
-    ("utilisation", "--subjects", "8000", "--batch-tokens", "131072", "--original", "0"),
-    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--subjects", "2000", "--compile", "1"),
-    ("utilisation", *LARGE, "--batch-tokens", "65536", "--subjects", "2000"),
+    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--compile", "1"),
+    ("event_head", "--events", "65536", "--model-dim", "640", "--bfloat16", "1", "--compiled", "1"),
+    ("utilisation", *MIDDLE, "--batch-tokens", "131072"),
+    ("utilisation", *MIDDLE, "--batch-tokens", "131072", "--compile", "1"),
+    ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "0"),
+    ("prefetch", "--model-dim", "256", "--layers", "6", "--batch-tokens", "131072", "--repeats", "2"),
+    ("utilisation", *LARGE, "--batch-size", "0", "--batch-tokens", "65536", "--subjects", "2000"),
     ("training", "--subjects", "4000", "--dropout-percent", "0"),
     ("batches", "--subjects", "8000"),
     ("packing",),
     ("packing", "--longest", "2048", "--batch", "16", "--padding-percent", "40"),
     ("generation_cache", "--batch", "64"),
     ("embedding",),
-    ("training", "--subjects", "4000", "--compile", "1"),
 )
 """Module and arguments, in order of value."""
 TINY: dict[str, dict[str, int]] = {
@@ -54,8 +64,12 @@ TINY: dict[str, dict[str, int]] = {
     "packing": {"batch": 4, "longest": 16, "steps": 1, "repeats": 1, "model_dim": 16, "layers": 1},
     "generation_cache": {"prompt": 8, "new": 3, "batch": 2, "vocabulary": 20, "repeats": 1},
     "embedding": {"texts": 20, "distinct": 4, "calls": 4, "repeats": 1},
+    "event_head": {"events": 40, "vocabulary": 50, "model_dim": 16, "repeats": 1, "compiled": 0},
+    "prefetch": {"subjects": 40, "repeats": 1, "model_dim": 16, "layers": 1, "batch_tokens": 512},
 }
 """Sizes of each module that show only that it runs."""
+WORTH = 1.05
+"""Ratio from which on a choice pays."""
 TESTS = ("pytest", "-q", "tests/models/test_packing.py", "tests/data/test_device_events.py")
 
 
@@ -63,9 +77,49 @@ def commands(device: str, *, is_tiny: bool) -> list[list[str]]:
     """Return what follows `python -m` in each line."""
     found = [list(TESTS)] if not is_tiny else []
     for name, *arguments in RUNS:
-        sizes = [f"--{key.replace('_', '-')}={value}" for key, value in TINY[name].items()] if is_tiny else []
+        chosen = dict(TINY[name]) if is_tiny else {}
+        if ("--batch-tokens", "0") in pairwise(arguments):
+            chosen.pop("batch_tokens", None)  # auto is tried in its tiny form too
+        sizes = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
         found.append([f"benchmarks.{name}", *arguments, *sizes, "--device", device])
     return found
+
+
+def compared(lines: list[dict[str, Any]]) -> list[str]:
+    """Return what the lines say of choices whose default they decide.
+
+    >>> ours = {"events_per_s": 10.0, "mfu": 0.2, "batch_tokens": 64}
+    >>> sizes = {"benchmark": "utilisation", "model_dim": 8, "layers": 1, "batch_tokens": 64}
+    >>> for told in compared([
+    ...     {**sizes, "compile": 0, "ours": ours}, {**sizes, "compile": 1, "ours": {**ours, "events_per_s": 15.0}},
+    ... ]):
+    ...     print(told)
+    trainer.compile=true: 1.50 times the events/s of 1 layers of 8 with 64 events per batch: it pays
+    """
+    told = []
+    by_sizes: dict[tuple[Any, ...], dict[int, float]] = {}
+    for line in lines:
+        if line.get("benchmark") == "utilisation" and "ours" in line:
+            sizes = tuple(line[name] for name in ("layers", "model_dim", "batch_tokens"))
+            by_sizes.setdefault(sizes, {})[line["compile"]] = line["ours"]["events_per_s"]
+    for (layers, width, tokens), rates in by_sizes.items():
+        if {0, 1} <= set(rates):
+            ratio, model = rates[1] / rates[0], f"{layers} layers of {width} with {tokens} events per batch"
+            told.append(f"trainer.compile=true: {ratio:.2f} times the events/s of {model}: {_verdict(ratio)}")
+    for line in lines:
+        if line.get("benchmark") == "event_head":
+            told += [
+                f"{way} in place of heads.token_scores: {ratio:.2f} times as fast: {_verdict(ratio)}"
+                for way, ratio in line["times_as_fast_as_ours"].items()
+                if way.startswith(("torch", "compiled"))
+            ]
+        if line.get("benchmark") == "prefetch":
+            told.append(f"trainer.prefetch=true: {line['ratio']:.2f} times the events/s: {_verdict(line['ratio'])}")
+    return told
+
+
+def _verdict(ratio: float) -> str:
+    return "it pays" if ratio >= WORTH else "it does not pay"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu" and not options.tiny:
         print("torch finds no GPU here; each benchmark takes --device cpu: python -m benchmarks.training --device cpu")
         return 1
-    n_failed, began = 0, time.monotonic()
+    n_failed, found, began = 0, [], time.monotonic()
     lines = commands(options.device, is_tiny=bool(options.tiny))
     for command in lines:
         left = options.seconds - (time.monotonic() - began)
@@ -83,12 +137,20 @@ def main(arguments: list[str] | None = None) -> int:
             n_failed += 1
             continue
         print("python -m", *command, flush=True)
+        limit = min(left, options.line_seconds)
         try:
-            limit = min(left, options.line_seconds)
-            n_failed += subprocess.run([sys.executable, "-m", *command], check=False, timeout=limit).returncode != 0
+            done = subprocess.run(
+                [sys.executable, "-m", *command], check=False, timeout=limit, stdout=subprocess.PIPE, text=True
+            )
         except subprocess.TimeoutExpired:
             print(f"ended after {limit:.0f} s", flush=True)
             n_failed += 1
+            continue
+        print(done.stdout, end="", flush=True)
+        n_failed += done.returncode != 0
+        found += [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+    for told in compared(found):
+        print(told)
     print(f"{n_failed} of {len(lines)} failed, were ended or were left out, {time.monotonic() - began:.0f} s")
     return n_failed
 

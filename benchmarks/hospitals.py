@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 from hydra import compose, initialize_config_dir
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import report
 from ehr_embed.core.errors import UserError
@@ -33,8 +34,9 @@ CONF = Path(__file__).parents[1] / "conf"
 PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
 WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
-        "pool": "boosting pooled"}  # fmt: skip
-WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm"}
+        "pool": "boosting pooled", "pooltab": "code_tab pooled"}  # fmt: skip
+POOLED = ("pool", "pooltab")
+WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm", "pooltab": "pool_tab"}
 """Runs of other parts that use all labels."""
 QUICK = ("trainer.n_bootstrap=0",)
 MOST_DRAWS = 4
@@ -45,10 +47,17 @@ CODE_TAB = (
     "model=code_tab", "model.member_weights=text", "model.feeds_absent=false", "model.code_dropout=0.3", "model.text_noise=0.2",
     "data.values=continuous",
 )  # fmt: skip
+FEW = ("trainer.batch_size=32",)
+"""What training on a few hundred labels is given besides."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
+OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
+CONTROLS = {"random": ("embedder=random_frozen",), "learned": OWN_VECTORS}
+"""What a model of codes has in place of texts: a random vector per code, which texts do not bring near to another one's; with that,
+weights of each code that are learned for it alone."""
 TUNED = ("trainer=short", "trainer.epochs=3", "trainer.learning_rate=1e-4", "trainer.warmup_steps=0", *LAST)
-NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both"}
+NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both", "random": "code_tab of random vectors",
+         "learned": "code_tab of random vectors and learned weights per code"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,10 @@ class Lab:
     def trained(self, hospital: Hospital, kind: str, seed: int) -> Path:
         """Return the run of a model that was trained on all labels of one hospital."""
         name = f"{hospital.name}_{kind}_{seed}"
-        prefixes = hospital.prefixes if kind == "tab" else ()
-        self.run(name, *MODELS[kind], *hospital.data, *prefixes, f"seed={seed}")
+        prefixes = () if kind == "gbm" else hospital.prefixes
+        how = MODELS[kind] if kind in MODELS else (*MODELS["tab"], *CONTROLS[kind])
+        schedule = FEW if hospital == self.away and kind != "gbm" else ()
+        self.run(name, *how, *schedule, *hospital.data, *prefixes, f"seed={seed}")
         return self.folder / name
 
     def unchanged(self, one: Hospital, other: Hospital, kind: str, seed: int, control: str) -> Path:
@@ -101,7 +112,8 @@ class Lab:
         start = self.trained(one, kind, seed)
         name = f"{one.name}_to_{other.name}_{kind}_{control}_{seed}"
         how = {"texts": (), "shuffled": ("data.alignment_texts=shuffled",), "none": ("data.aligned_to=none",)}[control]
-        self.run(name, *READS[kind], *other.data, "trainer=evaluate", f"init_from={start}", f"seed={seed}", *how)
+        reads = READS[kind] if kind in READS else (*READS["tab"], *CONTROLS[kind])
+        self.run(name, *reads, *other.data, "trainer=evaluate", f"init_from={start}", f"seed={seed}", *how)
         return self.folder / name
 
 
@@ -111,8 +123,9 @@ def unchanged(lab: Lab) -> list[list[str]]:
     for one, other in ((lab.home, lab.away), (lab.away, lab.home)):
         found: dict[tuple[str, str], list[Predictions]] = {}
         for control in ("texts", "shuffled", "none"):
-            for kind in MODELS:
-                runs = [lab.unchanged(one, other, kind, seed, control) for seed in lab.seeds]
+            for kind in (*MODELS, *CONTROLS):
+                seeds = lab.seeds if kind in MODELS else lab.seeds[:1]
+                runs = [lab.unchanged(one, other, kind, seed, control) for seed in seeds]
                 found[kind, control] = [Predictions.of(folder, SPLITS) for folder in runs]
             both = zip(found["tab", control], found["gbm", control], strict=True)
             found["both", control] = [tab.with_logits_of(gbm) for tab, gbm in both]
@@ -134,41 +147,54 @@ def few(lab: Lab) -> list[list[str]]:
     ways: dict[str, tuple[str, ...]] = {
         "gbm": (*MODELS["gbm"], *away.data),
         "gbm5": (*MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
-        "tab": (*MODELS["tab"], *away.data),
+        "tab": (*MODELS["tab"], *FEW, *away.data),
         "tuned": (*READS["tab"], *TUNED, *away.data, f"init_from={start}"),
         "pool": ("model=gbm", *pooled_data(lab)),
+        "pooltab": (*MODELS["tab"], *pooled_data(lab), *home.prefixes),
     }
     unchanged = {kind: held_out(lab.unchanged(home, away, kind, 0, "texts")) for kind in MODELS}
     rows = [["0", *(f"{unchanged['tab']} (unchanged)" if way == "tuned" else "" for way in ways)]]
     for n in (*lab.sizes, n_train):
         share = 1.0 if n == n_train else round(n / n_train, 6)
+        # All labels leave nothing to draw: seeds take the place of draws.
+        numbers = lab.seeds if n == n_train else draws_with_cases(lab, n, share)
         cells = []
         for way, overrides in ways.items():
             found: list[float] = []
-            # All labels leave nothing to draw: seeds take the place of draws.
-            wanted = lab.seeds if n == n_train else lab.draws
-            # A draw of few labels may have no case, and nothing can be learned from it: a further draw takes its place.
-            for number in range(MOST_DRAWS * len(wanted)) if way in lab.ways else ():
-                if len(found) == len(wanted):
-                    break
+            for number in numbers if way in lab.ways else ():
                 if n == n_train:
                     name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
                     drawn: tuple[str, ...] = (f"seed={number}",)
                 else:
-                    fraction = f"task.label_fraction={[1.0, share] if way == 'pool' else share}"
+                    fraction = f"task.label_fraction={[1.0, share] if way in POOLED else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
-                try:
-                    metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
-                except UserError as error:
-                    if "only one class" not in str(error):
-                        raise
-                    continue
+                metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
-            told = "" if len(found) in (0, len(wanted)) else f" ({len(found)} draws)"
-            cells.append(mean_sd(found) + told if found else "")
-        rows.append([str(n), *cells])
+            cells.append(mean_sd(found) if found else "")
+        rows.append([str(n) if n == n_train else f"{n} ({len(numbers)} draws)", *cells])
     return rows
+
+
+def draws_with_cases(lab: Lab, n: int, share: float) -> list[int]:
+    """Return the numbers of the first draws of n labels that hold both classes, as many as are wanted, if there are.
+
+    Nothing can be learned from a draw without a case, so that a further draw takes its place, for all ways alike. Boosting is the
+    quickest way to find out.
+    """
+    found: list[int] = []
+    for number in range(MOST_DRAWS * len(lab.draws)):
+        if len(found) == len(lab.draws):
+            break
+        drawn = (f"task.label_fraction={share}", f"task.fraction_seed={number}", *QUICK)
+        try:
+            lab.run(f"few_gbm_{n}_{number}", *MODELS["gbm"], *lab.away.data, *drawn)
+        except UserError as error:
+            if "only one class" not in str(error):
+                raise
+        else:
+            found.append(number)
+    return found
 
 
 def pooled(lab: Lab) -> list[list[str]]:
@@ -188,8 +214,31 @@ def pooled(lab: Lab) -> list[list[str]]:
                 own = [float(m["held_out"][measure]["value"]) for m in alone]
                 here = [float(m["datasets"][hospital.root.name]["held_out"][measure]["value"]) for m in together]
                 cells += [mean_sd(own), mean_sd(here)]
-            rows.append([hospital.name, NAMES[kind], *cells])
+            rows.append([hospital.name, NAMES[kind], *cells, paired(lab, hospital, kind)])
     return rows
+
+
+def paired(lab: Lab, hospital: Hospital, kind: str) -> str:
+    """Return by how much the pool's AUROC is above that of training there alone, and its 95 % interval over subjects; each side is
+    the mean logit of its seeds, and both are judged on the same draws of held-out subjects."""
+    number = [lab.home, lab.away].index(hospital)
+    sides = []
+    for name in (f"pool_{kind}", f"{hospital.name}_{kind}"):
+        found = [Predictions.of(lab.folder / f"{name}_{seed}", ("held_out",)) for seed in lab.seeds]
+        if name.startswith("pool"):
+            found = [p.of_pooled(number, 2) for p in found]
+        sides.append(replace(found[0], logits=np.mean([p.logits for p in found], axis=0)))
+    pool, alone = sides
+    assert (pool.ids == alone.ids).all()
+    assert (pool.labels == alone.labels).all()
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = rng.integers(len(pool.ids), size=len(pool.ids))  # one label per subject
+        if 0 < pool.labels[drawn].sum() < len(drawn):
+            y = pool.labels[drawn]
+            differences.append(roc_auc_score(y, pool.logits[drawn]) - roc_auc_score(y, alone.logits[drawn]))
+    low, high = np.quantile(differences, (0.025, 0.975))
+    return f"{pool.auroc - alone.auroc:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def pooled_data(lab: Lab) -> tuple[str, ...]:
@@ -221,6 +270,12 @@ class Predictions:
         """Return the mean of the logits of two models for the same samples."""
         assert (self.ids == other.ids).all()
         return Predictions(self.ids, self.labels, (self.logits + other.logits) / 2)
+
+    def of_pooled(self, number: int, n: int) -> Predictions:
+        """Return those of the `number`-th of n pooled datasets, with the subjects' own ids."""
+        here = self.ids % n == number
+        order = np.argsort(self.ids[here], kind="stable")
+        return Predictions(*(x[here][order] for x in (self.ids // n, self.labels, self.logits)))
 
     def measured(self, n_bootstrap: int) -> dict[str, Any]:
         """Return the metrics of a binary task."""
@@ -260,7 +315,8 @@ def mean_sd(values: Sequence[float]) -> str:
 TABLES: dict[str, tuple[Callable[[Lab], list[list[str]]], Sequence[str]]] = {
     "unchanged": (unchanged, ("direction", "model", "AUROC", "AUPRC", "AUROC, texts shuffled", "AUROC, not aligned")),
     "few": (few, ("labels", *WAYS.values())),
-    "pooled": (pooled, ("hospital", "model", "AUROC alone", "AUROC pooled", "AUPRC alone", "AUPRC pooled")),
+    "pooled": (pooled, ("hospital", "model", "AUROC alone", "AUROC pooled", "AUPRC alone", "AUPRC pooled",
+                        "AUROC pooled - alone")),
 }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from ehr_embed.tasks.classification import Classification
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.protocol import Task
 from ehr_embed.tasks.set_up import set_up
+from ehr_embed.training.batch_tokens import with_batch_tokens
 from ehr_embed.training.settings import TrainerSettings
 from ehr_embed.training.trainer import Trainer
 
@@ -49,12 +50,17 @@ SIZES = {
     "context": 512,
     "median_events": 150,
     "batch_tokens": 16_384,
+    "batch_size": BATCH_SIZE,
     "compile": 0,
+    "epochs": 1,
     "pretrain": 0,
     "codes": 5000,
     "float32": 0,
 }
-"""Options of model, cohort and trainer, with their defaults."""
+"""Options of model, cohort and trainer, with their defaults; `batch_tokens` and `batch_size` of 0 are `auto` and null, and
+`compile` of 2 is `head`. The original has batches of `BATCH_SIZE`."""
+HEAD = 2
+RATES = ("events_per_s", "tokens_per_s", "padding_share", "mfu")
 
 
 class Sides:
@@ -89,23 +95,25 @@ class Sides:
         return sizes | {"embedding_dim": EMBEDDING_DIM, "dropout": options.dropout_percent / 100}
 
     def ours(self) -> float:
-        """Events a second of one epoch of the trainer."""
+        """Events a second of the trainer in its last epoch; those before it bear what comes once, such as compilation."""
         torch.manual_seed(0)
         kind = Decoder if self.options.pretrain else Encoder
         model, embedding = kind(**self.sizes, max_length=self.options.context), EventEmbedding(self.table)
         settings = TrainerSettings(
-            epochs=1,
-            batch_size=None if self.options.pretrain else BATCH_SIZE,
+            epochs=self.options.epochs,
+            batch_size=None if self.options.pretrain else self.options.batch_size or None,
             learning_rate=LEARNING_RATE,
             accelerator=self.options.device,
-            batch_tokens=self.options.batch_tokens,
+            batch_tokens=self.options.batch_tokens or "auto",
             checkpoint_every=None,
-            compile=bool(self.options.compile),
+            compile="head" if self.options.compile == HEAD else bool(self.options.compile),
             precision="32-true" if self.options.float32 else "auto",
         )
+        processes = settings.launch()
+        settings = with_batch_tokens(settings, processes, task=self.task, model=model, embedding=embedding, seed=0)
         trainer = Trainer(
             settings,
-            settings.launch(),
+            processes,
             task=self.task,
             run_dir=self.folder,
             config={},
@@ -115,7 +123,10 @@ class Sides:
             log=lambda row, epoch: None,
         )
         self.facts = trainer.fit(model, embedding)
-        self.n_events["ours"] = round(self.facts["events_per_s"] * self.facts["seconds"])
+        self.n_events["ours"] = round(self.facts["events_per_s"] * self.facts["seconds"] / self.options.epochs)
+        last = self.facts["history"][-1]
+        self.facts |= {name: last[f"train/{name}"] for name in RATES if f"train/{name}" in last}
+        self.facts["batch_tokens"] = settings.most_batch_tokens
         return float(self.facts["events_per_s"])
 
     def original(self) -> float:
@@ -190,7 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
             | {f"n_events_{name}": n for name, n in sides.n_events.items()}
             | dict(zip(("loss_ours", "loss_original"), losses, strict=True))
             | {name: sides.facts[name] for name in ("padding_share", "precision", "n_parameters", "peak_memory_mib")}
-            | {name: getattr(options, name) for name in ("repeats", *SIZES)},
+            | {name: getattr(options, name) for name in ("repeats", *SIZES)}
+            | {"batch_tokens": sides.facts["batch_tokens"]},
             dataset=dataset_of(options),
             device=options.device,
         )

@@ -1,13 +1,14 @@
 """Model FLOPs utilisation and peak memory of training, each side of benchmarks/training.py in a process of its own.
 
     python -m benchmarks.utilisation
-    python -m benchmarks.utilisation --device cuda --subjects 20000
+    python -m benchmarks.utilisation --device cuda --subjects 20000 --batch-size 0 --batch-tokens 0 --epochs 2
 
     python -m benchmarks.utilisation --device cuda --model-dim 640 --layers 10 --context 2048 --median-events 1500 \\
         --batch-tokens 65536 --subjects 2000 --original 0 --pretrain 1 --codes 30000
 
-The last is a decoder of 50 million parameters that predicts the next of 30,000 tokens, in packed rows, without the original. FLOPs
-are those of the events alone, without padding (ehr_embed/training/throughput.py); the peak is looked up (GPU) or measured (CPU).
+The second lets the memory of the GPU choose the batch, and tells of the second epoch. The last is a decoder of 50 million
+parameters that predicts the next of 30,000 tokens, in packed rows, without the original. FLOPs are those of the events alone,
+without padding (ehr_embed/training/throughput.py); the peak is looked up (GPU) or measured (CPU).
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def train(side: str, options: argparse.Namespace) -> dict[str, Any]:
         events_per_s = getattr(sides, side)()
         facts = {"events_per_s": events_per_s, "peak_memory_mib": peak_memory_mib(device), "of_it_before_mib": before}
         if side == "ours":
-            facts |= {name: sides.facts[name] for name in ("tokens_per_s", "padding_share", "mfu", "precision")}
+            facts |= {
+                name: sides.facts.get(name)
+                for name in ("tokens_per_s", "padding_share", "mfu", "precision", "batch_tokens")
+            }
             facts["peak_tflops"] = (peak_flops(device, sides.facts["precision"]) or float("nan")) / 1e12
         return facts | {"n_events": sides.n_events[side]}
 

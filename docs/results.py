@@ -2,7 +2,8 @@
 
 A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading,
 and say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading. What runs did not record of
-themselves stands there as well, under `afterwards`, and is marked on the page.
+themselves stands there as well, under `afterwards`, and is marked on the page. Below a table stand the paired differences that
+`python -m benchmarks.folds table SWEEPS --output docs/results/paired/NAME.csv` wrote, if there are any.
 """
 
 from __future__ import annotations
@@ -139,7 +140,50 @@ def table(path: Path, entry: dict[str, Any]) -> str:
         '\n<details markdown="1">\n<summary>Commands, with commit, hardware and date</summary>\n\n'
         f"```sh\n{commands}\n```\n{note}\n</details>\n"
     )
-    return f"### {title(path, entry)}\n\n{about}" + "\n".join(lines) + f"\n{details}"
+    return f"### {title(path, entry)}\n\n{about}" + "\n".join(lines) + f"\n{paired(path)}{details}"
+
+
+def paired(path: Path) -> str:
+    """Return the table of paired differences over folds of the file beside a table; empty without such a file."""
+    if not (beside := path.parent / "paired" / path.name).is_file():
+        return ""
+    with beside.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    recipes = dict.fromkeys(row["recipe"] for row in rows)
+    reference = next(
+        name for name in recipes if not any(float(row["difference"]) for row in rows if row["recipe"] == name)
+    )
+    lines = [
+        "",
+        f"Paired over folds, less `{reference}`, with 95 % intervals over folds (too narrow, since folds share subjects of train). "
+        f"`{reference}` stops on tuning, which flatters it there.",
+        "",
+        "| data | recipe | folds x seeds | SD over seeds | tuning AUROC | tuning AUPRC | held_out AUROC | held_out AUPRC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    grouped: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        key = (f"{row['dataset']}, {row['labels']}", row["recipe"])
+        grouped.setdefault(key, {})[f"{row['split']}/{row['metric']}"] = row
+    for (data, recipe), of in grouped.items():
+        if recipe == reference:
+            continue
+        first = of["held_out/auroc"]
+        spread = f"{float(first['seeds_sd']):.3f}" if first["seeds_sd"] else ""
+        cells = [difference(of[f"{split}/{name}"]) for split in ("tuning", "held_out") for name in ("auroc", "auprc")]
+        about = [data, f"`{recipe}`", f"{first['folds']} x {float(first['seeds']):g}", spread, *cells]
+        lines.append(f"| {' | '.join(about)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(row: dict[str, str]) -> str:
+    """Return a difference with its interval, where it has one.
+
+    >>> difference({"difference": "0.0012", "low": "-0.003", "high": "0.0054"})
+    '+0.001 [-0.003, +0.005]'
+    """
+    interval = f" [{float(row['low']):+.3f}, {float(row['high']):+.3f}]" if row["low"] else ""
+    return f"{float(row['difference']):+.3f}{interval}"
 
 
 def read(path: Path, entry: dict[str, Any]) -> list[dict[str, str]]:

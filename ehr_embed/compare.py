@@ -13,9 +13,11 @@ from pathlib import Path
 
 from ehr_embed.comparison.compare import compare
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import command
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # what OmegaConf.load raises
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import command
 
 STAGES = ("create", "pretrain", "encoder", "decoder")
@@ -304,6 +305,7 @@ def render(migration: Migration, old: str) -> str:
     return "\n".join([*lines[:-1], OmegaConf.to_yaml(nested).rstrip()])
 
 
+@reader_may_leave()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog=command("migrate"), description=(__doc__ or "").split("\n", 1)[0])

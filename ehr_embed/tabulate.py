@@ -17,9 +17,11 @@ from pathlib import Path
 
 from ehr_embed.comparison.tabulate import FOLDER, markdown, print_table, tabulate, write_table
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import command
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a `UserError` is printed as one message and ends with exit code 2."""
     parser = argparse.ArgumentParser(

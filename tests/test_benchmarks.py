@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -16,12 +17,15 @@ from benchmarks import (
     batches,
     disk,
     embedding,
+    event_head,
     folds,
     generation_cache,
     gpu,
     hidden_codes,
     hospitals,
+    operations,
     packing,
+    prefetch,
     scale,
     selection,
     store_building,
@@ -153,6 +157,33 @@ def test_generation_with_and_without_the_cache_draws_the_same_events(capsys):
     assert found["seconds_per_patient"] > 0
 
 
+def test_the_ways_to_score_a_vocabulary_have_one_loss_and_gradient(capsys):
+    sizes = ("--events", "50", "--vocabulary", "40", "--model-dim", "8", "--repeats", "1", "--device", "cpu")
+    found = line(event_head.main, capsys, *sizes)
+    assert "ours" in found["relative_error"]
+    assert max(found["relative_error"].values()) < 1e-5
+    assert all(x >= 0 for x in found["peak_mib"].values())
+    assert found["seconds"].keys() == found["peak_mib"].keys() == found["times_as_fast_as_ours"].keys()
+
+
+def test_operations_of_a_step_grow_with_the_layers_and_not_with_the_batch(capsys):
+    sizes = ("--subjects", "40", "--model-dim", "16", "--context", "32", "--median-events", "12", "--codes", "50")
+    found = [
+        line(operations.main, capsys, *sizes, "--layers", n, *more)["operations"]
+        for n, more in (("1", ()), ("2", ()), ("1", ("--subjects", "80")))
+    ]
+    one, two, larger = found
+    assert one == larger
+    assert one["step"] == sum(n for name, n in one.items() if name != "step")
+    assert one["forward"] < two["forward"] < 2 * one["forward"]
+
+
+def test_prefetch_compares_epochs_with_and_without(capsys):
+    sizes = ("--subjects", "40", "--repeats", "1", "--batch-tokens", "512", "--cold", "1", "--device", "cpu")
+    found = line(prefetch.main, capsys, *sizes)
+    assert found["ratio"] == pytest.approx(found["events_per_s_with"] / found["events_per_s_without"], rel=1e-2)
+
+
 def test_packing_compares_batches_with_the_padding_asked_for(capsys):
     sizes = ("--batch", "9", "--longest", "16", "--steps", "1", "--repeats", "1", "--padding-percent", "25")
     found = line(packing.main, capsys, *sizes, "--model-dim", "16", "--layers", "1", "--device", "cpu")
@@ -218,7 +249,7 @@ def test_the_lines_for_a_gpu_end_in_time(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 100))
     limits = []
 
-    def run(command, *, check, timeout):
+    def run(command, *, timeout, **_):
         limits.append(timeout)
         raise subprocess.TimeoutExpired(command, timeout)
 
@@ -296,6 +327,14 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
     sizes = [(of_fold[f"fold{fold + 1}"] == "held_out").sum() for fold in range(5)]
     assert max(sizes) - min(sizes) <= 1, "the cases are spread evenly"
 
+    draws = tmp_path / "draws.parquet"
+    line(folds.main, capsys, "draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.6,0.1,0.3")
+    splits = pl.read_parquet(draws).drop("subject_id").to_numpy()
+    assert [round(float((splits == split).mean()), 1) for split in ("train", "tuning", "held_out")] == [0.6, 0.1, 0.3]
+    assert len({tuple(column) for column in splits.T}) == 5, "the draws differ"
+    with pytest.raises(UserError, match=r"--shares 0.6,0.1,0.3"):
+        folds.main(["draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.6,0.1"])
+
     for fold, (better, worse) in enumerate([(0.9, 0.8), (0.7, 0.5)]):
         for folder, value in {
             "": better,
@@ -307,10 +346,28 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
             place.mkdir(parents=True, exist_ok=True)
             metrics = {name: {"value": value} for name in folds.METRICS}
             (place / "metrics.json").write_text(json.dumps({"tuning": metrics, "held_out": metrics}))
-    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"))["rows"]
+    rows = line(folds.main, capsys, "table", str(tmp_path / "sweep"), "--output", str(tmp_path / "t" / "folds.csv"))[
+        "rows"
+    ]
+    assert pl.read_csv(tmp_path / "t" / "folds.csv")["recipe"].unique().sort().to_list() == ["ensemble", "gbm", "tab"]
     told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
     assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
     assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)
     assert told["ensemble"]["difference"] == 0.15
+    low, high = told["ensemble"]["low"], told["ensemble"]["high"]
+    assert low < 0.15 < high
+    assert high - low == pytest.approx(2 * 12.706 * 0.05, abs=1e-4), "Student's t over two folds"
+    assert told["tab"]["seeds_sd"] == pytest.approx(np.mean([0.1, 0.2]) / 2**0.5, abs=1e-4)
+
+    for fold in ("0", "1"):  # with several seeds, each has an ensemble of its own
+        (tmp_path / "seeds" / fold).mkdir(parents=True)
+        shutil.copytree(tmp_path / "sweep" / "0", tmp_path / "seeds" / fold / "seed_0")
+        shutil.copytree(tmp_path / "sweep" / "1", tmp_path / "seeds" / fold / "seed_1")
+    rows = line(folds.main, capsys, "table", str(tmp_path / "seeds"))["rows"]
+    (found,) = (
+        row for row in rows if (row["recipe"], row["split"], row["metric"]) == ("ensemble", "held_out", "auroc")
+    )
+    assert (found["mean"], found["folds"], found["seeds"]) == (0.8, 2, 2)
+    assert found["seeds_sd"] == pytest.approx(0.2 / 2**0.5, abs=1e-4)
     with pytest.raises(UserError, match=r"--against other.*gbm"):
         folds.main(["table", str(tmp_path / "sweep"), "--against", "other"])

@@ -16,10 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ehr_embed import __version__
-from ehr_embed.comparison.learning_curves import write_learning_curves
 from ehr_embed.comparison.results import find_runs, read_rows
 from ehr_embed.comparison.search_report import LEARNING, report_of_folder
-from ehr_embed.comparison.study_plots import write_study_plots
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, write_json
 from ehr_embed.core.outcome import Row
@@ -92,6 +90,10 @@ def write_report(
     }
     write_json(folder / "study.json", _jsonable(report))
     if has_plots:
+        # Both draw with scikit-learn or Matplotlib, whose import takes a second that a search without plots need not wait.
+        from ehr_embed.comparison.learning_curves import write_learning_curves
+        from ehr_embed.comparison.study_plots import write_study_plots
+
         write_study_plots(folder / PLOTS, study or study_of(rows, directions), objectives)
         names = [str(name) for name in table["run"]] if len(table) else []
         write_learning_curves(folder / PLOTS / f"{LEARNING}.png", [_folder_of(folder, name) for name in names], names)

@@ -22,7 +22,7 @@ from ehr_embed.embedding.variants import Kind
 from ehr_embed.evaluation.leakage_audit import Mode as AuditMode
 from ehr_embed.models.ensemble import Weights
 from ehr_embed.models.sampling import HorizonDays, Sampling
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 from ehr_embed.run_folder.resume import Mode as ResumeMode
 from ehr_embed.sources.hidden_codes import HiddenShare
 from ehr_embed.sources.protocol import SPLITS
@@ -116,7 +116,7 @@ class EventVectorsKeys(Keys):
 
     has_only_these = True
     expected = "a mapping with whiten and shrinkage, as in conf/pipeline/embedded_based.yaml"
-    whiten: Switch
+    whiten: Whiten
     shrinkage: Shrinkage
 
 
@@ -180,6 +180,7 @@ class AlignedDatasetKeys(DatasetKeys):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    alignment_cache: Annotated[Text | None, Told("a folder, or null", example="null")]
 
 
 class PredictKeys(DeviceKeys):

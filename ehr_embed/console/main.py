@@ -12,6 +12,7 @@ from importlib import import_module
 
 from ehr_embed import __version__
 from ehr_embed.core.errors import unknown_name
+from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import PROGRAM, started_as
 
 COMPLETION = ("-sc", "--shell-completion")
@@ -68,6 +69,7 @@ Commands:
 {PROGRAM} COMMAND --help lists a command's keys. Completion in bash: eval "$({PROGRAM} -sc install=bash)"; also zsh, fish."""
 
 
+@reader_may_leave()
 def main() -> None:
     """Run the command line."""
     arguments = sys.argv[1:]

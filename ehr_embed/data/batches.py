@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ehr_embed.core.transfer import sent
 from ehr_embed.data.boundary import check_boundary
 from ehr_embed.data.device_events import EventTensors, event_tensors, is_gathered_there
+from ehr_embed.data.prefetch import PrefetchedLoader
 from ehr_embed.data.samples import Samples, ragged_arange
 from ehr_embed.data.store import MICROSECONDS_PER_DAY, STATIC_TIME, SplitEvents
 
@@ -296,8 +297,9 @@ def batch_loader(
     num_workers: int = 0,
     device: torch.device = HOST,
     data_device: str = "auto",
-) -> DataLoader[Any]:
-    """Return a DataLoader that yields whole batches for `device`.
+    prefetch: bool | str = False,
+) -> DataLoader[Any] | PrefetchedLoader:
+    """Return a loader that yields whole batches for `device`, with the attributes `dataset` and `sampler`.
 
     Args:
         dataset: the dataset.
@@ -306,12 +308,16 @@ def batch_loader(
         device: the device that will use the batches.
         data_device: whether the events are held on the device too, see `is_gathered_there`. If so, this process alone
             builds the batches there; if not, batches are built in memory, page-locked for a GPU.
+        prefetch: whether a thread builds the next batch while the caller computes: true, false, or `auto` (for a GPU). Batches
+            that are built on the device or by workers need no thread.
     """
     is_held = is_gathered_there(dataset.events, device, data_device)
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         cast("Dataset[Batch]", dataset.on(device) if is_held else dataset),
         batch_size=None,
         sampler=sampler,
         num_workers=0 if is_held else num_workers,
         pin_memory=device.type == "cuda" and not is_held,
     )
+    is_wanted = device.type == "cuda" if prefetch == "auto" else prefetch
+    return PrefetchedLoader(loader, device) if is_wanted and not is_held and not num_workers else loader

@@ -38,6 +38,7 @@ class AlignmentSettings:
         texts: `own`, or `shuffled`, the control in which each code has another one's text.
         seed: of the shuffling.
         matching: `nearest`, by which several codes may go to one, or `one_to_one`, for the same codes under other names.
+        cache: folder in which vectors of texts are kept for later calls; None = nothing is written.
 
     Raises:
         UserError: a file cannot be read, or `texts` is unknown.
@@ -49,6 +50,7 @@ class AlignmentSettings:
     texts: str = "own"
     seed: int = 0
     matching: str = "nearest"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         check_setting("data.alignment_texts", self.texts, Texts)
@@ -61,6 +63,11 @@ class AlignmentSettings:
         if self.pairs is not None:
             read_pairs(self.pairs)
         return Rules.read(SHIPPED_RULES if self.rules is None else Path(self.rules).expanduser())
+
+    @property
+    def cache_dir(self) -> Path | None:
+        """Return the folder of the cache; None = nothing is written."""
+        return None if self.cache is None else Path(self.cache).expanduser()
 
     @property
     def is_off(self) -> bool:
@@ -89,13 +96,13 @@ class AlignmentSettings:
         Args:
             run: vocabulary of the run.
             vocabulary: vocabulary that was fitted on the dataset.
-            cache_dir: folder of the cache of text vectors; None = vectors are not cached.
+            cache_dir: folder of the cache of text vectors; None = `cache`.
 
         Raises:
             UserError: as `align`.
         """
         pairs = None if self.pairs is None else read_pairs(self.pairs)
-        with bundled(cache_dir) as embed:
+        with bundled(self.cache_dir if cache_dir is None else cache_dir) as embed:
             found = align(
                 run,
                 vocabulary,

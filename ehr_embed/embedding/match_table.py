@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from ehr_embed.embedding.alignment import (
     one_to_one,
     phrasings,
 )
+from ehr_embed.embedding.disagreement import NUMBERS_HERE, NUMBERS_THERE, disagreement, of_other_kind
 
 log = logging.getLogger(__name__)
 Texts = Annotated[str, OneOf("own", "shuffled")]
@@ -40,8 +41,6 @@ Texts = Annotated[str, OneOf("own", "shuffled")]
 QUANTILES = ("q10", "q50", "q90")
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
-FAR = 3.0
-"""Medians that differ by this factor, both positive, are warned of."""
 SHOWN = 40
 
 
@@ -53,9 +52,11 @@ class Alignment:
         table: one row per code of the dataset, the most frequent first: code, text, matched_code and matched_text (null = none),
             cosine, gate, origin (`same code`, `text`, `shuffled text` or `pair`), n_events and share of the events it was fitted
             on, q10, q50 and q90 of its numbers, matched_q10, matched_q50 and matched_q90, and warning.
+        twins: code of the run without a match -> matched code of the run that says the same; it takes the same events.
     """
 
     table: pl.DataFrame
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def matches(self) -> dict[str, tuple[str, float]]:
@@ -87,12 +88,16 @@ class Alignment:
         found = [(lead.get(str(code), [None, 0.0]), gate) for code, gate in rows]
         to = pl.Series([match[0] for match, _ in found], dtype=pl.String)
         gates = pl.Series([match[1] * gate for match, gate in found], dtype=pl.Float64)
-        return Alignment(self.table.with_columns(matched_code=to, gate=gates))
+        table = self.table.with_columns(matched_code=to, gate=gates)
+        taken = set(table.filter(pl.col("gate") > 0)["matched_code"])
+        twins = {str(lead.get(twin, [twin])[0]): str(lead.get(code, [code])[0]) for twin, code in self.twins.items()}
+        return Alignment(table, {twin: code for twin, code in twins.items() if twin not in taken and code in taken})
 
     @property
     def digest(self) -> str:
         """Digest of what a model is told."""
-        return digest({code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()})
+        found: dict[str, Any] = {code: [matched, round(g, 6)] for code, (matched, g) in self.matches.items()}
+        return digest({"matches": found, "twins": dict(self.twins)} if self.twins else found)
 
     def keeps(self, vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
         """Return whether the code of each token of the dataset's vocabulary has a match, (V,)."""
@@ -136,12 +141,18 @@ class Alignment:
             len(found), len(self.table), found["matched_code"].n_unique(), 100 * found["share"].sum(),
             100 * (found["share"] * found["gate"]).sum(),
         )  # fmt: skip
+        if self.twins:
+            log.info(
+                "%d more of the run's codes say the same as one of these and take the same events, such as: %s",
+                len(self.twins), ", ".join(f"{twin} as {code}" for twin, code in list(self.twins.items())[:5]),
+            )  # fmt: skip
         for row in found.head(SHOWN).iter_rows(named=True):
             log.info(
                 "  %s -> %s  (cosine %.2f, gate %.2f, %.1f%% of events)%s",
                 row["text"], row["matched_text"], row["cosine"], row["gate"], 100 * row["share"],
                 f"  {row['warning']}" if row["warning"] else "",
             )  # fmt: skip
+        say_other_kinds(self.table)
         doubtful = found.filter(pl.col("warning") != "")
         if len(doubtful):
             log.warning(
@@ -150,6 +161,18 @@ class Alignment:
                 "data.alignment_pairs=FILE.csv",
                 len(doubtful), doubtful["text"][0], doubtful["matched_text"][0], doubtful["warning"][0],
             )  # fmt: skip
+
+
+def say_other_kinds(table: pl.DataFrame) -> None:
+    """Warn of codes without a match whose text the other side has, where only one of the two sides has numbers."""
+    lost = table.filter((pl.col("gate") == 0) & pl.col("warning").is_in([NUMBERS_HERE, NUMBERS_THERE]))
+    if len(lost):
+        log.warning(
+            "%d codes, with %.1f%% of the events, have the text of a code whose events are of another kind, such as %s (%s), so "
+            "their numbers cannot agree and the codes have no match. If these are the same, write numbers as numeric_value on both "
+            "sides, or name the pairs: data.alignment_pairs=FILE.csv",
+            len(lost), 100 * float(lost["share"].sum()), lost["text"][0], lost["warning"][0],
+        )  # fmt: skip
 
 
 def align(
@@ -197,7 +220,21 @@ def align(
             "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
             "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
         )
-    return Alignment(table)
+    return Alignment(table, _twins(codes_of(run), table, embed, rules) if matching == "nearest" else {})
+
+
+def _twins(
+    run: pl.DataFrame, table: pl.DataFrame, embed: Callable[[list[str]], npt.NDArray[np.float32]], rules: Rules
+) -> dict[str, str]:
+    """Return the run's codes that no code of the dataset goes to, and that say surely the same as one that has a match.
+
+    A hospital with thousands of codes has several for one thing, such as a laboratory value and the worst one of the first day. A
+    model learned from all of them, and would miss all but one where the other hospital has one code for it.
+    """
+    matched = set(table.filter(pl.col("gate") > 0)["matched_code"])
+    is_matched = pl.Series([code in matched for code in run["code"]], dtype=pl.Boolean)
+    found = align_codes(run.filter(is_matched), run.filter(~is_matched), embed=embed, rules=rules)
+    return dict(found.filter(pl.col("gate") >= 1.0).select("code", "matched_code").iter_rows())
 
 
 def align_codes(
@@ -243,7 +280,12 @@ def align_codes(
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
     weight[matched < 0] = 0.0
-    return _table(source, target, matched, cosine, weight, origin)
+    table = _table(source, target, matched, cosine, weight, origin)
+    other_kind = of_other_kind(text_S, text_T, is_number_S, is_number_T, rules)
+    said = pl.Series(
+        [said if g == 0 else "" for said, g in zip(other_kind, table["gate"], strict=True)], dtype=pl.String
+    )
+    return table.with_columns(warning=pl.when(said != "").then(said).otherwise("warning"))
 
 
 def read_pairs(path: str) -> pl.DataFrame:
@@ -391,28 +433,6 @@ def _table(
     said = [disagreement(row[: len(names)], row[len(names) :]) for row in
             table.select(*names, *(f"matched_{name}" for name in names)).iter_rows()]  # fmt: skip
     return table.with_columns(warning=pl.Series(said, dtype=pl.String))
-
-
-def disagreement(here: Sequence[float | None], there: Sequence[float | None]) -> str:
-    """Return in words how the 10, 50 and 90 % quantiles of two codes' numbers disagree; empty if they do not.
-
-    >>> disagreement((30.0, 40.0, 100.0), (0.35, 0.5, 1.0))
-    'median 40 here, 0.5 there: 80 times as large'
-    >>> disagreement((130.0, 138.0, 145.0), (133.0, 139.0, 144.0))
-    ''
-    >>> disagreement((88.0, 97.0, 100.0), (8.0, 10.0, 13.0)), disagreement((None, None, None), (1.0, 2.0, 3.0))
-    ('median 97 here, 10 there: 9.7 times as large', '')
-    """
-    numbers = [x for x in (*here, *there) if x is not None and x == x]
-    if len(numbers) < 2 * len(QUANTILES):
-        return ""
-    low, median, high, their_low, their_median, their_high = numbers
-    said = f"median {median:.4g} here, {their_median:.4g} there"
-    if median > 0 and their_median > 0:
-        factor = median / their_median
-        if factor > FAR or factor < 1 / FAR:
-            return f"{said}: {f'{factor:.2g} times as large' if factor > 1 else f'{1 / factor:.2g} times as small'}"
-    return f"{said}: the middle 80 % do not overlap" if low > their_high or high < their_low else ""
 
 
 def _nearest_said(table: pl.DataFrame) -> str:

@@ -13,7 +13,15 @@ from ehr_embed.core.settings import OneOf
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.aligning import AlignmentSettings, aligned_table, bundled
-from ehr_embed.embedding.match_table import SHOWN, Alignment, align_codes, check_pairs, codes_of, read_pairs
+from ehr_embed.embedding.match_table import (
+    SHOWN,
+    Alignment,
+    align_codes,
+    check_pairs,
+    codes_of,
+    read_pairs,
+    say_other_kinds,
+)
 
 log = logging.getLogger(__name__)
 PoolCodes = Annotated[str, OneOf("aligned", "own")]
@@ -64,6 +72,7 @@ def pool_alignment(
                 matching=settings.matching,
                 seed=settings.seed,
             )
+            say_other_kinds(found)
             is_merged = pl.col("gate") >= MERGED_FROM
             merged = found.filter(is_merged)
             _say(merged, len(own), pool.names[other])

@@ -52,6 +52,7 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
         texts=data.get("alignment_texts", "own"),
         matching=data.get("alignment_matching", "nearest"),
         seed=cfg.get("seed", 0),
+        cache=data.get("alignment_cache"),
     )
 
 

@@ -100,7 +100,9 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
         )
     )
     length = max(1, min(int(cfg.model.max_length), round(n_events / max(1, n_subjects))))
-    n_rows = max(1, min(settings.batch_size or settings.batch_tokens, settings.batch_tokens // length, n_train))
+    n_rows = max(
+        1, min(settings.batch_size or settings.most_batch_tokens, settings.most_batch_tokens // length, n_train)
+    )
     sizes = {"num_classes": _n_classes(label_sets)} if label_sets and task.is_trained else sizes_before_setup(task)
     members = _members(cfg)
     name = cfg.model._target_.rsplit(".", 1)[-1] + (f" of {len(members)} members" if members else "")
@@ -123,17 +125,17 @@ def tell_outlook(cfg: DictConfig, run_dir: Path) -> None:
         lines.append(("time", "not estimated: this model is not trained by steps on vectors"))
     else:
         n_batches = -(-n_train // n_rows)
-        epoch = n_batches * found.seconds
+        epoch, n_epochs = n_batches * found.seconds, settings.epochs_of(n_batches)
         lines.append(
             (
                 "training",
-                f"at most {settings.epochs} epochs of {n_batches:,} batches of {n_rows} samples, about {length} events each",
+                f"at most {n_epochs} epochs of {n_batches:,} batches of {n_rows} samples, about {length} events each",
             )
         )
         lines.append(
             (
                 "time",
-                f"about {in_words(epoch)} an epoch on {found.where}, at most {in_words(epoch * settings.epochs)} in all, and "
+                f"about {in_words(epoch)} an epoch on {found.where}, at most {in_words(epoch * n_epochs)} in all, and "
                 "evaluation",
             )
         )

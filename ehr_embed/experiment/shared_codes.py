@@ -79,4 +79,4 @@ def align_model(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) 
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     if isinstance(model, AlignsCodes):
-        model.align(alignment.matches)
+        model.align(alignment.matches, alignment.twins)

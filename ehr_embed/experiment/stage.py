@@ -52,6 +52,7 @@ from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
+from ehr_embed.training.batch_tokens import with_batch_tokens
 from ehr_embed.training.blend import blend
 from ehr_embed.training.fit_table import fit_at_once, inputs_of
 from ehr_embed.training.settings import TrainerSettings
@@ -184,9 +185,23 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         prepared.store.vocabulary,
         of_constructor(sizes),
         windows_hours=cfg.model.get("windows_hours"),
+        n_trees=plan.settings.teacher_trees,
     )
     pool_model(teacher, inputs)
     start = found.load(prepared.identity, task.samples)
+    settings = with_batch_tokens(
+        plan.settings,
+        plan.processes,
+        task=task,
+        model=model,
+        embedding=embedding,
+        seed=cfg.seed,
+        kept=found.batch_tokens,
+    )
+    if (
+        plan.settings.batch_tokens != settings.batch_tokens
+    ):  # the number is kept, so that the run can be repeated elsewhere
+        plan.config["trainer"]["batch_tokens"] = settings.batch_tokens
     tracker: Tracker = builder(cfg)(
         cfg.tracker,
         run_dir=plan.run_dir,
@@ -196,7 +211,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         table_path=prepared.table_path,
     )
     trainer = Trainer(
-        plan.settings,
+        settings,
         plan.processes,
         task=task,
         run_dir=plan.run_dir,
@@ -210,6 +225,7 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
     )
     if inputs.aligned is not None:  # so that whoever opens a checkpoint reads codes as this run does
         trainer.about["alignment"] = {code: list(match) for code, match in inputs.aligned[1].matches.items()}
+        trainer.about["twins"] = dict(inputs.aligned[1].twins)
     if inputs.pooled is not None:
         trainer.about |= {
             "alignment": {c: list(match) for c, match in inputs.pooled.matches.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError, check_range
+from ehr_embed.core.transfer import sent
 from ehr_embed.data.event_set import EventSet
 from ehr_embed.data.outcomes import TokenPlaces, follow_up
+from ehr_embed.data.samples import ragged_arange, sharing_rows
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.nearest_events import (
     NearEvent,
@@ -28,7 +30,7 @@ from ehr_embed.embedding.nearest_events import (
 from ehr_embed.inference.predictor import Predictor
 from ehr_embed.inference.records import Dataset
 from ehr_embed.inference.trained_run import TrainedRun, open_run
-from ehr_embed.models.hazards import AskedSets, HazardSizes, hazard_sizes
+from ehr_embed.models.hazards import AskedSets, HazardSizes, asks_everywhere, hazard_sizes
 
 N_TIMES = 12
 """Times up to the horizon at which a risk curve is given."""
@@ -303,8 +305,18 @@ class Asker(Predictor):
         return np.flatnonzero(np.isin(rows, tokens) & (gates > 0)).tolist()
 
     @torch.inference_mode()
-    def incidence(self, data: Dataset, questions: list[Question], days: list[float]) -> npt.NDArray[np.float64]:
-        """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths."""
+    def incidence(
+        self, data: Dataset, questions: list[Question], days: list[float], *, shares: bool = True
+    ) -> npt.NDArray[np.float64]:
+        """Return the cumulative incidence (n, Q, G), death competing where the run's data have deaths.
+
+        Args:
+            data: records and prediction times.
+            questions: what `questions` returned.
+            days: (G,) times after the prediction.
+            shares: whether a causal model reads the record of a subject once for all of its prediction times; if False, each
+                sample is read alone. Both give the same numbers, up to rounding.
+        """
         rates = torch.stack([question.log_rates for question in questions])
         sets = AskedSets.of(self.sizes, [question.tokens for question in questions], rates)
         asked = sets.inputs(self.run.embedding.to(self.device).table)
@@ -314,9 +326,25 @@ class Asker(Predictor):
                 asked["outcome_sizes"][number] = 1
         grid = torch.tensor(days, device=self.device)
         result = np.empty((len(data.samples), len(questions), len(days)))
-        for rows, inputs in self.batches(data):
+        for rows, inputs in self._asked_batches(data) if shares else self.batches(data):
             result[rows] = sets.incidence(self.run.model(inputs | asked), grid).double().cpu().numpy()
         return result
+
+    def _asked_batches(self, data: Dataset) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Tensor]]]:
+        """Yield batches as `batches` does, but read samples that begin alike once, where the model is causal."""
+        if not asks_everywhere(self.run.model):
+            yield from self.batches(data)
+            return
+        samples = data.samples
+        rows, row_of = sharing_rows(samples)
+        by_row, last = np.argsort(row_of, kind="stable"), samples.lengths - 1
+        first = np.searchsorted(row_of[by_row], np.arange(len(rows) + 1))
+        for own, inputs in self.batches(data._replace(samples=samples.take(rows))):
+            counts, n_places = np.diff(first)[own], inputs["padding_mask"].shape[1]
+            asked = by_row[ragged_arange(first[own], counts)]
+            places = np.repeat(np.arange(len(own)), counts) * n_places + last[asked]
+            order = np.argsort(places, kind="stable")
+            yield asked[order], inputs | {"asked_at": sent(places[order], self.device)}
 
 
 def load(run_dir: str | Path, *, device: str = "cpu", trusted_packages: Sequence[str] = ()) -> Predictor:

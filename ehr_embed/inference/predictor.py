@@ -300,7 +300,7 @@ class Predictor:
         self._present = data.vocabulary
         try:
             if isinstance(model, AlignsCodes):
-                model.align(data.alignment.matches)
+                model.align(data.alignment.matches, data.alignment.twins)
 
                 def read() -> Iterator[dict[str, Tensor]]:
                     for chunk, _ in self.records.chunks(
@@ -316,7 +316,7 @@ class Predictor:
             self._present = self.run.vocabulary
             model.set_vocabulary(self.run.vocabulary)
             if isinstance(model, AlignsCodes):
-                model.align(self.run.matches)
+                model.align(self.run.matches, self.run.twins)
             if state is not None:
                 model.load_state_dict(state)
                 model.set_vocabulary(self.run.vocabulary)

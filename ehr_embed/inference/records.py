@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ehr_embed.embedders.protocol import Embedder
 from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import as_stored
+from ehr_embed.embedding.vector_cache import embed_texts
 from ehr_embed.inference.aligned_data import AlignedData, may_be_new, read_aligned
 from ehr_embed.inference.loose_records import TextTokens, daily_events, has_texts, vector_tokens
 from ehr_embed.inference.new_codes import DatasetTexts, KeptVectors, NewCodes
@@ -154,7 +155,7 @@ class RecordReader:
             alignment,
             split=split,
             lookups=[*self._lookups, *lookups],
-            embed=self._embedded if self.reads_text else None,
+            embed=partial(self._embedded, cache_dir=alignment.cache_dir) if self.reads_text else None,
         )
 
     def chunks(
@@ -270,13 +271,15 @@ class RecordReader:
         if parts:
             yield joined(parts)
 
-    def _embedded(self, texts: list[str]) -> Tensor:
-        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
+    def _embedded(self, texts: list[str], *, cache_dir: Path | None = None) -> Tensor:
+        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector; those that the
+        cache holds are not computed again."""
         if not self.reads_vectors:
             return torch.zeros(len(texts), self._run.embedding.table.shape[1])
         embedder = self.embedder
         try:
-            return as_stored(torch.from_numpy(embedder.embed(texts))).float()
+            found = embedder.embed(texts) if cache_dir is None else embed_texts(embedder, texts, cache_dir=cache_dir)
+            return as_stored(torch.from_numpy(found)).float()
         finally:
             embedder.close()
 

@@ -31,7 +31,7 @@ from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary
 from ehr_embed.run_folder.calibration import read_calibration
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import CALIBRATION, TABLE, VOCABULARY
-from ehr_embed.run_folder.origin import checked_matches
+from ehr_embed.run_folder.origin import checked_matches, checked_twins
 from ehr_embed.sources.protocol import Source
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class TrainedRun:
         precision: precision in which the run was trained and evaluated; None if an earlier version did not record it.
         matches: code -> code as which the run reads it, and gate: a code of an earlier run, or of a dataset that was pooled with
             the code's own; None = codes are read as themselves.
+        twins: code of the earlier run -> code of it whose events it takes too.
         is_pooled: whether the run was trained on pooled datasets, whose codes are read as each other's.
         embedder_digest: digest of the embedder whose vectors the run was trained on.
     """
@@ -61,6 +62,7 @@ class TrainedRun:
     class_names: list[str]
     precision: str | None
     matches: dict[str, tuple[str, float]] | None = None
+    twins: dict[str, str] | None = None
     is_pooled: bool = False
     embedder_digest: str | None = None
 
@@ -94,10 +96,11 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     model = build_model(check_stored(config, "model", trusted), vocabulary, trusted=trusted, sizes=sizes)
     matches, is_pooled = checked_matches(checkpoint.get("alignment"), path), bool(checkpoint.get("is_pooled"))
+    twins = checked_twins(checkpoint.get("twins"), path)
     if matches is not None and is_pooled and isinstance(model, PoolsCodes):
         model.pool(matches)
     elif matches is not None and isinstance(model, AlignsCodes):
-        model.align(matches)
+        model.align(matches, twins)
     model.load_state_dict(checkpoint["model_state_dict"])
     if matches is not None and isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)  # now that the model knows which codes it knows
@@ -111,6 +114,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
         class_names=checkpoint["class_names"],
         precision=checkpoint.get("precision"),
         matches=matches,
+        twins=twins,
         is_pooled=is_pooled,
         embedder_digest=identity.get("embedder"),
     )

@@ -32,6 +32,7 @@ class CodeMatches(nn.Module):
 
     known_of: Tensor
     gates: Tensor
+    twins: Tensor
 
     def __init__(self, known: list[str], *, n_summaries: int, counts: tuple[int, ...]) -> None:
         super().__init__()
@@ -39,16 +40,23 @@ class CodeMatches(nn.Module):
         self.codes: list[str] = []
         self.register_buffer("known_of", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("gates", torch.empty(0), persistent=False)
+        self.register_buffer("twins", torch.empty(0, 2, dtype=torch.int64), persistent=False)
         self.dataset_of = torch.empty(0, dtype=torch.int64)
         self.quantiles = QuantileNormal(0)
 
-    def match(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+    def match(
+        self,
+        matches: Mapping[str, tuple[str, float]],
+        dataset_of: Mapping[str, int] | None = None,
+        twins: Mapping[str, str] | None = None,
+    ) -> None:
         """Take the matches: code of the other dataset -> known code and gate above 0. Those of unknown codes are left out.
 
         Args:
             matches: by code.
             dataset_of: number of each code's dataset in a pool, -1 = all: a record lacks the codes of its own dataset only. None =
                 there is one dataset.
+            twins: known code -> matched known code, whose events it takes too.
         """
         number = {code: i for i, code in enumerate(self.known)}
         found = {code: (number[to], gate) for code, (to, gate) in matches.items() if to in number and gate > 0}
@@ -56,6 +64,10 @@ class CodeMatches(nn.Module):
         device = self.quantiles.offsets.device
         self.known_of = torch.tensor([known for known, _ in found.values()], dtype=torch.int64, device=device)
         self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
+        of_twins = [
+            (number[code], number[twin]) for twin, code in (twins or {}).items() if {twin, code} <= number.keys()
+        ]
+        self.twins = torch.tensor(of_twins, dtype=torch.int64, device=device).view(-1, 2)
         self.dataset_of = torch.tensor([-1 if dataset_of is None else dataset_of[code] for code in found])
         self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
 
@@ -92,15 +104,34 @@ class CodeMatches(nn.Module):
         sum_KF = torch.zeros_like(total_KF).index_add(0, part_G, weight_GF * z_GF.nan_to_num())
         return key_K // n_known, key_K % n_known, sum_KF / total_KF, part_G  # 0 / 0 = NaN, missing
 
+    def with_twins(self, row_K: Tensor, code_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the known codes (L,) of pairs of a record (K,) and a known code (K,) and of their twins, ascending by row and
+        code, and the pair (L,) that each comes from."""
+        if not len(self.twins):
+            return code_K, torch.arange(len(code_K), device=code_K.device)
+        is_twin_KN = code_K[:, None] == self.twins[:, 0]
+        of_twin, number = is_twin_KN.nonzero(as_tuple=True)
+        code_L = torch.cat([code_K, self.twins[number, 1]])
+        of_L = torch.cat([torch.arange(len(code_K), device=code_K.device), of_twin])
+        order = (row_K[of_L] * max(len(self.known), 1) + code_L).argsort()
+        return code_L[order], of_L[order]
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the matches; the quantiles have a state of their own."""
-        return {"codes": self.codes, "known": self.known, "known_of": self.known_of.cpu(), "gates": self.gates.cpu()}
+        return {
+            "codes": self.codes,
+            "known": self.known,
+            "known_of": self.known_of.cpu(),
+            "gates": self.gates.cpu(),
+            "twins": self.twins.cpu(),
+        }
 
     def set_extra_state(self, state: Any) -> None:
         """Take the matches of another run."""
         device = self.quantiles.offsets.device
         self.codes, self.known = list(state["codes"]), list(state["known"])
         self.known_of, self.gates = state["known_of"].to(device), state["gates"].to(device)
+        self.twins = state.get("twins", torch.empty(0, 2, dtype=torch.int64)).to(device)  # earlier versions had none
 
 
 def fit_quantiles(

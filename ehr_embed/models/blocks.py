@@ -124,6 +124,25 @@ class Attention(nn.Module):
         y_BHTK = attention(q, k, v, mask) if attend is None else attend(q, k, v)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
+    def at(self, query_BQD: Tensor, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None = None) -> Tensor:
+        """Return what a few places of each row attend to in themselves and the places before them, (B, Q, D).
+
+        Args:
+            query_BQD: vectors at those places.
+            x_BTD: vectors at all places.
+            place_BQ: int64, the places.
+            rope_BT: as in `forward`.
+        """
+        B, T, D = x_BTD.shape
+        weight, bias, width = self.qkv.weight, self.qkv.bias, D // self.n_heads
+        q = F.linear(query_BQD, weight[:D], bias[:D]).unflatten(-1, (self.n_heads, width)).transpose(1, 2)
+        k, v = F.linear(x_BTD, weight[D:], bias[D:]).view(B, T, 2, self.n_heads, width).permute(2, 0, 3, 1, 4)
+        if rope_BT is not None:
+            q, k = rotate(q, rope_BT.gather(1, place_BQ)), rotate(k, rope_BT)
+        is_seen_B1QT = (torch.arange(T, device=x_BTD.device) <= place_BQ.unsqueeze(-1)).unsqueeze(1)
+        y_BHQK = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen_B1QT)
+        return self.out(y_BHQK.transpose(1, 2).flatten(2))
+
     def _packed(self, x_ND: Tensor, packing: Packing, rope_N: Tensor | None) -> Tensor:
         N, D = x_ND.shape
         q, k, v = self.qkv(x_ND).view(N, 3, self.n_heads, D // self.n_heads).unbind(1)
@@ -149,3 +168,10 @@ class Block(nn.Module):
         """Return the block's output, of the shape of the input; arguments as in `Attention.forward`."""
         x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, attend))
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))
+
+    def at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None = None) -> Tensor:
+        """Return the causal output at a few places of each row, (B, Q, D), without computing it elsewhere."""
+        normed_BTD, index = self.norm_attention(x_BTD), place_BQ.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1])
+        query_BQD = normed_BTD.gather(1, index)
+        x_BQD = x_BTD.gather(1, index) + self.dropout(self.attention.at(query_BQD, normed_BTD, place_BQ, rope_BT))
+        return x_BQD + self.dropout(self.mlp(self.norm_mlp(x_BQD)))

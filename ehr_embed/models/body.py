@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ehr_embed.models.blocks import Block, DropShare, sinusoids, time_features
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.event_vectors import event_vectors
 from ehr_embed.models.packing import Packing, kernel_takes, packing_of, pays_on_cpu, product_dtype
-from ehr_embed.models.whitening import Shrinkage, Whitening
+from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 ROTARY = ("rope", "rope_time")
 """Rotary positions: attention sees the number of events, or the time, between two events."""
@@ -48,11 +48,11 @@ class EventInput(nn.Module):
         model_dim: Width,
         has_values: bool,
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
-        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
+        self.norm = normalising(embedding_dim, whiten, shrinkage)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.values = None
         if has_values and values != "none":
@@ -168,7 +168,7 @@ class Body(nn.Module):
         positions: Annotated[str, OneOf("sinusoidal", *ROTARY, "time", "none")],
         times: Times,
         values: Values,
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
     ) -> None:
         super().__init__()
@@ -203,7 +203,9 @@ class Body(nn.Module):
             )
         x_BTD = self.input(inputs)
         if self.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoids(event_index(inputs), x_BTD.shape[-1]).to(x_BTD.dtype)
+            # All rows count their events alike, unless they hold several sequences, so one row of sines is enough.
+            index = event_index(inputs) if "event_index" in inputs else event_index(inputs)[:1]
+            x_BTD = x_BTD + sinusoids(index, x_BTD.shape[-1]).to(x_BTD.dtype)
         elif self.time is not None:
             x_BTD = x_BTD + self.time(time_features(inputs["days"], x_BTD.shape[-1]).to(x_BTD.dtype))
         if self.times is not None:
@@ -248,6 +250,14 @@ class Body(nn.Module):
             x_ND = self._blocks(mask.pack(x_BTD), mask, None if rope_BT is None else mask.pack(rope_BT))
             return mask.unpack(x_ND, *x_BTD.shape[:2])
         return self._blocks(x_BTD, mask, rope_BT, cache)
+
+    def attend_at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None) -> Tensor:
+        """Return what `attend` without a mask returns at a few places (B, Q) of each row, (B, Q, D). The last block, whose other
+        places nothing reads, is computed there alone."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_BTD = block(x_BTD, None, rope_BT)
+        return self.norm(cast(Block, last).at(x_BTD, place_BQ, rope_BT))
 
     def _blocks(
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None

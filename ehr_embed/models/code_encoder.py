@@ -17,7 +17,7 @@ from ehr_embed.models.body import Layers, check_heads, check_width
 from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import PooledHead, check_classifies, without_autocast
-from ehr_embed.models.whitening import Shrinkage, Whitening
+from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 POOLINGS = ("max", "mean", "attention")
 SUMMARIES = {"count": 1, "values": 7, "times": 2}
@@ -51,13 +51,13 @@ class CodeInput(ReadsCodes):
         model_dim: int,
         has_values: bool,
         summaries: Summaries,
-        whiten: bool,
+        whiten: Whiten,
         shrinkage: float,
     ) -> None:
         super().__init__(has_values=has_values)
         check_setting("model.summaries", summaries, Summaries)
         self.summaries, self.embedding_dim = tuple(summaries), embedding_dim
-        self.norm = Whitening(embedding_dim, shrinkage) if whiten else nn.LayerNorm(embedding_dim)
+        self.norm = normalising(embedding_dim, whiten, shrinkage)
         self.project = nn.Linear(embedding_dim, model_dim)
         self.join = None
         if width := sum(SUMMARIES[name] for name in self.summaries):
@@ -254,7 +254,7 @@ class CodeEncoder(nn.Module):
         max_length: int = 4096,
         summaries: Summaries = tuple(SUMMARIES),
         age: bool = True,
-        whiten: bool = True,
+        whiten: Whiten = True,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "max",
     ) -> None:

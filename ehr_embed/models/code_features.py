@@ -85,6 +85,7 @@ class CodeFeatures(ReadsCodes):
     Args:
         has_values: whether batches carry a numeric value with each event.
         max_codes: number of codes that get features; the most frequent in train are chosen.
+        min_records: number of train's records below which a code gets none, since the model could not use them.
         times: whether every code has years since its first and last event; otherwise only the birth code has them.
         windows_hours: where windows end, in hours back from the prediction; none = no windows and no standard deviation.
 
@@ -99,9 +100,16 @@ class CodeFeatures(ReadsCodes):
 
     @checked("model")
     def __init__(
-        self, *, has_values: bool, max_codes: Count, times: bool, windows_hours: Sequence[float] | None = None
+        self,
+        *,
+        has_values: bool,
+        max_codes: Count,
+        times: bool,
+        windows_hours: Sequence[float] | None = None,
+        min_records: int = 0,
     ) -> None:
         super().__init__(has_values=has_values)
+        self.min_records = min_records
         self.ends = [float(hours) for hours in windows_hours or ()]
         if any(b <= a for a, b in pairwise([0.0, *self.ends])):
             raise UserError(
@@ -156,9 +164,9 @@ class CodeFeatures(ReadsCodes):
         self._quantiles = (QuantileNormal(len(train.usual)),)
         self._quantiles[0].fit(*(torch.from_numpy(x)[found] for x in (columns, numbers, weights)))
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the chosen ones that `matches` names, with their gates, and leave all others
-        out; None = read codes as they are.
+        out; None = read codes as they are. A chosen code in `twins` takes what the code takes that it names.
 
         Raises:
             UserError: a run of an earlier version, which kept no quantiles.
@@ -171,7 +179,7 @@ class CodeFeatures(ReadsCodes):
                 "this run was fitted by an earlier version, which kept no quantiles of its features, so another dataset's numbers "
                 "cannot be compared with them. Train it again, or type: data.aligned_to=none"
             )
-        self._read_as(matches)
+        self._read_as(matches, twins=twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too: `choose` counts and chooses these, and
@@ -184,12 +192,17 @@ class CodeFeatures(ReadsCodes):
         self._pool = (dict(matches), dataset_of)
         self._read_as(matches, dataset_of)
 
-    def _read_as(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
+    def _read_as(
+        self,
+        matches: Mapping[str, tuple[str, float]],
+        dataset_of: Mapping[str, int] | None = None,
+        twins: Mapping[str, str] | None = None,
+    ) -> None:
         device = self.column_of_token.device
         summaries = [summary for summary, _ in self.groups]
         counts = tuple(i for i, summary in enumerate(summaries) if summary.startswith("count"))
         found = CodeMatches(self.codes, n_summaries=len(summaries), counts=counts)
-        found.match(matches, dataset_of)
+        found.match(matches, dataset_of, twins)
         own = CodeFeatures(
             has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True, windows_hours=self.ends
         ).to(device)
@@ -236,25 +249,33 @@ class CodeFeatures(ReadsCodes):
         Raises:
             UserError: no event has a code.
         """
-        n_tokens = len(self.token_codes)
-        counts, valued = (torch.zeros(n_tokens, dtype=torch.int64) for _ in range(2))
+        pool = None if self._pool is None else self._pool[0]
+        code_of_token = [
+            own if pool is None or own is None else pool.get(own, (None, 0.0))[0] for own in self.token_codes
+        ]
+        number_of = {
+            code: i for i, code in enumerate(dict.fromkeys(code for code in code_of_token if code is not None))
+        }
+        number_of_token = torch.tensor([-1 if code is None else number_of[code] for code in code_of_token])
+        n_codes = len(number_of)
+        events, valued, records = (torch.zeros(n_codes, dtype=torch.int64) for _ in range(3))
         for inputs in train:
-            token_N = self.tokens(inputs)[inputs["padding_mask"]]
-            has_value_N = ~self.values(inputs)[inputs["padding_mask"]].isnan()
-            counts += token_N.bincount(minlength=n_tokens).cpu()
-            valued += token_N[has_value_N].bincount(minlength=n_tokens).cpu()
-        count_of: dict[str, int] = {}
-        with_value = set()
-        for own, n, n_valued in zip(self.token_codes, counts.tolist(), valued.tolist(), strict=True):
-            code = own if self._pool is None or own is None else self._pool[0].get(own, (None, 0.0))[0]
-            if code is not None and n:
-                count_of[code] = count_of.get(code, 0) + n
-                if n_valued:
-                    with_value.add(code)
-        if not count_of:
+            is_event_BT = inputs["padding_mask"]
+            row_N, _ = is_event_BT.cpu().nonzero(as_tuple=True)
+            code_N = number_of_token[self.tokens(inputs)[is_event_BT].cpu()]
+            has_value_N = ~self.values(inputs)[is_event_BT].isnan().cpu()
+            has_code_N = code_N >= 0
+            events += code_N[has_code_N].bincount(minlength=n_codes)
+            valued += code_N[has_code_N & has_value_N].bincount(minlength=n_codes)
+            records += ((row_N * n_codes + code_N)[has_code_N].unique() % max(n_codes, 1)).bincount(minlength=n_codes)
+        if not int(events.sum()):
             raise UserError("no event of train has a code of the vocabulary, so there is nothing to summarise.")
-        ranked = sorted(count_of, key=lambda code: (code != birth_code, -count_of[code], code))
-        self.codes = ranked[: self.max_codes]
+        count_of = {code: n for code, n in zip(number_of, events.tolist(), strict=True) if n}
+        with_value = {code for code, n in zip(number_of, valued.tolist(), strict=True) if n}
+        of_records = dict(zip(number_of, records.tolist(), strict=True))
+        ranked = sorted(count_of, key=lambda code: (code != birth_code, -count_of[code], code))[: self.max_codes]
+        kept = [code for code in ranked if code == birth_code or of_records[code] >= self.min_records]
+        self.codes = kept or ranked[:1]
         self.valued = [code for code in self.codes if code in with_value]
         self._match()
         if self._pool is not None:
@@ -301,17 +322,43 @@ class CodeFeatures(ReadsCodes):
         return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
 
     def _pairs(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the record (G,) and the matched code (G,) of each pair that occurs, and the code's summaries (G, S)."""
-        assert self._of_matches is not None
-        found_BSJ = self._of_matches(inputs).view(len(inputs["padding_mask"]), len(self.groups), -1)
-        row_G, code_G = (found_BSJ[:, 0] > 0).nonzero(as_tuple=True)
-        return row_G, code_G, found_BSJ[row_G, :, code_G]
+        """Return the record (G,) and the matched code (G,) of each pair that occurs, ascending, and the code's summaries (G, S).
+
+        These are the cells of `_of_matches(inputs)`, whose table would have a column per summary of thousands of codes, nearly all
+        of them empty.
+        """
+        own = self._of_matches
+        assert own is not None
+        column_BT = own.column_of_token[self.tokens(inputs)]
+        is_event_BT = inputs["padding_mask"] & (column_BT >= 0)
+        row_N, _ = is_event_BT.nonzero(as_tuple=True)
+        n_codes = len(own.codes)
+        key_G, group_N = (row_N * n_codes + column_BT[is_event_BT]).unique(return_inverse=True)
+        groups, values_N = Groups(group_N, len(key_G)), self.values(inputs)[is_event_BT].double()
+        days_N = inputs["days"][is_event_BT].double()
+        has_value_N = ~values_N.isnan()
+        value, x_N, years_N = Groups(group_N[has_value_N], len(key_G)), values_N[has_value_N], days_N / DAYS_PER_YEAR
+        parts = [groups.count(), value.first(x_N), value.last(x_N), value.mean(x_N)]
+        parts += [value.extreme(x_N, "amin"), value.extreme(x_N, "amax")]
+        parts += [groups.extreme(years_N, "amax"), groups.extreme(years_N, "amin")]
+        if self.ends:
+            parts.append(value.mean((x_N - value.spread(value.mean(x_N))).square()).sqrt())
+            ends = torch.tensor(self.ends, device=days_N.device).double()
+            window_N = torch.bucketize(days_N * HOURS_PER_DAY, ends)
+            for is_value in (False, True):
+                in_N = (window_N < len(ends)) & (has_value_N | (not is_value))
+                by_window = Groups((group_N * len(ends) + window_N)[in_N], len(key_G) * len(ends))
+                found_GW = by_window.mean(values_N[in_N]) if is_value else by_window.count()
+                parts += found_GW.view(-1, len(ends)).unbind(1)
+        return key_G // n_codes, key_G % n_codes, torch.stack(parts, dim=1).float()
 
     def _aligned(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the features (B, F) of another dataset's records in train's own numbers; in a pool the normal scores."""
         assert self.matches is not None
         quantiles = self._quantiles[0].to(inputs["padding_mask"].device) if self._pool is None else None
         row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
+        code_K, of_K = self.matches.with_twins(row_K, code_K)
+        row_K, scores_KS = row_K[of_K], scores_KS[of_K]
         found_BF = scores_KS.new_full((len(inputs["padding_mask"]), len(self.names)), float("nan"))
         start = 0
         for number, (summary, codes) in enumerate(self.groups):
@@ -364,15 +411,25 @@ class ReadsCodeFeatures(nn.Module):
     """Mixin: give an estimator the features of `CodeFeatures`.
 
     Args:
-        has_values, max_codes, times, windows_hours: as in `CodeFeatures`.
+        has_values, max_codes, times, windows_hours, min_records: as in `CodeFeatures`.
     """
 
     def __init__(
-        self, *, has_values: bool, max_codes: int, times: bool, windows_hours: Sequence[float] | None = None
+        self,
+        *,
+        has_values: bool,
+        max_codes: int,
+        times: bool,
+        windows_hours: Sequence[float] | None = None,
+        min_records: int = 0,
     ) -> None:
         super().__init__()
         self.features = CodeFeatures(
-            has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours
+            has_values=has_values,
+            max_codes=max_codes,
+            times=times,
+            windows_hours=windows_hours,
+            min_records=min_records,
         )
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -383,9 +440,9 @@ class ReadsCodeFeatures(nn.Module):
         """Choose the codes that get features, by the batches of train."""
         self.features.choose(train)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
-        """Read the codes of the present vocabulary as the chosen ones that `matches` names."""
-        self.features.align(matches)
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read the codes of the present vocabulary as the chosen ones that `matches` names, and as their `twins`."""
+        self.features.align(matches, twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too."""

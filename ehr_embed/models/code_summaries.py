@@ -101,13 +101,14 @@ class CodeSummaries(ReadsCodes):
         device = self.quantiles.offsets.device
         self.quantiles.offsets = torch.zeros((self.n_codes + 1) * N_SUMMARIES + 1, dtype=torch.int64, device=device)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the known codes that `matches` names, with their gates, and leave all others
-        out; None = read codes as they are. `fit` then fits the matched codes' own quantiles."""
+        out; None = read codes as they are. A known code in `twins` takes what the code takes that it names. `fit` then fits the
+        matched codes' own quantiles."""
         self.matches = None
         if matches is not None:
             found = CodeMatches(self.codes, n_summaries=N_SUMMARIES, counts=COUNTS)
-            found.match(matches)
+            found.match(matches, twins=twins)
             self.matches = found.to(self.code_of_token.device)
         self._match()
 
@@ -163,6 +164,8 @@ class CodeSummaries(ReadsCodes):
             return pairs
         row_K, code_K, scores_KF, part_G = self.matches.merged(pairs.row, pairs.code, pairs.summaries)
         last_K = torch.zeros_like(row_K).scatter_reduce(0, part_G, pairs.last_event, "amax", include_self=False)
+        code_K, of_K = self.matches.with_twins(row_K, code_K)
+        row_K, scores_KF, last_K = row_K[of_K], scores_KF[of_K], last_K[of_K]
         if len(self.quantiles.knots):  # those of train, which a pool's ranks have no need of
             # A number that train never had, or that was the same in all its records, was 0 in training: no weight was fitted to it.
             n_knots_KF = self.quantiles.offsets.diff()[self._columns(code_K)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -121,40 +121,43 @@ class CodeTabBody(nn.Module):
         if self.training and self.code_dropout:
             is_kept_G = torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout
             pairs = Pairs(*(x[is_kept_G] for x in pairs))
-        e_CE = self._texts(inputs, pairs)
-        if self.training and self.text_noise:
-            e_CE = e_CE + self.text_noise * torch.randn_like(e_CE)
+        vectors_CE = self._vectors(inputs, pairs)
         n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
-        g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
-        a_CM = self._member_weights(e_CE)
         x_GP = self.input.normalise(pairs)
-        is_known = len(e_CE) == n_known
-        if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)):
-            z_BMD = self._dense(n_rows, pairs, x_GP, g_CR, g2_CR, t_CH, a_CM)
+        is_known = len(vectors_CE) == n_known
+        if self.feeds_absent or (is_known and self._is_dense_cheaper(n_rows, len(pairs.row))):
+            e_CE = self._texts(vectors_CE)
+            part = self._dense if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)) else self._sparse
+            z_BMD = part(n_rows, pairs.row, pairs.code, x_GP, e_CE, self._member_weights(e_CE))
         else:
-            z_BMD = self._sparse(n_rows, pairs, x_GP, g_CR, g2_CR, t_CH, a_CM)
+            z_BMD = self._by_frequency(n_rows, pairs, x_GP, vectors_CE)
         if self.subject is not None and self.subject_signs is not None:
             z_BMD = z_BMD + self.subject_signs[:, None] * self.subject(inputs)[:, None]
         return 2 / (n_known + 1) ** 0.5 * z_BMD
 
-    def _texts(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
-        """Return whitened vectors (C + J, E) float32: of the C known codes those of train, then, if any of the vocabulary's J other
-        codes occurs, those that their events have."""
+    def _vectors(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
+        """Return vectors (C + J, E): of the C known codes those of train, then, if any of the vocabulary's J other codes occurs,
+        those that their events have."""
         vectors_CE, n_known = self.vectors, self.input.n_codes
         is_new_G = pairs.code >= n_known
-        if bool(is_new_G.any()):
-            is_event_BT = inputs["padding_mask"]
-            new_CE = vectors_CE.new_zeros(self.input.n_slots - n_known, self.embedding_dim)
-            places = pairs.last_event[is_new_G]
-            if "rows" in inputs:
-                found = inputs["rows"][inputs["row_ids"][is_event_BT][places].long()]
-            else:
-                found = inputs["embeddings"][is_event_BT][places]
-            check_width(found, self.embedding_dim)
-            new_CE = new_CE.index_put((pairs.code[is_new_G] - n_known,), found.float())
-            vectors_CE = torch.cat([vectors_CE, new_CE])
+        if not bool(is_new_G.any()):
+            return vectors_CE
+        is_event_BT = inputs["padding_mask"]
+        new_CE = vectors_CE.new_zeros(self.input.n_slots - n_known, self.embedding_dim)
+        places = pairs.last_event[is_new_G]
+        if "rows" in inputs:
+            found = inputs["rows"][inputs["row_ids"][is_event_BT][places].long()]
+        else:
+            found = inputs["embeddings"][is_event_BT][places]
+        check_width(found, self.embedding_dim)
+        new_CE = new_CE.index_put((pairs.code[is_new_G] - n_known,), found.float())
+        return torch.cat([vectors_CE, new_CE])
+
+    def _texts(self, vectors_CE: Tensor) -> Tensor:
+        """Return the whitened vectors (C, E) float32, in training with noise."""
         with torch.autocast(vectors_CE.device.type, enabled=False):
-            return self.norm(vectors_CE)
+            e_CE = self.norm(vectors_CE)
+        return e_CE + self.text_noise * torch.randn_like(e_CE) if self.training and self.text_noise else e_CE
 
     def _member_weights(self, e_CE: Tensor) -> Tensor:
         """(C + J, M); without weights from texts, a new code has those of the known code whose text is nearest."""
@@ -171,52 +174,82 @@ class CodeTabBody(nn.Module):
         """Return whether one weight matrix per code, applied to all codes of all records, costs fewer products than the shared
         matrices applied to the codes that occur."""
         n_codes, n_gates, model_dim = self.input.n_codes, self.n_gates, self.weights2.shape[2]
-        of_code = N_INPUTS * self.hidden_dim + self.hidden_dim * model_dim
-        shared = (1 + n_gates) * N_INPUTS * self.hidden_dim + self.n_members * n_gates * self.hidden_dim
-        dense = n_codes * of_code * (n_rows + n_gates)
-        return dense < (n_pairs + n_codes) * shared + n_rows * self.n_members * n_gates * self.hidden_dim * model_dim
+        dense = n_codes * self._products_of_code(n_rows)
+        sparse = (n_pairs + n_codes) * self._products_of_pair()
+        return dense < sparse + n_rows * self.n_members * n_gates * self.hidden_dim * model_dim
 
-    def _dense(
-        self, n_rows: int, pairs: Pairs, x_GP: Tensor, g_CR: Tensor, g2_CR: Tensor, t_CH: Tensor, a_CM: Tensor
-    ) -> Tensor:
+    def _products_of_code(self, n_rows: int) -> int:
+        """Return the products that one code costs in `_dense`."""
+        return (N_INPUTS * self.hidden_dim + self.hidden_dim * self.weights2.shape[2]) * (n_rows + self.n_gates)
+
+    def _products_of_pair(self) -> int:
+        """Return the products that one pair of a record and a code costs in `_sparse`."""
+        return (1 + self.n_gates) * N_INPUTS * self.hidden_dim + self.n_members * self.n_gates * self.hidden_dim
+
+    def _by_frequency(self, n_rows: int, pairs: Pairs, x_GP: Tensor, vectors_CE: Tensor) -> Tensor:
+        """(B, M, D) of the codes that occur, where others add nothing: frequent ones code by code, rare ones pair by pair.
+
+        Hospitals that are pooled share a few codes that all records have, and have thousands that few records have.
+        """
+        n_C = pairs.code.bincount(minlength=len(vectors_CE))
+        codes_U = n_C.nonzero().squeeze(1)
+        e_UE = self._texts(vectors_CE[codes_U])
+        if (
+            self.from_text is None and len(vectors_CE) > self.input.n_codes
+        ):  # new codes look for the nearest of all known ones
+            a_UM = self._member_weights(self._texts(vectors_CE))[codes_U]
+        else:
+            a_UM = self.signs.T[codes_U] if self.from_text is None else self.from_text(e_UE)
+        number_G = ((n_C > 0).long().cumsum(0) - 1)[pairs.code]
+        is_frequent_U = n_C[codes_U] * self._products_of_pair() > self._products_of_code(n_rows)
+        z_BMD = self.weights2.new_zeros(n_rows, self.n_members, self.weights2.shape[2])
+        for is_chosen_U, part in ((is_frequent_U, self._dense), (~is_frequent_U, self._sparse)):
+            chosen = is_chosen_U.nonzero().squeeze(1)
+            if len(chosen):
+                in_G = is_chosen_U[number_G]
+                code_G = (is_chosen_U.long().cumsum(0) - 1)[number_G[in_G]]
+                z_BMD = z_BMD + part(n_rows, pairs.row[in_G], code_G, x_GP[in_G], e_UE[chosen], a_UM[chosen])
+        return z_BMD
+
+    def _dense(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
         """(B, M, D): all codes in all records, code by code."""
-        n_codes = len(g_CR)
-        x_CBP = self.input.absent()[:, None].expand(-1, n_rows, -1)
-        x_CBP = x_CBP.index_put((pairs.code, pairs.row), x_GP)
+        n_codes = len(e_CE)
+        g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
+        if self.feeds_absent:
+            x_CBP = self.input.absent()[:, None].expand(-1, n_rows, -1)
+        else:
+            x_CBP = x_GP.new_zeros(n_codes, n_rows, x_GP.shape[1])
+        x_CBP = x_CBP.index_put((code_G, row_G), x_GP)
         w_CPH = self.shared.weight.T + torch.einsum("cr,rph->cph", g_CR, self.weights1)
         h_CBH = self.dropout(F.gelu(x_CBP @ w_CPH + (self.shared.bias + t_CH)[:, None]))
         if not self.feeds_absent:
             is_there_CB = torch.zeros(n_codes, n_rows, dtype=torch.bool, device=x_GP.device)
-            is_there_CB[pairs.code, pairs.row] = True
+            is_there_CB[code_G, row_G] = True
             h_CBH = h_CBH * is_there_CB[..., None]
         v_CBD = h_CBH @ torch.einsum("cr,rhd->chd", g2_CR, self.weights2)
         return torch.einsum("cm,cbd->bmd", a_CM, v_CBD)
 
-    def _sparse(
-        self, n_rows: int, pairs: Pairs, x_GP: Tensor, g_CR: Tensor, g2_CR: Tensor, t_CH: Tensor, a_CM: Tensor
-    ) -> Tensor:
-        """(B, M, D) from the pairs that occur and, once for all records, the known codes' parts where they are absent.
+    def _sparse(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
+        """(B, M, D) from the pairs that occur, ascending by record, and, once for all records, the known codes' parts where they
+        are absent.
 
         The second matrix is a sum over gates, so that hidden vectors are added up over codes, with weights a g2, before it.
         """
         n_known = self.input.n_codes
+        g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
         k_CK = (a_CM[:, :, None] * g2_CR[:, None]).flatten(1)  # K = members x gates
-        h_GH = self._hidden(x_GP, g_CR[pairs.code], t_CH[pairs.code])
+        h_GH = self._hidden(x_GP, g_CR[code_G], t_CH[code_G])
         total_KH: Tensor | float = 0.0
         if self.feeds_absent:
             absent_CH = self._hidden(self.input.absent(), g_CR[:n_known], t_CH[:n_known])
             total_KH = k_CK[:n_known].T @ absent_CH
-            is_known = (pairs.code < n_known)[:, None]
-            h_GH = h_GH - absent_CH[pairs.code.clamp(max=n_known - 1)] * is_known
-        # Records side by side, each with as many places as the longest has codes.
-        first_B = torch.searchsorted(pairs.row, torch.arange(n_rows, device=pairs.row.device))
-        place_G = torch.arange(len(pairs.row), device=pairs.row.device) - first_B[pairs.row]
-        n_places = int(place_G.max()) + 1 if len(place_G) else 1
-        where = (pairs.row, place_G)
-        h_BSH = h_GH.new_zeros(n_rows, n_places, h_GH.shape[1]).index_put(where, h_GH)
-        k_BSK = k_CK.new_zeros(n_rows, n_places, k_CK.shape[1]).index_put(where, k_CK[pairs.code])
-        sums_BKH = k_BSK.transpose(1, 2) @ h_BSH + total_KH
-        return sums_BKH.view(n_rows, self.n_members, -1) @ self.weights2.flatten(0, 1)
+            is_known = (code_G < n_known)[:, None]
+            h_GH = h_GH - absent_CH[code_G.clamp(max=n_known - 1)] * is_known
+        parts, rows = [], []
+        for rows_L, sums_LKH in _sums_of_products(n_rows, row_G, k_CK[code_G], h_GH):
+            parts.append((sums_LKH + total_KH).view(len(rows_L), self.n_members, -1) @ self.weights2.flatten(0, 1))
+            rows.append(rows_L)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _hidden(self, x_GP: Tensor, g_GR: Tensor, t_GH: Tensor) -> Tensor:
         """(G, H): the first matrix is a sum over gates, so that all of them read the products of inputs and gates."""
@@ -310,9 +343,9 @@ class CodeTab(nn.Module):
         """Take the vectors (V, E) of train's tokens."""
         self.body.take_vectors(vectors, self._tokens)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
-        """Read the codes of the present vocabulary as the known ones that `matches` names."""
-        self.body.input.align(matches)
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read the codes of the present vocabulary as the known ones that `matches` names, and as their `twins`."""
+        self.body.input.align(matches, twins)
 
     def pool(self, matches: Mapping[str, tuple[str, float]], dataset_of: Mapping[str, int] | None = None) -> None:
         """Read the codes of pooled datasets as those that `matches` names, in training too."""
@@ -330,6 +363,30 @@ class CodeTab(nn.Module):
         `age_days` (B, T), NaN = unknown, and a model that carries values takes `values` (B, T), NaN = none.
         """
         return self.head(self.body(inputs))
+
+
+def _sums_of_products(n_rows: int, row_G: Tensor, k_GK: Tensor, h_GH: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some records (L,) and for each of them the sum (L, K, H) of the outer products of its pairs, which ascend by record.
+
+    Records of about one length lie side by side, each with as many places as the longest of them has pairs: a few long records
+    would otherwise fill all others with zeros.
+
+    >>> row, k, h = torch.tensor([0, 2, 2]), torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> [(rows.tolist(), sums.tolist()) for rows, sums in _sums_of_products(3, row, k, h)]
+    [([1], [[[0.0, 0.0]]]), ([0], [[[1.0, 0.0]]]), ([2], [[[3.0, 5.0]]])]
+    """
+    n_B = row_G.bincount(minlength=n_rows)
+    place_G = torch.arange(len(row_G), device=row_G.device) - (n_B.cumsum(0) - n_B)[row_G]
+    size_B = torch.frexp(n_B.float()).exponent  # n < 2**size
+    for size in size_B.unique().tolist():
+        has_size_B = size_B == size
+        rows_L = has_size_B.nonzero().squeeze(1)
+        in_G = has_size_B[row_G]
+        where = ((has_size_B.long().cumsum(0) - 1)[row_G[in_G]], place_G[in_G])
+        shape = len(rows_L), int(n_B[rows_L].max())
+        k_LSK = k_GK.new_zeros(*shape, k_GK.shape[1]).index_put(where, k_GK[in_G])
+        h_LSH = h_GH.new_zeros(*shape, h_GH.shape[1]).index_put(where, h_GH[in_G])
+        yield rows_L, k_LSK.transpose(1, 2) @ h_LSH
 
 
 def _as_many_signs(body: CodeTabBody, state: dict[str, Tensor], prefix: str, *_: object) -> None:

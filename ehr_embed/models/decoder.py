@@ -13,7 +13,7 @@ from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.cache import KeyValueCache
 from ehr_embed.models.heads import EventScores, VocabularyHead, build_head
 from ehr_embed.models.packing import Packing
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 
 POSITIONS = ("sinusoidal", *ROTARY, "none")
 POOLINGS = ("last", "mean", "max", "attention")
@@ -38,8 +38,8 @@ class Decoder(nn.Module):
             prediction are not offered, because they would reveal how long a record continues.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
-            unit variance.
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
+            brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = ("gap", "elapsed"),
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
         vocabulary_head: VocabularyHead = "text_tied",
@@ -131,6 +131,22 @@ class Decoder(nn.Module):
         if cache is not None and is_next:
             cache.end_event()
         return x_BTD
+
+    def hidden_at(self, inputs: dict[str, Tensor], places_N: Tensor) -> Tensor:
+        """Return what `hidden` returns at a few places, (N, D), in less time; each row is one sequence.
+
+        Args:
+            places_N: numbers b * T + t, ascending.
+        """
+        if self.body.packing(inputs, is_causal=True) is not None or "segments" in inputs:
+            return self.hidden(inputs).flatten(0, 1)[places_N]
+        T = inputs["padding_mask"].shape[1]
+        row_N = places_N // T
+        slot_N = torch.arange(len(places_N), device=places_N.device) - torch.searchsorted(row_N, row_N)
+        place_BQ = places_N.new_zeros(len(inputs["padding_mask"]), int(slot_N.max()) + 1)
+        place_BQ[row_N, slot_N] = places_N % T
+        x_BQD = self.body.attend_at(self.body.embed(inputs), place_BQ, self.body.rotary(inputs))
+        return x_BQD[row_N, slot_N]
 
     def new_cache(self, n_new: int) -> KeyValueCache:
         """Return an empty cache for prompts, and up to `n_new` new events of each of their futures."""

@@ -12,7 +12,7 @@ from ehr_embed.core.settings import Count, OneOf, Width, checked
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import ROTARY, Body, Layers, Times, Values
 from ehr_embed.models.heads import POOLINGS, EventScores, VocabularyHead, build_head
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 
 POSITIONS = ("sinusoidal", *ROTARY, "time", "none")
 
@@ -36,8 +36,8 @@ class Encoder(nn.Module):
             `none`.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
-            unit variance.
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
+            brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `cls`, `max`, `last`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         positions: Annotated[str, OneOf(*POSITIONS)] = "sinusoidal",
         times: Times = (),
         values: Values = "film",
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
         vocabulary_head: VocabularyHead = "text_tied",

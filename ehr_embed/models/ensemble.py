@@ -78,7 +78,7 @@ class Ensemble(nn.Module):
             if isinstance(member, ReadsVocabulary):
                 member.set_vocabulary(vocabulary)
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the known ones that `matches` names, in every member.
 
         Raises:
@@ -86,7 +86,7 @@ class Ensemble(nn.Module):
         """
         for member in self.members:
             if isinstance(member, AlignsCodes):
-                member.align(matches)
+                member.align(matches, twins)
             elif matches is not None:
                 raise UserError(
                     f"a member of this ensemble, {type(member).__name__}, does not align codes, and would read the same events "

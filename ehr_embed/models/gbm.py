@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.heads import check_classifies
 from ehr_embed.models.protocol import FeatureSet
 
+log = logging.getLogger(__name__)
 STOPS = ("loss", "metric")
 BIN_SAMPLES, BIN_SAMPLE_BYTES = 200_000, 1 << 30
 """Most samples, and most bytes of their dense features, from which LightGBM chooses the bins of the features."""
@@ -73,7 +75,14 @@ class GBM(ReadsCodeFeatures):
         sample_share: ShareAbove0 = 0.7,
         l2: float = 5.0,
     ) -> None:
-        super().__init__(has_values=has_values, max_codes=max_codes, times=times, windows_hours=windows_hours)
+        super().__init__(
+            has_values=has_values,
+            max_codes=max_codes,
+            times=times,
+            windows_hours=windows_hours,
+            # Fewer records have the code than a leaf needs, so that no tree can split by it.
+            min_records=min_leaf_samples,
+        )
         self.num_classes = check_classifies("model=gbm", num_classes, vocab_size)
         self.n_trees, self.stop_on, self.patience = n_trees, stop_on, patience
         self.parameters_of_trees = {
@@ -130,16 +139,46 @@ class GBM(ReadsCodeFeatures):
         )
         self.booster = best_trees(booster)
 
-    def cross_fit(self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray[np.float64]:
-        """Return probabilities (n, C) of train's samples by `n_trees` trees that were fitted to the other folds, (n,)."""
-        found = np.zeros((len(train.labels), self.num_classes))
+    def cross_fit(
+        self, train: FeatureSet, fold: npt.NDArray[np.int64], *, seed: int, chooses_trees: bool = True
+    ) -> npt.NDArray[np.float64]:
+        """Return probabilities (n, C) of train's samples by trees that were fitted to the other folds.
+
+        Args:
+            train: the samples.
+            fold: of each sample, (n,).
+            seed: of the trees.
+            chooses_trees: whether all folds have the number of trees, at most `n_trees`, with which the samples have the least loss
+                by the trees that did not see them; otherwise `n_trees`. Few samples need few trees, and trees beyond that number
+                give probabilities that are too sure.
+        """
+        boosters, losses = [], np.zeros(self.n_trees)
+        measure = self._objective[1]
         for number in np.unique(fold):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-            part = train.features.rows(outside)
-            labels, weights = train.labels[outside], train.weights[outside]
-            data = lightgbm_module().Dataset(rows_of(part, self._too_rare(part)), labels, weight=weights)
-            booster = lightgbm_module().train(self.settings_of_trees(train, seed), data, num_boost_round=self.n_trees)
-            predicted = booster.predict(train.features.dense(inside), num_threads=torch.get_num_threads())
+            part, other = train.features.rows(outside), train.features.rows(inside)
+            too_rare = self._too_rare(part)
+            data = lightgbm_module().Dataset(
+                rows_of(part, too_rare), train.labels[outside], weight=train.weights[outside]
+            )
+            unseen = data.create_valid(rows_of(other, too_rare), train.labels[inside], weight=train.weights[inside])
+            told: dict[str, dict[str, list[float]]] = {}
+            booster = lightgbm_module().train(
+                self.settings_of_trees(train, seed) | {"metric": measure},
+                data,
+                num_boost_round=self.n_trees,
+                valid_sets=[unseen],
+                callbacks=[lightgbm_module().record_evaluation(told)],
+            )
+            losses += np.asarray(told["valid_0"][measure]) * train.weights[inside].sum()
+            boosters.append((inside, booster))
+        n_trees = int(losses.argmin()) + 1 if chooses_trees else self.n_trees
+        log.info("cross-fitted trees: %d of at most %d", n_trees, self.n_trees)
+        found = np.zeros((len(train.labels), self.num_classes))
+        for inside, booster in boosters:
+            predicted = booster.predict(
+                train.features.dense(inside), num_iteration=n_trees, num_threads=torch.get_num_threads()
+            )
             found[inside] = np.stack([1 - predicted, predicted], axis=1) if self.num_classes == 2 else predicted
         return found
 

@@ -13,7 +13,7 @@ from ehr_embed.core.transfer import reads_freely
 from ehr_embed.models.blocks import DropShare
 from ehr_embed.models.body import EventInput, Layers, TimeInput, Times
 from ehr_embed.models.heads import PooledHead, check_classifies
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 
 POOLINGS = ("last", "mean", "max", "attention")
 
@@ -30,7 +30,7 @@ class GRUBody(nn.Module):
         n_layers: int,
         dropout: float,
         times: Sequence[str],
-        whiten: bool,
+        whiten: Whiten,
         shrinkage: float,
     ) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class GRU(nn.Module):
         dropout: dropout probability between layers and on the pooled state.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
-        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
-            unit variance.
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
+            brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
 
@@ -90,7 +90,7 @@ class GRU(nn.Module):
         dropout: DropShare = 0.1,
         max_length: int = 512,
         times: Times = ("gap", "elapsed", "age"),
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "last",
     ) -> None:

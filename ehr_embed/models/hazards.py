@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf, check_setting
-from ehr_embed.core.transfer import sent
+from ehr_embed.core.transfer import reads_freely, sent
 from ehr_embed.models.heads import without_autocast
 from ehr_embed.models.protocol import FitsAtOnce, declarations
 
@@ -31,6 +31,9 @@ HAZARDS = "hazards"
 OutcomeVectors = Annotated[str, OneOf("text", "learned")]
 LIMIT = 15.0
 """Largest deviation of a log hazard from the outcome's log rate: a factor of three million."""
+
+FEW = 4
+"""Where at most one place in so many is asked, the last block is computed at the asked places alone."""
 
 
 @runtime_checkable
@@ -156,8 +159,12 @@ class GivesHazards(nn.Module):
         """
         if "asked_at" not in inputs:
             return self.hazards(super().forward(inputs), inputs)
-        model = cast(Any, self)
-        x_ND = model.hidden(inputs).flatten(0, 1)[inputs["asked_at"]]
+        model, places_N = cast(Any, self), inputs["asked_at"]
+        is_few = FEW * len(places_N) <= inputs["padding_mask"].numel() and reads_freely(places_N.device)
+        if is_few and not self.training and hasattr(model, "hidden_at"):
+            x_ND = model.hidden_at(inputs, places_N)
+        else:
+            x_ND = model.hidden(inputs).flatten(0, 1)[places_N]
         return self.hazards(model.head.classes(model.head.dropout(x_ND)), inputs)
 
 
@@ -190,17 +197,26 @@ def hazard_sizes(model: nn.Module) -> HazardSizes | None:
     return sizes if isinstance(sizes, HazardSizes) else None
 
 
+def asks_everywhere(model: nn.Module) -> bool:
+    """Return whether a model can be asked at each event of a record at once: it is causal, and its vector of a record is that of
+    the last event."""
+    return bool(declarations(model).is_causal) and hasattr(model, "hidden") and _pooling(model) == "last"
+
+
+def _pooling(model: nn.Module) -> str | None:
+    return getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
+
+
 def check_asks_everywhere(model: nn.Module) -> None:
     """Refuse a model that cannot be asked at each event of a record at once.
 
     Raises:
-        UserError: the model is not causal, or its vector of a record is not that of the last event.
+        UserError: as `asks_everywhere`.
     """
-    pooling = getattr(getattr(getattr(model, "head", None), "pooling", None), "kind", None)
-    if not declarations(model).is_causal or not hasattr(model, "hidden") or pooling != "last":
+    if not asks_everywhere(model):
         raise UserError(
-            f"task.outcomes=auto predicts at every event of a record, and {type(model).__name__} (pooling={pooling}) reads later "
-            "events there, or mixes the vectors of several events. Type: model=decoder model.pooling=last"
+            f"task.outcomes=auto predicts at every event of a record, and {type(model).__name__} (pooling={_pooling(model)}) reads "
+            "later events there, or mixes the vectors of several events. Type: model=decoder model.pooling=last"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Annotated, Any, NamedTuple
 
@@ -25,6 +26,8 @@ LOGITS_AT_ONCE = 2**24
 LOGITS_AT_ONCE_GPU = 2**27
 """The same on a GPU, 512 MiB: 4,473 events with 30,000 tokens, where 2^24 would be 559, too few to fill a GPU."""
 N_TIME_BINS = 64
+Score = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""What `_token_scores` is."""
 SHORTEST_GAP_DAYS, LONGEST_GAP_DAYS = 30 / 86_400, 36_525.0
 """Range of the time bins, in days: a gap below half a minute counts as none, and the other bins are spaced evenly on a
 log scale up to a century."""
@@ -161,6 +164,15 @@ class EventHead(nn.Module):
         self.given = nn.Sequential(nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, model_dim))
         self.time = nn.Sequential(nn.GELU(), nn.Linear(model_dim, N_TIME_BINS))
         self.value = nn.Sequential(nn.GELU(), nn.Linear(model_dim, 3)) if has_values else None
+        self._compiled: Score | None = None
+
+    def compile_scores(self) -> None:
+        """Compile what a chunk of events scores, so that its scores are read and written once instead of once per operation."""
+        self._compiled = torch.compile(_token_scores, dynamic=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what was compiled, which cannot be copied or sent to another process."""
+        return {**super().__getstate__(), "_compiled": None}
 
     def token_weights(self, table_VE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights (V, D) and biases (V,) of a table's tokens; special tokens have a bias of minus infinity.
@@ -219,7 +231,8 @@ class EventHead(nn.Module):
         with nullcontext() if self.training else without_autocast(x_ND):
             if not self.training:
                 x_ND, weight_VD, bias_V = x_ND.float(), weight_VD.float(), bias_V.float()
-            nll_N, rank_N = token_scores(x_ND, weight_VD, bias_V, target_N, with_ranks=not self.training)
+            score = self._compiled if self.training else None
+            nll_N, rank_N = token_scores(x_ND, weight_VD, bias_V, target_N, with_ranks=not self.training, score=score)
         time_NQ, value = self.time_and_value(x_ND, table_VE[target_N])
         time_nll_N = F.cross_entropy(time_NQ, time_bin(chosen("target_gap_days")), reduction="none")
         value_nll_N = None
@@ -273,23 +286,25 @@ def logits_at_once(device: torch.device) -> int:
 
 
 def token_scores(
-    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor, *, with_ranks: bool
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, target_N: Tensor, *, with_ranks: bool, score: Score | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the cross-entropy and the rank of each target, holding at most `logits_at_once` logits at a time.
 
     The backward pass computes the logits of each chunk again instead of keeping them.
 
+    Args:
+        score: computes a chunk; None = plainly. `EventHead.compile_scores` gives a compiled one.
+
     Returns:
         Cross-entropy (N,) float32, and rank (N,) int64 or None. A tie counts against the target.
     """
+    score = score or _token_scores
     n_rows = max(1, logits_at_once(x_ND.device) // len(weight_VD))
     parts = [
         # There is no dropout here, so the second forward pass needs no random state.
-        checkpoint(
-            _token_scores, x, weight_VD, bias_V, target, with_ranks, use_reentrant=False, preserve_rng_state=False
-        )
+        checkpoint(score, x, weight_VD, bias_V, target, with_ranks, use_reentrant=False, preserve_rng_state=False)
         if len(x_ND) > n_rows
-        else _token_scores(x, weight_VD, bias_V, target, with_ranks)
+        else score(x, weight_VD, bias_V, target, with_ranks)
         for x, target in zip(x_ND.split(n_rows), target_N.split(n_rows), strict=True)
     ]
     nll, rank = zip(*parts, strict=True)

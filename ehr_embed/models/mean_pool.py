@@ -10,7 +10,7 @@ from ehr_embed.core.settings import OneOf, Width, checked
 from ehr_embed.models.blocks import Dropout, DropShare
 from ehr_embed.models.body import EventInput
 from ehr_embed.models.heads import LogitLinear, Pooling, check_classifies
-from ehr_embed.models.whitening import Shrinkage
+from ehr_embed.models.whitening import Shrinkage, Whiten
 
 POOLINGS = ("mean", "max", "attention")
 
@@ -26,8 +26,8 @@ class MeanPool(nn.Module):
         model_dim: width D of the projection and of the MLP.
         dropout: dropout probability on the pooled vector and within the MLP.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
-        whiten: whether text vectors are whitened, fitted to those of train's tokens; otherwise a layer norm brings each to
-            unit variance.
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
+            brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `max`, `attention`.
 
@@ -46,7 +46,7 @@ class MeanPool(nn.Module):
         model_dim: Width = 256,
         dropout: DropShare = 0.1,
         max_length: int = 512,
-        whiten: bool = False,
+        whiten: Whiten = False,
         shrinkage: Shrinkage = 0.1,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
     ) -> None:

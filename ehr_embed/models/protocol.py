@@ -135,9 +135,9 @@ class AlignsCodes(AdaptsToRecords, Protocol):
     Models without this method see the vectors of the codes that stand for those of the dataset, and nothing else changes.
     """
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read each code of the present vocabulary as the known code that `matches` names, as far as its gate in (0, 1] says, and
-        leave all others out; None = read codes as they are.
+        leave all others out; None = read codes as they are. A known code in `twins` takes what the code takes that it names.
 
         The method is called after `set_vocabulary`, and `adapt_to_records` after it, with the dataset's records.
 

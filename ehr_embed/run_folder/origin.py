@@ -111,3 +111,20 @@ def checked_matches(found: Any, path: Path) -> dict[str, tuple[str, float]] | No
             )
         matches[code] = (match[0], match[1])
     return matches
+
+
+def checked_twins(found: Any, path: Path) -> dict[str, str]:
+    """Return the codes of a checkpoint that take the events of others; earlier versions have none.
+
+    Raises:
+        UserError: they are something else than pairs of codes.
+
+    >>> checked_twins({"A": "B"}, Path("x.pt")), checked_twins(None, Path("x.pt"))
+    ({'A': 'B'}, {})
+    """
+    twins = {} if found is None else found
+    if not isinstance(twins, dict) or not all(isinstance(x, str) for pair in twins.items() for x in pair):
+        raise UserError(
+            f"{path}: its twins are no mapping of codes to codes, which train.py writes. Use another run, or train it again."
+        )
+    return dict(twins)

@@ -44,6 +44,7 @@ HARMLESS = (
     "trainer.save_every",
     "trainer.num_workers",
     "trainer.data_device",
+    "trainer.prefetch",
     "trainer.profile",
     "report",
     "trainer.threads",
@@ -68,6 +69,7 @@ NEW: dict[str, Any] = {
     "model.text_noise": 0.0,
     "model.whiten": False,
     "model.windows_hours": None,
+    "task.auto.vector_noise": 0.0,
     "task.margin": 0.1,
     "task.min_cosine": 0.5,
     "task.n_events": 8,
@@ -79,6 +81,7 @@ NEW: dict[str, Any] = {
     "trainer.devices": 1,
     "trainer.ema": None,
     "trainer.keep": "best",
+    "trainer.min_steps": None,
     "trainer.nodes": 1,
     "trainer.pull": 0.0,
     "trainer.optimizer._target_": ADAMW,
@@ -89,6 +92,7 @@ NEW: dict[str, Any] = {
     "trainer.strategy": "auto",
     "trainer.teacher": None,
     "trainer.teacher_share": 0.5,
+    "trainer.teacher_trees": 330,
 }
 """Keys that configurations of earlier versions lack, with the values that correspond to the behaviour of these versions."""
 TRAINER_GROUPS = ("trainer.schedule", "trainer.optimizer")
@@ -108,12 +112,14 @@ class FoundRun:
         is_changed: whether the run continues with other settings (resume=force).
         threads: CPU threads that each process of the run had; the same number reproduces the same digits. None if an earlier
             version wrote the checkpoint or the settings changed.
+        batch_tokens: events per batch of the run, which stand for `trainer.batch_tokens=auto`; None = no run was found.
     """
 
     is_finished: bool = False
     checkpoint: Path | None = None
     is_changed: bool = False
     threads: int | None = None
+    batch_tokens: int | None = None
 
     def load(self, identity: Mapping[str, str], samples: Mapping[str, Samples]) -> Continuation | None:
         """Read the checkpoint from which to continue; return None if there is none.
@@ -165,6 +171,9 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
     # The checkpoint stores the settings of its training; config.yaml beside it may be that of a later start with resume=force.
     checkpoint = {} if is_finished or latest is None else read_checkpoint(latest)[1]
     there: dict[str, Any] = checkpoint["config"] if checkpoint else _config_beside(run_dir)
+    batch_tokens = there.get("trainer", {}).get("batch_tokens")
+    if config.get("trainer", {}).get("batch_tokens") == "auto" and isinstance(batch_tokens, int):
+        config = {**config, "trainer": {**config["trainer"], "batch_tokens": batch_tokens}}
     changes = differences(there, config)
     if changes and how != "force":
         old = _overrides(there, config)
@@ -177,7 +186,12 @@ def find_run(run_dir: Path, config: dict[str, Any], *, how: str) -> FoundRun:
         return FoundRun(is_finished=True)
     threads = checkpoint.get("threads")
     has_threads = isinstance(threads, int) and threads > 0 and not changes
-    return FoundRun(checkpoint=latest, is_changed=bool(changes), threads=threads if has_threads else None)
+    return FoundRun(
+        checkpoint=latest,
+        is_changed=bool(changes),
+        threads=threads if has_threads else None,
+        batch_tokens=batch_tokens if isinstance(batch_tokens, int) else None,
+    )
 
 
 def _config_beside(run_dir: Path) -> dict[str, Any]:
@@ -209,6 +223,10 @@ def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
         for config in (old, new):
             if key in old or key in new:
                 config.setdefault(key, value)
+    for stage in ("", "pretrain."):
+        if not (old.get(f"{stage}trainer.teacher") or new.get(f"{stage}trainer.teacher")):
+            for config in (old, new):  # without a teacher it has no trees
+                config.pop(f"{stage}trainer.teacher_trees", None)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
     return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
 

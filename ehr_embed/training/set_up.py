@@ -13,6 +13,7 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import Batch, EventDataset
 from ehr_embed.data.bucket_sampler import BucketSampler
 from ehr_embed.embedding.event_embedding import EventEmbedding
+from ehr_embed.models.heads import EventHead
 from ehr_embed.models.protocol import AdaptsToRecords, body_of
 from ehr_embed.run_folder.checkpoints import Continuation
 from ehr_embed.tasks.protocol import Task
@@ -98,7 +99,9 @@ def set_up_training(
     if settings.freeze == "body":
         body_of(model).requires_grad_(False)
         embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
-    if settings.compile:
+    if settings.compile == "head":
+        compile_head(model)
+    elif settings.compile:
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
         # Ranks among an aligned dataset's own numbers need no labels, and more records make them better.
@@ -118,7 +121,7 @@ def set_up_training(
     optimizer: Any = fabric.setup_optimizers(
         build_optimizer(settings.optimizer, groups, is_fused=precision != "16-mixed")
     )
-    total_steps = -(-n_batches // settings.accumulate) * settings.epochs
+    total_steps = settings.steps_of(n_batches) * settings.epochs_of(n_batches)
     course = Course(
         total_steps=total_steps,
         warmup_steps=warmup_steps_of(settings.warmup_steps, total_steps),
@@ -161,13 +164,13 @@ def inputs_of_all(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield a model's inputs for all rows of a dataset, in order of length; every process gets the same."""
     for rows in BucketSampler(
-        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.batch_tokens, shuffle=False
+        dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.most_batch_tokens, shuffle=False
     ):
         yield embedding.inputs(dataset[rows].to(embedding.table.device))
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks of a model.
+    """Compile the blocks of a model, and what a head that predicts events scores.
 
     Raises:
         UserError: it has none.
@@ -178,3 +181,23 @@ def compile_blocks(model: nn.Module) -> None:
         )
     for block in blocks:  # alike, so that one compilation serves all
         block.compile(dynamic=True)
+    for head in _event_heads(model):
+        head.compile_scores()
+
+
+def compile_head(model: nn.Module) -> None:
+    """Compile what a head that predicts events scores, and nothing else of the model.
+
+    Raises:
+        UserError: it predicts no events.
+    """
+    if not (heads := _event_heads(model)):
+        raise UserError(
+            f"trainer.compile=head: {type(model).__name__} scores no vocabulary in this task. Type: trainer.compile=false"
+        )
+    for head in heads:
+        head.compile_scores()
+
+
+def _event_heads(model: nn.Module) -> list[EventHead]:
+    return [module for module in model.modules() if isinstance(module, EventHead)]

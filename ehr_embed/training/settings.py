@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Len
@@ -28,6 +28,17 @@ from ehr_embed.training.processes import (
 from ehr_embed.training.protocol import MakesOptimizer, Schedule
 from ehr_embed.training.schedules import BY_NAME, Plateau
 
+AUTO = "auto"
+N_BATCH_TOKENS = 16_384
+"""Events per batch unless a setting says another number, and what `batch_tokens=auto` stands for on a CPU."""
+BatchTokens = Annotated[
+    Literal["auto"] | Annotated[int, Field(ge=1)],
+    Told("auto, or 1 or more events", example="auto", remedy="auto chooses by the memory of the GPU."),
+]
+
+Compile = Annotated[Literal["head"] | bool, Told("true, false or head", example="false")]
+Prefetch = Annotated[Literal["auto"] | bool, Told("auto, true or false", example="auto")]
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -41,8 +52,9 @@ class TrainerSettings:
     """
 
     epochs: Annotated[int, Field(ge=0), Told("0 (only evaluate what init_from names) or more", example="50")] = 50
+    min_steps: Annotated[Count | None, Told("1 or more steps, or null", example="300")] = None
     batch_size: Count | None = 32
-    batch_tokens: Count = 16_384
+    batch_tokens: BatchTokens = N_BATCH_TOKENS
     bucket_batches: Count = BUCKET_BATCHES
     accumulate: Count = 1
     learning_rate: NotNegative = 1e-4
@@ -59,6 +71,7 @@ class TrainerSettings:
     ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
     teacher: Annotated[str, OneOf("gbm")] | None = None
     teacher_share: Share = 0.5
+    teacher_trees: Annotated[Count | None, Told("1 or more trees, or null", example="330")] = None
     warmup_steps: NotNegative = 100
     schedule: Schedule | str = field(default_factory=Plateau)
     scheduler_patience: Annotated[int, Field(ge=0)] | None = None
@@ -70,6 +83,7 @@ class TrainerSettings:
     n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
     num_workers: Annotated[int, Field(ge=0, le=1024), Told(remedy="0 builds batches in this process.")] = 0
     data_device: DataDevice = "auto"
+    prefetch: Prefetch = "auto"
     accelerator: Accelerator = "auto"
     devices: Devices = 1
     nodes: Nodes = 1
@@ -77,7 +91,7 @@ class TrainerSettings:
     precision: Precision = "auto"
     freeze: Annotated[str, OneOf("body")] | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1), Told("a factor in (0, 1]; 1 = one rate for all")] = 1.0
-    compile: bool = False
+    compile: Compile = False
     profile: bool = False
     threads: Threads = "auto"
 
@@ -139,10 +153,30 @@ class TrainerSettings:
         ):
             object.__setattr__(self, name, value)
 
+    def epochs_of(self, n_batches: int) -> int:
+        """Return the largest number of epochs of `n_batches` batches: `epochs`, or as many as `min_steps` steps take.
+
+        >>> settings = TrainerSettings(epochs=6, min_steps=100)
+        >>> settings.epochs_of(7), settings.epochs_of(50), TrainerSettings(epochs=0, min_steps=100).epochs_of(7)
+        (15, 6, 0)
+        """
+        if self.min_steps is None or self.epochs == 0:
+            return self.epochs
+        return max(self.epochs, -(-self.min_steps // self.steps_of(n_batches)))
+
+    def steps_of(self, n_batches: int) -> int:
+        """Return the number of optimizer steps of an epoch of `n_batches` batches, at least 1."""
+        return max(1, -(-n_batches // self.accumulate))
+
     @property
     def batch_key(self) -> str:
         """Return the name of the setting that bounds the size of a batch."""
         return "trainer.batch_tokens" if self.batch_size is None else "trainer.batch_size"
+
+    @property
+    def most_batch_tokens(self) -> int:
+        """Return the most events per batch; before `training.batch_tokens` has chosen for `auto`, that of a CPU."""
+        return N_BATCH_TOKENS if self.batch_tokens == AUTO else int(self.batch_tokens)
 
     def launch(self) -> Processes:
         """Join the processes that train together and choose their devices, see `ehr_embed.training.processes.launch`."""

@@ -49,6 +49,7 @@ class SplitBatches:
             num_workers=self._settings.num_workers,
             device=self._processes.fabric.device,
             data_device=self._settings.data_device,
+            prefetch=self._settings.prefetch,
         )
 
     def _dataset(self, split: str, epoch: int | None) -> EventDataset:
@@ -60,7 +61,7 @@ class SplitBatches:
         sampler = BucketSampler(
             dataset.lengths,
             batch_size=self._settings.batch_size,
-            batch_tokens=self._settings.batch_tokens,
+            batch_tokens=self._settings.most_batch_tokens,
             shuffle=epoch is not None,
             bucket_batches=self._settings.bucket_batches,
             seed=self._seed,

@@ -39,7 +39,8 @@ OPTIONS: dict[str, Any] = {
     "min_leaf_samples": 40,
     "feature_share": 0.2,
 }
-"""Settings of the teacher's trees, whose number no split chooses; other settings are those of conf/model/gbm.yaml."""
+"""Settings of the teacher's trees: `n_trees` is their largest number where train's own folds choose it; other settings are those of
+conf/model/gbm.yaml."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,27 @@ def teacher_model(
     sizes: dict[str, Any],
     *,
     windows_hours: Sequence[float] | None = None,
+    n_trees: int | None = None,
 ) -> GBM | None:
     """Return the unfitted model behind `trainer.teacher`, for events of `vocabulary`; `sizes` are those of a model.
 
-    Where the model that it teaches reads windows of hours before the prediction, the teacher reads the same windows.
+    `n_trees` is `trainer.teacher_trees`. Where the model that it teaches reads windows of hours before the prediction, the teacher
+    reads the same windows.
     """
     if name is None:
         return None
-    model = GBM(**sizes, **OPTIONS, windows_hours=windows_hours)
+    options = OPTIONS if n_trees is None else OPTIONS | {"n_trees": n_trees}
+    model = GBM(**sizes, **options, windows_hours=windows_hours)
     model.set_vocabulary(vocabulary)
     return model
 
 
 def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, share: float) -> Teacher:
     """Fit `model` to all folds of train's subjects but one, for each of `N_FOLDS` folds, and blend its probabilities of that
-    fold with the labels. Neither tuning nor held_out is read. Probabilities are kept in the cache, by what they were made of.
+    fold with the labels.
+
+    Without `trainer.teacher_trees` the number of trees is chosen by train's folds. Neither tuning nor held_out is read.
+    Probabilities are kept in the cache, by what they were made of.
 
     Raises:
         UserError: a task without one class per sample, or several processes.
@@ -99,12 +106,14 @@ def cross_fitted(trainer: Trainer, model: GBM, embedding: EventEmbedding, *, sha
     fold = folds(task.samples["train"].subject_ids, trainer.seed)
     config: Any = trainer.about["config"]
     cache_dir = config.get("cache_dir")
-    path = None if cache_dir is None else Path(cache_dir) / "teachers" / f"{_key(train, fold, trainer.seed)}.npy"
+    n_trees = trainer.settings.teacher_trees
+    key = _key(train, fold, trainer.seed, n_trees)
+    path = None if cache_dir is None else Path(cache_dir) / "teachers" / f"{key}.npy"
     if path is not None and path.is_file():
         log.info("trainer.teacher: probabilities of an earlier run, %s", path)
         probabilities = np.load(path, allow_pickle=False)
     else:
-        probabilities = model.cross_fit(train, fold, seed=trainer.seed)
+        probabilities = model.cross_fit(train, fold, seed=trainer.seed, chooses_trees=n_trees is None)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -126,10 +135,11 @@ def folds(subject_ids: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64
     return fold[of_sample]
 
 
-def _key(train: FeatureSet, fold: npt.NDArray[np.int64], seed: int) -> str:
+def _key(train: FeatureSet, fold: npt.NDArray[np.int64], seed: int, n_trees: int | None) -> str:
     """Return a digest of all that the probabilities depend on."""
     cells = train.features.cells
-    digest = hashlib.sha256(json.dumps([OPTIONS, N_FOLDS, seed, list(train.features.shape)]).encode())
+    options = OPTIONS | ({"chosen": "by unseen samples"} if n_trees is None else {"n_trees": n_trees})
+    digest = hashlib.sha256(json.dumps([options, N_FOLDS, seed, list(train.features.shape)]).encode())
     for array in (cells.data, cells.indices, cells.indptr, train.features.usual, train.labels, train.weights, fold):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:24]

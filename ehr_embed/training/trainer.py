@@ -90,7 +90,7 @@ class Trainer:
         }
 
     def fit(self, model: nn.Module, embedding: EventEmbedding, run: Continuation | None = None) -> dict[str, Any]:
-        """Train until `epochs`, or until the monitored metric has not improved for `patience` epochs.
+        """Train until `epochs` (or those of `min_steps`), or until the monitored metric has not improved for `patience` epochs.
 
         Model and embedding end with the best epoch's weights.
 
@@ -105,6 +105,7 @@ class Trainer:
             UserError: the loss became NaN or infinite or is no sum over the samples, or `run` does not fit the model.
             Stopped: a signal asked for it; `latest_checkpoint.pt` has been written.
         """
+        n_batches = self.batches.n_of_epoch(1)
         training = set_up_training(
             model,
             embedding,
@@ -114,11 +115,11 @@ class Trainer:
             task=self.task,
             seed=self.seed,
             about=self.about,
-            n_batches=self.batches.n_of_epoch(1),
+            n_batches=n_batches,
         )
         if run is None:
             check_step(self.task, training.wrapped, embedding, dataset_of(self.task, "train"))
-        self._train_until_done(training)
+        self._train_until_done(training, n_epochs=self.settings.epochs_of(n_batches))
         self._reload_best(model, embedding)
         progress = training.state.progress
         return self.facts(model, embedding) | {
@@ -133,7 +134,7 @@ class Trainer:
             "history": progress.history,
         }
 
-    def _train_until_done(self, training: Training) -> None:
+    def _train_until_done(self, training: Training, *, n_epochs: int) -> None:
         """Train and evaluate one epoch after another, until the last one or until patience is over."""
         state = training.state
         progress = state.progress
@@ -144,7 +145,7 @@ class Trainer:
                 self._keep(state)  # an earlier start may have been killed before it did so
             for row in progress.history:  # a tracker that was killed may lack the last rows, and a new one lacks all
                 self.log(row, row["epoch"])
-            while self._goes_on(progress):
+            while self._goes_on(progress, n_epochs):
                 loss = self._train_epoch(training, stop, after_batch)
                 row, value = self._evaluate_epoch(training, loss, stop)
                 progress.end_epoch(
@@ -156,11 +157,11 @@ class Trainer:
                 warn_if_slow(row)
                 self._leave_if_asked(stop, progress)
 
-    def _goes_on(self, progress: Progress) -> bool:
+    def _goes_on(self, progress: Progress, n_epochs: int) -> bool:
         """Return whether an epoch is unfinished, or another one is to come."""
         patience = self.settings.patience
         is_patient = patience is None or progress.epochs_without_improvement < patience
-        return bool(progress.batch) or (progress.epoch < self.settings.epochs and is_patient)
+        return bool(progress.batch) or (progress.epoch < n_epochs and is_patient)
 
     def _evaluate_epoch(self, training: Training, loss: float, stop: StopRequest) -> tuple[dict[str, Any], float]:
         """Evaluate the epoch on tuning, and tell the plateau schedule.

@@ -85,17 +85,17 @@ def test_every_model_goes_with_every_pipeline():
 
 
 def test_a_pipeline_reaches_the_models_whose_files_take_its_setting_and_no_other():
-    def whitened(*overrides: str) -> tuple[bool, float]:
+    def whitened(*overrides: str) -> tuple[bool | str, float]:
         model = composed(*overrides).model
         return model.get("whiten"), model.shrinkage
 
     for option in ("encoder", "decoder", "gru", "mean_pool"):
-        assert whitened("pipeline=embedded_based", f"model={option}") == (True, 100.0)
+        assert whitened("pipeline=embedded_based", f"model={option}") == ("lift", 1.0)
         assert whitened(f"model={option}") == (False, 0.1)
     assert whitened("pipeline=embedded_based", "model=code_tab") == (None, 0.1)
-    assert whitened("pipeline=embedded_based", "model.whiten=false") == (False, 100.0)
+    assert whitened("pipeline=embedded_based", "model.whiten=false") == (False, 1.0)
     member = composed("pipeline=embedded_based", "+model@ensemble.members.own.model=gru").ensemble.members.own.model
-    assert member.whiten
+    assert member.whiten == "lift"
     with pytest.raises(UserError, match=r"shrinkage.*event_vectors|event_vectors.*shrinkage"):
         check_config(composed("pipeline=embedded_based", "+event_vectors.shrink=1"), RunKeys)
 

@@ -79,3 +79,42 @@ def test_the_completion_is_installed_for_the_program():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("-F hydra_bash_completion ehr-embed")
+
+
+@pytest.mark.parametrize("command", [["ehr_embed", "train", "--help"], ["ehr_embed.ask", "--cfg", "job"]])
+def test_a_reader_that_leaves_ends_nothing(command):
+    """As `| head -0`: the reader is gone before the first line, so the pipe is broken whenever something is printed."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_work_goes_on_and_prints_to_nobody_when_the_reader_has_left():
+    code = (
+        "import sys\nfrom ehr_embed.core.pipes import reader_may_leave\nwith reader_may_leave():\n"
+        "    for _ in range(3):\n        print('x' * 100_000)\n    print('written', file=sys.stderr)"
+    )
+    ours, theirs = os.pipe()
+    os.close(ours)
+    for stdout, printed in ((subprocess.PIPE, 300_003), (theirs, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr, len(done.stdout or "")) == (0, "written\n", printed)
+    os.close(theirs)

@@ -161,6 +161,41 @@ def test_nothing_in_common_is_refused(two, tmp_path):
         align(two[0], other, embed=embed, rules=Rules.read())
 
 
+def test_codes_of_the_run_that_say_the_same_take_the_same_events(tmp_path, two, caplog):
+    twice = {
+        **RUN,
+        "APACHE": ("Worst value: Sodium [mEq/L]", 139.0),
+        "WORDS": ("Sodium", None),
+        "K": ("Potassium", 4.0),
+    }
+    run = vocabulary(tmp_path, twice)
+    with caplog.at_level("INFO"):
+        found = align(run, two[1], embed=embed, rules=Rules.read())
+        found.say()
+    assert found.matches["lab//1"][0] in ("NA", "APACHE")
+    assert {frozenset(pair) for pair in found.twins.items()} == {frozenset(("NA", "APACHE"))}, (
+        "of one kind, and surely the same"
+    )
+    assert "APACHE" in caplog.text
+    assert found.digest != align(two[0], two[1], embed=embed, rules=Rules.read()).digest
+    assert align(run, two[1], embed=embed, rules=Rules.read(), matching="one_to_one").twins == {}
+
+
+def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
+    """A code whose numbers cannot agree with those of the run's has no match, and its loss is said."""
+    table = align(*two, embed=embed, rules=Rules.read())
+    assert table.table.filter(code="note//6").select("gate", "warning").row(0) == (0.0, "numbers there and none here")
+    table.say()
+    assert "numbers cannot agree" in caplog.text
+    assert "data.alignment_pairs=FILE.csv" in caplog.text
+    assert "Heart rate (numbers there and none here)" in caplog.text
+    pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [None]})
+    table = align(*two, embed=embed, rules=Rules.read(), pairs=pairs).table.filter(code="note//6")
+    assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), (
+        "a person's word, with a warning"
+    )
+
+
 def test_tokens_have_the_vectors_of_what_they_match_as_far_as_the_gate_says(two):
     run, here = two
     found = align(run, here, embed=embed, rules=Rules.read())

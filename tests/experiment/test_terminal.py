@@ -25,6 +25,7 @@ def typed(*arguments: str, cwd: Path) -> tuple[int, str]:
     return on_a_terminal(str(ROOT / "train.py"), *arguments, cwd=cwd, environment=environment, silent_s=120)
 
 
+@pytest.mark.slow
 def test_no_bar_is_torn(tmp_path):
     code, output = typed(*SMALL, "run_dir=run", cwd=tmp_path)
     assert code == 0, output

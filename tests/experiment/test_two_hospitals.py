@@ -155,6 +155,42 @@ def test_what_cannot_be_aligned_is_refused_before_the_run_begins(hospitals, tmp_
         ))  # fmt: skip
 
 
+def test_a_hospital_or_a_run_without_texts_is_refused_before_the_run_begins(hospitals, tmp_path):
+    silent = dict.fromkeys(("q//1", "q//2", "q//3", "q//4", "q//5"), "")
+    write_hospital(hospitals / "silent", silent, heart_unit=1.0, noise=0, seed=2, first=90_000)
+    run(config(hospitals, "silent", "gbm", "gbm-silent", TRAINER[0]))
+    for data, start in (("silent", "gbm-home"), ("away", "gbm-silent")):
+        with pytest.raises(UserError, match=r"may lack texts: .*metadata/codes\.parquet"):
+            run(config(hospitals, data, "gbm", "refused", f"init_from={hospitals / start}", "trainer.epochs=0"))
+        with pytest.raises(UserError, match=r"may lack texts: .*data\.aligned_to=none"):
+            predict(composed(
+                f"run={hospitals / start}", f"data.root={hospitals / data}", f"output={tmp_path / 'o.parquet'}", name="predict"
+            ))  # fmt: skip
+    assert not (hospitals / "refused").exists()
+    assert not (tmp_path / "o.parquet").exists()
+
+
+def test_a_cache_of_texts_changes_no_prediction_and_is_read_again(hospitals, tmp_path, monkeypatch):
+    def predicted(name: str, **cache: str) -> pl.DataFrame:
+        overrides = [f"data.{key}={value}" for key, value in cache.items()]
+        predict(composed(
+            f"run={hospitals / 'encoder-home'}", f"data.root={hospitals / 'away'}", f"output={tmp_path / name}",
+            "task.labels=case", "split=tuning", *overrides, name="predict",
+        ))  # fmt: skip
+        return pl.read_parquet(tmp_path / name)
+
+    kept = tmp_path / "kept"
+    expected = predicted("none.parquet")
+    assert predicted("written.parquet", alignment_cache=str(kept)).equals(expected)
+    assert list((kept / "embeddings").glob("*.sqlite"))
+
+    def embeds(self, texts):
+        raise AssertionError(f"embedded again: {texts}")
+
+    monkeypatch.setattr("ehr_embed.embedders.sentence_transformer.SentenceTransformerEmbedder.embed", embeds)
+    assert predicted("read.parquet", alignment_cache=str(kept)).equals(expected)
+
+
 def test_numbers_are_ranked_without_labels_and_without_other_splits(hospitals):
     """Held-out numbers, however wild, change no probability of train's subjects."""
     predictor = Predictor(hospitals / "gbm-home")

@@ -70,7 +70,8 @@ def what_is_left(run_dir: Path) -> dict[str, Any]:
     metrics["train"] = {k: v for k, v in metrics["train"].items() if "second" not in k and not k.endswith(measured)}
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = torch.load(run_dir / "best_checkpoint.pt", weights_only=True)
-    weights = {**best["model_state_dict"], **best.get("embedding_state_dict", {})}
+    states = {**best["model_state_dict"], **best.get("embedding_state_dict", {})}
+    weights = {name: x for name, x in states.items() if isinstance(x, torch.Tensor)}
     return {
         "metrics": metrics,
         "rows": [{k: v for k, v in row.items() if not k.endswith(measured)} for row in rows],

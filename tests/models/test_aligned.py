@@ -99,6 +99,35 @@ def test_what_has_no_match_contributes_nothing():
         torch.testing.assert_close(model(one), model(hidden), equal_nan=True)
 
 
+@pytest.mark.parametrize("build", [trained_tab, fitted_features])
+def test_a_twin_takes_the_events_of_the_code_that_says_the_same(build):
+    """What the run knows as B and as its twin C comes from one code of the other hospital, and two codes would say the same."""
+    model = build()
+    fit = model.adapt_to_records if isinstance(model, CodeTab) else model.fit_to_records
+    one = batch(tokens=(2, 3), seed=3)
+    is_y = one["token_ids"] == 3
+    # The same events once more, under the code z.
+    both = {
+        name: torch.cat([x, x], dim=1) if x.ndim == 2 and len(x) == len(is_y) and name != "rows" else x
+        for name, x in one.items()
+    }
+    both["token_ids"] = torch.cat([one["token_ids"], torch.where(is_y, 4, one["token_ids"])], dim=1)
+    both["row_ids"] = both["token_ids"]
+    both["padding_mask"] = torch.cat([one["padding_mask"], one["padding_mask"] & is_y], dim=1)
+    model.set_vocabulary(vocabulary(HERE))
+    model.align(ONE_TO_ONE)
+    fit([both])
+    expected = model(both)
+    model.align({code: ONE_TO_ONE[code] for code in "xy"}, {"C": "B", "unknown": "A"})
+    fit([one])
+    torch.testing.assert_close(model(one), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    model.align({code: ONE_TO_ONE[code] for code in "xy"})
+    fit([one])
+    assert not torch.allclose(model(one).nan_to_num(), expected.nan_to_num(), atol=1e-4), (
+        "without its twin it is missing"
+    )
+
+
 def test_several_codes_of_one_share_its_place_by_their_gates():
     matches = CodeMatches(["A", "B"], n_summaries=2, counts=(0,))
     matches.match({"x": ("A", 1.0), "y": ("A", 0.25), "z": ("B", 0.5), "w": ("gone", 1.0), "v": ("B", 0.0)})
@@ -206,3 +235,19 @@ def test_a_number_that_train_never_varied_says_nothing_there():
     assert found[:, later].abs().max() == 0
     assert found[:, :9].abs().max() > 1
     assert found[:, 9:11].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("windows_hours", [None, (12, 24)])
+def test_what_occurs_is_what_the_table_of_all_matched_codes_holds(windows_hours):
+    features = CodeFeatures(has_values=True, max_codes=9, times=True, windows_hours=windows_hours)
+    features.set_vocabulary(vocabulary(HERE))
+    features.pool({code: (code, 1.0) for code in HERE})
+    features.choose([batch()])
+    there = batch(n=7, seed=5)
+    there["days"] = torch.linspace(2, 0, there["days"].shape[1]).expand_as(there["days"])
+    there["values"][0, :2] = float("nan")
+    row, code, found = features._pairs(there)
+    table = features._of_matches(there).view(7, len(features.groups), -1)
+    expected_row, expected_code = (table[:, 0] > 0).nonzero(as_tuple=True)
+    assert (row.tolist(), code.tolist()) == (expected_row.tolist(), expected_code.tolist())
+    torch.testing.assert_close(found, table[expected_row, :, expected_code], rtol=0, atol=0, equal_nan=True)

@@ -162,3 +162,10 @@ def test_what_cannot_be_summarised_is_refused():
         features(batch([[(2, 1.0, NAN)]]))
     with pytest.raises(UserError, match="Give texts or a MEDS dataset to predict on"):
         fitted([[(2, 1.0, NAN)]])({"embeddings": torch.zeros(1, 1, 4), "padding_mask": torch.ones(1, 1) > 0})
+
+
+def test_codes_of_few_records_get_no_features_but_the_birth_does():
+    records = [[(6, 9000.0, NAN), (2, 3.0, 1.0)], [(2, 1.0, 1.0), (3, 2.0, 5.0), (3, 1.0, 5.0), (3, 0.5, 5.0)]]
+    assert fitted(records, min_records=2).codes == [birth_code, "A"], "three events of one record are no three records"
+    assert fitted(records, min_records=3).codes == [birth_code]
+    assert fitted(records[1:], min_records=3).codes == ["B"], "something is left to be constant"

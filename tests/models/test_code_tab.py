@@ -92,6 +92,31 @@ def test_code_by_code_and_from_what_occurs_the_sums_are_the_same(member_weights,
     assert all(gradient.abs().sum() for gradient in gradients[0]), "every parameter counts"
 
 
+@pytest.mark.parametrize("member_weights", MEMBER_WEIGHTS)
+def test_frequent_codes_one_by_one_and_rare_ones_pair_by_pair_sum_up_to_the_same(member_weights, monkeypatch):
+    """Pooled hospitals: the reference sums all codes pair by pair, and gradients agree too."""
+    records = [*train_records(9), [(5, 1.0, 2.0)]]
+    found = []
+    for products_of_pair in (0, 450, 10**9):
+        model = build(member_weights=member_weights, feeds_absent=False)
+        body = model.body
+        monkeypatch.setattr(body, "_is_dense_cheaper", lambda *_: False)
+        monkeypatch.setattr(body, "_products_of_pair", lambda n=products_of_pair: n)
+        ways = []
+        for way in ("_dense", "_sparse"):
+            own = getattr(body, way)
+            monkeypatch.setattr(
+                body, way, lambda *given, own=own, way=way, ways=ways: (ways.append(way), own(*given))[1]
+            )
+        z = body(inputs(records))
+        z.square().sum().backward()
+        found.append((z, body.weights1.grad, ways))
+    for z, gradient, _ in found[1:]:
+        torch.testing.assert_close(z, found[0][0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-5)
+    assert [ways for *_, ways in found] == [["_sparse"], ["_dense", "_sparse"], ["_dense"]]
+
+
 def test_the_sum_is_that_of_the_definition():
     """One code at a time, as the class says, with the weights of each code written out."""
     model = build(age=False)

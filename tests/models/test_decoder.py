@@ -113,6 +113,15 @@ def test_futures_that_share_a_prompt_have_the_vectors_of_their_own_sequences(pos
             cache.select(torch.tensor([0, 1]), kept)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_vectors_of_a_few_places_are_those_among_all(positions):
+    model, batch = decoder(positions=positions), inputs([3, 9, 5], 9)
+    places = torch.tensor([2, 9 + 0, 9 + 4, 9 + 8])  # one of the first row, three of the second, none of the third
+    torch.testing.assert_close(
+        model.hidden_at(batch, places), model.hidden(batch).flatten(0, 1)[places], atol=1e-5, rtol=1e-4
+    )
+
+
 def test_time_is_seen_and_may_be_left_out():
     batch = inputs([6], 6)
     later = batch | {"gap_days": batch["gap_days"] * 3}

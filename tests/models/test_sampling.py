@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -217,6 +217,50 @@ def test_no_event_of_a_future_waits_for_the_device(planted, pretrained, n_sample
             _draw_event(sequences, head, embedding, weights, sampling, generator, is_first=number == 0)
             sequences.go_on(sequences.goes_on_R & (sequences.days_R <= 9))
     assert sequences.hidden().shape == (len(batch.labels) * n_samples, weights[0].shape[1])
+
+
+def test_futures_that_have_ended_are_no_longer_computed(planted, pretrained, monkeypatch):
+    """Half of the futures or more are dropped once they have ended, which changes no event of the others."""
+    store, _ = planted
+    model, embedding, _ = pretrained
+    stop = store.vocabulary.tokens["str"].to_list().index("C")
+    sampling = Sampling(n_samples=4, temperature=0, horizon_days=1e4, max_new_events=12, stop_tokens=(stop,))
+    drop, n_computed, found = _Sequences.drop_ended, [0, 0], []
+    for way in (0, 1):
+
+        def counted(sequences: _Sequences, way: int = way) -> bool:
+            n_computed[way] += len(sequences.goes_on_R)
+            return drop(sequences) if way == 0 else bool(sequences.goes_on_R.any())
+
+        monkeypatch.setattr(_Sequences, "drop_ended", counted)
+        found.append(generate(model, embedding, prompts(planted)[0], sampling, torch.Generator()))
+    assert n_computed[0] < n_computed[1]
+    for name in ("token_ids", "prompt", "sample", "days", "is_cut"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), msg=name)
+
+
+def test_with_autocast_the_body_is_in_half_precision_and_the_head_is_not(planted, pretrained, monkeypatch):
+    """Eight bits of a score would make many tokens equally probable."""
+    model, embedding, _ = pretrained
+    sampling, dtypes = Sampling(n_samples=2, max_new_events=3), set()
+
+    def watched(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        dtypes.add(logits.dtype)
+        return draw_token(logits, *others)
+
+    def watched_gap(scores: torch.Tensor, *others: Any) -> torch.Tensor:
+        dtypes.add(scores.dtype)
+        return draw_gap(scores, *others)
+
+    caches = []
+    new_cache = Decoder.new_cache
+    monkeypatch.setattr(Decoder, "new_cache", lambda *args: caches.append(new_cache(*args)) or caches[-1])
+    monkeypatch.setattr("ehr_embed.models.sampling.draw_token", watched)
+    monkeypatch.setattr("ehr_embed.models.sampling.draw_gap", watched_gap)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, embedding, prompts(planted)[0], sampling, torch.Generator().manual_seed(0))
+    assert dtypes == {torch.float32}
+    assert {x.dtype for pair in (*caches[0].prompts, *caches[0].own) for x in pair} == {torch.bfloat16}
 
 
 def test_top_k_and_top_p_leave_the_rest_out():

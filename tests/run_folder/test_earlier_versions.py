@@ -163,6 +163,7 @@ def test_a_checkpoint_alone_starts_a_run(place, cohort, inside):
     assert metrics_of(place / "runs" / "started")["train"]["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_a_search_is_continued(place, cohort, inside):
     space = ("hydra/sweeper=study", "hydra/sweeper/sampler=random", "trainer.learning_rate=interval(0.001,0.01)")
     own = ("hydra.sweeper.study_name=rates", "hydra.sweeper.n_trials=3", "hydra.sweeper.has_plots=false")

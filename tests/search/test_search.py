@@ -99,7 +99,9 @@ def test_a_trial_that_ended_while_its_search_was_dead_is_not_run_again(tmp_path)
     assert len(started(log)) == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupting_ends_the_jobs_and_keeps_what_is_finished(tmp_path, number, code):
     log = tmp_path / "started"
     arguments = (X, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", f"started={log}")
@@ -116,6 +118,7 @@ def test_interrupting_ends_the_jobs_and_keeps_what_is_finished(tmp_path, number,
     assert states(trials_of(tmp_path)) == ["COMPLETE"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_journal_without_repeating_a_point(tmp_path):
     arguments = (X, "n=int(interval(1,100))", "hydra.sweeper.n_trials=8", "seconds=0.2")
     both = [start(*arguments, cwd=tmp_path) for _ in range(2)]
@@ -139,6 +142,7 @@ def test_no_trial_waits_for_the_slowest(tmp_path):
     assert {job["threads"] for job in started(log)} == {os.environ["OMP_NUM_THREADS"]}
 
 
+@pytest.mark.slow
 def test_each_slot_has_its_own_device_and_each_trial_is_alone(tmp_path):
     """A search that Slurm started as one of two tasks is a process on a study, and its trials are no parts of one run."""
     log = tmp_path / "started"
@@ -230,6 +234,7 @@ def test_wilcoxon_judges_seeds(tmp_path):
     assert len(trials[1].intermediate_values) < 6
 
 
+@pytest.mark.slow
 def test_several_objectives(tmp_path):
     script = tmp_path / "app.py"
     script.write_text(APP.read_text().replace("return value\n", "return value, abs(cfg.x - 1)\n"))
@@ -272,6 +277,7 @@ def test_too_many_failures_stop_the_search(tmp_path):
     assert "in main" in log, "the place in the user's code"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_launchers_run_batches(tmp_path, launcher):
     arguments = ("x=0.1,0.2,9", f"hydra/launcher={launcher}", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=2")

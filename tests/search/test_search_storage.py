@@ -124,6 +124,7 @@ def test_sqlite_from_the_environment(tmp_path):
     assert not (tmp_path / "multirun" / "app" / "study.journal").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_share_postgresql(postgresql, tmp_path):
     """Both make the tables at once, take turns, and report through the server."""
     # Without a pruner: after five trials the default one stops whichever draws a bad point, as it should.

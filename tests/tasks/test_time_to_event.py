@@ -15,6 +15,7 @@ import ehr_embed
 from ehr_embed.ask import _shown, ask
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import BatchDataset
+from ehr_embed.data.labels import read_labels
 from ehr_embed.data.outcomes import EVENT, EXCLUDED, TokenPlaces, follow_up
 from ehr_embed.data.samples import build_samples, window_samples
 from ehr_embed.data.store import EventStore, build_store
@@ -192,6 +193,34 @@ def test_another_hospitals_codes_are_read_as_the_runs_own(everywhere, root, tmp_
     assert np.abs(unread.incidence - own.incidence).max() > 0.01
 
 
+def test_prediction_times_that_share_a_record_have_the_answers_of_each_alone(everywhere, root, tmp_path, monkeypatch):
+    times = read_labels("infarction_30d", root / "labels", needs_values=False).in_meds()
+    times = times.select("subject_id", "prediction_time")
+    later = [times.with_columns(pl.col("prediction_time") + pl.duration(days=days)) for days in (0, 4, 9, 12)]
+    pl.concat(later).write_parquet(tmp_path / "times.parquet")
+    asker = Asker(everywhere)
+    questions = asker.questions({"flu": {"codes": ["FLU"]}, "smoking or death": {"codes": ["SMOKE", "MEDS_DEATH"]}})
+    data = asker.read(str(root), labels=str(tmp_path / "times.parquet"), split="held_out", lookups=())
+    read = []
+    batches = Asker.batches
+
+    def counted(self, data):
+        read.append(len(data.samples))
+        return batches(self, data)
+
+    monkeypatch.setattr(Asker, "batches", counted)
+    shared = asker.incidence(data, questions, [10.0, 30.0])
+    alone = asker.incidence(data, questions, [10.0, 30.0], shares=False)
+    n_subjects = len(np.unique(data.samples.subject_ids))
+    assert read == [n_subjects, len(data.samples)]
+    assert len(data.samples) == 4 * n_subjects
+    np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-6)
+    by_subject = alone[np.argsort(data.samples.subject_ids, kind="stable"), 0, -1].reshape(n_subjects, 4)
+    assert (
+        by_subject.std(1) > 1e-6
+    ).mean() > 0.5  # the answers of a subject differ by time, so a mistaken place would show
+
+
 def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):
     from benchmarks import ask as benchmark
 
@@ -207,6 +236,7 @@ def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsy
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["predictions"] == 20
     assert found["cpu_ratio"] > 1
+    assert found["cpu_ratio_alone"] > 1
     assert found["wall_ms_per_prediction_asked"] > 0
 
 

@@ -36,14 +36,31 @@ def test_a_fold_is_never_seen_by_the_model_that_speaks_of_it():
     x = rng.normal(size=(400, 3))
     y = (x[:, 0] + rng.normal(size=400) > 0).astype(np.int64)
     fold = folds(np.arange(400), 0)
-    model = GBM(embedding_dim=4, num_classes=2, n_trees=20, learning_rate=0.1)
+    # All folds together choose the number of trees, so there is one.
+    model = GBM(embedding_dim=4, num_classes=2, n_trees=1, learning_rate=1.0, feature_share=1.0)
     before = model.cross_fit(feature_set(x, y), fold, seed=0)
     turned = np.where(fold == 2, 1 - y, y)
     after = model.cross_fit(feature_set(x, turned), fold, seed=0)
     np.testing.assert_array_equal(before[fold == 2], after[fold == 2])
     assert np.abs(before - after)[fold != 2].max() > 0.05
     np.testing.assert_allclose(before.sum(1), 1)
-    assert np.corrcoef(before[:, 1], x[:, 0])[0, 1] > 0.7, "and it learns"
+    assert np.corrcoef(before[:, 1], x[:, 0])[0, 1] > 0.6, "and it learns"
+
+
+def test_trees_end_where_unseen_samples_begin_to_lose():
+    """Trees without end fit noise: their probabilities of unseen samples are worse than the prevalence."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, 3)), rng.integers(0, 2, 300)
+    x[:, 0] += 0.3 * y
+    options = {"embedding_dim": 4, "num_classes": 2, "learning_rate": 0.3, "min_leaf_samples": 5}
+    found = GBM(**options, n_trees=200).cross_fit(feature_set(x, y), folds(np.arange(300), 0), seed=0)
+    loss = -np.log(found[np.arange(300), y]).mean()
+    assert loss < np.log(2) + 0.005
+    assert found[:, 1].std() == pytest.approx(0.1, abs=0.08), "the signal is still used"
+    fixed = GBM(**options, n_trees=200).cross_fit(
+        feature_set(x, y), folds(np.arange(300), 0), seed=0, chooses_trees=False
+    )
+    assert -np.log(fixed[np.arange(300), y]).mean() > np.log(2) + 0.1
 
 
 def test_samples_of_a_subject_share_a_fold():

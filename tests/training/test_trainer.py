@@ -110,6 +110,17 @@ def test_training_stops_when_nothing_improves(planted, tmp_path):
     assert facts["best_epoch"] == 1
 
 
+def test_a_small_train_split_is_read_until_there_are_enough_steps(planted, tmp_path):
+    facts, rows, *_ = train(planted, tmp_path / "run", epochs=2, batch_size=20, min_steps=8, schedule="cosine", warmup_steps=2,
+                            min_learning_rate=0.0)  # fmt: skip
+    assert (facts["epochs"], facts["steps"]) == (3, 9), "three steps per epoch"
+    rates = [row["train/learning_rate"] for row in rows]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] > 1e-3 > rates[2], "the schedule ends with the last of them"
+    facts, *_ = train(planted, tmp_path / "enough", epochs=2, batch_size=20, min_steps=6)
+    assert facts["epochs"] == 2
+
+
 @pytest.mark.parametrize("schedule", ["plateau", "cosine", "constant"])
 def test_warm_up_and_schedules(planted, tmp_path, schedule):
     _, rows, *_ = train(planted, tmp_path / "run", schedule=schedule, warmup_steps=10, min_learning_rate=1e-4)
