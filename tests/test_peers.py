@@ -101,8 +101,8 @@ def test_an_environment_is_made_again_unless_it_was_finished_with_the_same_packa
 
 @pytest.mark.slow
 def test_an_environment_has_our_torch_and_not_our_other_packages(tmp_path):
-    python = python_of(Peer("none", "run_none.py", ()), tmp_path)
-    asked = "import torch, importlib.util as u; print(torch.__version__, u.find_spec('polars'))"
+    python = python_of(Peer("pip", "run_none.py", ("pip",)), tmp_path)
+    asked = "import importlib.metadata as m, importlib.util as u; print(m.version('torch'), u.find_spec('polars'))"
     found = subprocess.run(
         [python, "-c", asked], capture_output=True, text=True, env=environments.environment(), check=True
     )
