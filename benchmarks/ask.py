@@ -4,9 +4,10 @@
     python benchmarks/ask.py HAZARD_RUN NEXT_EVENT_RUN DATA NAME --question osteoarthritis --n_samples 20 --subjects 200 --repeats 3
 
 Both runs are trained on the dataset DATA, since how long a future gets depends on what the decoder has learned. They answer for the
-same held-out prediction times of the label set NAME, whose labels are not read. Both ways alternate in one run; prints one JSON
-line with the median of the pairs' ratios, of wall time and of CPU time, which says more on a busy machine. Reading the data and
-finding the question's events are not part of either time.
+same held-out prediction times of the label set NAME, whose labels are not read. A question reads the record of a subject once for
+all of its prediction times, and `alone` is the same question with each sample read by itself, as the futures read their prompts.
+The ways alternate in one run; prints one JSON line with the median of the ratios, of wall time and of CPU time, which says more
+on a busy machine. Reading the data and finding the question's events are not part of any of the times.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     def question() -> None:
         asker.incidence(asked, questions, days)
 
+    def alone() -> None:
+        asker.incidence(asked, questions, days, shares=False)
+
     def futures() -> None:
         sample_futures(
             sampler.run, BatchDataset(own.events, prompts), sampling, device=torch.device("cpu"), batch_size=64, seed=0,
@@ -87,15 +91,18 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
 
     question()  # warm-up
-    pairs = [(Seconds.of(question), Seconds.of(futures)) for _ in range(options.repeats)]
+    alone()
+    measured = [tuple(Seconds.of(way) for way in (question, alone, futures)) for _ in range(options.repeats)]
     found: dict[str, object] = {"benchmark": "ask"}
     for clock in Seconds._fields:
-        asks, samples = ([getattr(part, clock) for part in parts] for parts in zip(*pairs, strict=True))
+        asks, alones, samples = ([getattr(part, clock) for part in parts] for parts in zip(*measured, strict=True))
         ratios = [b / a for a, b in zip(asks, samples, strict=True)]
         found |= {
             f"{clock}_ms_per_prediction_asked": round(1000 * statistics.median(asks) / len(prompts), 3),
+            f"{clock}_ms_per_prediction_alone": round(1000 * statistics.median(alones) / len(prompts), 3),
             f"{clock}_ms_per_prediction_futures": round(1000 * statistics.median(samples) / len(prompts), 3),
             f"{clock}_ratio": round(statistics.median(ratios), 1),
+            f"{clock}_ratio_alone": round(statistics.median(b / a for a, b in zip(alones, samples, strict=True)), 1),
             f"{clock}_ratios": [round(ratio, 1) for ratio in ratios],
         }
     print(
@@ -103,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             found
             | {
                 "predictions": len(prompts),
+                "subjects": len(np.unique(asked.samples.subject_ids)),
                 "events_per_prompt": round(float(prompts.lengths.mean()), 1),
                 **{name: getattr(options, name) for name in ("question", "n_samples", "repeats", "horizon_days")},
                 "processor": platform.processor() or "cpu",

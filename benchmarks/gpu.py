@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.common import parser
@@ -76,7 +77,10 @@ def commands(device: str, *, is_tiny: bool) -> list[list[str]]:
     """Return what follows `python -m` in each line."""
     found = [list(TESTS)] if not is_tiny else []
     for name, *arguments in RUNS:
-        sizes = [f"--{key.replace('_', '-')}={value}" for key, value in TINY[name].items()] if is_tiny else []
+        chosen = dict(TINY[name]) if is_tiny else {}
+        if ("--batch-tokens", "0") in pairwise(arguments):
+            chosen.pop("batch_tokens", None)  # auto is tried in its tiny form too
+        sizes = [f"--{key.replace('_', '-')}={value}" for key, value in chosen.items()]
         found.append([f"benchmarks.{name}", *arguments, *sizes, "--device", device])
     return found
 

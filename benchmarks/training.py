@@ -57,8 +57,9 @@ SIZES = {
     "codes": 5000,
     "float32": 0,
 }
-"""Options of model, cohort and trainer, with their defaults; `batch_tokens` and `batch_size` of 0 are `auto` and null. The original
-has batches of `BATCH_SIZE`."""
+"""Options of model, cohort and trainer, with their defaults; `batch_tokens` and `batch_size` of 0 are `auto` and null, and
+`compile` of 2 is `head`. The original has batches of `BATCH_SIZE`."""
+HEAD = 2
 RATES = ("events_per_s", "tokens_per_s", "padding_share", "mfu")
 
 
@@ -105,7 +106,7 @@ class Sides:
             accelerator=self.options.device,
             batch_tokens=self.options.batch_tokens or "auto",
             checkpoint_every=None,
-            compile=bool(self.options.compile),
+            compile="head" if self.options.compile == HEAD else bool(self.options.compile),
             precision="32-true" if self.options.float32 else "auto",
         )
         processes = settings.launch()

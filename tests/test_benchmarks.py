@@ -23,6 +23,7 @@ from benchmarks import (
     gpu,
     hidden_codes,
     hospitals,
+    operations,
     packing,
     prefetch,
     scale,
@@ -163,6 +164,18 @@ def test_the_ways_to_score_a_vocabulary_have_one_loss_and_gradient(capsys):
     assert max(found["relative_error"].values()) < 1e-5
     assert all(x >= 0 for x in found["peak_mib"].values())
     assert found["seconds"].keys() == found["peak_mib"].keys() == found["times_as_fast_as_ours"].keys()
+
+
+def test_operations_of_a_step_grow_with_the_layers_and_not_with_the_batch(capsys):
+    sizes = ("--subjects", "40", "--model-dim", "16", "--context", "32", "--median-events", "12", "--codes", "50")
+    found = [
+        line(operations.main, capsys, *sizes, "--layers", n, *more)["operations"]
+        for n, more in (("1", ()), ("2", ()), ("1", ("--subjects", "80")))
+    ]
+    one, two, larger = found
+    assert one == larger
+    assert one["step"] == sum(n for name, n in one.items() if name != "step")
+    assert one["forward"] < two["forward"] < 2 * one["forward"]
 
 
 def test_prefetch_compares_epochs_with_and_without(capsys):

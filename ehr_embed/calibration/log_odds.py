@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from scipy import optimize
-from scipy.special import logsumexp
+import scipy  # which loads a part when it is first used
 
 from ehr_embed.calibration.protocol import Floats
 from ehr_embed.core.errors import UserError
@@ -58,14 +57,14 @@ def fit_problem(z_NC: Floats, y_N: Any, *, has_shifts: bool) -> tuple[float, lis
     def loss(x: Floats) -> tuple[float, Floats]:
         a, b_C = x[0], np.concatenate([np.zeros(1), x[1:]]) if has_shifts else np.zeros(n_classes)
         s_NC = a * z_NC + b_C
-        log_total_N = logsumexp(s_NC, axis=1)
+        log_total_N = scipy.special.logsumexp(s_NC, axis=1)
         error_NC = np.exp(s_NC - log_total_N[:, None]) - onehot_NC
         gradient = np.concatenate([[np.mean((error_NC * z_NC).sum(axis=1))], error_NC.mean(axis=0)[1:]])
         return float(np.mean(log_total_N - s_NC[rows, y_N])), gradient if has_shifts else gradient[:1]
 
     start = np.concatenate([[1.0], np.zeros(n_classes - 1 if has_shifts else 0)])
     bounds = [(LEAST_SLOPE, LARGEST_SLOPE)] + [(-LARGEST_SHIFT, LARGEST_SHIFT)] * (len(start) - 1)
-    found = optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=STEPS)
+    found = scipy.optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B", options=STEPS)
     x = found.x if found.fun <= loss(start)[0] else start
     return float(x[0]), [0.0, *map(float, x[1:])] if has_shifts else [0.0] * n_classes
 
@@ -88,7 +87,7 @@ def scaled(probabilities_NC: Floats, slopes: list[float], shifts: list[list[floa
     found = []
     for z_NC, slope, shift_C in zip(problems(probabilities_NC, is_exclusive=is_exclusive), slopes, shifts, strict=True):
         s_NC = slope * z_NC + np.asarray(shift_C)
-        p_NC = np.exp(s_NC - logsumexp(s_NC, axis=1, keepdims=True))
+        p_NC = np.exp(s_NC - scipy.special.logsumexp(s_NC, axis=1, keepdims=True))
         found.append(p_NC if is_exclusive else p_NC[:, 1:])
     return np.concatenate(found, axis=1)
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # which loads a part when it is first used
 import yaml
-from scipy.optimize import linear_sum_assignment
 
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.settings import OneOf
@@ -218,7 +218,7 @@ def one_to_one(
     value_TS = found_TS.copy()
     for row, column in same:
         value_TS[row, column] = SURE
-    rows, columns = linear_sum_assignment(value_TS, maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(value_TS, maximize=True)
     found = found_TS[rows, columns]
     kept = found > OTHER_KIND
     best[rows[kept]], cosine[rows[kept]] = columns[kept], found[kept]

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,8 @@ def explain(error: Exception, config_name: str, arguments: list[str]) -> str:
     found = re.search(r"Could not (?:override|append to config\.) '?([\w./@]+)'?", str(error))
     if isinstance(error, ConfigCompositionException) and found:
         key = found.group(1)
-        return _unknown_key(key, config_name, [a for a in arguments if not a.lstrip("+~").startswith(key)])
+        own = [a for a in arguments if a.lstrip("+~").startswith(key)]
+        return _unknown_key(key, config_name, [a for a in arguments if a not in own], own)
     if isinstance(error, OmegaConfBaseException) and (key := getattr(error, "full_key", None)):
         told = f"{key}: {str(error).splitlines()[0]}. Type: {command(config_name)} --cfg job   to see all keys."
     else:
@@ -183,8 +184,15 @@ def _several(override: str, config_name: str) -> str:
     return f"{told}   If it is one value with a comma in it: {_quoted(override)}   For a list: '{key}=[{value}]'"
 
 
-def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
-    """Return the message for an unknown key, with the valid keys beside it under the other overrides."""
+def _unknown_key(key: str, config_name: str, others: list[str], typed: Sequence[str] = ()) -> str:
+    """Return the message for an unknown key, with the valid keys beside it under the other overrides.
+
+    Args:
+        key: the key.
+        config_name: the configuration.
+        others: the overrides of other keys.
+        typed: those of this key.
+    """
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -199,5 +207,12 @@ def _unknown_key(key: str, config_name: str, others: list[str]) -> str:
     if not isinstance(node, DictConfig):
         return str(unknown_name("key", key, cfg.keys(), f"Type: {command(config_name)} --cfg job   to see all keys."))
     valid = [str(k) for k in node if k != "_target_"]
+    if name in valid and isinstance(node[name], DictConfig) and len(typed) == 1:
+        # The key is there; what it lacks is the name that the value would add.
+        held, added = ", ".join(map(str, node[name])), shlex.quote(f"+{typed[0]}")
+        return (
+            f"{key} holds {held} already, and a mapping is only added to where the command line says so. To have both, type: "
+            f"{added}   To have the new one alone: '~{key}' {added}"
+        )
     kind = f"key of {parent}" if parent else "key or group"
     return str(unknown_name(kind, name, valid, f"Type: {command(config_name)} --cfg job   to see all keys."))

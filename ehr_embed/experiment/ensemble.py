@@ -10,7 +10,6 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ehr_embed.comparison.compare import paired_tests
 from ehr_embed.comparison.paired_bootstrap import METRICS, replicates_needed
 from ehr_embed.config.check import check_config
 from ehr_embed.config.instantiate import builder, check_stored
@@ -147,6 +146,9 @@ def judged(run_dir: Path, runs: Sequence[Path], weights: Sequence[float], *, n_b
     names = [f"{number}: {run.name}" for number, run in enumerate(runs)]
     files = {"": run_dir, **dict(zip(names, runs, strict=True))}
     predictions = {name: read_predictions(predictions_file(folder, "held_out")) for name, folder in files.items()}
+    # The import is here because it loads the libraries of plots, which would delay the first epoch of every run.
+    from ehr_embed.comparison.compare import paired_tests
+
     tests = paired_tests(predictions, n_bootstrap=replicates_needed(len(runs)) if n_bootstrap else 0)
     found = []
     for name, run, weight in zip(names, runs, weights, strict=True):

@@ -35,12 +35,10 @@ from ehr_embed.experiment.inputs import alignment_settings, prepare_from, varian
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
 from ehr_embed.experiment.provenance import digest_of_start, group_choices, made_from, resolved, write_inputs
 from ehr_embed.experiment.recalibration import calibration_of, recalibrate
-from ehr_embed.experiment.results import write_predictions, write_results
 from ehr_embed.experiment.shared_codes import align_inputs, align_model, pool_inputs, pool_model
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.protocol import AlignsCodes, FitsAtOnce, adapt, check_variants, check_vectors
 from ehr_embed.reports.dataset_metrics import by_dataset
-from ehr_embed.reports.run_report import print_metrics
 from ehr_embed.reports.transfer_metrics import kept, over_all_splits
 from ehr_embed.run_folder.checkpoints import initialise
 from ehr_embed.run_folder.finish import finish, read_metrics
@@ -127,6 +125,8 @@ def make_plan(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
 
 def tell_finished(plan: Plan) -> float:
     """Print the metrics of a run that an earlier start finished, and return the monitored one."""
+    from ehr_embed.reports.run_report import print_metrics  # here, as in `conclude`
+
     metrics = read_metrics(plan.run_dir)
     if plan.processes.is_first:
         own = ", ".join(plan.cfg.trusted_packages)
@@ -328,6 +328,10 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
 
     Only the first process concludes.
     """
+    # The imports are here because they load the libraries of plots, which would delay the first epoch.
+    from ehr_embed.experiment.results import write_predictions, write_results
+    from ehr_embed.reports.run_report import print_metrics
+
     calibrated = recalibrate(plan, fitted.outputs, evaluate=partial(evaluate, n_bootstrap=plan.settings.n_bootstrap))
     fitted = replace(fitted, outputs=calibrated.outputs)
     metrics = measure(plan, inputs, built, fitted)

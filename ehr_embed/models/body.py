@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -257,7 +257,7 @@ class Body(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BTD = block(x_BTD, None, rope_BT)
-        return self.norm(last.at(x_BTD, place_BQ, rope_BT))
+        return self.norm(cast(Block, last).at(x_BTD, place_BQ, rope_BT))
 
     def _blocks(
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None

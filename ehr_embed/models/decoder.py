@@ -38,7 +38,7 @@ class Decoder(nn.Module):
             prediction are not offered, because they would reveal how long a record continues.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened (`half`: a little), fitted to those of train's tokens; otherwise a layer norm
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
             brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.

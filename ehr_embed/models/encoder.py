@@ -36,7 +36,7 @@ class Encoder(nn.Module):
             `none`.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened (`half`: a little), fitted to those of train's tokens; otherwise a layer norm
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
             brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `cls`, `max`, `last`, `attention`.

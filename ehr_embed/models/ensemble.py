@@ -7,9 +7,8 @@ from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # which loads a part when it is first used
 import torch
-from scipy import optimize
-from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
@@ -136,7 +135,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def pooled_losses(weights_G: Floats, log_p_GNC: Floats, labels_N: npt.NDArray[np.int64]) -> Floats:
     """Return the cross-entropy (N,) of the pool of log-probabilities (G, N, C) with weights (G,)."""
     z_NC = np.einsum("g,gnc->nc", weights_G, log_p_GNC)
-    losses: Floats = logsumexp(z_NC, axis=1) - z_NC[np.arange(len(labels_N)), labels_N]
+    losses: Floats = scipy.special.logsumexp(z_NC, axis=1) - z_NC[np.arange(len(labels_N)), labels_N]
     return losses
 
 
@@ -192,7 +191,7 @@ def choose_weights(
     equal_G = np.full(n_groups, 1 / n_groups)
     chosen_G, differ = equal_G, False
     if n_groups > 1:
-        found = optimize.minimize(
+        found = scipy.optimize.minimize(
             lambda w: pooled_losses(w, log_p_GNC, labels_N).mean(),
             equal_G,
             bounds=[(0, 1)] * n_groups,

@@ -66,7 +66,7 @@ class GRU(nn.Module):
         dropout: dropout probability between layers and on the pooled state.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
-        whiten: whether text vectors are whitened (`half`: a little), fitted to those of train's tokens; otherwise a layer norm
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
             brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.

@@ -26,7 +26,7 @@ class MeanPool(nn.Module):
         model_dim: width D of the projection and of the MLP.
         dropout: dropout probability on the pooled vector and within the MLP.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
-        whiten: whether text vectors are whitened (`half`: a little), fitted to those of train's tokens; otherwise a layer norm
+        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
             brings each to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `max`, `attention`.

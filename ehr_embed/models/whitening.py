@@ -8,10 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ehr_embed.core.settings import Share, Told, checked
+from ehr_embed.core.settings import Told, checked
 
-Whiten = Annotated[bool | Literal["half"], Told("true, half or false", example="half")]
+Whiten = Annotated[bool | Literal["lift"], Told("true, lift or false", example="lift")]
 Shrinkage = Annotated[float, Field(ge=0), Told("0 or more, a share of the mean variance")]
+
+LEAST = 0.01
+"""Share of the mean variance from which variances are lifted: a component with less, in which known texts hardly differ and unknown
+texts may differ much, is multiplied by no more than a component of this variance."""
 
 
 class Whitening(nn.Module):
@@ -23,22 +27,23 @@ class Whitening(nn.Module):
     before `fit`. The fitted mean and matrix are part of the `state_dict`, so that vectors of another vocabulary are
     mapped in the same way.
 
-    With `power` 0.5 each component is divided by the fourth root of its variance: the components still differ in size, in the order
-    of what texts have in common, but less.
+    With `lifts` the components keep the order of their sizes: each variance is raised by `shrinkage` times the mean variance. What
+    texts have in common still counts most, and a short training can tell texts apart by components that would hardly count.
 
     Args:
         dim: width E of the vectors.
-        shrinkage: share of the mean variance that is added to each variance.
-        power: of the variance by whose square root a component is divided; 0 leaves the sizes as they are.
+        shrinkage: share of the mean variance that is added to each variance: to that by which a component is divided, or with
+            `lifts` to that which the component has afterwards.
+        lifts: whether variances are raised in place of made equal.
     """
 
     mean: Tensor
     matrix: Tensor
 
     @checked("model")
-    def __init__(self, dim: int, shrinkage: Shrinkage = 0.1, power: Share = 1.0) -> None:
+    def __init__(self, dim: int, shrinkage: Shrinkage = 0.1, lifts: bool = False) -> None:
         super().__init__()
-        self.shrinkage, self.power = shrinkage, power
+        self.shrinkage, self.lifts = shrinkage, lifts
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(dim))
 
@@ -55,7 +60,9 @@ class Whitening(nn.Module):
         if not bool(varies.any()) or len(x_VE) < 2:
             return
         variance, directions = variance[varies].flip(0), directions.T[varies].flip(0)
-        shrunk = (variance + self.shrinkage * variance.mean()) ** self.power
+        shrunk = variance + self.shrinkage * variance.mean()
+        if self.lifts:
+            shrunk = (variance + LEAST * variance.mean()) / shrunk
         # Scale the variances so that the mean square of the mapped vectors' elements is one.
         shrunk = shrunk * (variance / shrunk).sum() / len(mean)
         self.mean.copy_(mean)
@@ -68,8 +75,6 @@ class Whitening(nn.Module):
 
 
 def normalising(dim: int, whiten: Whiten, shrinkage: float) -> nn.Module:
-    """Return what brings event vectors (..., E) to unit variance: a `Whitening`, of half the power for `whiten="half"`, or a layer
-    norm for `whiten=False`."""
-    if not whiten:
-        return nn.LayerNorm(dim)
-    return Whitening(dim, shrinkage, power=0.5 if whiten == "half" else 1.0)
+    """Return what brings event vectors (..., E) to unit variance: a `Whitening`, which lifts for `whiten="lift"`, or a layer norm
+    for `whiten=False`."""
+    return Whitening(dim, shrinkage, lifts=whiten == "lift") if whiten else nn.LayerNorm(dim)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import polars as pl
 from meds import CodeMetadataSchema, DataSchema, LabelSchema, SubjectSplitSchema
 from pydantic import Field
-from sklearn.metrics import roc_auc_score
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
@@ -114,6 +113,8 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
     write_parquet(root / "metadata" / "codes.parquet", _code_metadata(), CodeMetadataSchema)
     write_json(root / "metadata" / "dataset.json", dataset_facts("ehr_embed demo"))
     write_parquet(root / RISKS, people.select("subject_id", "risk", "split"))
+    from sklearn.metrics import roc_auc_score  # here, since it takes a second
+
     auroc = {
         str(split): float(roc_auc_score(part["boolean_value"], part["risk"]))
         for (split,), part in people.group_by("split")

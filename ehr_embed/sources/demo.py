@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from sklearn.metrics import roc_auc_score
 
 from ehr_embed.core.files import read_json
 from ehr_embed.core.settings import DrawSeed
@@ -102,6 +101,8 @@ def auroc_of(rows: pl.DataFrame) -> float:
     >>> auroc_of(pl.DataFrame({"boolean_value": [False, True, False], "risk": [0.1, 0.9, 0.5]}))
     1.0
     """
+    from sklearn.metrics import roc_auc_score  # here, since it takes a second, and a run needs it at its end
+
     return (
         float(roc_auc_score(rows["boolean_value"], rows["risk"])) if rows["boolean_value"].n_unique() == 2 else np.nan
     )

@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Self
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import append_line, atomic_path, write_json
 from ehr_embed.run_folder.layout import HISTORY, SUMMARY
 from ehr_embed.trackers.protocol import Scalar, json_ready, state_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class JsonlTracker:

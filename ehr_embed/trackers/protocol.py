@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-import optuna
-import pandas as pd
+if TYPE_CHECKING:  # a run needs neither before its first epoch, and both take half a second to import
+    import pandas as pd
 
 Scalar = float | int | str | None
 
@@ -78,6 +79,7 @@ def state_of(exc_type: type[BaseException] | None) -> str:
 
     `pruned` = the search stopped the run, `stopped` = a signal did, and the run may be resumed.
 
+    >>> import optuna
     >>> state_of(None), state_of(optuna.TrialPruned), state_of(KeyboardInterrupt), state_of(ValueError)
     ('finished', 'pruned', 'stopped', 'failed')
     """
@@ -85,7 +87,8 @@ def state_of(exc_type: type[BaseException] | None) -> str:
         return "finished"
     if issubclass(exc_type, KeyboardInterrupt):
         return "stopped"
-    return "pruned" if issubclass(exc_type, optuna.TrialPruned) else "failed"
+    optuna = sys.modules.get("optuna")  # where it was never imported, nothing was pruned
+    return "pruned" if optuna is not None and issubclass(exc_type, optuna.TrialPruned) else "failed"
 
 
 def json_ready(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def set_up_training(
     if settings.freeze == "body":
         body_of(model).requires_grad_(False)
         embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
-    if settings.compile:
+    if settings.compile == "head":
+        compile_head(model)
+    elif settings.compile:
         compile_blocks(model)
     if run is None and isinstance(model, AdaptsToRecords):
         # Ranks among an aligned dataset's own numbers need no labels, and more records make them better.
@@ -179,6 +181,23 @@ def compile_blocks(model: nn.Module) -> None:
         )
     for block in blocks:  # alike, so that one compilation serves all
         block.compile(dynamic=True)
-    for module in model.modules():
-        if isinstance(module, EventHead):
-            module.compile_scores()
+    for head in _event_heads(model):
+        head.compile_scores()
+
+
+def compile_head(model: nn.Module) -> None:
+    """Compile what a head that predicts events scores, and nothing else of the model.
+
+    Raises:
+        UserError: it predicts no events.
+    """
+    if not (heads := _event_heads(model)):
+        raise UserError(
+            f"trainer.compile=head: {type(model).__name__} scores no vocabulary in this task. Type: trainer.compile=false"
+        )
+    for head in heads:
+        head.compile_scores()
+
+
+def _event_heads(model: nn.Module) -> list[EventHead]:
+    return [module for module in model.modules() if isinstance(module, EventHead)]

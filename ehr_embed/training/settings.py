@@ -36,6 +36,7 @@ BatchTokens = Annotated[
     Told("auto, or 1 or more events", example="auto", remedy="auto chooses by the memory of the GPU."),
 ]
 
+Compile = Annotated[Literal["head"] | bool, Told("true, false or head", example="false")]
 Prefetch = Annotated[Literal["auto"] | bool, Told("auto, true or false", example="auto")]
 
 
@@ -90,7 +91,7 @@ class TrainerSettings:
     precision: Precision = "auto"
     freeze: Annotated[str, OneOf("body")] | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1), Told("a factor in (0, 1]; 1 = one rate for all")] = 1.0
-    compile: bool = False
+    compile: Compile = False
     profile: bool = False
     threads: Threads = "auto"
 

@@ -90,12 +90,12 @@ def test_a_pipeline_reaches_the_models_whose_files_take_its_setting_and_no_other
         return model.get("whiten"), model.shrinkage
 
     for option in ("encoder", "decoder", "gru", "mean_pool"):
-        assert whitened("pipeline=embedded_based", f"model={option}") == ("half", 0.1)
+        assert whitened("pipeline=embedded_based", f"model={option}") == ("lift", 1.0)
         assert whitened(f"model={option}") == (False, 0.1)
     assert whitened("pipeline=embedded_based", "model=code_tab") == (None, 0.1)
-    assert whitened("pipeline=embedded_based", "model.whiten=false") == (False, 0.1)
+    assert whitened("pipeline=embedded_based", "model.whiten=false") == (False, 1.0)
     member = composed("pipeline=embedded_based", "+model@ensemble.members.own.model=gru").ensemble.members.own.model
-    assert member.whiten == "half"
+    assert member.whiten == "lift"
     with pytest.raises(UserError, match=r"shrinkage.*event_vectors|event_vectors.*shrinkage"):
         check_config(composed("pipeline=embedded_based", "+event_vectors.shrink=1"), RunKeys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,17 @@ def test_a_misspelt_key_of_an_option_of_ones_own_names_the_nearest(tmp_path):
     (tmp_path / "model" / "own.yaml").write_text("_target_: my.own.Own\nwidth: 3\nmax_length: 16\n")
     told = _unknown_key("model.widht", "train", ["--config-dir", str(tmp_path), "model=own"])
     assert "did you mean 'width'? Valid: max_length, width" in told
+
+
+def test_an_outcome_beside_those_of_an_experiment_says_how_to_add_and_how_to_replace(inside, tmp_path):
+    preset = ["train.py", "experiment=nafld", "data.root=DIR"]
+    asked = ["--cfg", "job", "--package", "task"]
+    told = inside(*preset, "task.outcomes={mi: {codes: [X]}}", *asked, cwd=tmp_path, code=2)
+    assert "task.outcomes holds death already" in told
+    added, _, replaced = told.partition("To have both, type: ")[2].partition("   To have the new one alone: ")
+    both = inside(*preset, *shlex.split(added), *asked, cwd=tmp_path)
+    alone = inside(*preset, *shlex.split(replaced), *asked, cwd=tmp_path)
+    assert "\n  mi:" in both
+    assert "\n  mi:" in alone
+    assert "\n  death:" in both
+    assert "\n  death:" not in alone

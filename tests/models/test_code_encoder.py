@@ -15,7 +15,7 @@ from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.event_embedding import TRAINABLE, EventEmbedding
 from ehr_embed.models.code_encoder import POOLINGS, SUMMARIES, CodeEncoder, CodeInput
 from ehr_embed.models.protocol import adapt
-from ehr_embed.models.whitening import Whitening
+from ehr_embed.models.whitening import LEAST, Whitening
 from tests.helpers.code_batches import batch, vocabulary
 
 NAN = float("nan")
@@ -193,12 +193,17 @@ def test_whitening_brings_out_small_differences_and_is_kept():
     spread = shrunk(vectors).std(0)
     assert spread.max() / spread.min() > 5, "components that hardly vary stay small"
     assert shrunk(vectors).square().mean().item() == pytest.approx(1, rel=1e-3)
-    half = Whitening(WIDTH, shrinkage=0.0, power=0.5)
-    half.fit(vectors)
-    own = torch.linalg.svdvals(vectors - vectors.mean(0))
-    spread = half(vectors).std(0)
-    torch.testing.assert_close(spread / spread[0], (own / own[0]).sqrt(), atol=1e-3, rtol=1e-3)
-    assert half(vectors).square().mean().item() == pytest.approx(1, rel=1e-3)
+    lifted = Whitening(WIDTH, shrinkage=0.5, lifts=True)
+    lifted.fit(vectors)
+    variance = torch.linalg.svdvals(vectors - vectors.mean(0)) ** 2
+    raised = variance * (variance + 0.5 * variance.mean()) / (variance + LEAST * variance.mean())
+    torch.testing.assert_close(
+        lifted(vectors).var(0) / lifted(vectors).var(0)[0], raised / raised[0], atol=1e-3, rtol=1e-3
+    )
+    assert lifted(vectors).square().mean().item() == pytest.approx(1, rel=1e-3)
+    assert lifted.matrix.norm(dim=0).max() / lifted.matrix.norm(dim=0).min() < (0.5 / LEAST + 1) ** 0.5, (
+        "no noise is blown up"
+    )
 
 
 def test_whitening_of_few_vectors_drops_what_they_do_not_span():

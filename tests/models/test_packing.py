@@ -201,19 +201,26 @@ def test_packed_queries_are_rotated_like_padded_ones():
     torch.testing.assert_close(rotate(x[0], position[0]), padded, atol=0, rtol=0)
 
 
-def test_on_a_cpu_padding_stays_unless_asked_otherwise(monkeypatch):
-    packings, batch = used(monkeypatch), rows()
+def test_a_cpu_packs_where_much_is_padding_and_packing_pays(monkeypatch):
+    packings = used(monkeypatch)
     model = build(Encoder, num_classes=3)
     assert isinstance(model.body, Body)
-    model(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(batch)
-    assert not packings
-    model.body.packs = True
-    model({name: x for name, x in batch.items() if name not in ("places", "sequence_starts")})
-    assert not packings, "places were not given"
-    model(batch)
-    assert packings
+
+    def packs(batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> bool:
+        packings.clear()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model(batch)
+        return bool(packings)
+
+    much, little = rows(), rows(lengths=(8, 8, 8, 7))
+    assert packs(much)
+    assert not packs(little), "less than a tenth is padding"
+    assert not packs(much, torch.bfloat16), "short sequences share products"
+    monkeypatch.setattr("ehr_embed.models.packing.LONG", 8)
+    assert packs(much, torch.bfloat16)
+    assert not packs({name: x for name, x in much.items() if name not in ("places", "sequence_starts")}), "no places"
+    model.body.packs = False
+    assert not packs(much), "asked otherwise"
 
 
 def test_a_cache_is_not_packed(monkeypatch):

@@ -236,6 +236,7 @@ def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsy
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["predictions"] == 20
     assert found["cpu_ratio"] > 1
+    assert found["cpu_ratio_alone"] > 1
     assert found["wall_ms_per_prediction_asked"] > 0
 
 

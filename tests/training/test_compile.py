@@ -16,9 +16,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ehr_embed.models import heads, packing
 from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.decoder import Decoder
 from ehr_embed.models.encoder import Encoder
 from ehr_embed.models.packing import attend_one_by_one
-from ehr_embed.training.set_up import compile_blocks
+from ehr_embed.training.set_up import compile_blocks, compile_head
+from ehr_embed.training.settings import TrainerSettings
+from tests.helpers.refusals import refused
 
 SHAPES = ((4, 24), (5, 32), (7, 40), (1, 48), (9, 56), (3, 8))
 """Rows and places of batches."""
@@ -146,3 +149,17 @@ def test_the_scores_of_a_vocabulary_are_compiled_for_all_sizes_and_have_the_same
     assert torch.equal(copied.tokens.weight, head.tokens.weight)
     head.eval()(torch.zeros(1, 17, 10), {"table": table, "targets": targets, "target_gap_days": torch.ones(1, 17)})
     assert counter.frame_count == n_graphs[-1]
+
+
+def test_the_head_alone_can_be_compiled_where_there_is_one(counter):
+    sizes = {"embedding_dim": 6, "model_dim": 8, "n_heads": 2, "n_layers": 1, "max_length": 16}
+    decoder = Decoder(**sizes, vocab_size=40)
+    compile_head(decoder)
+    head = decoder.head
+    assert isinstance(head, heads.EventHead)
+    assert head._compiled is not None
+    assert all(block._compiled_call_impl is None for block in decoder.body.blocks)
+    with refused("Encoder", "trainer.compile=false"):
+        compile_head(Encoder(**sizes, num_classes=2))
+    with refused("trainer.compile=body", "head"):
+        TrainerSettings(compile="body")
