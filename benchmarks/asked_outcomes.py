@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     if options.each:
         told["each"] = {name: round(value, 3) for name, value in single.items()}
-    print(json.dumps(told | {k: v for k, v in vars(options).items() if k not in ("data", "each", "run")}))
+    print(json.dumps(told | {k: v for k, v in vars(options).items() if k not in ("data", "each", "run", "unions")}))
 
 
 if __name__ == "__main__":
