@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def our_loaders(root: Path, folder: Path, device: torch.device) -> dict[str, Any
 
 
 def epoch(loader: Any, device: torch.device) -> dict[str, float]:
-    """Samples, events and seconds of one pass, until the last batch is on the device."""
+    """Samples, events, and wall and CPU seconds of one pass, until the last batch is on the device."""
     found = {"n_samples": 0, "n_events": 0}
 
     def work() -> None:
@@ -58,7 +59,8 @@ def epoch(loader: Any, device: torch.device) -> dict[str, float]:
             found["n_samples"] += len(batch.labels)
             found["n_events"] += batch.n_events
 
-    return {"seconds": seconds(work, str(device)), **found}
+    cpu_began = time.process_time()
+    return {"seconds": seconds(work, str(device)), "cpu_seconds": time.process_time() - cpu_began, **found}
 
 
 def cohort(folder: Path, n_subjects: int) -> Path:

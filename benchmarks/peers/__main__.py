@@ -250,13 +250,18 @@ def compare(pair: Pair, python: Path, repeats: int) -> dict[str, Any]:
 NAMES = ("hugging_face", "hugging_face_defaults", "pyhealth", "meds_eic_ar", "meds_eic_ar_futures", "meds_torch_data")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure each pair, and print a JSON line per pair as soon as it is known."""
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line."""
     found = parser(__doc__, repeats=3, **{"subjects": 240, **SIZES, **FUTURES})
     cache = Path(os.environ.get("EHR_EMBED_CACHE", "~/.cache/ehr_embed")).expanduser()
     found.add_argument("--environments", type=Path, default=cache / "peers", help="where the environments are kept")
     found.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
-    options = found.parse_args(arguments)
+    return found.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure each pair, and print a JSON line per pair as soon as it is known."""
+    options = options_of(arguments)
     options.environments.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         pairs = pairs_of(options, Path(name))

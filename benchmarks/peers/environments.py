@@ -89,7 +89,7 @@ def run(peer: Peer, python: Path, *arguments: str | Path) -> dict[str, Any]:
     Raises:
         RuntimeError: the script failed; the text ends with what it wrote to its standard error.
     """
-    command = [str(python), str(Path(__file__).with_name(peer.script)), *map(str, arguments)]
+    command = [str(python), str(Path(__file__).parent / peer.script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if done.returncode:
         raise RuntimeError(f"{peer.name} failed with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
