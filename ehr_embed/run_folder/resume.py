@@ -69,7 +69,6 @@ NEW: dict[str, Any] = {
     "model.text_noise": 0.0,
     "model.whiten": False,
     "model.windows_hours": None,
-    "task.auto.vector_noise": 0.0,
     "task.margin": 0.1,
     "task.min_cosine": 0.5,
     "task.n_events": 8,
@@ -223,10 +222,6 @@ def _compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[s
         for config in (old, new):
             if key in old or key in new:
                 config.setdefault(key, value)
-    for stage in ("", "pretrain."):
-        if not (old.get(f"{stage}trainer.teacher") or new.get(f"{stage}trainer.teacher")):
-            for config in (old, new):  # without a teacher it has no trees
-                config.pop(f"{stage}trainer.teacher_trees", None)
     keys = [key for key in dict.fromkeys([*old, *new]) if not _is_harmless(key)]
     return old, new, [key for key in keys if key not in old or key not in new or old[key] != new[key]]
 

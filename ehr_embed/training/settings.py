@@ -71,7 +71,7 @@ class TrainerSettings:
     ema: Annotated[ShareBelow1 | None, Told("a decay in [0, 1) such as 0.99, or null", example="null")] = None
     teacher: Annotated[str, OneOf("gbm")] | None = None
     teacher_share: Share = 0.5
-    teacher_trees: Annotated[Count | None, Told("1 or more trees, or null", example="330")] = None
+    teacher_trees: Annotated[Count | None, Told("1 or more trees, or null", example="330")] = 330
     warmup_steps: NotNegative = 100
     schedule: Schedule | str = field(default_factory=Plateau)
     scheduler_patience: Annotated[int, Field(ge=0)] | None = None
