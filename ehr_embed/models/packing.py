@@ -23,8 +23,8 @@ WIDEST_HEAD = 192
 8.6, 8.9, 12.0) have no backward pass."""
 CAPABILITY = (8, 0)
 """Least compute capability of the GPU, that of Ampere, from which on FlashAttention runs."""
-LEAST_PADDING, LONG = 0.1, 192
-"""Least share of padding, and in 16 bits least length in events, from which on packing pays on a CPU."""
+LEAST_PADDING, LEAST_IN_16_BITS, LONG = 0.1, 0.2, 256
+"""Least share of padding, and in 16 bits least share and least length in events, from which on packing pays on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
 def pays_on_cpu(packing: Packing, dtype: torch.dtype) -> bool:
     """Return whether a CPU computes a batch faster packed, with attention one sequence at a time.
 
-    It does from a tenth of padding on (docs/speed.md). In 16 bits it does only if the sequences are long too, because short ones
-    share products in `cpu_attention`.
+    It does from a tenth of padding on (docs/speed.md). In 16 bits it does from a fifth on, and only if the sequences are long too,
+    because short ones share products in `cpu_attention`.
 
     >>> starts = torch.tensor([0, 8, 12])
     >>> packing = Packing(torch.tensor([*range(8), *range(8, 12)]), starts, longest=8, n_places=16, is_causal=False)
@@ -194,7 +194,9 @@ def pays_on_cpu(packing: Packing, dtype: torch.dtype) -> bool:
     if packing.places.device.type != "cpu":
         return False
     padding = 1 - len(packing.places) / packing.n_places
-    return padding >= LEAST_PADDING and (dtype == torch.float32 or packing.longest >= LONG)
+    if dtype == torch.float32:
+        return padding >= LEAST_PADDING
+    return padding >= LEAST_IN_16_BITS and packing.longest >= LONG
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
