@@ -180,7 +180,7 @@ class TrainerSettings:
 
     @property
     def most_batch_tokens(self) -> int:
-        """Return the most events per batch: `N_BATCH_TOKENS` for `auto`, until `training.batch_tokens` has put a number in its place."""
+        """Return the most events per batch; for `auto`, before `training.batch_tokens` has chosen a number, `N_BATCH_TOKENS`."""
         return N_BATCH_TOKENS if self.batch_tokens == AUTO else int(self.batch_tokens)
 
     def launch(self) -> Processes:
