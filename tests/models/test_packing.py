@@ -219,6 +219,10 @@ def test_a_cpu_packs_where_much_is_padding_and_packing_pays(monkeypatch):
     monkeypatch.setattr("ehr_embed.models.packing.LONG", 8)
     assert packs(much, torch.bfloat16)
     assert not packs({name: x for name, x in much.items() if name not in ("places", "sequence_starts")}), "no places"
+    block = model.body.blocks[0]
+    monkeypatch.setattr(block, "_compiled_call_impl", block._call_impl)
+    assert not packs(much), "compiled"
+    monkeypatch.setattr(block, "_compiled_call_impl", None)
     model.body.packs = False
     assert not packs(much), "asked otherwise"
 
