@@ -87,13 +87,14 @@ class Lab:
     sizes: tuple[int, ...] = SIZES
     ways: tuple[str, ...] = tuple(WAYS)
     cache: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Make a run unless it is there, and return its metrics."""
         folder = self.folder / name
         if not (folder / FINISHED).exists():
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg = compose("train", overrides=[*overrides, *TRAINER, *self.cache, f"run_dir={folder}"])
+                cfg = compose("train", overrides=[*overrides, *TRAINER, *self.cache, *self.also, f"run_dir={folder}"])
             run(cfg)
         found: dict[str, Any] = json.loads((folder / FINISHED).read_text())
         return found
@@ -123,16 +124,18 @@ def unchanged(lab: Lab) -> list[list[str]]:
     for one, other in ((lab.home, lab.away), (lab.away, lab.home)):
         found: dict[tuple[str, str], list[Predictions]] = {}
         for control in ("texts", "shuffled", "none"):
-            for kind in (*MODELS, *CONTROLS):
-                seeds = lab.seeds if kind in MODELS else lab.seeds[:1]
-                runs = [lab.unchanged(one, other, kind, seed, control) for seed in seeds]
+            for kind in MODELS:
+                runs = [lab.unchanged(one, other, kind, seed, control) for seed in lab.seeds]
                 found[kind, control] = [Predictions.of(folder, SPLITS) for folder in runs]
             both = zip(found["tab", control], found["gbm", control], strict=True)
             found["both", control] = [tab.with_logits_of(gbm) for tab, gbm in both]
+        for kind in CONTROLS:  # what reads no texts can only be aligned
+            folder = lab.unchanged(one, other, kind, lab.seeds[0], "texts")
+            found[kind, "texts"] = [Predictions.of(folder, SPLITS)]
         for kind in NAMES:
             texts = found[kind, "texts"]
             low, high = texts[0].interval()
-            controls = [mean_sd([p.auroc for p in found[kind, control]]) for control in ("shuffled", "none")]
+            controls = [mean_sd([p.auroc for p in found.get((kind, c), ())]) for c in ("shuffled", "none")]
             rows.append([f"{one.name} to {other.name}, {len(texts[0].labels):,} labels", NAMES[kind],
                          f"{mean_sd([p.auroc for p in texts])} (seed 0: [{low:.3f}, {high:.3f}])",
                          mean_sd([p.auprc for p in texts]), *controls])  # fmt: skip
@@ -171,7 +174,7 @@ def few(lab: Lab) -> list[list[str]]:
                 metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
-            cells.append(mean_sd(found) if found else "")
+            cells.append(mean_sd(found))
         rows.append([str(n) if n == n_train else f"{n} ({len(numbers)} draws)", *cells])
     return rows
 
@@ -306,9 +309,11 @@ def held_out(folder: Path) -> str:
 def mean_sd(values: Sequence[float]) -> str:
     """Return the mean and the standard deviation of some values.
 
-    >>> mean_sd([0.8, 0.9]), mean_sd([0.8])
-    ('0.850 ± 0.071', '0.800')
+    >>> mean_sd([0.8, 0.9]), mean_sd([0.8]), mean_sd([])
+    ('0.850 ± 0.071', '0.800', '')
     """
+    if not values:
+        return ""
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -339,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sizes", type=int, nargs="*", default=SIZES, help="numbers of labels of the part few, beside all"
     )
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="ways to use them")
+    parser.add_argument("--also", nargs="*", default=(), help="overrides of all runs, such as trainer.min_steps=30")
     chosen = parser.parse_args(arguments)
     hours = ",".join(map(str, chosen.home_hours))
     shares = ",".join("0.2" for _ in chosen.home_hours)
@@ -352,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tuple(chosen.sizes),
         tuple(chosen.ways),
         () if chosen.cache is None else (f"cache_dir={chosen.cache}",),
+        tuple(chosen.also),
     )
     tables = {}
     for part in chosen.parts:

@@ -282,16 +282,18 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
     arguments = [
         "--home", str(home), "--away", str(away), "--home-labels", "case", "--away-labels", "case", "--home-hours",
         "--folder", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--seeds", "1", "--draws", "1", "--sizes", "80",
-        "--ways", "gbm", "tuned", "pool",
+        "--ways", "gbm", "tuned", "pool", "--also", "trainer.min_steps=30",
     ]  # fmt: skip
     found = line(hospitals.main, capsys, *arguments)
     unchanged, few, pooled = (found["tables"][part] for part in ("unchanged", "few", "pooled"))
     code_tab = unchanged[1]
     assert code_tab[:2] == ["home to away, 270 labels", "code_tab"]
-    assert float(code_tab[2].split()[0]) > 0.7, "18 steps"
+    assert float(code_tab[2].split()[0]) > 0.7, "30 steps"
     assert float(code_tab[4]) < float(code_tab[2].split()[0]) - 0.1, "wrong texts"
-    assert [row[0] for row in few[1:]] == ["0", "80", "90"]
+    assert [row[0] for row in few[1:]] == ["0", "80 (1 draws)", "90"]
     assert len(pooled) == 5
+    assert all(len(row) == len(pooled[0]) for row in pooled), "and the difference on the same subjects"
+    assert {row[1] for row in unchanged[1:]} == set(hospitals.NAMES.values()), "with controls that read no texts"
     metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
     assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]

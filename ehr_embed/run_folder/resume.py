@@ -69,7 +69,6 @@ NEW: dict[str, Any] = {
     "model.text_noise": 0.0,
     "model.whiten": False,
     "model.windows_hours": None,
-    "task.auto.vector_noise": 0.0,
     "task.margin": 0.1,
     "task.min_cosine": 0.5,
     "task.n_events": 8,

@@ -9,7 +9,6 @@ Suffixes: B rows, T places of a row, N places that are asked, K outcomes, C code
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
-from ehr_embed.core.settings import Count, NotNegative, Share, check_settings
+from ehr_embed.core.settings import Count, Share, check_settings
 from ehr_embed.core.transfer import kept_on, reads_freely, sent
 from ehr_embed.data.batches import Batch, BatchDataset
 from ehr_embed.data.event_set import EventSet
@@ -68,9 +67,6 @@ class AutoOutcomes:
         unions: share of the sets that are 2 to 8 random codes; all other sets are single codes.
         rarity: power of a set's rate by which its losses are divided: 0 = a day of any set weighs equally, so that frequent
             codes are learned first; 1 = an event of any set weighs equally.
-        vector_noise: norm of the normal noise that is added to a set's text vector in training, relative to the vector's own.
-            Few codes are asked for, and the noise keeps the head from learning each of their vectors apart, so that it
-            answers alike for texts that are near.
         never: `codes`, `code_pattern` or `text_pattern` of events that are in no set, to judge later how well the model answers
             for outcomes that it was never trained on.
     """
@@ -81,7 +77,6 @@ class AutoOutcomes:
     neighbours: Share = 0.2
     unions: Share = 0.2
     rarity: Share = 0.0
-    vector_noise: NotNegative = 0.0
     never: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -317,10 +312,7 @@ class AskEverywhere:
             most_places=self.auto.places if model.training else None,
         )
         rates = sent(self.sizes.rates_of(sets), device)
-        asked = outcome_inputs(table, sets, rates)
-        if model.training and self.auto.vector_noise:
-            asked["outcome_vectors"] = noisy(asked["outcome_vectors"], self.auto.vector_noise)
-        inputs = embedding.inputs(batch) | asked | {"asked_at": own.places}
+        inputs = embedding.inputs(batch) | outcome_inputs(table, sets, rates) | {"asked_at": own.places}
         edges, log_hazard_NKJ = kept_on(device, self._edges), model(inputs)
         log_rate_K = sent(self.sizes.log_rates_of(sets), device)
         weight_K = (-self.auto.rarity * (log_rate_K - self._usual_log_rate)).exp()
@@ -399,17 +391,6 @@ class AskEverywhere:
     def plots(self) -> dict[str, Callable[[dict[str, Outputs], Path], None]]:
         """Return no plots: there is no single outcome to draw."""
         return {}
-
-
-def noisy(vectors_KE: Tensor, share: float) -> Tensor:
-    """Return vectors with normal noise, whose norm is about `share` of each vector's own.
-
-    >>> found = noisy(torch.ones(2, 10_000), 0.5) - 1
-    >>> 0.45 < float(found.norm() / torch.ones(2, 10_000).norm()) < 0.55
-    True
-    """
-    size_K1 = vectors_KE.norm(dim=1, keepdim=True) / math.sqrt(vectors_KE.shape[1])
-    return vectors_KE + share * size_K1 * torch.randn_like(vectors_KE)
 
 
 def _members(sets: Sequence[Sequence[int]], n_tokens: int) -> Tensor:

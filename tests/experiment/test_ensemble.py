@@ -211,14 +211,14 @@ def test_all_members_align_or_none():
 
     trees = GBM(embedding_dim=4, num_classes=2)
     told: list = []
-    trees.align = told.append
+    trees.align = lambda *given: told.append(given)
     read: list = []
     trees.adapt_to_records = lambda batches: read.append(sum(1 for _ in batches))
     for batches in (Rereadable(lambda: iter([{}, {}])), iter([{}, {}])):  # read by each member, or kept for the second
         ensemble(trees, trees).adapt_to_records(batches)
     assert read == [2, 2, 2, 2]
-    ensemble(trees, trees).align({"A": ("B", 1.0)})
-    assert told == [{"A": ("B", 1.0)}] * 2
+    ensemble(trees, trees).align({"A": ("B", 1.0)}, {"C": "B"})
+    assert told == [({"A": ("B", 1.0)}, {"C": "B"})] * 2
     mixed = ensemble(trees, MeanPool(embedding_dim=4, num_classes=2))
     mixed.align(None)
     assert mixed.reads_vectors

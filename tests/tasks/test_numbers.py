@@ -37,6 +37,8 @@ from ehr_embed.tasks.regression import Regression
 from ehr_embed.tasks.set_up import set_up
 from tests.helpers.configs import composed
 from tests.helpers.refusals import refused
+from tests.helpers.search_app.run import trials_of
+from tests.helpers.searches import train
 from tests.helpers.small_meds import Event, day, write_labels, write_meds
 
 N = 120
@@ -171,9 +173,35 @@ def test_label_sets_of_all_kinds_are_learned_together_each_on_its_own_rows(sever
     np.testing.assert_allclose(both["predicted_stay"], both["stay/predicted"], rtol=1e-5)
     np.testing.assert_allclose(both["probability_stage=B"], both["stage/probability_B"], atol=1e-5)
     assert {path.name for path in (several / "plots").iterdir()} >= {"roc.png", "predicted_stay.png"}
+    vectors = root.parent / "vectors_of_several.parquet"
+    Representer(Predictor(several)).write(vectors, str(root), labels="stay", split="held_out")
+    assert len(pl.read_parquet(vectors)) == N
+    card = (several / "model_card.md").read_text()
+    assert all(re.search(rf"\b{name}\b", card) for name in own), card
     with refused("multitask", "tabulate"):
         read_predictions(several / "predictions" / "held_out.parquet")
     assert samples_digest(several) == str(len(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "metric", "least_is_best"),
+    [(STAY, "mae", True), (("task=multitask", "task.labels=[stay,dies]"), "loss", True), (STAY, "r2", False)],
+)
+def test_a_search_takes_the_better_run_of_numbers_whichever_way_the_metric_points(
+    root, tmp_path, task, metric, least_is_best
+):
+    output = train(
+        "-m", "hydra/sweeper=study", "hydra/sweeper/sampler=grid", "hydra.sweeper.study_name=numbers", "data=meds",
+        f"data.root={root}", "data.min_count=1", "embedder=hashing", "embedder.embedding_dim=16", "trainer=short",
+        "model=mean_pool", "trainer.epochs=6", "trainer.warmup_steps=2", "trainer.n_bootstrap=20", *task,
+        f"task.monitor={metric}", "trainer.learning_rate=0.02,1e-7", cwd=tmp_path,
+    )  # fmt: skip
+    assert "2 runs, best first" in output
+    rates = {trial.params["trainer.learning_rate"]: trial.value for trial in trials_of(tmp_path, "numbers")}
+    assert (rates["0.02"] < rates["1e-07"]) == least_is_best
+    listed = output.partition("2 runs, best first")[2]
+    assert listed.index("0.02") < listed.index("1e-07")
 
 
 def store_of(root: Path, name: str):

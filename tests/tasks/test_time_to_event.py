@@ -221,6 +221,20 @@ def test_prediction_times_that_share_a_record_have_the_answers_of_each_alone(eve
     ).mean() > 0.5  # the answers of a subject differ by time, so a mistaken place would show
 
 
+def test_many_outcomes_are_judged_without_labels(everywhere, root, capsys):
+    from benchmarks import asked_outcomes
+
+    given = [str(everywhere), str(root), "--split", "held_out", "--horizon_days", "15", "--least", "3"]
+    asked_outcomes.main([*given, "--unions", "12", "--each", "--leave_out", "influ"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["codes"] == len(found["each"]) > 0
+    assert found["each"]["MI"] > 0.6, "smokers have infarctions"
+    assert found["auroc"] == pytest.approx(np.mean(list(found["each"].values())), abs=1e-3)
+    assert found["unions"] > 0
+    assert 0 <= found["auroc_of_unions"] <= 1
+    assert "FLU" not in found["each"]
+
+
 def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):
     from benchmarks import ask as benchmark
 

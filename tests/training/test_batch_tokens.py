@@ -78,7 +78,7 @@ def test_the_largest_batch_that_fits_is_chosen_and_nothing_is_changed(parts):
     (least,) = small.taken
     larger = CountedMemory(free=2.5 * least / SHARE + state)
     assert chosen(parts, larger) == 8192, "twice as much fits, and four times does not"
-    assert larger.taken == [least, pytest.approx(2 * least, rel=0.01)]
+    assert larger.taken == [least, pytest.approx(2 * least, rel=0.05)]
     assert chosen(parts, CountedMemory(free=3.5 * least / SHARE + state)) == 12_288
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights, strict=True))
     assert torch.equal(torch.get_rng_state(), random), "training draws the same numbers as without"

@@ -120,6 +120,15 @@ def test_batches_of_all_shapes_share_the_compiled_blocks(packs, most, counter, m
     assert 0 < n_graphs[-1] <= most * n_graphs[0], n_graphs
 
 
+def test_compiled_blocks_keep_the_padding_where_there_is_no_kernel(counter):
+    """One sequence after the other would be another graph for each number of sequences."""
+    found, inputs = model(packs=False), batch(9, 56)
+    found.body.packs = None
+    assert found.body.packing(inputs, is_causal=False) is not None, "half of the batch is padding"
+    compile_blocks(found)
+    assert found.body.packing(inputs, is_causal=False) is None
+
+
 def test_the_scores_of_a_vocabulary_are_compiled_for_all_sizes_and_have_the_same_gradients(counter, monkeypatch):
     """Chunks of all sizes, the smaller last one included, share three graphs; evaluation stays as it is."""
     monkeypatch.setattr(heads, "LOGITS_AT_ONCE", 40 * 8)  # eight events per chunk
