@@ -72,14 +72,21 @@ class Dropout(nn.Module):
         check_setting("model.dropout", p, DropShare)
         self.p, self.n_dropped = p, min(max(1, round(p * STEPS)), STEPS - 1) if p else 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x`, of any shape, with entries dropped in training and unchanged in evaluation."""
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return `x`, of any shape, with entries dropped in training and unchanged in evaluation.
+
+        With a packing, `x` (N, D) is packed; on a CPU the entries are dropped that would be dropped with the padding.
+        """
         if not self.training or not self.n_dropped:
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.n_dropped / STEPS)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.n_dropped
+        shape = x.shape if packing is None else (packing.n_places, x.shape[-1])
+        n = math.prod(shape)
+        words = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        keep = words.view(torch.uint8)[:n].view(shape) >= self.n_dropped
+        if packing is not None:
+            keep = keep.index_select(0, packing.places)
         return x * keep.to(x.dtype).mul_(STEPS / (STEPS - self.n_dropped))
 
 
@@ -166,8 +173,9 @@ class Block(nn.Module):
         self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, attend: Attend | None = None
     ) -> Tensor:
         """Return the block's output, of the shape of the input; arguments as in `Attention.forward`."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, attend))
-        return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)))
+        packing = mask if isinstance(mask, Packing) else None
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, attend), packing)
+        return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)), packing)
 
     def at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None = None) -> Tensor:
         """Return the causal output at a few places of each row, (B, Q, D), without computing it elsewhere."""

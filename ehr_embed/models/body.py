@@ -230,7 +230,7 @@ class Body(nn.Module):
         has_kernel = kernel_takes(weight.device, dtype, len(weight) // self.n_heads)
         # Attention one sequence at a time has other lengths in each batch, which would be compiled again and again.
         is_compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in self.blocks)
-        pays = has_kernel or (not is_compiled and pays_on_cpu(packing, len(inputs["padding_mask"]), dtype))
+        pays = has_kernel or (not is_compiled and pays_on_cpu(packing, dtype))
         packs = pays if self.packs is None else self.packs
         return replace(packing, at_once=has_kernel) if packs else None
 

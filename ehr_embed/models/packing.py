@@ -23,8 +23,8 @@ WIDEST_HEAD = 192
 8.6, 8.9, 12.0) have no backward pass."""
 CAPABILITY = (8, 0)
 """Least compute capability of the GPU, that of Ampere, from which on FlashAttention runs."""
-LEAST_PADDING, LONG = 0.1, 192
-"""Least share of padding, and in 16 bits least length in events, from which on packing pays on a CPU."""
+LEAST_PADDING, LEAST_IN_16_BITS, LONG = 0.1, 0.2, 256
+"""Least share of padding, and in 16 bits least share and least length in events, from which on packing pays on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Packing:
         places: (N,) int64, b * T + t for the event at row b and place t, ascending.
         starts: (S + 1,) int32, the number of events before each sequence, and N at the end.
         longest: upper bound of the events per sequence, such as T.
+        n_places: number B * T of places of the padded batch.
         is_causal: whether an event attends only to itself and earlier events, or to its whole sequence.
         at_once: whether torch's kernel computes all sequences at once; otherwise they are computed one after the other.
     """
@@ -44,6 +45,7 @@ class Packing:
     places: Tensor
     starts: Tensor
     longest: int
+    n_places: int
     is_causal: bool
     at_once: bool = False
 
@@ -63,7 +65,7 @@ class Packing:
         # Sorting gives the places without waiting for the device, which counting the True entries of a mask would do.
         places = torch.cat([row_B * (n_places + 1), moved_N]).sort().values
         starts = self.starts + torch.arange(n_rows + 1, device=self.starts.device, dtype=self.starts.dtype)
-        return replace(self, places=places, starts=starts, longest=self.longest + 1)
+        return replace(self, places=places, starts=starts, longest=self.longest + 1, n_places=n_rows * (n_places + 1))
 
     def attend(self, q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor) -> Tensor:
         """Return the attended values within each sequence, (N, H, K)."""
@@ -91,7 +93,7 @@ def packing_of(inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
             f"sequence_starts of {len(starts) - 1} sequences, but the batch has {n_rows} rows of one sequence each: rows were "
             "added or left out, or hold several sequences. Leave places and sequence_starts out of the inputs."
         )
-    return Packing(inputs["places"], starts, n_places, is_causal)
+    return Packing(inputs["places"], starts, n_places, n_rows * n_places, is_causal)
 
 
 def kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
@@ -126,7 +128,7 @@ def is_right(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             for is_causal in (False, True):
-                packing = Packing(places, starts, max(lengths), is_causal)
+                packing = Packing(places, starts, max(lengths), sum(lengths), is_causal)
                 found = [_with_gradients(function, values, packing) for function in (attend_at_once, attend_one_by_one)]
                 for at_once, one_by_one in zip(*found, strict=True):
                     torch.testing.assert_close(at_once, one_by_one, rtol=0.05, atol=0.05)
@@ -178,21 +180,23 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
 
-def pays_on_cpu(packing: Packing, n_rows: int, dtype: torch.dtype) -> bool:
-    """Return whether a CPU computes a batch of `n_rows` rows faster packed, with attention one sequence at a time.
+def pays_on_cpu(packing: Packing, dtype: torch.dtype) -> bool:
+    """Return whether a CPU computes a batch faster packed, with attention one sequence at a time.
 
-    It does from a tenth of padding on (docs/speed.md). In 16 bits it does only if the sequences are long too, because short ones
-    share products in `cpu_attention`.
+    It does from a tenth of padding on (docs/speed.md). In 16 bits it does from a fifth on, and only if the sequences are long too,
+    because short ones share products in `cpu_attention`.
 
     >>> starts = torch.tensor([0, 8, 12])
-    >>> packing = Packing(torch.tensor([*range(8), *range(8, 12)]), starts, longest=8, is_causal=False)
-    >>> pays_on_cpu(packing, 2, torch.float32), pays_on_cpu(packing, 2, torch.bfloat16)
+    >>> packing = Packing(torch.tensor([*range(8), *range(8, 12)]), starts, longest=8, n_places=16, is_causal=False)
+    >>> pays_on_cpu(packing, torch.float32), pays_on_cpu(packing, torch.bfloat16)
     (True, False)
     """
     if packing.places.device.type != "cpu":
         return False
-    padding = 1 - len(packing.places) / (n_rows * packing.longest)
-    return padding >= LEAST_PADDING and (dtype == torch.float32 or packing.longest >= LONG)
+    padding = 1 - len(packing.places) / packing.n_places
+    if dtype == torch.float32:
+        return padding >= LEAST_PADDING
+    return padding >= LEAST_IN_16_BITS and packing.longest >= LONG
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:

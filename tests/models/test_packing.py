@@ -176,7 +176,7 @@ def test_the_padding_of_hidden_states_is_zero():
 
 
 def test_packing_by_hand():
-    given = Packing(torch.tensor([0, 1, 3, 6, 7, 8]), torch.tensor([0, 2, 3, 6]).int(), 3, True)
+    given = Packing(torch.tensor([0, 1, 3, 6, 7, 8]), torch.tensor([0, 2, 3, 6]).int(), 3, 9, True)
     x = torch.arange(9).view(3, 3)
     assert given.pack(x).tolist() == [0, 1, 3, 6, 7, 8]
     unpacked = given.unpack(given.pack(x).float()[:, None] + 1, 3, 3)
@@ -190,7 +190,7 @@ def test_packing_by_hand():
 
 def test_one_by_one_takes_empty_sequences():
     q = torch.randn(3, 2, 8)
-    empty_between = Packing(torch.arange(3), torch.tensor([0, 1, 1, 3]).int(), 2, False)
+    empty_between = Packing(torch.arange(3), torch.tensor([0, 1, 1, 3]).int(), 2, 3, False)
     without = replace(empty_between, starts=torch.tensor([0, 1, 3]).int())
     assert torch.equal(attend_one_by_one(q, q, q, empty_between), attend_one_by_one(q, q, q, without))
 
@@ -225,6 +225,24 @@ def test_a_cpu_packs_where_much_is_padding_and_packing_pays(monkeypatch):
     monkeypatch.setattr(block, "_compiled_call_impl", None)
     model.body.packs = False
     assert not packs(much), "asked otherwise"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_on_a_cpu_the_same_entries_are_dropped_with_and_without_padding(pooling):
+    batch = rows()
+    model = build(Encoder, num_classes=3, dropout=0.3, pooling=pooling).train()
+    found = []
+    for packs in (False, True):
+        torch.manual_seed(5)
+        model.body.packs = packs
+        model.zero_grad()
+        logits = model(batch)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for padded, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+    torch.manual_seed(6)
+    assert not torch.allclose(model(batch).detach(), found[0][0], atol=1e-3), "entries are dropped"
 
 
 def test_a_cache_is_not_packed(monkeypatch):
@@ -329,7 +347,7 @@ def test_the_kernel_is_attention(lengths, head_width, is_causal):
     starts = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().cuda()
     n = sum(lengths)
     # More events than the longest sequence has, as in a padded batch.
-    given = Packing(torch.arange(n, device="cuda"), starts, max(lengths) + 7, is_causal)
+    given = Packing(torch.arange(n, device="cuda"), starts, max(lengths) + 7, n, is_causal)
     assert kernel_takes(torch.device("cuda"), torch.bfloat16, head_width)
 
     def attend(function, dtype: torch.dtype) -> list[Tensor]:

@@ -30,7 +30,7 @@ SHAPES = ((4, 24), (5, 32), (7, 40), (1, 48), (9, 56), (3, 8))
 @torch.library.custom_op("ehr_embed_tests::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
     """Attention of packed sequences as one operation whose inside is not traced, as torch's kernel for GPUs is."""
-    found = packing.Packing(torch.arange(len(q)), starts, longest, is_causal=False)
+    found = packing.Packing(torch.arange(len(q)), starts, longest, len(q), is_causal=False)
     return attend_one_by_one(q, k, v, found).contiguous()
 
 
@@ -41,7 +41,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, starts = ctx.saved_tensors
-    found = packing.Packing(torch.arange(len(q)), starts, ctx.longest, is_causal=False)
+    found = packing.Packing(torch.arange(len(q)), starts, ctx.longest, len(q), is_causal=False)
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         gradients = torch.autograd.grad(attend_one_by_one(*inputs, found), inputs, gradient)
