@@ -10,7 +10,7 @@ tokens, without dropout on attention weights.
 import sys
 import tempfile
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from records import Records, pad, say, seconds
@@ -29,15 +29,16 @@ def model_of(sizes: dict[str, Any], table: torch.Tensor) -> BertForSequenceClass
         max_position_embeddings=sizes["context"],
         hidden_dropout_prob=sizes["dropout"],
         attention_probs_dropout_prob=0.0,
-        num_labels=2,
     )
+    config.num_labels = 2
     model = BertForSequenceClassification(config)
     width = table.shape[1]
-    model.bert.embeddings.word_embeddings = torch.nn.Sequential(
+    vectors = torch.nn.Sequential(
         torch.nn.Embedding.from_pretrained(table, freeze=True),
         torch.nn.LayerNorm(width),
         torch.nn.Linear(width, sizes["model_dim"]),
     )
+    setattr(model.bert.embeddings, "word_embeddings", vectors)  # noqa: B010 (its type is another one)
     return model
 
 
@@ -51,8 +52,10 @@ class SameBatches(Trainer):
     """A Trainer that takes the given batches."""
 
     def get_train_dataloader(self) -> DataLoader:
-        records = self.train_dataset
-        return DataLoader(records, batch_sampler=[batch.tolist() for batch in records.batches], collate_fn=collate)
+        records = cast("Records", self.train_dataset)
+        return DataLoader(
+            cast("Any", records), batch_sampler=[batch.tolist() for batch in records.batches], collate_fn=collate
+        )
 
 
 def main() -> None:
