@@ -288,8 +288,9 @@ class CodeTab(nn.Module):
     is_causal = False
     meaning_keys = ("windows_hours", "feeds_absent")
     learns_vectors = False
-    reads_back = True  # it computes with the pairs of record and code that occur, which it counts
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
+    reads_back = True  # it computes with the pairs of record and code that occur, which it counts
+    takes_twins = True
 
     @checked("model")
     def __init__(

@@ -225,3 +225,18 @@ def test_table_round_trip_and_refusals(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"table\.safetensors: .*overwrite=true"):
         load_table(path, expected={})
+
+
+def test_texts_are_refused_alike_with_a_cache_and_without(tmp_path):
+    class Same(RandomEmbedder):
+        def embed(self, texts):
+            return np.ones((len(texts), self.embedding_dim), np.float32)
+
+    for cache_dir in (tmp_path, None):
+        for embedder, texts, match in ((RandomEmbedder(dim=4), ["fever", " "], "text 1 is empty"), (Same(dim=4), ["fever", "cough"], "the same vector")):
+            with pytest.raises(UserError, match=match):
+                embed_texts(embedder, texts, cache_dir=cache_dir)
+    texts = ["fever", "cough", "fever"]
+    np.testing.assert_array_equal(
+        embed_texts(RandomEmbedder(dim=4), texts, cache_dir=tmp_path / "two"), embed_texts(RandomEmbedder(dim=4), texts, cache_dir=None)
+    )
