@@ -254,7 +254,8 @@ def _twins(
     pairs: pl.DataFrame | None,
     without_pairs: pl.DataFrame,
 ) -> dict[str, str]:
-    """Return the run's codes that no code of the dataset goes to, and that surely say the same as one that has a match.
+    """Return the run's codes that no code of the dataset goes to, each with the matched code whose text means the same, by a
+    gate of 1.
 
     A hospital with thousands of codes has several for one thing, such as a laboratory value and the worst one of the first day. A
     model learned from all of them, and would miss all but one where the other hospital has one code for it. Where the other
@@ -329,7 +330,7 @@ def align_codes(
     weight[matched < 0] = 0.0
     table = _table(source, target, matched, cosine, weight, origin)
     other_kind = of_other_kind(text_S, text_T, is_number_S, is_number_T, rules)
-    is_left = (table["gate"] == 0) & (table["origin"] != PAIR)  # a person who says "no match" has seen that
+    is_left = (table["gate"] == 0) & (table["origin"] != PAIR)  # own pairs need no warning of what they leave out
     said = pl.Series([said if left else "" for said, left in zip(other_kind, is_left, strict=True)], dtype=pl.String)
     return table.with_columns(warning=pl.when(said != "").then(said).otherwise("warning"))
 

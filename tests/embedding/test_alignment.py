@@ -175,7 +175,7 @@ def test_codes_of_the_run_that_say_the_same_take_the_same_events(tmp_path, two, 
         found.say()
     assert found.matches["lab//1"][0] in ("NA", "APACHE")
     assert {frozenset(pair) for pair in found.twins.items()} == {frozenset(("NA", "APACHE"))}, (
-        "of one kind, and surely the same"
+        "of one kind, and of one text"
     )
     assert "APACHE" in caplog.text
     assert found.digest != align(two[0], two[1], embed=embed, rules=Rules.read()).digest
@@ -193,7 +193,7 @@ def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
     pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [None]})
     table = align(*two, embed=embed, rules=Rules.read(), pairs=pairs).table.filter(code="note//6")
     assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), (
-        "a person's word, with a warning"
+        "own pairs override kinds, with a warning"
     )
 
 
@@ -210,10 +210,10 @@ def test_a_number_without_a_match_is_no_warning(tmp_path, two, caplog):
         found.say()
     pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [0.0]})
     align(*two, embed=embed, rules=Rules.read(), pairs=pairs).say()
-    assert "of another kind" not in caplog.text, "nor does a person's own word call for one"
+    assert "of another kind" not in caplog.text, "nor does a pair without a match call for one"
 
 
-def test_a_persons_word_reaches_twins(tmp_path):
+def test_own_pairs_decide_about_twins(tmp_path):
     run = vocabulary(tmp_path / "run", {
         "NA": ("Sodium", 140.0), "APACHE": ("Worst value: Sodium", 139.0), "K": ("Potassium", 4.0),
     })  # fmt: skip
