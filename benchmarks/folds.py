@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from ehr_embed.core.files import atomic_path
 from ehr_embed.data.labels import read_labels
 from ehr_embed.run_folder.layout import FINISHED, MEMBERS
 from ehr_embed.sources.meds import MedsSource
+from ehr_embed.sources.protocol import SPLITS
 
 TUNING_SHARE = 1 / 8
 """Share of the subjects of a fold's other parts that tune: with five folds 70, 10 and 20 % train, tune and are held out."""
@@ -99,7 +101,8 @@ def draw(
     With `shares` (of train, tuning and held_out) each column is a draw of its own; otherwise each subject is held out once.
 
     Raises:
-        UserError: `root` is no MEDS dataset with splits, or lacks the label set.
+        UserError: `root` is no MEDS dataset with splits, or lacks the label set; or `shares` leave a split of a draw without a
+            subject of some label.
     """
     source = MedsSource(root=str(root))
     subjects = source.split_of_subjects(max_events=2**62)
@@ -109,12 +112,36 @@ def draw(
     rows = subjects.select("subject_id").join(own, on="subject_id", how="left").sort("subject_id")
     strata = rows["value"].fill_null("").rank("dense").cast(pl.Int64).to_numpy()
     found = folds(strata, n_folds, seed) if shares is None else draws(strata, n_folds, shares, seed)
+    if shares is not None:
+        _check_draws(rows["value"], found, labels)
     frame = rows.select("subject_id").with_columns(
         pl.Series(f"fold{fold + 1}", found[:, fold].tolist()) for fold in range(n_folds)
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     frame.write_parquet(output)
     return frame
+
+
+def _check_draws(values: pl.Series, found: npt.NDArray[np.object_], labels: str) -> None:
+    """Refuse draws of which a split has no subject with some label, since it could not be judged.
+
+    Args:
+        values: each subject's label (N,), null = none.
+        found: each subject's split in each draw, (N, F).
+        labels: name of the label set.
+
+    Raises:
+        UserError: says which label, draw and split.
+    """
+    for value in values.drop_nulls().unique().sort():
+        of_value = found[(values == value).fill_null(False).to_numpy()]
+        for number, split in product(range(found.shape[1]), SPLITS):
+            if not (of_value[:, number] == split).any():
+                raise UserError(
+                    f"{labels}: {len(of_value)} subjects have the label {value}, and draw {number + 1} has none in {split}, "
+                    "which could not be judged. Give larger shares of train, tuning and held_out, such as --shares 0.4,0.3,0.3, or "
+                    "leave --shares out: then each subject is held out once"
+                )
 
 
 def measured(sweep: Path) -> pl.DataFrame:

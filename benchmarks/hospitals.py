@@ -47,8 +47,10 @@ CODE_TAB = (
     "model=code_tab", "model.member_weights=text", "model.feeds_absent=false", "model.code_dropout=0.3", "model.text_noise=0.2",
     "data.values=continuous",
 )  # fmt: skip
-FEW = ("trainer.batch_size=32",)
-"""What training on a few hundred labels is given besides."""
+FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
+"""What `code_tab` is given besides where it is trained from scratch on fewer labels than this, since batches of 256 would end in
+the warm-up. Fine-tuning, which goes on from trained weights for three epochs, is not given it, nor is a pool, which
+has the labels of both."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
 OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
@@ -104,9 +106,14 @@ class Lab:
         name = f"{hospital.name}_{kind}_{seed}"
         prefixes = () if kind == "gbm" else hospital.prefixes
         how = MODELS[kind] if kind in MODELS else (*MODELS["tab"], *CONTROLS[kind])
-        schedule = FEW if hospital == self.away and kind != "gbm" else ()
+        schedule = () if kind == "gbm" else few_schedule(self.n_train(hospital))
         self.run(name, *how, *schedule, *hospital.data, *prefixes, f"seed={seed}")
         return self.folder / name
+
+    def n_train(self, hospital: Hospital) -> int:
+        """Return the number of labels of a hospital that its train split has, as a run of trees counts them."""
+        found: int = self.run(f"{hospital.name}_gbm_0", *MODELS["gbm"], *hospital.data, "seed=0")["train"]["n"]
+        return found
 
     def unchanged(self, one: Hospital, other: Hospital, kind: str, seed: int, control: str) -> Path:
         """Return the run in which a model of one hospital meets all labels of the other."""
@@ -116,6 +123,15 @@ class Lab:
         reads = READS[kind] if kind in READS else (*READS["tab"], *CONTROLS[kind])
         self.run(name, *reads, *other.data, "trainer=evaluate", f"init_from={start}", f"seed={seed}", *how)
         return self.folder / name
+
+
+def few_schedule(n_labels: int) -> tuple[str, ...]:
+    """Return the overrides with which `code_tab` is trained from scratch on so many labels.
+
+    >>> few_schedule(444), few_schedule(8000)
+    (('trainer.batch_size=32',), ())
+    """
+    return FEW if n_labels < FEW_BELOW else ()
 
 
 def unchanged(lab: Lab) -> list[list[str]]:
@@ -146,11 +162,11 @@ def few(lab: Lab) -> list[list[str]]:
     """Return rows: number of labels of the other hospital, and held-out AUROC there of each way to use them, over draws."""
     away, home = lab.away, lab.home
     start = lab.trained(home, "tab", 0)
-    n_train = lab.run(f"{away.name}_gbm_0", *MODELS["gbm"], *away.data, "seed=0")["train"]["n"]
+    n_train = lab.n_train(away)
     ways: dict[str, tuple[str, ...]] = {
         "gbm": (*MODELS["gbm"], *away.data),
         "gbm5": (*MODELS["gbm"], *away.data, "model.min_leaf_samples=5"),
-        "tab": (*MODELS["tab"], *FEW, *away.data),
+        "tab": (*MODELS["tab"], *away.data),
         "tuned": (*READS["tab"], *TUNED, *away.data, f"init_from={start}"),
         "pool": ("model=gbm", *pooled_data(lab)),
         "pooltab": (*MODELS["tab"], *pooled_data(lab), *home.prefixes),
@@ -171,7 +187,8 @@ def few(lab: Lab) -> list[list[str]]:
                 else:
                     fraction = f"task.label_fraction={[1.0, share] if way in POOLED else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
-                metrics = lab.run(f"{name}_{number}", *overrides, *drawn)
+                schedule = few_schedule(n) if way == "tab" else ()
+                metrics = lab.run(f"{name}_{number}", *overrides, *schedule, *drawn)
                 here = metrics.get("datasets", {}).get(away.root.name, metrics)
                 found.append(float(here["held_out"]["auroc"]["value"]))
             cells.append(mean_sd(found))
@@ -234,9 +251,10 @@ def paired(lab: Lab, hospital: Hospital, kind: str) -> str:
     pool, alone = sides
     assert (pool.ids == alone.ids).all()
     assert (pool.labels == alone.labels).all()
+    assert len(np.unique(pool.ids)) == len(pool.ids), "rows are drawn as subjects, so that each may have one label only"
     rng, differences = np.random.default_rng(0), []
     for _ in range(1000):
-        drawn = rng.integers(len(pool.ids), size=len(pool.ids))  # one label per subject
+        drawn = rng.integers(len(pool.ids), size=len(pool.ids))
         if 0 < pool.labels[drawn].sum() < len(drawn):
             y = pool.labels[drawn]
             differences.append(roc_auc_score(y, pool.logits[drawn]) - roc_auc_score(y, alone.logits[drawn]))

@@ -334,6 +334,10 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
     splits = pl.read_parquet(draws).drop("subject_id").to_numpy()
     assert [round(float((splits == split).mean()), 1) for split in ("train", "tuning", "held_out")] == [0.6, 0.1, 0.3]
     assert len({tuple(column) for column in splits.T}) == 5, "the draws differ"
+    with pytest.raises(
+        UserError, match=r"case: \d+ subjects have the label \w+, and draw \d has none in tuning.*--shares"
+    ):
+        folds.main(["draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.699,0.001,0.3"])
     with pytest.raises(UserError, match=r"--shares 0.6,0.1,0.3"):
         folds.main(["draw", str(root), "--labels", "case", "--output", str(draws), "--shares", "0.6,0.1"])
 

@@ -49,6 +49,7 @@ class DataKeys(Keys, VocabularySettings):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    alignment_twins: Annotated[bool | None, Told("true, false or null", example="false")]
     text_variants: Share
     variant_kinds: Annotated[Sequence[Kind], Told("a list of synonyms, words, neighbours", example="[synonyms]")]
     pool_codes: PoolCodes
@@ -180,6 +181,7 @@ class AlignedDatasetKeys(DatasetKeys):
     alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
     alignment_texts: Texts
     alignment_matching: Matching
+    alignment_twins: Annotated[bool | None, Told("true, false or null", example="false")]
     alignment_cache: Annotated[Text | None, Told("a folder, or null", example="null")]
 
 

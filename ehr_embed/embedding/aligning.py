@@ -18,7 +18,8 @@ from ehr_embed.core.settings import check_setting
 from ehr_embed.data.vocabulary import UNKNOWN, Vocabulary
 from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder
 from ehr_embed.embedding.alignment import SHIPPED_RULES, Matching, Rules
-from ehr_embed.embedding.match_table import Alignment, Texts, align, read_pairs, share_of_new
+from ehr_embed.embedding.match_table import Alignment, Texts, align, share_of_new
+from ehr_embed.embedding.own_pairs import read_pairs
 from ehr_embed.embedding.vector_cache import embed_texts
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class AlignmentSettings:
         texts: `own`, or `shuffled`, the control in which each code has another one's text.
         seed: of the shuffling.
         matching: `nearest`, by which several codes may go to one, or `one_to_one`, for the same codes under other names.
+        twins: whether codes of the run without a match take the events of a matched one that says the same; None = as the run is
+            configured, and runs of earlier versions have none.
         cache: folder in which vectors of texts are kept for later calls; None = nothing is written.
 
     Raises:
@@ -50,6 +53,7 @@ class AlignmentSettings:
     texts: str = "own"
     seed: int = 0
     matching: str = "nearest"
+    twins: bool | None = None
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +92,9 @@ class AlignmentSettings:
             )
         return self.aligned_to not in (AUTO, NONE) or (self.aligned_to == AUTO and share_new > ALIGNED_FROM)
 
-    def alignment(self, run: Vocabulary, vocabulary: Vocabulary, *, cache_dir: Path | None = None) -> Alignment:
+    def alignment(
+        self, run: Vocabulary, vocabulary: Vocabulary, *, has_twins: bool = True, cache_dir: Path | None = None
+    ) -> Alignment:
         """Return which codes of a run stand for those of a dataset, and log it.
 
         Texts are compared by the sentence transformer that comes with the package, whatever vectors the run reads.
@@ -96,6 +102,7 @@ class AlignmentSettings:
         Args:
             run: vocabulary of the run.
             vocabulary: vocabulary that was fitted on the dataset.
+            has_twins: whether the run is configured to have twins, which `twins` overrides.
             cache_dir: folder of the cache of text vectors; None = `cache`.
 
         Raises:
@@ -112,8 +119,14 @@ class AlignmentSettings:
                 texts=self.texts,
                 seed=self.seed,
                 matching=self.matching,
+                has_twins=has_twins if self.twins is None else self.twins,
             )
         found.say()
+        if self.twins is None and not has_twins and self.matching == "nearest":
+            log.info(
+                "codes of the run without a match get no events, even if they say the same as a matched one, since the run is of "
+                "an earlier version or was trained with data.alignment_twins=false; data.alignment_twins=true gives them events"
+            )
         return found
 
 
@@ -132,12 +145,17 @@ def bundled(cache_dir: Path | None) -> Iterator[Callable[[list[str]], npt.NDArra
 
 
 def wanted_alignment(
-    settings: AlignmentSettings, run: Vocabulary, vocabulary: Vocabulary, *, cache_dir: Path | None = None
+    settings: AlignmentSettings,
+    run: Vocabulary,
+    vocabulary: Vocabulary,
+    *,
+    has_twins: bool = True,
+    cache_dir: Path | None = None,
 ) -> Alignment | None:
     """Return the alignment of a dataset with a run; None where the settings want none."""
     if settings.is_off or not settings.is_wanted(share_of_new(run, vocabulary)):
         return None
-    return settings.alignment(run, vocabulary, cache_dir=cache_dir)
+    return settings.alignment(run, vocabulary, has_twins=has_twins, cache_dir=cache_dir)
 
 
 def aligned_table(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ehr_embed.core.csv_tables import read_csv_table
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path, digest
 from ehr_embed.core.settings import OneOf, check_setting
@@ -34,11 +33,14 @@ from ehr_embed.embedding.alignment import (
     phrasings,
 )
 from ehr_embed.embedding.disagreement import NUMBERS_HERE, NUMBERS_THERE, disagreement, of_other_kind
+from ehr_embed.embedding.own_pairs import TWINS, twins_of_pairs, unknown_pair
 
 log = logging.getLogger(__name__)
 Texts = Annotated[str, OneOf("own", "shuffled")]
 """Texts by which codes are aligned: their own, or, as a control, those of others."""
 QUANTILES = ("q10", "q50", "q90")
+SAME_CODE, PAIR = "same code", "pair"
+"""Origins of a match that no text decides."""
 OF_NORMAL = (-1.2816, 0.0, 1.2816)
 """Quantiles 10, 50 and 90 % of a standard normal, for vocabularies of earlier versions, which kept a median and a spread alone."""
 SHOWN = 40
@@ -129,9 +131,18 @@ class Alignment:
         return rows, gates
 
     def write(self, path: Path) -> None:
-        """Write the table as CSV."""
+        """Write the table as CSV; if there are twins, with a column `twins` that lists those of each matched code."""
+        table = self.table.with_columns(pl.col(pl.Float64).round(4))
+        if self.twins:
+            of_code: dict[str, list[str]] = {}
+            for twin, code in self.twins.items():
+                of_code.setdefault(code, []).append(twin)
+            rows = table.select("matched_code", "gate").iter_rows()
+            found = [of_code.get(str(code)) if g > 0 else None for code, g in rows]
+            said = [None if twins is None else json.dumps(twins, ensure_ascii=False) for twins in found]
+            table = table.with_columns(pl.Series(TWINS, said, dtype=pl.String))
         with atomic_path(path) as temporary:
-            self.table.with_columns(pl.col(pl.Float64).round(4)).write_csv(temporary)
+            table.write_csv(temporary)
 
     def say(self) -> None:
         """Log how much of the dataset is covered, the matches with most events, and numbers that disagree."""
@@ -143,7 +154,9 @@ class Alignment:
         )  # fmt: skip
         if self.twins:
             log.info(
-                "%d more of the run's codes say the same as one of these and take the same events, such as: %s",
+                "%d more of the run's codes say the same as one of these and take the same events, such as: %s. alignment.csv "
+                "lists all of them in its column twins, where you can remove some and give it back as data.alignment_pairs; "
+                "data.alignment_twins=false leaves all out",
                 len(self.twins), ", ".join(f"{twin} as {code}" for twin, code in list(self.twins.items())[:5]),
             )  # fmt: skip
         for row in found.head(SHOWN).iter_rows(named=True):
@@ -165,7 +178,8 @@ class Alignment:
 
 def say_other_kinds(table: pl.DataFrame) -> None:
     """Warn of codes without a match whose text the other side has, where only one of the two sides has numbers."""
-    lost = table.filter((pl.col("gate") == 0) & pl.col("warning").is_in([NUMBERS_HERE, NUMBERS_THERE]))
+    is_lost = (pl.col("gate") == 0) & (pl.col("origin") != PAIR)
+    lost = table.filter(is_lost & pl.col("warning").is_in([NUMBERS_HERE, NUMBERS_THERE]))
     if len(lost):
         log.warning(
             "%d codes, with %.1f%% of the events, have the text of a code whose events are of another kind, such as %s (%s), so "
@@ -185,6 +199,7 @@ def align(
     texts: str = "own",
     seed: int = 0,
     matching: str = "nearest",
+    has_twins: bool = True,
 ) -> Alignment:
     """Return which code of a run stands for each code of a dataset.
 
@@ -196,10 +211,11 @@ def align(
         vocabulary: vocabulary that was fitted on the dataset.
         embed: returns the vectors (n, E) of n texts.
         rules: how texts are cleaned and compared.
-        pairs: columns code, matched_code (null = none) and perhaps gate.
+        pairs: columns code, matched_code (null = none), and perhaps gate and twins, as `read_pairs` returns them.
         texts: `own`, or `shuffled` for the control in which each code has the text of another of its kind.
         seed: of the shuffling.
-        matching: `nearest`, by which several codes may go to one, or `one_to_one`.
+        matching: `nearest`, by which several codes may go to one, or `one_to_one`, which leaves no twins.
+        has_twins: whether codes of the run without a match take the events of one that says the same.
 
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
@@ -220,21 +236,53 @@ def align(
             "event. Either side may lack texts: give descriptions in metadata/codes.parquet or data.lookups=[FILE.csv], name the "
             "pairs yourself: data.alignment_pairs=FILE.csv with columns code,matched_code, or type: data.aligned_to=none"
         )
-    return Alignment(table, _twins(codes_of(run), table, embed, rules) if matching == "nearest" else {})
+    if not has_twins or matching != "nearest":
+        return Alignment(table)
+    without_pairs = table
+    if (table["origin"] == PAIR).any():
+        without_pairs = align_codes(
+            codes_of(run), codes_of(vocabulary), embed=embed, rules=rules, texts=texts, seed=seed
+        )
+    return Alignment(table, _twins(codes_of(run), table, embed, rules, pairs, without_pairs))
 
 
 def _twins(
-    run: pl.DataFrame, table: pl.DataFrame, embed: Callable[[list[str]], npt.NDArray[np.float32]], rules: Rules
+    run: pl.DataFrame,
+    table: pl.DataFrame,
+    embed: Callable[[list[str]], npt.NDArray[np.float32]],
+    rules: Rules,
+    pairs: pl.DataFrame | None,
+    without_pairs: pl.DataFrame,
 ) -> dict[str, str]:
-    """Return the run's codes that no code of the dataset goes to, and that say surely the same as one that has a match.
+    """Return the run's codes that no code of the dataset goes to, each with the matched code whose text means the same, by a
+    gate of 1.
 
     A hospital with thousands of codes has several for one thing, such as a laboratory value and the worst one of the first day. A
-    model learned from all of them, and would miss all but one where the other hospital has one code for it.
+    model learned from all of them, and would miss all but one where the other hospital has one code for it. Where the other
+    hospital has the matched code itself, it could have the twin too, and its records lack it. A code that only `pairs` left without
+    a match is no twin, and where `pairs` lists twins, its list holds.
+
+    Raises:
+        UserError: `pairs` lists a twin that is no code of the run.
     """
-    matched = set(table.filter(pl.col("gate") > 0)["matched_code"])
+    matched = _matched(table)
+    of_pairs = twins_of_pairs(pairs, run["code"].to_list())
+    no_twin = matched | _matched(without_pairs)
     is_matched = pl.Series([code in matched for code in run["code"]], dtype=pl.Boolean)
-    found = align_codes(run.filter(is_matched), run.filter(~is_matched), embed=embed, rules=rules)
-    return dict(found.filter(pl.col("gate") >= 1.0).select("code", "matched_code").iter_rows())
+    may_be = pl.Series([code not in no_twin for code in run["code"]], dtype=pl.Boolean)
+    found = align_codes(run.filter(is_matched), run.filter(may_be), embed=embed, rules=rules)
+    told = set(of_pairs) | set(table.filter(pl.col("origin") == SAME_CODE)["matched_code"])
+    sure = found.filter(pl.col("gate") >= 1.0).select("code", "matched_code").iter_rows()
+    twins = {twin: code for twin, code in sure if code not in told}
+    for code, listed in of_pairs.items():
+        if code in matched:
+            twins |= {twin: code for twin in listed if twin not in matched}
+    return twins
+
+
+def _matched(table: pl.DataFrame) -> set[str]:
+    """Return the run's codes that a code of the dataset goes to."""
+    return set(table.filter(pl.col("gate") > 0)["matched_code"])
 
 
 def align_codes(
@@ -276,46 +324,15 @@ def align_codes(
     for place, code in enumerate(target["code"]):
         own = number_of.get(code)
         if texts == "own" and own is not None and is_number_S[own] == is_number_T[place]:
-            matched[place], cosine[place], weight[place], origin[place] = own, 1.0, 1.0, "same code"
+            matched[place], cosine[place], weight[place], origin[place] = own, 1.0, 1.0, SAME_CODE
     if pairs is not None:
         _override(pairs, number_of, target["code"].to_list(), matched, weight, origin)
     weight[matched < 0] = 0.0
     table = _table(source, target, matched, cosine, weight, origin)
     other_kind = of_other_kind(text_S, text_T, is_number_S, is_number_T, rules)
-    said = pl.Series(
-        [said if g == 0 else "" for said, g in zip(other_kind, table["gate"], strict=True)], dtype=pl.String
-    )
+    is_left = (table["gate"] == 0) & (table["origin"] != PAIR)  # own pairs need no warning of what they leave out
+    said = pl.Series([said if left else "" for said, left in zip(other_kind, is_left, strict=True)], dtype=pl.String)
     return table.with_columns(warning=pl.when(said != "").then(said).otherwise("warning"))
-
-
-def read_pairs(path: str) -> pl.DataFrame:
-    """Read a CSV of one's own pairs: columns code, matched_code (empty = no match) and perhaps gate, 0 to 1; others are ignored, so
-    that a corrected alignment.csv can be given back.
-
-    Raises:
-        UserError: the file is missing or has other columns, a code twice, or a gate that is no number from 0 to 1.
-    """
-    if not Path(path).is_file():
-        raise UserError(
-            f"data.alignment_pairs={path}: no such file. Expected a CSV file with columns code,matched_code."
-        )
-    frame = read_csv_table(path, ("code", "matched_code"))
-    if "gate" not in frame.columns:
-        frame = frame.with_columns(gate=pl.lit(None, pl.String))
-    frame = frame.select("code", "matched_code", "gate").with_columns(
-        pl.col("matched_code").replace("", None), pl.col("gate").replace("", None)
-    )
-    numbers = frame["gate"].cast(pl.Float64, strict=False)
-    wrong = frame.filter(pl.col("gate").is_not_null() & ~numbers.fill_null(-1.0).is_between(0, 1))
-    if len(wrong):
-        raise UserError(f"{path}: gate of {wrong['code'][0]} is {wrong['gate'][0]!r}, expected a number from 0 to 1.")
-    twice = frame.filter(pl.col("code").is_duplicated())
-    if len(twice) or frame["code"].null_count():
-        raise UserError(
-            f"{path}: {twice['code'][0] if len(twice) else 'an empty code'} stands in it {'twice' if len(twice) else ''}: expected "
-            "one row per code of the dataset, since each has one match. Remove the others."
-        )
-    return frame.with_columns(gate=numbers)
 
 
 def share_of_new(run: Vocabulary, vocabulary: Vocabulary) -> float:
@@ -361,27 +378,6 @@ def _vectors(
     return [[vectors[[row_of[phrase] for phrase in found]] for found in texts] for texts in phrased]
 
 
-def check_pairs(pairs: pl.DataFrame, codes: list[str]) -> None:
-    """Refuse pairs of a pool that name a code which it does not have.
-
-    Raises:
-        UserError: names the code and the nearest one.
-    """
-    known = dict.fromkeys(codes)
-    for name in [*pairs["code"], *pairs["matched_code"].drop_nulls()]:
-        if name not in known:
-            raise _unknown_pair(name, codes, "the pooled datasets")
-
-
-def _unknown_pair(name: str, known: list[str], where: str) -> UserError:
-    near = difflib.get_close_matches(name, known, n=1)
-    return UserError(
-        f"data.alignment_pairs names {name}, which is no code of {where} that occurs in train"
-        f"{f': did you mean {near[0]}?' if near else '.'} Nothing would ever match it. RUN/alignment.csv lists the codes of both. "
-        "Correct or remove the row."
-    )
-
-
 def _override(
     pairs: pl.DataFrame,
     number_of: dict[str, int],
@@ -399,11 +395,11 @@ def _override(
     for code, to, given in pairs.select("code", "matched_code", "gate").iter_rows():
         for name, known, where in ((code, place_of, "this dataset"), (to, number_of, "the run")):
             if name is not None and name not in known:
-                raise _unknown_pair(name, list(known), where)
+                raise unknown_pair(name, list(known), where)
         place = place_of[code]
         now = -1 if to is None else number_of[to]
         if (now, given) == (-1, None) or now != matched[place] or given is None or abs(given - weight[place]) > 1e-3:
-            origin[place] = "pair"
+            origin[place] = PAIR
         matched[place], weight[place] = now, (1.0 if given is None else given) if now >= 0 else 0.0
 
 
@@ -430,8 +426,11 @@ def _table(
         "share": target["n_events"] / total, **{name: target[name] for name in names},
         **{f"matched_{name}": theirs(name) for name in names},
     })  # fmt: skip
-    said = [disagreement(row[: len(names)], row[len(names) :]) for row in
-            table.select(*names, *(f"matched_{name}" for name in names)).iter_rows()]  # fmt: skip
+    quantiles = table.select(*names, *(f"matched_{name}" for name in names)).iter_rows()
+    said = [
+        disagreement(row[: len(names)], row[len(names) :]) if matches else ""
+        for row, matches in zip(quantiles, has_match, strict=True)
+    ]
     return table.with_columns(warning=pl.Series(said, dtype=pl.String))
 
 

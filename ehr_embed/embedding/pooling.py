@@ -17,11 +17,10 @@ from ehr_embed.embedding.match_table import (
     SHOWN,
     Alignment,
     align_codes,
-    check_pairs,
     codes_of,
-    read_pairs,
     say_other_kinds,
 )
+from ehr_embed.embedding.own_pairs import check_pairs, read_pairs
 
 log = logging.getLogger(__name__)
 PoolCodes = Annotated[str, OneOf("aligned", "own")]

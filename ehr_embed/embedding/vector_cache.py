@@ -31,11 +31,12 @@ LOOKUP_CHUNK = 500
 Vectors = dict[str, npt.NDArray[np.float32]]
 
 
-def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) -> npt.NDArray[np.float32]:
+def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path | None) -> npt.NDArray[np.float32]:
     """Return the vectors of texts, (n, E); only texts that are not in the cache are embedded.
 
     One process at a time embeds texts for a cache file; other processes that need vectors wait and then read the new
     ones from the file. Each batch is committed at once, so that an interrupted run loses one batch at most.
+    Without `cache_dir` nothing is read or written, and the same is refused.
 
     Raises:
         UserError: a text is empty; a vector has the wrong shape or NaN; different texts have the same vector; or the
@@ -49,6 +50,17 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
     if isinstance(embedder, GivesAnothersVectors):
         embedder = embedder.vectors_of
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    if cache_dir is None:
+        found = dict(vector for batch in _embed(list(reversed(distinct)), embedder) for vector in batch.items())
+    else:
+        found = _cached(distinct, embedder, cache_dir)
+    result = np.stack([found[text] for text in texts]) if texts else np.empty((0, embedder.embedding_dim), np.float32)
+    check_informative(result, texts)
+    return result
+
+
+def _cached(distinct: list[str], embedder: Embedder, cache_dir: Path) -> Vectors:
+    """Return the vectors of distinct texts in ascending order of length; those that are not in the cache are embedded and kept."""
     path = cache_dir / "embeddings" / f"{digest(embedder.fingerprint)}.sqlite"
     with _opened(path, embedder) as database:
         found = _look_up(database, path, distinct)
@@ -57,25 +69,23 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], *, cache_dir: Path) ->
                 found |= _look_up(database, path, [text for text in distinct if text not in found])
                 # The longest texts are embedded first, so that a batch that does not fit in memory fails at once.
                 missing = [text for text in reversed(distinct) if text not in found]
-                found |= _embed(database, path, missing, embedder)
-    result = np.stack([found[text] for text in texts]) if texts else np.empty((0, embedder.embedding_dim), np.float32)
-    check_informative(result, texts)
-    return result
+                for vectors in _embed(missing, embedder):
+                    rows = [_row(path, text, vector) for text, vector in vectors.items()]
+                    with database:
+                        database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
+                    found |= vectors
+    return found
 
 
-def _embed(database: sqlite3.Connection, path: Path, texts: Sequence[str], embedder: Embedder) -> Vectors:
-    found: Vectors = {}
+def _embed(texts: Sequence[str], embedder: Embedder) -> Iterator[Vectors]:
+    """Yield the vectors of texts batch by batch, and show the progress."""
     with ProgressBar(total=len(texts), desc="embedding texts", unit="text", is_shown=bool(texts)) as bar:
         for start in range(0, len(texts), embedder.batch_size):
             batch = texts[start : start + embedder.batch_size]
             vectors = np.ascontiguousarray(embedder.embed(batch), np.float32)
             _check(vectors, batch, embedder.embedding_dim)
-            rows = [_row(path, text, vector) for text, vector in zip(batch, vectors, strict=True)]
-            with database:
-                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
-            found.update(zip(batch, vectors, strict=True))
+            yield dict(zip(batch, vectors, strict=True))
             bar.update(len(batch))
-    return found
 
 
 @contextmanager

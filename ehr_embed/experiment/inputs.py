@@ -51,6 +51,7 @@ def alignment_settings(cfg: DictConfig) -> AlignmentSettings:
         pairs=data.get("alignment_pairs"),
         texts=data.get("alignment_texts", "own"),
         matching=data.get("alignment_matching", "nearest"),
+        twins=data.get("alignment_twins"),
         seed=cfg.get("seed", 0),
         cache=data.get("alignment_cache"),
     )

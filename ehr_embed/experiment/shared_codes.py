@@ -17,7 +17,7 @@ from ehr_embed.embedding.pooling import pool_alignment
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.experiment.inputs import reads_text
 from ehr_embed.experiment.parts import Inputs, Plan
-from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary
+from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary, align_codes
 from ehr_embed.run_folder.origin import Origin, has_vocabulary, read_origin
 
 
@@ -50,7 +50,9 @@ def align_inputs(plan: Plan, prepared: Prepared) -> tuple[Prepared, tuple[Origin
             f"codes to align; init_from is {init_from or 'null'} and the task {type(plan.task).__name__}. Type: init_from=RUN_DIR"
         )
     origin, store = read_origin(init_from), prepared.store
-    alignment = wanted_alignment(asked, origin.vocabulary, store.vocabulary, cache_dir=Path(plan.cfg.cache_dir))
+    alignment = wanted_alignment(
+        asked, origin.vocabulary, store.vocabulary, has_twins=origin.has_twins, cache_dir=Path(plan.cfg.cache_dir)
+    )
     if alignment is None:
         return prepared, None
     if origin.pooled is not None:
@@ -79,4 +81,4 @@ def align_model(model: nn.Module, vocabulary: Vocabulary, alignment: Alignment) 
     if isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)
     if isinstance(model, AlignsCodes):
-        model.align(alignment.matches, alignment.twins)
+        align_codes(model, alignment.matches, alignment.twins)

@@ -21,6 +21,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.match_table import Alignment, share_of_new
 from ehr_embed.inference.trained_run import TrainedRun
 from ehr_embed.models.protocol import AlignsCodes
+from ehr_embed.run_folder.origin import configured_twins
 from ehr_embed.sources.meds import MedsSource
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def read_aligned(
         return None
     if not settings.is_wanted(share_of_new(run.vocabulary, vocabulary)):
         return None
-    alignment = settings.alignment(run.vocabulary, vocabulary)
+    alignment = settings.alignment(run.vocabulary, vocabulary, has_twins=configured_twins(run.config))
     if run.matches is not None:
         alignment = alignment.through(run.matches)
     # A model that aligns codes itself reads the vectors of its own codes only.

@@ -31,7 +31,7 @@ from ehr_embed.inference.trained_run import (
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.hazards import hazard_sizes
 from ehr_embed.models.label_outputs import NUMBER, label_outputs_of
-from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary
+from ehr_embed.models.protocol import AlignsCodes, ReadsVocabulary, align_codes
 from ehr_embed.tasks.next_event import NextEvent
 from ehr_embed.tasks.protocol import WeighsSamples, logits_of
 from ehr_embed.training.precision import autocast_of_run
@@ -300,7 +300,7 @@ class Predictor:
         self._present = data.vocabulary
         try:
             if isinstance(model, AlignsCodes):
-                model.align(data.alignment.matches, data.alignment.twins)
+                align_codes(model, data.alignment.matches, data.alignment.twins)
 
                 def read() -> Iterator[dict[str, Tensor]]:
                     for chunk, _ in self.records.chunks(
@@ -316,7 +316,7 @@ class Predictor:
             self._present = self.run.vocabulary
             model.set_vocabulary(self.run.vocabulary)
             if isinstance(model, AlignsCodes):
-                model.align(self.run.matches, self.run.twins)
+                align_codes(model, self.run.matches, self.run.twins)
             if state is not None:
                 model.load_state_dict(state)
                 model.set_vocabulary(self.run.vocabulary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ class RecordReader:
             alignment,
             split=split,
             lookups=[*self._lookups, *lookups],
-            embed=partial(self._embedded, cache_dir=alignment.cache_dir) if self.reads_text else None,
+            embed=partial(self._checked, cache_dir=alignment.cache_dir) if self.reads_text else None,
         )
 
     def chunks(
@@ -271,14 +271,21 @@ class RecordReader:
         if parts:
             yield joined(parts)
 
-    def _embedded(self, texts: list[str], *, cache_dir: Path | None = None) -> Tensor:
-        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector; those that the
-        cache holds are not computed again."""
+    def _embedded(self, texts: list[str]) -> Tensor:
+        """Return the vectors of texts, rounded as in a table on disk, so that a text always gets the same vector."""
+        return self._rounded(lambda: self.embedder.embed(texts), len(texts))
+
+    def _checked(self, texts: list[str], *, cache_dir: Path | None) -> Tensor:
+        """Return the same vectors of the texts of a whole dataset, which are refused as those of a training are, with a cache and
+        without; those that the cache holds are not computed again."""
+        return self._rounded(lambda: embed_texts(self.embedder, texts, cache_dir=cache_dir), len(texts))
+
+    def _rounded(self, embed: Callable[[], npt.NDArray[np.float32]], n_texts: int) -> Tensor:
         if not self.reads_vectors:
-            return torch.zeros(len(texts), self._run.embedding.table.shape[1])
+            return torch.zeros(n_texts, self._run.embedding.table.shape[1])
         embedder = self.embedder
         try:
-            found = embedder.embed(texts) if cache_dir is None else embed_texts(embedder, texts, cache_dir=cache_dir)
+            found = embed()
             return as_stored(torch.from_numpy(found)).float()
         finally:
             embedder.close()

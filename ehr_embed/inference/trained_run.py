@@ -27,7 +27,7 @@ from ehr_embed.data.vocabulary import TOKENS_FILE, Vocabulary, vocabulary_sha256
 from ehr_embed.embedders.protocol import trainable_of
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.table import load_table
-from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary
+from ehr_embed.models.protocol import AlignsCodes, PoolsCodes, ReadsVocabulary, align_codes
 from ehr_embed.run_folder.calibration import read_calibration
 from ehr_embed.run_folder.checkpoints import read_checkpoint
 from ehr_embed.run_folder.layout import CALIBRATION, TABLE, VOCABULARY
@@ -100,7 +100,7 @@ def open_run(where: str | Path, *, trusted: tuple[str, ...] = ()) -> TrainedRun:
     if matches is not None and is_pooled and isinstance(model, PoolsCodes):
         model.pool(matches)
     elif matches is not None and isinstance(model, AlignsCodes):
-        model.align(matches, twins)
+        align_codes(model, matches, twins)
     model.load_state_dict(checkpoint["model_state_dict"])
     if matches is not None and isinstance(model, ReadsVocabulary):
         model.set_vocabulary(vocabulary)  # now that the model knows which codes it knows

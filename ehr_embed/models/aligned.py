@@ -56,18 +56,23 @@ class CodeMatches(nn.Module):
             matches: by code.
             dataset_of: number of each code's dataset in a pool, -1 = all: a record lacks the codes of its own dataset only. None =
                 there is one dataset.
-            twins: known code -> matched known code, whose events it takes too.
+            twins: code -> matched code, whose events it gets too. Where the matched code is unknown, such as one that a run did not
+                choose, its first known twin takes its place.
         """
         number = {code: i for i, code in enumerate(self.known)}
-        found = {code: (number[to], gate) for code, (to, gate) in matches.items() if to in number and gate > 0}
+        instead: dict[str, str] = {}
+        for twin, code in (twins or {}).items():
+            if twin in number and code not in number:
+                instead.setdefault(code, twin)
+        as_known = {code: (instead.get(to, to), gate) for code, (to, gate) in matches.items()}
+        found = {code: (number[to], gate) for code, (to, gate) in as_known.items() if to in number and gate > 0}
         self.codes = list(found)
         device = self.quantiles.offsets.device
         self.known_of = torch.tensor([known for known, _ in found.values()], dtype=torch.int64, device=device)
         self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
-        of_twins = [
-            (number[code], number[twin]) for twin, code in (twins or {}).items() if {twin, code} <= number.keys()
-        ]
-        self.twins = torch.tensor(of_twins, dtype=torch.int64, device=device).view(-1, 2)
+        leads = [(instead.get(code, code), twin) for twin, code in (twins or {}).items()]
+        of_twins = [(number[a], number[b]) for a, b in leads if a != b and {a, b} <= number.keys()]
+        self.twins = torch.tensor(sorted(of_twins), dtype=torch.int64, device=device).view(-1, 2)
         self.dataset_of = torch.tensor([-1 if dataset_of is None else dataset_of[code] for code in found])
         self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
 
@@ -109,9 +114,14 @@ class CodeMatches(nn.Module):
         code, and the pair (L,) that each comes from."""
         if not len(self.twins):
             return code_K, torch.arange(len(code_K), device=code_K.device)
-        is_twin_KN = code_K[:, None] == self.twins[:, 0]
-        of_twin, number = is_twin_KN.nonzero(as_tuple=True)
-        code_L = torch.cat([code_K, self.twins[number, 1]])
+        lead_N = self.twins[:, 0].contiguous()  # ascending
+        first_K = torch.searchsorted(lead_N, code_K)
+        n_K = torch.searchsorted(lead_N, code_K, right=True) - first_K
+        of_twin = torch.arange(len(code_K), device=code_K.device).repeat_interleave(n_K)
+        place = (
+            torch.arange(len(of_twin), device=code_K.device) - (n_K.cumsum(0) - n_K)[of_twin]
+        )  # among its code's twins
+        code_L = torch.cat([code_K, self.twins[first_K[of_twin] + place, 1]])
         of_L = torch.cat([torch.arange(len(code_K), device=code_K.device), of_twin])
         order = (row_K[of_L] * max(len(self.known), 1) + code_L).argsort()
         return code_L[order], of_L[order]
@@ -131,7 +141,8 @@ class CodeMatches(nn.Module):
         device = self.quantiles.offsets.device
         self.codes, self.known = list(state["codes"]), list(state["known"])
         self.known_of, self.gates = state["known_of"].to(device), state["gates"].to(device)
-        self.twins = state.get("twins", torch.empty(0, 2, dtype=torch.int64)).to(device)  # earlier versions had none
+        twins = state.get("twins", torch.empty(0, 2, dtype=torch.int64))  # earlier versions had none
+        self.twins = twins[twins[:, 0].argsort(stable=True)].to(device)
 
 
 def fit_quantiles(

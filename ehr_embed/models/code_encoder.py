@@ -37,8 +37,8 @@ class CodeInput(ReadsCodes):
         model_dim: width D of the returned vectors.
         has_values: whether batches carry a numeric value with each event.
         summaries: the members of `SUMMARIES` that are used.
-        whiten: whether event vectors are whitened (see `Whitening`); otherwise a layer norm brings each to unit
-            variance.
+        whiten: whether event vectors are whitened (see `Whitening`); `lift` raises small variances instead of making all equal.
+            Otherwise a layer norm brings each vector to unit variance.
         shrinkage: shrinkage of the whitening.
     """
 
@@ -226,8 +226,8 @@ class CodeEncoder(nn.Module):
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         summaries: summaries of each code's events that are used: `count`, `values`, `times`.
         age: whether the age at the prediction time is one more element beside the codes.
-        whiten: whether event vectors are whitened (see `Whitening`); otherwise a layer norm brings each to unit
-            variance.
+        whiten: whether event vectors are whitened (see `Whitening`); `lift` raises small variances instead of making all equal.
+            Otherwise a layer norm brings each vector to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `max`, `mean`, `attention`.
 

@@ -166,7 +166,7 @@ class CodeFeatures(ReadsCodes):
 
     def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the chosen ones that `matches` names, with their gates, and leave all others
-        out; None = read codes as they are. A chosen code in `twins` takes what the code takes that it names.
+        out; None = read codes as they are. A chosen code in `twins` gets the events of the code that `twins` names for it.
 
         Raises:
             UserError: a run of an earlier version, which kept no quantiles.
@@ -413,6 +413,8 @@ class ReadsCodeFeatures(nn.Module):
     Args:
         has_values, max_codes, times, windows_hours, min_records: as in `CodeFeatures`.
     """
+
+    takes_twins = True
 
     def __init__(
         self,

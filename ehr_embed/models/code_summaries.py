@@ -103,8 +103,8 @@ class CodeSummaries(ReadsCodes):
 
     def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
         """Read the codes of the present vocabulary as the known codes that `matches` names, with their gates, and leave all others
-        out; None = read codes as they are. A known code in `twins` takes what the code takes that it names. `fit` then fits the
-        matched codes' own quantiles."""
+        out; None = read codes as they are. A known code in `twins` gets the events of the code that `twins` names for it. `fit`
+        then fits the matched codes' own quantiles."""
         self.matches = None
         if matches is not None:
             found = CodeMatches(self.codes, n_summaries=N_SUMMARIES, counts=COUNTS)

@@ -125,9 +125,10 @@ class CodeTabBody(nn.Module):
         n_rows, n_known = len(inputs["padding_mask"]), self.input.n_codes
         x_GP = self.input.normalise(pairs)
         is_known = len(vectors_CE) == n_known
-        if self.feeds_absent or (is_known and self._is_dense_cheaper(n_rows, len(pairs.row))):
+        is_dense = is_known and self._is_dense_cheaper(n_rows, len(pairs.row))
+        if self.feeds_absent or is_dense:
             e_CE = self._texts(vectors_CE)
-            part = self._dense if is_known and self._is_dense_cheaper(n_rows, len(pairs.row)) else self._sparse
+            part = self._dense if is_dense else self._sparse
             z_BMD = part(n_rows, pairs.row, pairs.code, x_GP, e_CE, self._member_weights(e_CE))
         else:
             z_BMD = self._by_frequency(n_rows, pairs, x_GP, vectors_CE)
@@ -194,9 +195,8 @@ class CodeTabBody(nn.Module):
         n_C = pairs.code.bincount(minlength=len(vectors_CE))
         codes_U = n_C.nonzero().squeeze(1)
         e_UE = self._texts(vectors_CE[codes_U])
-        if (
-            self.from_text is None and len(vectors_CE) > self.input.n_codes
-        ):  # new codes look for the nearest of all known ones
+        if self.from_text is None and len(vectors_CE) > self.input.n_codes:
+            # A new code takes the weights of the nearest known one, which need not occur here.
             a_UM = self._member_weights(self._texts(vectors_CE))[codes_U]
         else:
             a_UM = self.signs.T[codes_U] if self.from_text is None else self.from_text(e_UE)
@@ -288,8 +288,9 @@ class CodeTab(nn.Module):
     is_causal = False
     meaning_keys = ("windows_hours", "feeds_absent")
     learns_vectors = False
-    reads_back = True  # it computes with the pairs of record and code that occur, which it counts
     """The body copies the vectors of the known codes before training; only events of other codes bring theirs."""
+    reads_back = True  # it computes with the pairs of record and code that occur, which it counts
+    takes_twins = True
 
     @checked("model")
     def __init__(

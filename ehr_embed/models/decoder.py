@@ -38,8 +38,8 @@ class Decoder(nn.Module):
             prediction are not offered, because they would reveal how long a record continues.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
         values: how a numeric value changes its event vector: `film` (scale and shift), `add` (shift), `none`.
-        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
-            brings each to unit variance.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; `lift` raises small variances instead of
+            making all equal (see `Whitening`). Otherwise a layer norm brings each vector to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
         vocabulary_head: `text_tied` or `linear`, for a task that predicts events.

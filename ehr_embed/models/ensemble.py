@@ -15,7 +15,15 @@ from ehr_embed.core.errors import UserError
 from ehr_embed.core.settings import OneOf
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.heads import check_classifies
-from ehr_embed.models.protocol import AlignsCodes, Model, PoolsCodes, ReadsVocabulary, declarations, passes_gradients
+from ehr_embed.models.protocol import (
+    AlignsCodes,
+    Model,
+    PoolsCodes,
+    ReadsVocabulary,
+    align_codes,
+    declarations,
+    passes_gradients,
+)
 
 Weights = Annotated[str, OneOf("tuning", "equal")]
 Floats = npt.NDArray[np.float64]
@@ -40,6 +48,7 @@ class Ensemble(nn.Module):
     """
 
     is_causal = False
+    takes_twins = True
     weights: Tensor
 
     def __init__(
@@ -86,7 +95,7 @@ class Ensemble(nn.Module):
         """
         for member in self.members:
             if isinstance(member, AlignsCodes):
-                member.align(matches, twins)
+                align_codes(member, matches, twins)
             elif matches is not None:
                 raise UserError(
                     f"a member of this ensemble, {type(member).__name__}, does not align codes, and would read the same events "

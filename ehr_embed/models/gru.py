@@ -66,8 +66,8 @@ class GRU(nn.Module):
         dropout: dropout probability between layers and on the pooled state.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
         times: time features of each event: `gap` (days since the previous event), `elapsed` (since the first), `age`.
-        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
-            brings each to unit variance.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; `lift` raises small variances instead of
+            making all equal (see `Whitening`). Otherwise a layer norm brings each vector to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `last`, `mean`, `max`, `attention`.
 

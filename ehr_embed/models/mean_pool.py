@@ -26,8 +26,8 @@ class MeanPool(nn.Module):
         model_dim: width D of the projection and of the MLP.
         dropout: dropout probability on the pooled vector and within the MLP.
         max_length: longest sequence, in events; a longer record keeps its static events and its last timed ones.
-        whiten: whether text vectors are whitened (`lift`: a little), fitted to those of train's tokens; otherwise a layer norm
-            brings each to unit variance.
+        whiten: whether text vectors are whitened, fitted to those of train's tokens; `lift` raises small variances instead of
+            making all equal (see `Whitening`). Otherwise a layer norm brings each vector to unit variance.
         shrinkage: shrinkage of the whitening.
         pooling: how event vectors become one vector: `mean`, `max`, `attention`.
 

@@ -135,9 +135,9 @@ class AlignsCodes(AdaptsToRecords, Protocol):
     Models without this method see the vectors of the codes that stand for those of the dataset, and nothing else changes.
     """
 
-    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+    def align(self, matches: Mapping[str, tuple[str, float]] | None) -> None:
         """Read each code of the present vocabulary as the known code that `matches` names, as far as its gate in (0, 1] says, and
-        leave all others out; None = read codes as they are. A known code in `twins` takes what the code takes that it names.
+        leave all others out; None = read codes as they are.
 
         The method is called after `set_vocabulary`, and `adapt_to_records` after it, with the dataset's records.
 
@@ -145,6 +145,27 @@ class AlignsCodes(AdaptsToRecords, Protocol):
             UserError: the model keeps nothing by which numbers could be compared.
         """
         ...
+
+
+@runtime_checkable
+class AlignsTwins(AlignsCodes, Protocol):
+    """A model of which several codes can get the events of one code of another dataset."""
+
+    takes_twins: bool
+
+    def align(self, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None = None) -> None:
+        """Read codes as `AlignsCodes.align` does. A known code in `twins` gets the events of the code that `twins` names for it."""
+        ...
+
+
+def align_codes(
+    model: AlignsCodes, matches: Mapping[str, tuple[str, float]] | None, twins: Mapping[str, str] | None
+) -> None:
+    """Call `model.align`, with the twins if the model takes any."""
+    if isinstance(model, AlignsTwins):
+        model.align(matches, twins)
+    else:
+        model.align(matches)
 
 
 @runtime_checkable

@@ -32,8 +32,8 @@ class Whitening(nn.Module):
 
     Args:
         dim: width E of the vectors.
-        shrinkage: share of the mean variance that is added to each variance: to that by which a component is divided, or with
-            `lifts` to that which the component has afterwards.
+        shrinkage: share of the mean variance that is added to each variance before a component is divided by its square root. With
+            `lifts` it is added to the variance that the component keeps.
         lifts: whether variances are raised in place of made equal.
     """
 
@@ -75,6 +75,7 @@ class Whitening(nn.Module):
 
 
 def normalising(dim: int, whiten: Whiten, shrinkage: float) -> nn.Module:
-    """Return what brings event vectors (..., E) to unit variance: a `Whitening`, which lifts for `whiten="lift"`, or a layer norm
-    for `whiten=False`."""
+    """Return what scales event vectors (..., E): a `Whitening`, which lifts for `whiten="lift"` and after which the elements of the
+    vectors it was fitted to have a mean square of one, or for `whiten=False` a layer norm, which brings each vector to unit
+    variance."""
     return Whitening(dim, shrinkage, lifts=whiten == "lift") if whiten else nn.LayerNorm(dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Origin:
         vectors: (V, E) vectors of its tokens as trained, the same where they are frozen.
         trainable: how they were trained.
         pooled: code -> code as which it is read, and gate, of a run on pooled datasets; None = codes are read as themselves.
+        has_twins: as of `configured_twins`.
     """
 
     vocabulary: Vocabulary
@@ -36,6 +38,7 @@ class Origin:
     vectors: Tensor
     trainable: str
     pooled: dict[str, tuple[str, float]] | None = None
+    has_twins: bool = True
 
 
 def is_of_other_data(where: str | Path, source: dict[str, Any]) -> bool:
@@ -86,7 +89,19 @@ def read_origin(where: str | Path) -> Origin:
     embedding = EventEmbedding(texts, trainable := str(checkpoint["config"]["embedder"].get("trainable", "frozen")))
     embedding.load_state_dict(checkpoint.get("embedding_state_dict", {}))
     vectors, pooled = embedding.table.detach(), checked_matches(checkpoint["alignment"], path) if is_pooled else None
-    return Origin(Vocabulary.load(folder / VOCABULARY), identity, texts, vectors, trainable, pooled)
+    return Origin(Vocabulary.load(folder / VOCABULARY), identity, texts, vectors, trainable, pooled,
+                  configured_twins(checkpoint["config"]))  # fmt: skip
+
+
+def configured_twins(config: Mapping[str, Any]) -> bool:
+    """Return whether a run is configured to let several of its codes take another dataset's events of one code, unless a caller
+    says otherwise: runs of earlier versions are not, so that they predict as they did.
+
+    >>> configured_twins({"data": {"alignment_twins": None}}), configured_twins({"data": {}})
+    (True, False)
+    """
+    data = config.get("data", {})
+    return "alignment_twins" in data and data["alignment_twins"] is not False
 
 
 def checked_matches(found: Any, path: Path) -> dict[str, tuple[str, float]] | None:

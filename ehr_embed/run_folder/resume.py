@@ -59,6 +59,7 @@ NEW: dict[str, Any] = {
     "data.alignment_pairs": None,
     "data.alignment_rules": None,
     "data.alignment_texts": "own",
+    "data.alignment_twins": None,
     "data.text_variants": 0.0,
     "data.variant_kinds": ["synonyms", "words", "neighbours"],
     "ensemble.members": {},

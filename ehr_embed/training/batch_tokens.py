@@ -128,7 +128,7 @@ def largest_that_fits(peak_of: Callable[[int], int], *, budget: float, first: in
         torch.OutOfMemoryError: the first step ran out of memory.
 
     >>> largest_that_fits(lambda n: 1000 + 10 * n, budget=400_000, first=4096)
-    (32768, 164840)
+    (32768, 328680)
     >>> largest_that_fits(lambda n: 0, budget=1, first=4096)[0] == MOST
     True
     """

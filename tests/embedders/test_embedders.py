@@ -167,11 +167,12 @@ def test_an_interrupted_run_keeps_its_finished_batches(tmp_path):
     assert len(again.seen) == 4
 
 
-def test_embedders_that_tell_nothing_apart_are_refused(tmp_path):
-    class Constant(HashingEmbedder):
-        def embed(self, texts: Sequence[str]) -> np.ndarray:
-            return np.ones((len(texts), self.embedding_dim), np.float32) + 1e-7
+class Constant(HashingEmbedder):
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        return np.ones((len(texts), self.embedding_dim), np.float32) + 1e-7
 
+
+def test_embedders_that_tell_nothing_apart_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"2 different texts .*Check embedder\.model, embedder\.pooling"):
         embed_texts(Constant(), ["fever", "cough"], cache_dir=tmp_path)
     with pytest.raises(UserError, match=r"2 different texts .*Check embedder\.model, embedder\.pooling"):
@@ -225,3 +226,13 @@ def test_table_round_trip_and_refusals(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"table\.safetensors: .*overwrite=true"):
         load_table(path, expected={})
+
+
+def test_texts_are_refused_alike_with_a_cache_and_without(tmp_path):
+    for cache_dir in (tmp_path / "one", None):
+        with pytest.raises(UserError, match="text 1 is empty"):
+            embed_texts(HashingEmbedder(), ["fever", " "], cache_dir=cache_dir)
+        with pytest.raises(UserError, match="2 different texts the same vector"):
+            embed_texts(Constant(), ["fever", "cough"], cache_dir=cache_dir)
+    found = [embed_texts(Counting(), ["b", "aa", "b", "ccc"], cache_dir=folder) for folder in (tmp_path / "two", None)]
+    np.testing.assert_array_equal(*found)

@@ -9,7 +9,8 @@ from ehr_embed.data.store import build_store
 from ehr_embed.data.vocabulary import FIRST_TOKEN, UNKNOWN, Vocabulary, VocabularySettings
 from ehr_embed.embedding.aligning import AlignmentSettings, aligned_table
 from ehr_embed.embedding.alignment import SHIPPED_RULES, Rules, clean
-from ehr_embed.embedding.match_table import align, read_pairs, share_of_new
+from ehr_embed.embedding.match_table import align, share_of_new
+from ehr_embed.embedding.own_pairs import read_pairs
 from ehr_embed.sources.meds import MedsSource
 from tests.helpers.small_meds import Event, write_meds
 
@@ -174,7 +175,7 @@ def test_codes_of_the_run_that_say_the_same_take_the_same_events(tmp_path, two, 
         found.say()
     assert found.matches["lab//1"][0] in ("NA", "APACHE")
     assert {frozenset(pair) for pair in found.twins.items()} == {frozenset(("NA", "APACHE"))}, (
-        "of one kind, and surely the same"
+        "of one kind, and of one text"
     )
     assert "APACHE" in caplog.text
     assert found.digest != align(two[0], two[1], embed=embed, rules=Rules.read()).digest
@@ -192,8 +193,77 @@ def test_one_text_with_numbers_on_one_side_alone_is_said(two, caplog):
     pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [None]})
     table = align(*two, embed=embed, rules=Rules.read(), pairs=pairs).table.filter(code="note//6")
     assert table.select("gate", "warning").row(0) == (1.0, "numbers there and none here"), (
-        "a person's word, with a warning"
+        "own pairs override kinds, with a warning"
     )
+
+
+def test_a_number_without_a_match_is_no_warning(tmp_path, two, caplog):
+    """Creatinine has no match at all, and no code of the run has its text, so that nothing is of another kind."""
+    run = vocabulary(tmp_path / "run", {"NA": ("Sodium", 140.0)})
+    here = vocabulary(tmp_path / "here", {"a": ("Sodium", 140.0), "b": ("Creatinine", 1.0)})
+    pairs = pl.DataFrame(
+        {"code": ["b"], "matched_code": [None], "gate": [None]}, schema_overrides={"matched_code": pl.String}
+    )
+    for how in ({"pairs": pairs}, {"matching": "one_to_one"}):
+        found = align(run, here, embed=embed, rules=Rules.read(), **how)
+        assert found.table.filter(code="b").select("matched_code", "warning").row(0) == (None, "")
+        found.say()
+    pairs = pl.DataFrame({"code": ["note//6"], "matched_code": ["HR"], "gate": [0.0]})
+    align(*two, embed=embed, rules=Rules.read(), pairs=pairs).say()
+    assert "of another kind" not in caplog.text, "nor does a pair without a match call for one"
+
+
+def test_own_pairs_decide_about_twins(tmp_path):
+    run = vocabulary(tmp_path / "run", {
+        "NA": ("Sodium", 140.0), "APACHE": ("Worst value: Sodium", 139.0), "K": ("Potassium", 4.0),
+    })  # fmt: skip
+    how = {"embed": embed, "rules": Rules.read()}
+
+    def given_back(found, change=lambda frame: frame):
+        found.write(tmp_path / "alignment.csv")
+        change(pl.read_csv(tmp_path / "alignment.csv")).write_csv(tmp_path / "alignment.csv")
+        return align(run, one, pairs=read_pairs(str(tmp_path / "alignment.csv")), **how)
+
+    one = vocabulary(tmp_path / "one", {"x": ("Sodium", 140.0), "y": ("Potassium", 4.0)})
+    found = align(run, one, **how)
+    lead, twin = found.matches["x"][0], next(iter(found.twins))
+    assert found.twins == {twin: lead}
+    assert {twin, lead} == {"NA", "APACHE"}
+    assert given_back(found).twins == found.twins
+    assert given_back(found, lambda t: t.with_columns(twins=pl.lit(None, pl.String))).twins == {}
+    mine = given_back(found, lambda t: t.with_columns(twins=pl.when(code="y").then(pl.lit(f'["{twin}"]'))))
+    assert mine.twins == {twin: "K"}
+    for text, match in (
+        ('["NAA"]', "names NAA, .* the run"),
+        ("APACHE", r"twins of x are 'APACHE', expected a JSON list"),
+    ):
+        with pytest.raises(UserError, match=match):
+            given_back(found, lambda t, text=text: t.with_columns(twins=pl.lit(text)))
+    assert align(run, one, has_twins=False, **how).twins == {}
+
+    two_of_them = vocabulary(tmp_path / "two", {"NA": ("Sodium", 140.0), "w": ("Worst value: Sodium", 139.0)})
+    pairs = pl.DataFrame(
+        {"code": ["w"], "matched_code": [None], "gate": [None]}, schema_overrides={"matched_code": pl.String}
+    )
+    assert align(run, two_of_them, pairs=pairs, **how).twins == {}
+    same = vocabulary(tmp_path / "same", {"NA": ("Sodium", 140.0), "K": ("Potassium", 4.0)})
+    assert align(run, same, **how).twins == {}, "it has the run's own code, and lacks the other"
+
+
+def test_runs_of_earlier_versions_have_no_twins_unless_they_are_asked_for(tmp_path, monkeypatch, caplog):
+    from contextlib import nullcontext
+
+    from ehr_embed.embedding import aligning
+
+    monkeypatch.setattr(aligning, "bundled", lambda _: nullcontext(embed))
+    run = vocabulary(tmp_path / "run", {"NA": ("Sodium", 140.0), "APACHE": ("Worst value: Sodium", 139.0)})
+    here = vocabulary(tmp_path / "here", {"x": ("Sodium", 140.0)})
+    with caplog.at_level("INFO"):
+        assert AlignmentSettings().alignment(run, here, has_twins=False).twins == {}
+    assert "data.alignment_twins=true gives them events" in caplog.text
+    assert len(AlignmentSettings(twins=True).alignment(run, here, has_twins=False).twins) == 1
+    assert len(AlignmentSettings().alignment(run, here, has_twins=True).twins) == 1
+    assert AlignmentSettings(twins=False).alignment(run, here, has_twins=True).twins == {}
 
 
 def test_tokens_have_the_vectors_of_what_they_match_as_far_as_the_gate_says(two):

@@ -11,7 +11,9 @@ from ehr_embed.models.aligned import CodeMatches
 from ehr_embed.models.code_features import CodeFeatures
 from ehr_embed.models.code_summaries import CodeSummaries
 from ehr_embed.models.code_tab import CodeTab
+from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.feature_table import FeatureTable
+from ehr_embed.models.protocol import AlignsCodes, AlignsTwins, align_codes
 
 
 def vocabulary(codes: list[str]) -> Vocabulary:
@@ -126,6 +128,46 @@ def test_a_twin_takes_the_events_of_the_code_that_says_the_same(build):
     assert not torch.allclose(model(one).nan_to_num(), expected.nan_to_num(), atol=1e-4), (
         "without its twin it is missing"
     )
+
+
+def test_twins_are_found_as_by_comparing_all_pairs():
+    known, generator = [f"c{i}" for i in range(40)], torch.Generator().manual_seed(0)
+    matches = CodeMatches(known, n_summaries=1, counts=())
+    # Several twins of one code, in no order; codes from c10 on are twins.
+    leads = torch.randint(10, (30,), generator=generator).tolist()
+    matches.match(
+        {f"x{i}": (f"c{i}", 1.0) for i in range(10)}, twins={f"c{10 + i}": f"c{to}" for i, to in enumerate(leads)}
+    )
+    key_K = torch.randperm(200, generator=generator)[:80].sort().values
+    row_K, code_K = key_K // 10, key_K % 10
+    code_L, of_L = matches.with_twins(row_K, code_K)
+    expected = [(int(r), int(c), k) for k, (r, c) in enumerate(zip(row_K, code_K, strict=True))]
+    expected += [(r, 10 + i, k) for r, c, k in expected for i, to in enumerate(leads) if to == c]
+    assert list(zip(row_K[of_L].tolist(), code_L.tolist(), of_L.tolist(), strict=True)) == sorted(expected)
+
+
+def test_a_known_twin_takes_the_place_of_a_matched_code_that_was_not_chosen():
+    matches = CodeMatches(["A", "B", "C"], n_summaries=1, counts=())
+    matches.match({"x": ("rare", 0.5), "y": ("A", 1.0)}, twins={"B": "rare", "C": "rare", "gone": "A"})
+    assert matches.codes == ["x", "y"]
+    assert (matches.known_of.tolist(), matches.gates.tolist()) == ([1, 0], [0.5, 1.0])
+    assert matches.twins.tolist() == [[1, 2]]
+
+
+def test_a_model_whose_align_knows_no_twins_is_aligned_without_them():
+    class Foreign(torch.nn.Module):
+        def align(self, matches):
+            self.found = matches
+
+        def adapt_to_records(self, train):
+            pass
+
+    model = Foreign()
+    assert isinstance(model, AlignsCodes)
+    align_codes(model, {"x": ("A", 1.0)}, {"B": "A"})
+    assert model.found == {"x": ("A", 1.0)}
+    assert isinstance(trained_tab(), AlignsTwins)
+    assert isinstance(Ensemble(embedding_dim=6, num_classes=2, members=[trained_tab()], max_length=9), AlignsTwins)
 
 
 def test_several_codes_of_one_share_its_place_by_their_gates():
