@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-if TYPE_CHECKING:  # a run needs neither before its first epoch, and both take half a second to import
+if TYPE_CHECKING:  # a run needs it not before its first epoch, and it takes half a second to import
     import pandas as pd
 
 Scalar = float | int | str | None
