@@ -166,18 +166,20 @@ def asking(c: dict[str, str]) -> str:
             "boosting, `model=gbm`",
         )
     )
+    _, *seeds = (float(found) for found in NUMBER.findall(kept_out[1]))
     entries = [
         ("asked in words", number(words[1]), interval(words[1]), "good"),
-        ("... its family kept out", number(kept_out[1]), interval(kept_out[1]), "good"),
+        ("... its family kept out", number(kept_out[1]), (min(seeds), max(seeds)), "good"),
         ("100 sampled futures", number(many[1]), interval(many[1]), "other"),
         ("with all labels: encoder", number(supervised[1]), interval(supervised[1]), "other"),
         ("with all labels: boosting", number(boosting[1]), interval(boosting[1]), "other"),
     ]
     told = (
         "synthetic GiBleed, 710 held-out predictions of its onset within a year\n"
-        "the first three rows read no label set; the last two read all labels"
+        "the first three rows read no label set; the last two read all labels\n"
+        "bars: interval of one seed; family kept out: mean and range of 3"
     )
-    return bars("Asked for “osteoarthritis” in words", told, entries, 0.6, 0.9, c)
+    return bars("Asked for “osteoarthritis” in words", told, entries, 0.5, 0.9, c)
 
 
 def hospitals(c: dict[str, str]) -> str:

@@ -198,9 +198,8 @@ def build(plan: Plan, inputs: Inputs, found: FoundRun) -> Built:
         seed=cfg.seed,
         kept=found.batch_tokens,
     )
-    if (
-        plan.settings.batch_tokens != settings.batch_tokens
-    ):  # the number is kept, so that the run can be repeated elsewhere
+    # A number in place of `auto` is kept, so that the run can be repeated elsewhere.
+    if plan.settings.batch_tokens != settings.batch_tokens:
         plan.config["trainer"]["batch_tokens"] = settings.batch_tokens
     tracker: Tracker = builder(cfg)(
         cfg.tracker,

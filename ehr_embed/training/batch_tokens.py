@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.data.batches import EventDataset, padded_length
 from ehr_embed.data.device_events import GIB, free_bytes, is_gathered_there
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import FitsAtOnce
+from ehr_embed.models.protocol import FitsAtOnce, body_of
 from ehr_embed.tasks.protocol import Task, run_step
 from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.processes import Processes
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 FEWEST, MOST = 4_096, 262_144
 """Events of the first batch that is tried, and the most that are chosen."""
 SHARE = 0.7
-"""Share of the free memory that one step may take; the rest is for what torch's allocator loses between tensors, and for the
-events of the splits that are evaluated."""
+"""Share of the free memory that one step may take; the rest is for what torch's allocator loses between tensors, for the events of
+the splits, and for the buffers in which several processes add their gradients."""
 STATE_BYTES = 12
 """Bytes per trained parameter that only training takes: two moments of AdamW and an average of the weights, in float32."""
 
@@ -78,8 +78,8 @@ def with_batch_tokens(
 ) -> TrainerSettings:
     """Return the settings with a number in place of `batch_tokens=auto`; all processes get the same number.
 
-    On a GPU a training step is tried with ever larger batches of the longest samples, as `largest_that_fits` says. Weights and
-    random numbers stay as they are. On a CPU, and for a model without steps, the number is `N_BATCH_TOKENS`.
+    On a GPU, steps of training and of evaluation are tried with ever larger batches of the longest samples, as `largest_that_fits`
+    says. Weights and random numbers stay as they are. On a CPU, and for a model without steps, the number is `N_BATCH_TOKENS`.
 
     Args:
         settings: of the trainer.
@@ -88,11 +88,11 @@ def with_batch_tokens(
         model: with its first weights; on a GPU it is moved there.
         embedding: likewise.
         seed: of what the task draws for an epoch.
-        kept: the number that an earlier start of the run chose; None = none did.
+        kept: the number of an earlier start of this run, with which it goes on; None = there was none.
         memory: where the steps are tried; None = that of the device, which only a GPU has.
 
     Raises:
-        UserError: `auto` on a GPU with `trainer.strategy=fsdp`, or the smallest batch does not fit.
+        UserError: the smallest batch does not fit.
     """
     device = processes.fabric.device
     if settings.batch_tokens != AUTO:
@@ -102,13 +102,8 @@ def with_batch_tokens(
     if kept is not None:
         n, reason = kept, "as before in this run"
     elif memory is None or isinstance(model, FitsAtOnce | Ensemble) or not task.is_trained or settings.epochs == 0:
-        n, reason = N_BATCH_TOKENS, "the number of every CPU, and of every run that trains no steps"
+        n, reason = N_BATCH_TOKENS, "what auto stands for on a CPU, and where no steps are trained"
     else:
-        if settings.strategy == "fsdp":
-            raise UserError(
-                "trainer.batch_tokens=auto with trainer.strategy=fsdp: a step is tried on one device, which may not hold the whole "
-                f"model. Type: trainer.batch_tokens={N_BATCH_TOKENS}"
-            )
         n, reason = _tried(settings, processes, task, model, embedding, seed, memory)
         n = -processes.largest(-n)
     bound = "" if settings.batch_size is None else f", or {settings.batch_size} samples (trainer.batch_size)"
@@ -119,14 +114,18 @@ def with_batch_tokens(
 def largest_that_fits(peak_of: Callable[[int], int], *, budget: float, first: int) -> tuple[int, int]:
     """Return the most events per batch whose step takes at most `budget` bytes, and the bytes of the largest step that was tried.
 
-    The number of events is doubled as long as twice the bytes of the last step are within the budget, so that no step is tried that
-    could run out of memory. One and a half times the last number is chosen where that much fits. The numbers are coarse, so that
-    a few MiB more or less of free memory do not change them.
+    The number of events is doubled as long as twice the bytes of the last step are within the budget, so that a step runs out of
+    memory only if its bytes grow faster than its events, or if another process takes memory meanwhile; the last number that fitted
+    is chosen then. One and a half times the last number is chosen where that much fits. The numbers are coarse, so that a few MiB
+    more or less of free memory do not change them.
 
     Args:
         peak_of: tries a step with so many events and returns the bytes that it took.
         budget: bytes.
         first: events of the first step.
+
+    Raises:
+        torch.OutOfMemoryError: the first step ran out of memory.
 
     >>> largest_that_fits(lambda n: 1000 + 10 * n, budget=400_000, first=4096)
     (32768, 164840)
@@ -136,8 +135,11 @@ def largest_that_fits(peak_of: Callable[[int], int], *, budget: float, first: in
     n = first
     taken = peak_of(n)
     while 2 * n <= MOST and 2 * taken <= budget:
+        try:
+            taken = peak_of(2 * n)
+        except torch.OutOfMemoryError:
+            return n, taken
         n *= 2
-        taken = peak_of(n)
     more = n + n // 2
     return (more if more <= MOST and 1.5 * taken <= budget else n), taken
 
@@ -159,10 +161,13 @@ def _tried(
     if is_gathered_there(dataset.events, device, settings.data_device):
         dataset = dataset.on(device)
     longest = int(padded_length(dataset.lengths).max())
-    state = STATE_BYTES * sum(p.numel() for p in (*model.parameters(), *embedding.parameters()) if p.requires_grad)
     step = _step_of(processes, task, model, embedding, dataset)
     first = max(FEWEST, longest)
     with _unchanged(model, embedding, device):
+        if settings.freeze == "body":
+            body_of(model).requires_grad_(False)
+            embedding.requires_grad_(False)
+        state = STATE_BYTES * sum(p.numel() for p in (*model.parameters(), *embedding.parameters()) if p.requires_grad)
         try:
             step(min(first, 8 * longest))  # loads libraries and compares kernels, which takes memory once
             budget = SHARE * (memory.free() - state)
@@ -182,26 +187,36 @@ def _step_of(
     embedding: EventEmbedding,
     dataset: EventDataset,
 ) -> Callable[[int], None]:
-    """Return what computes a loss and its gradients on at most so many events of the longest samples."""
-    order = np.argsort(-dataset.lengths, kind="stable")
-    longest = int(padded_length(dataset.lengths).max())
-    device = processes.fabric.device
+    """Return what trains on at most so many events of the longest samples, short of the optimizer, and then evaluates as many:
+    some tasks ask more of a model in evaluation than in training."""
+    evaluated, device = dataset_of(task, "tuning"), processes.fabric.device
+
+    def loss_of(chosen: EventDataset, n_events: int) -> Tensor:
+        order = np.argsort(-chosen.lengths, kind="stable")
+        # Samples are repeated where there are too few.
+        rows = np.resize(order, max(1, n_events // int(padded_length(chosen.lengths).max())))
+        with processes.fabric.autocast():
+            return run_step(task, model, embedding, chosen[rows].to(device)).loss_sum / len(rows)
 
     def step(n_events: int) -> None:
-        rows = np.resize(order, max(1, n_events // longest))  # repeats the samples where there are too few
-        with processes.fabric.autocast():
-            result = run_step(task, model, embedding, dataset[rows].to(device))
-        (result.loss_sum / len(rows)).backward()
+        loss_of(dataset, n_events).backward()
         model.zero_grad()
         embedding.zero_grad()
+        model.eval()
+        embedding.eval()
+        with torch.no_grad():
+            loss_of(evaluated, n_events)
+        model.train()
+        embedding.train()
 
     return step
 
 
 @contextmanager
 def _unchanged(model: nn.Module, embedding: EventEmbedding, device: torch.device) -> Iterator[None]:
-    """Train while inside, and leave random numbers, gradients and modes as they were."""
+    """Train while inside, and leave random numbers, gradients, modes and what is trained as they were."""
     modes = {module: module.training for module in (*model.modules(), *embedding.modules())}
+    learns = {p: p.requires_grad for p in (*model.parameters(), *embedding.parameters())}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.train()
         embedding.train()
@@ -210,5 +225,7 @@ def _unchanged(model: nn.Module, embedding: EventEmbedding, device: torch.device
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for parameter, is_trained in learns.items():
+                parameter.requires_grad_(is_trained)
             model.zero_grad()
             embedding.zero_grad()

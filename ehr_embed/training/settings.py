@@ -123,6 +123,11 @@ class TrainerSettings:
                 "trainer.pull with trainer.strategy=fsdp: a pull of weights that are spread over devices is not supported. "
                 "Type: trainer.pull=0 or trainer.strategy=ddp"
             )
+        if self.strategy == "fsdp" and self.batch_tokens == AUTO:
+            raise UserError(
+                "trainer.batch_tokens=auto with trainer.strategy=fsdp: a step is tried on one device, which may not hold the whole "
+                f"model. Type: trainer.batch_tokens={N_BATCH_TOKENS}"
+            )
         if self.strategy == "fsdp" and self.precision == "16-mixed":
             raise UserError(
                 "trainer.strategy=fsdp with trainer.precision=16-mixed: the gradient scaling of float16 does not work "
@@ -175,7 +180,7 @@ class TrainerSettings:
 
     @property
     def most_batch_tokens(self) -> int:
-        """Return the most events per batch; before `training.batch_tokens` has chosen for `auto`, that of a CPU."""
+        """Return the most events per batch; for `auto`, before `training.batch_tokens` has chosen a number, `N_BATCH_TOKENS`."""
         return N_BATCH_TOKENS if self.batch_tokens == AUTO else int(self.batch_tokens)
 
     def launch(self) -> Processes:

@@ -100,6 +100,35 @@ def test_no_step_is_tried_that_could_run_out_of_memory():
         assert n == 262_144 or 100 * n > budget / 2, "no smaller than need be"
 
 
+def test_memory_that_another_process_takes_meanwhile_ends_the_search_at_what_fitted():
+    def peak_of(n: int) -> int:
+        if n > 2048:
+            raise torch.OutOfMemoryError
+        return n
+
+    assert largest_that_fits(peak_of, budget=1e9, first=512) == (2048, 2048)
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_that_fits(peak_of, budget=1e9, first=4096)
+
+
+def test_a_step_is_tried_in_evaluation_too_and_a_frozen_body_takes_no_gradients(parts, monkeypatch):
+    tried: list[tuple[bool, int]] = []
+    step = batch_tokens.run_step
+
+    def watched(task: Any, model: nn.Module, *rest: Any) -> Any:
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        tried.append((model.training, learned))
+        return step(task, model, *rest)
+
+    monkeypatch.setattr(batch_tokens, "run_step", watched)
+    model: nn.Module = parts["model"]
+    n_all = sum(p.numel() for p in model.parameters())
+    chosen(parts, CountedMemory(free=0), freeze="body")
+    assert [is_training for is_training, _ in tried] == [True, False] * 2
+    assert all(0 < learned < n_all for _, learned in tried)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_number_that_was_chosen_before_stays_and_on_a_cpu_it_is_fixed(parts):
     memory = CountedMemory(free=1e9)
     assert (
@@ -112,7 +141,7 @@ def test_a_number_that_was_chosen_before_stays_and_on_a_cpu_it_is_fixed(parts):
     assert not memory.taken
     assert chosen(parts, None) == N_BATCH_TOKENS == 16_384
     with refused("trainer.strategy=fsdp", f"trainer.batch_tokens={N_BATCH_TOKENS}"):
-        chosen(parts, memory, strategy="fsdp")
+        TrainerSettings(batch_tokens="auto", strategy="fsdp")
     with refused("trainer.batch_tokens=many", "auto"):
         TrainerSettings(batch_tokens="many")
 
