@@ -362,6 +362,7 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
         "rows"
     ]
     assert pl.read_csv(tmp_path / "t" / "folds.csv")["recipe"].unique().sort().to_list() == ["ensemble", "gbm", "tab"]
+    assert {row["reference"] for row in rows} == {"gbm"}, "docs/results.py reads it"
     told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
     assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
     assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)
