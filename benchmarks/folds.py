@@ -206,7 +206,7 @@ def against(values: pl.DataFrame, reference: str) -> pl.DataFrame:
             | {"folds": len(group), "seeds": int(group["seeds"].sum()) / len(group)}
             | {"mean": mean.mean, "sd": mean.sd, "seeds_sd": group["seeds_sd"].mean()}
             | {"difference": less.mean, "low": less.low, "high": less.high}
-            | {"standard_error": None if less.sd is None else less.sd / len(group) ** 0.5}
+            | {"standard_error": None if less.sd is None else less.sd / len(group) ** 0.5, "reference": reference}
         )
     return pl.DataFrame(found)
 

@@ -12,6 +12,8 @@ mean nothing, on a machine without a GPU.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.common import parser
+from benchmarks.training import SIZES
 
 SECONDS, LINE_SECONDS, LEAST_SECONDS = 460, 100, 15
 """Time for all lines, for one line, and below which no line is started."""
@@ -88,28 +91,34 @@ def commands(device: str, *, is_tiny: bool) -> list[list[str]]:
 def compared(lines: list[dict[str, Any]]) -> list[str]:
     """Return what the lines say of choices whose default they decide.
 
-    >>> ours = {"events_per_s": 10.0, "mfu": 0.2, "batch_tokens": 64}
-    >>> sizes = {"benchmark": "utilisation", "model_dim": 8, "layers": 1, "batch_tokens": 64}
-    >>> for told in compared([
-    ...     {**sizes, "compile": 0, "ours": ours}, {**sizes, "compile": 1, "ours": {**ours, "events_per_s": 15.0}},
-    ... ]):
+    >>> def line(rate, **sizes):
+    ...     return {"benchmark": "utilisation", **SIZES, **sizes, "ours": {"events_per_s": rate}}
+    >>> for told in compared([line(10.0), line(99.0, pretrain=1), line(15.0, compile=1)]):
     ...     print(told)
-    trainer.compile=true: 1.50 times the events/s of 1 layers of 8 with 64 events per batch: it pays
+    trainer.compile=true: 1.50 times the events/s (layers=6, model_dim=256, batch_tokens=16384, pretrain=0): it pays
+    >>> compared([line(10.0), line(15.0, compile=1, pretrain=1)])
+    []
+    >>> heads = {"times_as_fast_as_ours": {"compiled": 1.5}, "peak_mib": {"ours": 8.0, "compiled": 6.0}}
+    >>> compared([{"benchmark": "event_head", **heads}])
+    ['compiled in place of heads.token_scores: 1.50 times as fast, 6 MiB against 8: it pays']
     """
     told = []
+    names = [name for name in SIZES if name != "compile"]
     by_sizes: dict[tuple[Any, ...], dict[int, float]] = {}
     for line in lines:
         if line.get("benchmark") == "utilisation" and "ours" in line:
-            sizes = tuple(line[name] for name in ("layers", "model_dim", "batch_tokens"))
-            by_sizes.setdefault(sizes, {})[line["compile"]] = line["ours"]["events_per_s"]
-    for (layers, width, tokens), rates in by_sizes.items():
+            by_sizes.setdefault(tuple(line[name] for name in names), {})[line["compile"]] = line["ours"]["events_per_s"]
+    for sizes, rates in by_sizes.items():
         if {0, 1} <= set(rates):
-            ratio, model = rates[1] / rates[0], f"{layers} layers of {width} with {tokens} events per batch"
-            told.append(f"trainer.compile=true: {ratio:.2f} times the events/s of {model}: {_verdict(ratio)}")
+            ratio, of = rates[1] / rates[0], dict(zip(names, sizes, strict=True))
+            about = ", ".join(f"{name}={of[name]}" for name in ("layers", "model_dim", "batch_tokens", "pretrain"))
+            told.append(f"trainer.compile=true: {ratio:.2f} times the events/s ({about}): {_verdict(ratio)}")
     for line in lines:
         if line.get("benchmark") == "event_head":
+            peak = line["peak_mib"]
             told += [
-                f"{way} in place of heads.token_scores: {ratio:.2f} times as fast: {_verdict(ratio)}"
+                f"{way} in place of heads.token_scores: {ratio:.2f} times as fast, {peak[way]:.0f} MiB against "
+                f"{peak['ours']:.0f}: {_verdict(ratio)}"
                 for way, ratio in line["times_as_fast_as_ours"].items()
                 if way.startswith(("torch", "compiled"))
             ]
@@ -120,6 +129,37 @@ def compared(lines: list[dict[str, Any]]) -> list[str]:
 
 def _verdict(ratio: float) -> str:
     return "it pays" if ratio >= WORTH else "it does not pay"
+
+
+def run(command: list[str], limit: float) -> tuple[str, int | None]:
+    """Return what a command printed and its exit code, which is None if it was ended after `limit` seconds.
+
+    It is ended with all processes that it started, which would compute on beside the next lines.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        return process.communicate(timeout=limit)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0], None
+    except BaseException:  # such as Ctrl-C, which does not reach another session
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def results_of(printed: str) -> list[dict[str, Any]]:
+    """Return the JSON lines among what a benchmark printed.
+
+    >>> results_of('{not JSON\\n{"ratio": 2.0}\\nother text')
+    [{'ratio': 2.0}]
+    """
+    found = []
+    for text in printed.splitlines():
+        try:
+            found += [json.loads(text)] if text.startswith("{") else []
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,17 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print("python -m", *command, flush=True)
         limit = min(left, options.line_seconds)
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command], check=False, timeout=limit, stdout=subprocess.PIPE, text=True
-            )
-        except subprocess.TimeoutExpired:
+        printed, code = run([sys.executable, "-m", *command], limit)
+        print(printed, end="", flush=True)
+        if code is None:
             print(f"ended after {limit:.0f} s", flush=True)
-            n_failed += 1
-            continue
-        print(done.stdout, end="", flush=True)
-        n_failed += done.returncode != 0
-        found += [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+        n_failed += code != 0
+        if code == 0 and command != list(TESTS):
+            found += results_of(printed)
     for told in compared(found):
         print(told)
     print(f"{n_failed} of {len(lines)} failed, were ended or were left out, {time.monotonic() - began:.0f} s")

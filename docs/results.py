@@ -144,15 +144,21 @@ def table(path: Path, entry: dict[str, Any]) -> str:
 
 
 def paired(path: Path) -> str:
-    """Return the table of paired differences over folds of the file beside a table; empty without such a file."""
+    """Return the table of paired differences over folds of the file beside a table; empty without such a file.
+
+    Raises:
+        SystemExit: the file does not say which recipe the differences are from.
+    """
     if not (beside := path.parent / "paired" / path.name).is_file():
         return ""
     with beside.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    recipes = dict.fromkeys(row["recipe"] for row in rows)
-    reference = next(
-        name for name in recipes if not any(float(row["difference"]) for row in rows if row["recipe"] == name)
-    )
+    reference = reference_of(rows)
+    if reference is None:
+        raise SystemExit(
+            f"{beside}: expected the column `reference`, or one recipe whose differences are all 0. Write the file again: "
+            f"python -m benchmarks.folds table SWEEPS --output {beside}"
+        )
     lines = [
         "",
         f"Paired over folds, less `{reference}`, with 95 % intervals over folds (too narrow, since folds share subjects of train). "
@@ -174,6 +180,23 @@ def paired(path: Path) -> str:
         about = [data, f"`{recipe}`", f"{first['folds']} x {float(first['seeds']):g}", spread, *cells]
         lines.append(f"| {' | '.join(about)} |")
     return "\n".join(lines) + "\n"
+
+
+def reference_of(rows: list[dict[str, str]]) -> str | None:
+    """Return the recipe that differences are from: the one that the table names, or in an older table the only one whose
+    differences are all 0; None where neither is there.
+
+    >>> rows = [{"recipe": "a", "difference": "0.1"}, {"recipe": "b", "difference": "0.0"}]
+    >>> reference_of(rows), reference_of([*rows, {"recipe": "copy of b", "difference": "0.0"}]), reference_of(rows[:1])
+    ('b', None, None)
+    >>> reference_of([row | {"reference": "a"} for row in rows])
+    'a'
+    """
+    if named := {row["reference"] for row in rows if row.get("reference")}:
+        return named.pop() if len(named) == 1 else None
+    recipes = dict.fromkeys(row["recipe"] for row in rows)
+    same = [name for name in recipes if not any(float(row["difference"]) for row in rows if row["recipe"] == name)]
+    return same[0] if len(same) == 1 else None
 
 
 def difference(row: dict[str, str]) -> str:

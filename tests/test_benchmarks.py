@@ -6,7 +6,8 @@ import argparse
 import importlib
 import json
 import shutil
-import subprocess
+import sys
+import time
 
 import numpy as np
 import polars as pl
@@ -249,16 +250,25 @@ def test_the_lines_for_a_gpu_end_in_time(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 100))
     limits = []
 
-    def run(command, *, timeout, **_):
-        limits.append(timeout)
-        raise subprocess.TimeoutExpired(command, timeout)
+    def run(command, limit):
+        limits.append(limit)
+        return "", None
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
     n_lines = len(gpu.RUNS) + 1
     assert gpu.main(["--device", "cuda", "--seconds", "350"]) == n_lines
     assert limits == [100, 100, 50]
     assert capsys.readouterr().out.count("no time left: python -m") == n_lines - 3
+
+
+def test_a_line_for_a_gpu_that_is_ended_leaves_no_process_and_loses_no_text():
+    """The output ends when no process holds it any more, so that reading it shows that the child of the child was ended too."""
+    code = "import subprocess, sys; print('began', flush=True); subprocess.run(['sleep', '60'])"
+    began = time.monotonic()
+    assert gpu.run([sys.executable, "-c", code], 3) == ("began\n", None)
+    assert time.monotonic() - began < 30
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 60) == ("", 3)
 
 
 @pytest.mark.slow
@@ -356,6 +366,7 @@ def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys,
         "rows"
     ]
     assert pl.read_csv(tmp_path / "t" / "folds.csv")["recipe"].unique().sort().to_list() == ["ensemble", "gbm", "tab"]
+    assert {row["reference"] for row in rows} == {"gbm"}, "docs/results.py reads it"
     told = {row["recipe"]: row for row in rows if row["split"] == "held_out" and row["metric"] == "auroc"}
     assert (told["tab"]["mean"], told["tab"]["folds"]) == (0.725, 2)
     assert (told["tab"]["difference"], told["tab"]["standard_error"]) == (0.075, 0.025)

@@ -76,9 +76,35 @@ def test_a_peer_that_pip_cannot_install_is_left_out_with_what_pip_said(tmp_path,
 
 def test_a_peers_script_that_fails_says_why(tmp_path):
     script = tmp_path / "run_it.py"
-    script.write_text("raise SystemExit('its own reason')")
-    with pytest.raises(RuntimeError, match="its own reason"):
-        run(Peer("it", str(script), ()), Path(sys.executable))
+    for text in ("raise SystemExit('its own reason')", "import sys; sys.stderr.write('its own reason')"):
+        script.write_text(text)
+        with pytest.raises(RuntimeError, match="its own reason"):
+            run(Peer("it", str(script), ()), Path(sys.executable))
+
+
+def test_a_peer_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    measured = {"seconds": 1.0, "cpu_seconds": 1.0, "n_events": 10, "peer": "name 1.0"}
+
+    def fails(python):
+        raise RuntimeError("it failed: its own reason")
+
+    pairs = {
+        "hugging_face": comparison.Pair(comparison.HUGGING_FACE, lambda: measured, fails),
+        "pyhealth": comparison.Pair(comparison.PYHEALTH, lambda: measured, lambda python: measured),
+    }
+    monkeypatch.setattr(comparison, "pairs_of", lambda options, folder: pairs)
+    monkeypatch.setattr(comparison, "python_of", lambda peer, folder: Path(sys.executable))
+    assert comparison.main(["--peers", *pairs, "--environments", str(tmp_path), *TINY]) == 1
+    failed, told = (json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{"))
+    assert (failed["side"], failed["failed"]) == ("hugging_face", "it failed: its own reason")
+    assert (told["side"], told["ratio"]) == ("pyhealth", 1.0)
+
+
+@pytest.mark.parametrize("given", [("--epochs", "2"), ("--batch-size", "8"), ("--batch-tokens", "0")])
+def test_what_would_hold_for_one_side_alone_is_no_option(given, capsys):
+    with pytest.raises(SystemExit):
+        comparison.options_of(list(given))
+    assert given[0] in capsys.readouterr().err
 
 
 def test_an_environment_is_made_again_unless_it_was_finished_with_the_same_packages(tmp_path, monkeypatch):
@@ -97,6 +123,9 @@ def test_an_environment_is_made_again_unless_it_was_finished_with_the_same_packa
     assert len(made) == 2, "it is kept"
     python_of(Peer("it", "run_it.py", ("one", "two")), tmp_path)
     assert len(made) == 4, "other packages"
+    monkeypatch.setattr(sys, "version", "another Python")
+    python_of(Peer("it", "run_it.py", ("one", "two")), tmp_path)
+    assert len(made) == 6, "the environment's Python is gone"
 
 
 @pytest.mark.slow

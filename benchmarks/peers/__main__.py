@@ -6,8 +6,8 @@
 Each peer has an environment of its own, which pip fills once (`--environments`; with the torch of this one), and each measurement
 is a process of its own there, whose start, loading and first steps are not counted. Rates are events/s without padding. `ratio` is
 the median of ours over the peer's, of measurements that follow each other; `ratio_cpu_time` is the same of CPU seconds, which other
-programs change less and which hold ours to an evaluation and a checkpoint as well. A peer that pip cannot install is left out, and
-the line says what pip said.
+programs change less; ours include an evaluation and a checkpoint. A peer that pip cannot install is left out, and the line says
+what pip said; of one whose measurement fails the line says why, and at the end the exit code is 1.
 
 What does the same as what:
 
@@ -26,6 +26,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,6 +58,8 @@ PYHEALTH = Peer("pyhealth", "run_pyhealth.py", ("pyhealth", "numpy<2", "setuptoo
 """Its last version for Python 3.11 needs, unsaid, a numpy that its pandas knows and the `pkg_resources` of setuptools."""
 FUTURES = {"prompts": 2, "futures": 20, "prompt": 192, "new": 64}
 N_HEADS = 8
+OURS_ALONE = {"batch_size": BATCH_SIZE, "compile": 0, "epochs": 1, "pretrain": 0}
+"""Sizes that the peers' scripts fix, or that no peer has; they are no options."""
 
 Measured = dict[str, Any]
 """`seconds`, `cpu_seconds`, `n_events`, and what else a side says of itself."""
@@ -99,10 +103,7 @@ def write_records(sides: Sides, folder: Path) -> None:
     sizes = {name: getattr(options, name) for name in ("model_dim", "layers", "context", "device", "prompt", "new")}
     sizes |= {"n_prompts": options.prompts, "n_futures": options.futures, "vocab_size": len(sides.table)}
     sizes |= {"n_heads": N_HEADS, "dropout": options.dropout_percent / 100, "batch_size": BATCH_SIZE}
-    sizes |= {
-        "learning_rate": LEARNING_RATE,
-        "precision": "32-true" if options.float32 else choose_precision("auto", options.device),
-    }
+    sizes |= {"learning_rate": LEARNING_RATE, "precision": precision_of(options)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
 
 
@@ -254,25 +255,35 @@ NAMES = ("hugging_face", "hugging_face_defaults", "pyhealth", "meds_eic_ar", "me
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line."""
-    found = parser(__doc__, repeats=3, **{"subjects": 240, **SIZES, **FUTURES})
+    """Return the options of a command line: those that hold for both sides."""
+    sizes = {name: size for name, size in SIZES.items() if name not in OURS_ALONE}
+    found = parser(__doc__, repeats=3, **{"subjects": 240, **sizes, **FUTURES})
+    found.set_defaults(**OURS_ALONE)
     cache = Path(os.environ.get("EHR_EMBED_CACHE", "~/.cache/ehr_embed")).expanduser()
     found.add_argument("--environments", type=Path, default=cache / "peers", help="where the environments are kept")
     found.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
-    return found.parse_args(arguments)
+    options = found.parse_args(arguments)
+    if options.batch_tokens < 1:
+        found.error("--batch-tokens: both sides get the same batches, so it is a number of events, such as 16384")
+    return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure each pair, and print a JSON line per pair as soon as it is known."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure each pair, print a JSON line per pair as soon as it is known, and return the exit code: 1 if a pair failed."""
     options = options_of(arguments)
     options.environments.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         pairs = pairs_of(options, Path(name))
         pythons, refused = installed(options.peers, pairs, options.environments.resolve())
+        n_failed = 0
         for peer in options.peers:
-            result = (
-                {"refused": refused[peer]} if peer in refused else compare(pairs[peer], pythons[peer], options.repeats)
-            )
+            if peer in refused:
+                result: dict[str, Any] = {"refused": refused[peer]}
+            else:
+                try:
+                    result = compare(pairs[peer], pythons[peer], options.repeats)
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    result, n_failed = {"failed": told(error)}, n_failed + 1
             report(
                 "peers",
                 {"side": peer}
@@ -281,7 +292,19 @@ def main(arguments: list[str] | None = None) -> None:
                 dataset=dataset_of(options),
                 device=options.device,
             )
+    return int(n_failed > 0)
+
+
+def told(error: Exception) -> str:
+    """Return an error in words, with the end of what a program that failed wrote to its standard error.
+
+    >>> told(subprocess.CalledProcessError(1, ["program"], stderr=b"its own reason"))
+    "Command '['program']' returned non-zero exit status 1.: its own reason"
+    """
+    written = getattr(error, "stderr", None) or ""
+    text = written.decode(errors="replace") if isinstance(written, bytes) else written
+    return f"{error}: {text.strip()[-2000:]}" if text else str(error)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 DONE = "installed.json"
-"""Written last into an environment: what was installed. Without it an environment is made again."""
+"""Written last into an environment: what was installed, and beside what. Without it an environment is made again."""
+PLACE = re.compile(r"https?://\S+|(?<=host=)'[^']*'")
+"""A package index, in the words of pip."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Peer:
 
 
 class CannotInstallError(Exception):
-    """pip could not install a peer; the text is the last line that pip said."""
+    """pip could not install a peer; the text is the last error that pip told."""
 
 
 def python_of(peer: Peer, folder: Path) -> Path:
@@ -49,19 +52,33 @@ def python_of(peer: Peer, folder: Path) -> Path:
     """
     home = folder / peer.name
     python = home / "bin" / "python"
-    done = home / DONE
-    if done.exists() and json.loads(done.read_text()) == list(peer.requirements):
+    done, torch = home / DONE, metadata.distribution("torch")
+    held_now = [torch.version, sys.version, str(torch.locate_file("")), *peer.requirements]
+    if done.exists() and json.loads(done.read_text()) == held_now:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
     share_torch(home)
     held = home / "constraints.txt"
-    held.write_text(f"torch=={metadata.version('torch')}\n")
-    command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(held), *peer.requirements]
+    held.write_text(f"torch=={torch.version}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [*pip, "--constraint", str(held), *peer.requirements]
     tried = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     if tried.returncode:
-        raise CannotInstallError((tried.stderr.strip() or "pip said nothing").splitlines()[-1])
-    done.write_text(json.dumps(list(peer.requirements)))
+        raise CannotInstallError(last_error(tried.stderr))
+    done.write_text(json.dumps(held_now))
     return python
+
+
+def last_error(said: str) -> str:
+    """Return the last error that pip told, without the address of a package index, which may be a private one.
+
+    >>> last_error("ERROR: none at https://name:word@host/simple\\nNote: upgrade pip")
+    'ERROR: none at (address)'
+    >>> last_error("")
+    'pip told no error'
+    """
+    errors = [line for line in said.splitlines() if line.lstrip().lower().startswith("error")]
+    return PLACE.sub("(address)", errors[-1].strip() if errors else "pip told no error")
 
 
 def share_torch(home: Path) -> None:
@@ -87,11 +104,15 @@ def run(peer: Peer, python: Path, *arguments: str | Path) -> dict[str, Any]:
     """Return the JSON line that the peer's script prints last.
 
     Raises:
-        RuntimeError: the script failed; the text ends with what it wrote to its standard error.
+        RuntimeError: the script failed or printed no such line; the text ends with what it wrote to its standard error.
     """
     command = [str(python), str(Path(__file__).parent / peer.script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    if done.returncode:
-        raise RuntimeError(f"{peer.name} failed with exit code {done.returncode}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        done.check_returncode()
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (subprocess.CalledProcessError, IndexError, json.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"{peer.name} failed with exit code {done.returncode}: {done.stderr.strip()[-2000:]}"
+        ) from error
     return found

@@ -37,9 +37,8 @@ class PrefetchedLoader:
 
 
 def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    choose = (
-        partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    )  # a thread begins with the first GPU
+    # A thread begins with the first GPU.
+    choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, thread_name_prefix="next batch", initializer=choose) as pool:
         coming = pool.submit(next, batches, END)
         while (batch := coming.result()) is not END:

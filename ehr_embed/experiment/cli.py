@@ -211,8 +211,8 @@ def _unknown_key(key: str, config_name: str, others: list[str], typed: Sequence[
         # The key is there; what it lacks is the name that the value would add.
         held, added = ", ".join(map(str, node[name])), shlex.quote(f"+{typed[0]}")
         return (
-            f"{key} holds {held} already, and a mapping is only added to where the command line says so. To have both, type: "
-            f"{added}   To have the new one alone: '~{key}' {added}"
+            f"{key} holds {held} already; type + to add to a mapping. To have both, type: {added}   "
+            f"To have the new one alone: '~{key}' {added}"
         )
     kind = f"key of {parent}" if parent else "key or group"
     return str(unknown_name(kind, name, valid, f"Type: {command(config_name)} --cfg job   to see all keys."))

@@ -170,15 +170,28 @@ class Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | Packing | None, rope_BT: Tensor | None = None, attend: Attend | None = None
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | Packing | None,
+        rope_BT: Tensor | None = None,
+        attend: Attend | None = None,
+        *,
+        place_BQ: Tensor | None = None,
     ) -> Tensor:
-        """Return the block's output, of the shape of the input; arguments as in `Attention.forward`."""
+        """Return the block's output, of the shape of the input; arguments as in `Attention.forward`.
+
+        Args:
+            place_BQ: int64, a few places of each row: then return the causal output there alone, (B, Q, D), without computing it
+                elsewhere; `mask` and `attend` are None. It comes through this method and no other, since sharding gathers a block's
+                parameters when the block is called.
+        """
+        if place_BQ is not None:
+            return self._at(x_BTD, place_BQ, rope_BT)
         packing = mask if isinstance(mask, Packing) else None
         x_BTD = x_BTD + self.dropout(self.attention(self.norm_attention(x_BTD), mask, rope_BT, attend), packing)
         return x_BTD + self.dropout(self.mlp(self.norm_mlp(x_BTD)), packing)
 
-    def at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None = None) -> Tensor:
-        """Return the causal output at a few places of each row, (B, Q, D), without computing it elsewhere."""
+    def _at(self, x_BTD: Tensor, place_BQ: Tensor, rope_BT: Tensor | None) -> Tensor:
         normed_BTD, index = self.norm_attention(x_BTD), place_BQ.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1])
         query_BQD = normed_BTD.gather(1, index)
         x_BQD = x_BTD.gather(1, index) + self.dropout(self.attention.at(query_BQD, normed_BTD, place_BQ, rope_BT))

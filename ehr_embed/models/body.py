@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +221,11 @@ class Body(nn.Module):
             return inputs["elapsed_days"] * 24
         return event_index(inputs) if self.positions == "rope" else None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Return whether blocks are compiled, so that inputs of other shapes or kinds are compiled once more."""
+        return any(getattr(block, "_compiled_call_impl", None) is not None for block in self.blocks)
+
     def packing(self, inputs: dict[str, Tensor], *, is_causal: bool) -> Packing | None:
         """Return the packing that `attend` takes in place of a mask to skip the padding; None to keep the padding."""
         packing, weight = packing_of(inputs, is_causal=is_causal), self.norm.weight
@@ -229,8 +234,7 @@ class Body(nn.Module):
         dtype = product_dtype(weight)
         has_kernel = kernel_takes(weight.device, dtype, len(weight) // self.n_heads)
         # Attention one sequence at a time has other lengths in each batch, which would be compiled again and again.
-        is_compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in self.blocks)
-        pays = has_kernel or (not is_compiled and pays_on_cpu(packing, dtype))
+        pays = has_kernel or (not self.is_compiled and pays_on_cpu(packing, dtype))
         packs = pays if self.packs is None else self.packs
         return replace(packing, at_once=has_kernel) if packs else None
 
@@ -259,7 +263,7 @@ class Body(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BTD = block(x_BTD, None, rope_BT)
-        return self.norm(cast(Block, last).at(x_BTD, place_BQ, rope_BT))
+        return self.norm(last(x_BTD, None, rope_BT, place_BQ=place_BQ))
 
     def _blocks(
         self, x: Tensor, mask: Tensor | Packing | None, rope: Tensor | None, cache: KeyValueCache | None = None

@@ -136,9 +136,10 @@ class Decoder(nn.Module):
         """Return what `hidden` returns at a few places, (N, D), in less time; each row is one sequence.
 
         Args:
-            places_N: numbers b * T + t, ascending.
+            places_N: numbers b * T + t, ascending; N may be 0.
         """
-        if self.body.packing(inputs, is_causal=True) is not None or "segments" in inputs:
+        is_packed = self.body.packing(inputs, is_causal=True) is not None or "segments" in inputs
+        if is_packed or self.body.is_compiled or not len(places_N):
             return self.hidden(inputs).flatten(0, 1)[places_N]
         T = inputs["padding_mask"].shape[1]
         row_N = places_N // T

@@ -27,7 +27,7 @@ LOGITS_AT_ONCE_GPU = 2**27
 """The same on a GPU, 512 MiB: 4,473 events with 30,000 tokens, where 2^24 would be 559, too few to fill a GPU."""
 N_TIME_BINS = 64
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-"""What `_token_scores` is."""
+"""Type of a function that scores one chunk of events, as `_token_scores` does."""
 SHORTEST_GAP_DAYS, LONGEST_GAP_DAYS = 30 / 86_400, 36_525.0
 """Range of the time bins, in days: a gap below half a minute counts as none, and the other bins are spaced evenly on a
 log scale up to a century."""

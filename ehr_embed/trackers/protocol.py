@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-if TYPE_CHECKING:  # a run needs neither before its first epoch, and both take half a second to import
+if TYPE_CHECKING:  # it takes half a second to import, and no run needs it before its first epoch
     import pandas as pd
 
 Scalar = float | int | str | None

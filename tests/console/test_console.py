@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import re
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 from ehr_embed.console import main as console
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.pipes import _MayBeLeft, reader_may_leave
 from tests.helpers.small_meds import ROOT
 
 
@@ -118,3 +121,33 @@ def test_work_goes_on_and_prints_to_nobody_when_the_reader_has_left():
         )
         assert (done.returncode, done.stderr, len(done.stdout or "")) == (0, "written\n", printed)
     os.close(theirs)
+
+
+def test_bytes_and_lines_are_left_too_and_an_error_of_the_work_is_not_hidden():
+    code = (
+        "import copy, sys\nfrom ehr_embed.core.pipes import reader_may_leave\nwith reader_may_leave():\n"
+        "    sys.stdout.writelines(['x' * 100_000] * 3)\n    sys.stdout.buffer.write(b'x' * 100_000)\n"
+        "    copy.copy(sys.stdout).write('x' * 100_000)\n    print('written', file=sys.stderr)"
+    )
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (0, "written\n")
+
+
+def test_streams_are_given_back_where_one_cannot_be_flushed(monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError("no space left on device")
+
+    full = Full()
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(KeyError, match="its own"), reader_may_leave():
+        raise KeyError("its own")
+    assert sys.stdout is full
+    with pytest.raises(OSError, match="no space"), reader_may_leave():
+        pass
+    assert sys.stdout is full
+    assert copy.copy(_MayBeLeft(full)).getvalue() == ""

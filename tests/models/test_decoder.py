@@ -120,6 +120,23 @@ def test_the_vectors_of_a_few_places_are_those_among_all(positions):
     torch.testing.assert_close(
         model.hidden_at(batch, places), model.hidden(batch).flatten(0, 1)[places], atol=1e-5, rtol=1e-4
     )
+    assert model.hidden_at(batch, places[:0]).shape == (0, model.hidden(batch).shape[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model.hidden_at(batch, places), model.hidden(batch).flatten(0, 1)[places]
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_a_few_places_are_computed_by_calling_the_blocks_and_never_compiled_once_more():
+    """Sharding gathers a block's parameters when the block is called, and not when a method of it is."""
+    model, batch, called = decoder(), inputs([3, 9, 5], 9), []
+    for block in model.body.blocks:
+        block.register_forward_hook(lambda block, given, out: called.append(out.shape[1]))
+    model.hidden_at(batch, torch.tensor([2, 9]))
+    assert called == [*[9] * (len(model.body.blocks) - 1), 1]
+    called.clear()
+    model.body.blocks[0]._compiled_call_impl = model.body.blocks[0]._call_impl
+    model.hidden_at(batch, torch.tensor([2, 9]))
+    assert called == [9] * len(model.body.blocks)
 
 
 def test_time_is_seen_and_may_be_left_out():

@@ -24,6 +24,7 @@ from ehr_embed.embedding.aligning import AlignmentSettings
 from ehr_embed.evaluation import survival_library
 from ehr_embed.experiment.run import run
 from ehr_embed.inference.asker import Asker
+from ehr_embed.models import hazards
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
 from ehr_embed.tasks.hazards_everywhere import AutoOutcomes, targets
@@ -209,16 +210,33 @@ def test_prediction_times_that_share_a_record_have_the_answers_of_each_alone(eve
         return batches(self, data)
 
     monkeypatch.setattr(Asker, "batches", counted)
+    body, asked = asker.run.model.body, []
+    at = body.attend_at
+    monkeypatch.setattr(hazards, "FEW", 1)
+    monkeypatch.setattr(body, "packs", False)  # a CPU leaves padding out, and then computes all places
+    monkeypatch.setattr(body, "attend_at", lambda *given: asked.append(given[1].numel()) or at(*given))
     shared = asker.incidence(data, questions, [10.0, 30.0])
     alone = asker.incidence(data, questions, [10.0, 30.0], shares=False)
     n_subjects = len(np.unique(data.samples.subject_ids))
     assert read == [n_subjects, len(data.samples)]
+    assert sum(asked) >= len(data.samples), "the last block was computed at the asked places alone"
     assert len(data.samples) == 4 * n_subjects
     np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-6)
     by_subject = alone[np.argsort(data.samples.subject_ids, kind="stable"), 0, -1].reshape(n_subjects, 4)
     assert (
         by_subject.std(1) > 1e-6
     ).mean() > 0.5  # the answers of a subject differ by time, so a mistaken place would show
+
+
+def test_records_of_a_single_time_are_evaluated_with_nothing_to_predict(everywhere, store, root):
+    own, asker = TimeToEvent(outcomes="auto", n_bins=3, width=8, auto={"min_events": 5}), Asker(everywhere)
+    set_up(own, store, root / "labels", 64)
+    events = store.split("held_out")
+    first = pl.DataFrame({"subject_id": events.subject_ids, "prediction_time": events.times[events.offsets[:-1]]})
+    samples = build_samples(events, first, np.zeros(len(first), np.int64), max_length=64)
+    with torch.inference_mode():
+        step = own.step(asker.run.model, asker.run.embedding, BatchDataset(events, samples)[np.arange(4)])
+    assert (float(step.loss_sum), int(step.count)) == (0.0, 0)
 
 
 def test_many_outcomes_are_judged_without_labels(everywhere, root, capsys):
