@@ -19,11 +19,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+TASK_LABELS = re.compile(r"task\.labels=\S+")
 METRICS = ("auroc", "auprc", "concordance", "integrated_brier", "squared_error", "explained")
 SPLITS = ("held_out/", "ensemble/")
 REPEATED = (
     "seed", "trainer.threads", "trainer.n_bootstrap", "data", "data.split_column", "data.splits", "data.renamed",
-    "model.max_length", "task.labels", "pretrain.trainer.epochs", "run_dir",
+    "model.max_length", "task.labels", "audit", "report", "pretrain.trainer.epochs", "run_dir",
 )  # fmt: skip
 """Keys of a command that do not say what was run."""
 TITLES = {
@@ -103,7 +104,13 @@ def labels_of(rows: list[dict[str, str]]) -> list[str]:
             own = [word for word in words if word.startswith(("experiment=", "sweeps="))] + own
         own = own or [word for word in words if word.startswith("model=")] or words[:1]
         labels.append(" ".join(f"`{word}`" for word in own))
-    return labels
+    # Runs that differ in their labels alone are told apart by them.
+    return [
+        f"{label} `{found[0]}`"
+        if labels.count(label) > 1 and (found := TASK_LABELS.findall(row.get("command") or ""))
+        else label
+        for label, row in zip(labels, rows, strict=True)
+    ]
 
 
 def named(rows: list[dict[str, str]], entry: dict[str, Any]) -> list[str]:
