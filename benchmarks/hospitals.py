@@ -48,8 +48,8 @@ CODE_TAB = (
     "data.values=continuous",
 )  # fmt: skip
 FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
-"""What `code_tab` is given besides where it is trained from scratch on fewer labels than this, since batches of 256 would end in
-the warm-up. Fine-tuning, which goes on from trained weights for three epochs, is not given it, nor is a pool, which
+"""What `code_tab` is given besides where it is trained from scratch on fewer labels than this, since batches of 256 make two
+steps per epoch. Fine-tuning, which goes on from trained weights for three epochs, is not given it, nor is a pool, which
 has the labels of both."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
