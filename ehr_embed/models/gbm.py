@@ -156,21 +156,22 @@ class GBM(ReadsCodeFeatures):
         measure = self._objective[1]
         for number in np.unique(fold):
             inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-            part, other = train.features.rows(outside), train.features.rows(inside)
+            part = train.features.rows(outside)
             too_rare = self._too_rare(part)
             data = lightgbm_module().Dataset(
                 rows_of(part, too_rare), train.labels[outside], weight=train.weights[outside]
             )
-            unseen = data.create_valid(rows_of(other, too_rare), train.labels[inside], weight=train.weights[inside])
-            told: dict[str, dict[str, list[float]]] = {}
-            booster = lightgbm_module().train(
-                self.settings_of_trees(train, seed) | {"metric": measure},
-                data,
-                num_boost_round=self.n_trees,
-                valid_sets=[unseen],
-                callbacks=[lightgbm_module().record_evaluation(told)],
-            )
-            losses += np.asarray(told["valid_0"][measure]) * train.weights[inside].sum()
+            settings, judged, told = self.settings_of_trees(train, seed), {}, dict[str, dict[str, list[float]]]()
+            if chooses_trees:
+                unseen = rows_of(train.features.rows(inside), too_rare)
+                settings |= {"metric": measure}
+                judged = {
+                    "valid_sets": [data.create_valid(unseen, train.labels[inside], weight=train.weights[inside])],
+                    "callbacks": [lightgbm_module().record_evaluation(told)],
+                }
+            booster = lightgbm_module().train(settings, data, num_boost_round=self.n_trees, **judged)
+            if chooses_trees:
+                losses += np.asarray(told["valid_0"][measure]) * train.weights[inside].sum()
             boosters.append((inside, booster))
         n_trees = int(losses.argmin()) + 1 if chooses_trees else self.n_trees
         log.info("cross-fitted trees: %d of at most %d", n_trees, self.n_trees)
