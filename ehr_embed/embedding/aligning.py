@@ -135,11 +135,19 @@ def bundled(cache_dir: Path | None) -> Iterator[Callable[[list[str]], npt.NDArra
     """Yield the function by which texts are compared: vectors (n, E) of the sentence transformer that comes with the package.
 
     Args:
-        cache_dir: folder of the cache of text vectors; None = vectors are not cached.
+        cache_dir: folder of the cache of text vectors; None = each text is embedded once here, and nothing is kept.
     """
     embedder = SentenceTransformerEmbedder(model="bundled")
+    known: dict[str, npt.NDArray[np.float32]] = {}
+
+    def embed(texts: list[str]) -> npt.NDArray[np.float32]:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, embedder.embed(new), strict=True))
+        return np.stack([known[text] for text in texts])
+
     try:
-        yield embedder.embed if cache_dir is None else lambda texts: embed_texts(embedder, texts, cache_dir=cache_dir)
+        yield embed if cache_dir is None else lambda texts: embed_texts(embedder, texts, cache_dir=cache_dir)
     finally:
         embedder.close()
 

@@ -220,9 +220,10 @@ def align(
     Raises:
         UserError: `pairs` names an unknown code, or nothing matches.
     """
+    source, target = codes_of(run), codes_of(vocabulary)
     table = align_codes(
-        codes_of(run),
-        codes_of(vocabulary),
+        source,
+        target,
         embed=embed,
         rules=rules,
         pairs=pairs,
@@ -240,10 +241,8 @@ def align(
         return Alignment(table)
     without_pairs = table
     if (table["origin"] == PAIR).any():
-        without_pairs = align_codes(
-            codes_of(run), codes_of(vocabulary), embed=embed, rules=rules, texts=texts, seed=seed
-        )
-    return Alignment(table, _twins(codes_of(run), table, embed, rules, pairs, without_pairs))
+        without_pairs = align_codes(source, target, embed=embed, rules=rules, texts=texts, seed=seed)
+    return Alignment(table, _twins(source, table, embed, rules, pairs, without_pairs))
 
 
 def _twins(
