@@ -17,10 +17,11 @@ from ehr_embed.data.batches import EventDataset, padded_length
 from ehr_embed.data.device_events import GIB, free_bytes, is_gathered_there
 from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.models.ensemble import Ensemble
-from ehr_embed.models.protocol import FitsAtOnce, body_of
+from ehr_embed.models.protocol import FitsAtOnce
 from ehr_embed.tasks.protocol import Task, run_step
 from ehr_embed.tasks.set_up import dataset_of
 from ehr_embed.training.processes import Processes
+from ehr_embed.training.set_up import freeze
 from ehr_embed.training.settings import AUTO, N_BATCH_TOKENS, TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -164,9 +165,7 @@ def _tried(
     step = _step_of(processes, task, model, embedding, dataset)
     first = max(FEWEST, longest)
     with _unchanged(model, embedding, device):
-        if settings.freeze == "body":
-            body_of(model).requires_grad_(False)
-            embedding.requires_grad_(False)
+        freeze(settings, model, embedding)
         state = STATE_BYTES * sum(p.numel() for p in (*model.parameters(), *embedding.parameters()) if p.requires_grad)
         try:
             step(min(first, 8 * longest))  # loads libraries and compares kernels, which takes memory once

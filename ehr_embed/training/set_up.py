@@ -96,9 +96,7 @@ def set_up_training(
     """
     fabric, precision = processes.fabric, about["precision"]
     embedding.to(fabric.device)
-    if settings.freeze == "body":
-        body_of(model).requires_grad_(False)
-        embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
+    freeze(settings, model, embedding)
     if settings.compile == "head":
         compile_head(model)
     elif settings.compile:
@@ -167,6 +165,17 @@ def inputs_of_all(
         dataset.lengths, batch_size=settings.batch_size, batch_tokens=settings.most_batch_tokens, shuffle=False
     ):
         yield embedding.inputs(dataset[rows].to(embedding.table.device))
+
+
+def freeze(settings: TrainerSettings, model: nn.Module, embedding: EventEmbedding) -> None:
+    """Let the head alone learn if `settings.freeze` says so.
+
+    Raises:
+        UserError: the model has no body.
+    """
+    if settings.freeze == "body":
+        body_of(model).requires_grad_(False)
+        embedding.requires_grad_(False)  # the vectors that the body reads are part of what it learned
 
 
 def compile_blocks(model: nn.Module) -> None:
