@@ -48,15 +48,15 @@ CODE_TAB = (
     "data.values=continuous",
 )  # fmt: skip
 FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
-"""What `code_tab` is given besides where it is trained from scratch on fewer labels than this, since batches of 256 make two
-steps per epoch. Fine-tuning, which goes on from trained weights for three epochs, is not given it, nor is a pool, which
-has the labels of both."""
+"""Overrides that `code_tab` gets in addition if it is trained from scratch on fewer labels than this, since batches of 256 would
+make two steps per epoch. Fine-tuning does not get them, since it starts from trained weights and lasts three epochs; a pool does not
+either, since it has the labels of both hospitals."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
 OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
 CONTROLS = {"random": ("embedder=random_frozen",), "learned": OWN_VECTORS}
-"""What a model of codes has in place of texts: a random vector per code, which texts do not bring near to another one's; with that,
-weights of each code that are learned for it alone."""
+"""Controls without texts: `random` gives each code a random vector in place of its text's, and `learned` also lets the model learn
+weights for each code alone."""
 TUNED = ("trainer=short", "trainer.epochs=3", "trainer.learning_rate=1e-4", "trainer.warmup_steps=0", *LAST)
 NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both", "random": "code_tab of random vectors",
          "learned": "code_tab of random vectors and learned weights per code"}  # fmt: skip

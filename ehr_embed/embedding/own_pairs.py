@@ -34,11 +34,9 @@ def read_pairs(path: str) -> pl.DataFrame:
     frame = read_csv_table(path, ("code", "matched_code"))
     if "gate" not in frame.columns:
         frame = frame.with_columns(gate=pl.lit(None, pl.String))
-    twins = (
-        [_listed(path, code, text) for code, text in frame.select("code", TWINS).iter_rows()]
-        if (TWINS in frame.columns)
-        else None
-    )
+    twins = None
+    if TWINS in frame.columns:
+        twins = [_listed(path, code, text) for code, text in frame.select("code", TWINS).iter_rows()]
     frame = frame.select("code", "matched_code", "gate").with_columns(
         pl.col("matched_code").replace("", None), pl.col("gate").replace("", None)
     )

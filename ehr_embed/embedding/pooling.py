@@ -13,13 +13,7 @@ from ehr_embed.core.settings import OneOf
 from ehr_embed.data.pool import Pool
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.embedding.aligning import AlignmentSettings, aligned_table, bundled
-from ehr_embed.embedding.match_table import (
-    SHOWN,
-    Alignment,
-    align_codes,
-    codes_of,
-    say_other_kinds,
-)
+from ehr_embed.embedding.match_table import SHOWN, Alignment, align_codes, codes_of, say_other_kinds
 from ehr_embed.embedding.own_pairs import check_pairs, read_pairs
 
 log = logging.getLogger(__name__)

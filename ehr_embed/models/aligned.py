@@ -118,9 +118,8 @@ class CodeMatches(nn.Module):
         first_K = torch.searchsorted(lead_N, code_K)
         n_K = torch.searchsorted(lead_N, code_K, right=True) - first_K
         of_twin = torch.arange(len(code_K), device=code_K.device).repeat_interleave(n_K)
-        place = (
-            torch.arange(len(of_twin), device=code_K.device) - (n_K.cumsum(0) - n_K)[of_twin]
-        )  # among its code's twins
+        # Its number among the twins of its code.
+        place = torch.arange(len(of_twin), device=code_K.device) - (n_K.cumsum(0) - n_K)[of_twin]
         code_L = torch.cat([code_K, self.twins[first_K[of_twin] + place, 1]])
         of_L = torch.cat([torch.arange(len(code_K), device=code_K.device), of_twin])
         order = (row_K[of_L] * max(len(self.known), 1) + code_L).argsort()

@@ -33,7 +33,7 @@ LIMIT = 15.0
 """Largest deviation of a log hazard from the outcome's log rate: a factor of three million."""
 
 FEW = 4
-"""Where at most a quarter of the places is asked, the last block is computed at the asked places alone."""
+"""The last block is computed at the asked places alone if these are at most one in `FEW` of all places."""
 
 
 @runtime_checkable

@@ -84,20 +84,24 @@ def test_the_completion_is_installed_for_the_program():
     assert done.stdout.rstrip().endswith("-F hydra_bash_completion ehr-embed")
 
 
-@pytest.mark.parametrize("command", [["ehr_embed", "train", "--help"], ["ehr_embed.ask", "--cfg", "job"]])
-def test_a_reader_that_leaves_ends_nothing(command):
-    """As `| head -0`: the reader is gone before the first line, so the pipe is broken whenever something is printed."""
-    ours, theirs = os.pipe()
-    os.close(ours)
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
+def run_python(*arguments: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=ROOT,
-        stdout=theirs,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.parametrize("command", [["ehr_embed", "train", "--help"], ["ehr_embed.ask", "--cfg", "job"]])
+def test_a_reader_that_leaves_ends_nothing(command):
+    """As `| head -0`: the reader is gone before the first line, so the pipe is broken whenever something is printed."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = run_python("-m", *command, stdout=theirs)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -110,15 +114,7 @@ def test_work_goes_on_and_prints_to_nobody_when_the_reader_has_left():
     ours, theirs = os.pipe()
     os.close(ours)
     for stdout, printed in ((subprocess.PIPE, 300_003), (theirs, 0)):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run_python("-c", code, stdout=stdout)
         assert (done.returncode, done.stderr, len(done.stdout or "")) == (0, "written\n", printed)
     os.close(theirs)
 
