@@ -33,7 +33,17 @@ SplitName = Annotated[Text | None, Told("train, tuning, held_out, or null", exam
 MaxLength = Annotated[int, Field(ge=1, lt=2**31), Told("1 or more events", example="512")]
 
 
-class DataKeys(Keys, VocabularySettings):
+class AlignmentKeys(Keys):
+    """Keys that say how codes are matched by text."""
+
+    alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
+    alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
+    alignment_texts: Texts
+    alignment_matching: Matching
+    alignment_twins: Annotated[bool | None, Told("true, false or null", example="false")]
+
+
+class DataKeys(AlignmentKeys, VocabularySettings):
     """Keys of `data`, with those of the vocabulary."""
 
     needed = ("source",)
@@ -45,11 +55,6 @@ class DataKeys(Keys, VocabularySettings):
     renamed: Table
     renamed_missing: Missing
     aligned_to: Annotated[Text, Told("auto, none, or the folder of the run of init_from", example="auto")]
-    alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
-    alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
-    alignment_texts: Texts
-    alignment_matching: Matching
-    alignment_twins: Annotated[bool | None, Told("true, false or null", example="false")]
     text_variants: Share
     variant_kinds: Annotated[Sequence[Kind], Told("a list of synonyms, words, neighbours", example="[synonyms]")]
     pool_codes: PoolCodes
@@ -173,15 +178,10 @@ class LabelsKeys(Keys):
     labels: LabelsName
 
 
-class AlignedDatasetKeys(DatasetKeys):
+class AlignedDatasetKeys(AlignmentKeys, DatasetKeys):
     """Keys of `data` of a command that may align the dataset's codes with those of the run."""
 
     aligned_to: Annotated[Text, Told("auto, none, or the run's folder", example="auto")]
-    alignment_rules: Annotated[Text | None, Told("a YAML file of rules, or null", example="null")]
-    alignment_pairs: Annotated[Text | None, Told("a CSV file with columns code,matched_code, or null", example="null")]
-    alignment_texts: Texts
-    alignment_matching: Matching
-    alignment_twins: Annotated[bool | None, Told("true, false or null", example="false")]
     alignment_cache: Annotated[Text | None, Told("a folder, or null", example="null")]
 
 
