@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 from hydra import compose, initialize_config_dir
-from sklearn.metrics import roc_auc_score
 
 from benchmarks.common import report
+from ehr_embed.comparison.paired_bootstrap import difference, paired_replicates
 from ehr_embed.core.errors import UserError
+from ehr_embed.evaluation import predictions
 from ehr_embed.evaluation.metrics import binary_metrics
 from ehr_embed.experiment.run import run
 from ehr_embed.run_folder.layout import FINISHED, predictions_file
@@ -49,8 +50,8 @@ CODE_TAB = (
 )  # fmt: skip
 FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
 """Overrides that `code_tab` gets in addition if it is trained from scratch on fewer labels than this, since batches of 256 would
-make two steps per epoch. Fine-tuning does not get them, since it starts from trained weights and lasts three epochs; a pool does not
-either, since it has the labels of both hospitals."""
+make two steps per epoch. Fine-tuning does not get them, since it starts from trained weights and lasts three epochs. A pool does
+not get them either, since it has the labels of both hospitals."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
 READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
 OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
@@ -251,15 +252,8 @@ def paired(lab: Lab, hospital: Hospital, kind: str) -> str:
     pool, alone = sides
     assert (pool.ids == alone.ids).all()
     assert (pool.labels == alone.labels).all()
-    assert len(np.unique(pool.ids)) == len(pool.ids), "rows are drawn as subjects, so that each may have one label only"
-    rng, differences = np.random.default_rng(0), []
-    for _ in range(1000):
-        drawn = rng.integers(len(pool.ids), size=len(pool.ids))
-        if 0 < pool.labels[drawn].sum() < len(drawn):
-            y = pool.labels[drawn]
-            differences.append(roc_auc_score(y, pool.logits[drawn]) - roc_auc_score(y, alone.logits[drawn]))
-    low, high = np.quantile(differences, (0.025, 0.975))
-    return f"{pool.auroc - alone.auroc:+.3f} [{low:+.3f}, {high:+.3f}]"
+    less = difference(*(part["auroc"] for part in paired_replicates([pool.compared, alone.compared], n_bootstrap=1000)))
+    return f"{less.difference:+.3f} [{less.low:+.3f}, {less.high:+.3f}]"
 
 
 def pooled_data(lab: Lab) -> tuple[str, ...]:
@@ -297,6 +291,14 @@ class Predictions:
         here = self.ids % n == number
         order = np.argsort(self.ids[here], kind="stable")
         return Predictions(*(x[here][order] for x in (self.ids // n, self.labels, self.logits)))
+
+    @property
+    def compared(self) -> predictions.Predictions:
+        """These as `ehr_embed compare` reads them, whose bootstrap draws subjects with all their samples."""
+        probability_N1 = 1 / (1 + np.exp(-self.logits[:, None]))
+        return predictions.Predictions(
+            pl.DataFrame({"subject_id": self.ids}), self.labels[:, None] == 1, probability_N1
+        )
 
     def measured(self, n_bootstrap: int) -> dict[str, Any]:
         """Return the metrics of a binary task."""
