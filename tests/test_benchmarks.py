@@ -23,6 +23,8 @@ from benchmarks import (
     generation_cache,
     gpu,
     hidden_codes,
+    hospital_rows,
+    hospital_tables,
     hospitals,
     operations,
     packing,
@@ -295,15 +297,33 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
         "--ways", "gbm", "tuned", "pool", "--also", "trainer.min_steps=30",
     ]  # fmt: skip
     found = line(hospitals.main, capsys, *arguments)
-    unchanged, few, pooled = (found["tables"][part] for part in ("unchanged", "few", "pooled"))
-    code_tab = unchanged[1]
-    assert code_tab[:2] == ["home to away, 270 labels", "code_tab"]
-    assert float(code_tab[2].split()[0]) > 0.7, "30 steps"
-    assert float(code_tab[4]) < float(code_tab[2].split()[0]) - 0.1, "wrong texts"
-    assert [row[0] for row in few[1:]] == ["0", "80 (1 draws)", "90"]
-    assert len(pooled) == 5
-    assert all(len(row) == len(pooled[0]) for row in pooled), "and the difference on the same subjects"
-    assert {row[1] for row in unchanged[1:]} == set(hospitals.NAMES.values()), "with controls that read no texts"
+    rows = hospital_tables.read(tmp_path / "runs" / "runs.csv")
+    there = {
+        (row["model"], row["control"]): row for row in rows if row["split"] == "all" and row["trained_on"] == "home"
+    }
+    assert float(there["code_tab", "texts"]["auroc"]) > 0.7, "30 steps"
+    assert float(there["code_tab", "shuffled"]["auroc"]) < float(there["code_tab", "texts"]["auroc"]) - 0.1, (
+        "wrong texts"
+    )
+    assert {model for model, _ in there} == {*hospital_rows.MODELS.values(), hospital_rows.BOTH} - {
+        hospital_rows.MODELS["gbm5"]
+    }
+    for row in rows:
+        where = row["run"].split("+")[0]
+        metrics = json.loads((tmp_path / "runs" / where / "metrics.json").read_text())
+        here = metrics.get("datasets", {}).get(row["applied_to"], metrics)
+        if row["split"] == "held_out":
+            assert float(row["auroc"]) == pytest.approx(here["held_out"]["auroc"]["value"], abs=1e-5), where
+        assert row["date"]
+        assert row["hardware"]
+    unchanged, few, pooled = (found["tables"][part].splitlines() for part in ("unchanged", "few", "pooled"))
+    assert len(unchanged) == 2 + 2 * 5, (
+        "two models, their mean logit and two controls that read no texts, in both directions"
+    )
+    assert [text.split(" | ")[0] for text in few[2:]] == ["| 80", "| 90 (all)"]
+    assert "270 labels" in unchanged[2]
+    assert len(pooled) == 2 + 4
+    assert {text.count("|") for text in pooled} == {8}, "and the difference on the same subjects"
     metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
     assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
@@ -317,9 +337,15 @@ def test_hidden_codes_cost_something_and_the_table_is_made_once(capsys, tmp_path
         "--draws", "1", "--epochs", "2", "--share", "0.6", "--model", "mean_pool",
     ]  # fmt: skip
     found = line(hidden_codes.main, capsys, *arguments)["table"]
-    assert found[0][:3] == ["vectors", "all codes", "60% hidden"]
-    assert [row[0] for row in found[1:]] == ["minilm_l6", "learned"]
-    for row in found[1:]:
+    head, _, *lines = (text.strip("| ").split(" | ") for text in found.splitlines())
+    assert head[:3] == ["vectors", "all codes", "60% hidden"]
+    assert [row[0] for row in lines] == ["`minilm_l6`", "`learned`"]
+    rows = hospital_tables.read(tmp_path / "runs" / "hidden_codes.csv")
+    assert len(rows) == 4
+    for row in rows:
+        metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())
+        assert float(row["auroc"]) == pytest.approx(metrics["held_out"]["auroc"]["value"], abs=1e-6)
+    for row in lines:
         assert float(row[1]) - float(row[2]) == pytest.approx(float(row[-1]), abs=2e-3)
     times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert len(times) == 4
