@@ -393,8 +393,6 @@ def test_effects_of_codes_are_those_of_records_up_to_the_prediction_time(capsys,
             at = pl.col("time") + pl.duration(days=later)
             added = cases.with_columns(pl.lit("GLU//high").alias("code"), at)
             pl.concat([events, added]).sort("subject_id", "time").write_parquet(path)
-                "subject_id", "time"
-            ).write_parquet(path)
         texts, effect_C, n_records = code_effects.of_labels(home, "case", least_records=5)
         assert n_records == 90
         if later:
