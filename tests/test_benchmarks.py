@@ -383,8 +383,8 @@ def test_functions_of_the_tables_do_what_their_examples_say():
 
 
 def test_effects_of_codes_are_those_of_records_up_to_the_prediction_time(capsys, tmp_path):
-    """A code that stands for cases has the greatest effect; it has none, and is no code of these records, if all its events are later
-    than the prediction."""
+    """A code that stands for cases has the greatest effect; it is no code of these records if all its events are
+    later than the prediction."""
     for name, later in (("before", 0.0), ("after", 99.0)):
         home = write_hospital(tmp_path / name, HOME, heart_unit=1.0, noise=0, seed=0, first=0)
         for path in (home / "data").rglob("*.parquet"):
