@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import importlib
 import json
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import (
     batches,
+    code_effects,
     disk,
     embedding,
     event_head,
@@ -29,6 +31,7 @@ from benchmarks import (
     operations,
     packing,
     prefetch,
+    renamed_codes,
     scale,
     selection,
     store_building,
@@ -351,6 +354,51 @@ def test_hidden_codes_cost_something_and_the_table_is_made_once(capsys, tmp_path
     assert len(times) == 4
     assert line(hidden_codes.main, capsys, *arguments)["table"] == found
     assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+
+
+@pytest.mark.slow
+def test_renamed_codes_have_a_row_per_reading_that_its_run_wrote(capsys, tmp_path):
+    home = write_hospital(tmp_path / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    words = ("Pulse (beats per minute)", "Sodium (serum)", "Sugar in blood", "High temperature", "Ward of surgeons")
+    table = tmp_path / "words.csv"
+    table.write_text("code,term\n" + "".join(f"{code},{word}\n" for code, word in zip(HOME, words, strict=True)))
+    arguments = [
+        "--data", str(home), "--labels", "case", "--renamed", str(table), "--folder", str(tmp_path / "runs"),
+        "--cache", str(tmp_path / "cache"), "--models", "code_encoder", "--also", "data.values=continuous",
+    ]  # fmt: skip
+    found = line(renamed_codes.main, capsys, *arguments)["table"]
+    rows = {row["codes"]: row for row in hospital_tables.read(tmp_path / "runs" / "renamed.csv")}
+    assert list(rows) == [renamed_codes.AS_TRAINED, *renamed_codes.CODES]
+    assert len(found.splitlines()) == 2 + len(rows)
+    for codes, row in rows.items():
+        metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())
+        assert float(row["auroc"]) == pytest.approx(metrics["held_out"]["auroc"]["value"], abs=1e-6)
+        assert bool(row["auroc/kept"]) == (codes != renamed_codes.AS_TRAINED)
+    shuffled = [float(rows[codes]["auroc/kept"]) for codes in ("one to one", "one to one, texts shuffled")]
+    assert shuffled[0] > shuffled[1], "wrong texts"
+
+
+def test_functions_of_the_tables_do_what_their_examples_say():
+    assert [doctest.testmod(module).failed for module in (hospital_tables, code_effects)] == [0, 0]
+
+
+def test_effects_of_codes_are_those_of_records_up_to_the_prediction_time(capsys, tmp_path):
+    """A code that stands for cases has the greatest effect; it is no code of these records if all its events are
+    later than the prediction."""
+    for name, later in (("before", 0.0), ("after", 99.0)):
+        home = write_hospital(tmp_path / name, HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+        for path in (home / "data").rglob("*.parquet"):
+            events = pl.read_parquet(path)
+            cases = events.filter((pl.col("code") == "HR") & (pl.col("numeric_value") > 100)).unique("subject_id")
+            at = pl.col("time") + pl.duration(days=later)
+            added = cases.with_columns(pl.lit("GLU//high").alias("code"), at)
+            pl.concat([events, added]).sort("subject_id", "time").write_parquet(path)
+        texts, effect_C, n_records = code_effects.of_labels(home, "case", least_records=5)
+        assert n_records == 90
+        if later:
+            assert "GLU//high" not in texts, "its events are later than the prediction"
+        else:
+            assert effect_C[texts.index("GLU//high")] == effect_C.max() > 2
 
 
 def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys, tmp_path):
