@@ -1,7 +1,7 @@
 """The bundled all-MiniLM-L6-v2 in torch's own operations.
 
-`sentence_transformers` computes the same vectors, but takes two seconds to import, which was a fifth of the time from an empty cache to
-the demo's first epoch.
+`sentence_transformers` computes the same vectors, but takes two seconds to import, which was a fifth of the time from an empty
+cache to the demo's first epoch.
 
 Shapes: B texts, T word pieces, D width, H heads, K head width.
 """
