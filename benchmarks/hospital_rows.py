@@ -36,6 +36,8 @@ MODELS = {
     "tuned": "code_tab",
     "pool": "gbm",
     "pooltab": "code_tab",
+    "codes": "code_encoder",
+    "events": "encoder_small",
     "random": "code_tab with embedder=random_frozen",
     "learned": "code_tab with embedder=random_frozen model.member_weights=codes",
 }

@@ -49,7 +49,20 @@ FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
 make two steps per epoch. Fine-tuning does not get them, since it starts from trained weights and lasts three epochs. A pool does
 not get them either, since it has the labels of both hospitals."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
-READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
+READS = {
+    "tab": CODE_TAB,
+    "gbm": MODELS["gbm"],
+    "codes": ("model=code_encoder", "data.values=continuous"),
+    "events": ("model=encoder_small", "data.values=continuous"),
+}
+SEQUENCES = {
+    "codes": (
+        *READS["codes"], "trainer=short", "trainer.epochs=8", "trainer.learning_rate=2e-3", "trainer.warmup_steps=100",
+        "trainer.batch_size=128", "trainer.batch_tokens=131072",
+    ),
+    "events": (*READS["events"], "trainer=short", "trainer.epochs=6"),
+}  # fmt: skip
+"""Models that read vectors of codes or of single events, without a teacher. They are measured from the larger hospital alone."""
 OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
 CONTROLS = {"random": ("embedder=random_frozen",), "learned": OWN_VECTORS}
 """Controls without texts: `random` gives each code a random vector in place of its text's, and `learned` also lets the model learn
@@ -99,9 +112,11 @@ class Lab:
     def trained(self, hospital: Hospital, kind: str, seed: int) -> Path:
         """Return the run of a model that was trained on all labels of one hospital."""
         name = f"{hospital.name}_{kind}_{seed}"
-        prefixes = () if kind == "gbm" else hospital.prefixes
-        how = MODELS[kind] if kind in MODELS else (*MODELS["tab"], *CONTROLS[kind])
-        schedule = () if kind == "gbm" else few_schedule(self.n_train(hospital))
+        is_tab = kind == "tab" or kind in CONTROLS
+        prefixes = hospital.prefixes if is_tab else ()
+        known = MODELS | SEQUENCES
+        how = known[kind] if kind in known else (*MODELS["tab"], *CONTROLS[kind])
+        schedule = few_schedule(self.n_train(hospital)) if is_tab else ()
         self.run(name, *how, *schedule, *hospital.data, *prefixes, f"seed={seed}")
         return self.folder / name
 
@@ -138,6 +153,10 @@ def make_unchanged(lab: Lab) -> None:
                     lab.unchanged(one, other, kind, seed, control)
         for kind in CONTROLS:  # what reads no texts can only be aligned
             lab.unchanged(one, other, kind, lab.seeds[0], "texts")
+    for kind in SEQUENCES:
+        for control in ("texts", "shuffled"):
+            for seed in lab.seeds:
+                lab.unchanged(lab.home, lab.away, kind, seed, control)
 
 
 def make_few(lab: Lab) -> None:

@@ -320,8 +320,8 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
         assert row["date"]
         assert row["hardware"]
     unchanged, few, pooled = (found["tables"][part].splitlines() for part in ("unchanged", "few", "pooled"))
-    assert len(unchanged) == 2 + 2 * 5, (
-        "two models, their mean logit and two controls that read no texts, in both directions"
+    assert len(unchanged) == 2 + 2 * 5 + 2, (
+        "two models, their mean logit and two controls that read no texts in both directions, and two models of sequences"
     )
     assert [text.split(" | ")[0] for text in few[2:]] == ["| 80", "| 90 (all)"]
     assert "270 labels" in unchanged[2]
