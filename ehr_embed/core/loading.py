@@ -11,8 +11,7 @@ from functools import cache
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """While inside, modules are imported without the collector, whose rounds took a quarter of the time that torch and the libraries
-    of plots need.
+    """While inside, modules are imported without the collector, whose rounds took a quarter of the time.
 
     Modules live as long as the process, so the collector would find nothing among them. It goes on afterwards as before.
 
