@@ -15,12 +15,11 @@ import torch
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
 from ehr_embed.core.loading import loading
-from ehr_embed.core.pretrained_weights import BUNDLED, is_snapshot, load_pretrained, local_folder
+from ehr_embed.core.pretrained_weights import is_snapshot, load_pretrained, local_folder
 from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from ehr_embed.embedders.bundled_encoder import BundledEncoder
     from ehr_embed.embedders.pooled_encoder import PooledEncoder
 
 KEY = "embedder.model"
@@ -109,7 +108,7 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def embedding_dim(self) -> int:
-        width = self._bundled.width if self._is_plain else self._loaded.get_embedding_dimension()
+        width = self._loaded.get_embedding_dimension()
         if width is None:
             raise UserError(f"embedder.model={self.model} does not say how wide its vectors are: not a text embedder.")
         width = min(width, self.truncate_dim or width)
@@ -125,9 +124,6 @@ class SentenceTransformerEmbedder:
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         _ = self.embedding_dim  # refuses a width other than the model's before any text is embedded
-        if self._is_plain:
-            prompted = [(self.prompt or "") + text for text in texts]
-            return self._bundled.encode(prompted, batch_size=self._batch_size, normalize=self.normalize)
         # Starting the processes takes seconds, which texts that fit in one batch are not worth.
         if len(self.devices) > 1 and self._pool is None and len(texts) > self._batch_size:
             self._pool = self._loaded.start_multi_process_pool(self.devices)
@@ -163,22 +159,6 @@ class SentenceTransformerEmbedder:
                 "before are kept. Type the same command "
                 "again, or with a smaller embedder.batch_size, or with embedder.device=" + self.devices[0]
             ) from error
-
-    @property
-    def _is_plain(self) -> bool:
-        """Return whether the vectors are those of the bundled model as it is, in float32 on the CPU, which `BundledEncoder` gives
-        without the time that the library takes to import."""
-        is_own = self.pooling is None and self.truncate_dim is None and self.dtype == "float32"
-        return self.model == BUNDLED and is_own and self.devices == ["cpu"]
-
-    @cached_property
-    def _bundled(self) -> BundledEncoder:
-        from ehr_embed.embedders.bundled_encoder import BundledEncoder  # cached vectors need no tokenizer
-
-        def load(folder: str, revision: str | None) -> BundledEncoder:
-            return BundledEncoder(Path(folder))
-
-        return load_pretrained(load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     @cached_property
     def _loaded(self) -> PooledEncoder:

@@ -56,30 +56,6 @@ def test_bundled_encoder_knows_meaning(bundled):
     assert bundled.embedding_dim == 384
 
 
-def test_the_bundled_model_gives_the_vectors_of_its_library(bundled):
-    """`BundledEncoder` reads pieces beyond its longest text, other scripts and padding as sentence-transformers does."""
-    texts = [*TEXTS, "fever " * 300, "心不全 NT-proBNP", "Ménière's disease  (H81.0)", "x", "µg/mL 3.5e-2"]
-    library = SentenceTransformerEmbedder(model=str(bundled.folder))
-    np.testing.assert_allclose(bundled.embed(texts), library.embed(texts), atol=1e-6)
-    prompted = SentenceTransformerEmbedder(model=BUNDLED, prompt="query: ", normalize=False)
-    library = SentenceTransformerEmbedder(model=str(bundled.folder), prompt="query: ", normalize=False)
-    np.testing.assert_allclose(prompted.embed(texts), library.embed(texts), atol=1e-6)
-
-
-def test_a_first_run_waits_for_no_library_that_it_does_not_use(tmp_path):
-    """They took a third of the time to the demo's first epoch."""
-    code = (
-        "import sys; from pathlib import Path; from ehr_embed.sources.cohort import write_demo_cohort; "
-        "from ehr_embed.embedders.sentence_transformer import SentenceTransformerEmbedder; "
-        f"write_demo_cohort(root=Path({str(tmp_path / 'demo')!r}), n_subjects=200, seed=0); "
-        "assert SentenceTransformerEmbedder(model='bundled').embed(['fever']).shape == (1, 384); "
-        "print(sorted({'sentence_transformers', 'transformers', 'sklearn', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
-
-
 def test_a_text_has_one_vector_whatever_its_batch(bundled):
     alone = np.concatenate([bundled.embed([text]) for text in TEXTS])
     np.testing.assert_allclose(alone, bundled.embed(TEXTS), atol=1e-5)
