@@ -3,9 +3,9 @@
     python -m benchmarks.hidden_codes --data DIR --labels NAME --folder runs/hidden --cache CACHE
     python -m benchmarks.hidden_codes --data DIR --labels NAME --folder runs/hidden --share 0.5 --draws 3 --epochs 8
 
-For each draw of codes, models are trained on data whose train split lacks the events of these codes (`data.hidden_codes`),
-and meet them in held_out. A run that is in `--folder` already is left as it is. One row per run is written to `hidden_codes.csv` in
-`--output`, and docs/hospitals.md shows the table.
+For each label set and draw of codes, models are trained on data whose train split lacks the events of these codes
+(`data.hidden_codes`), and meet them in held_out. A run that is in `--folder` already is left as it is. One row per run goes to
+`hidden_codes.csv` in `--output`, and docs/hospitals.md shows the table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ehr_embed.comparison.provenance_columns import provenance_of
 EMBEDDERS = ("minilm_l6", "learned")
 
 
-ROW = ("run", "vectors", "hidden", "draw", "seed", "epochs", "auroc", "auprc", "commit", "hardware", "date")
+ROW = ("run", "labels", "vectors", "hidden", "draw", "seed", "epochs", "auroc", "auprc", "commit", "hardware", "date")
 """Columns of a row. `hidden` is the share of the codes that train never had, and `draw` the draw of these."""
 
 
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the runs and print their table, and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of a MEDS dataset")
-    parser.add_argument("--labels", required=True, help="name of its label set")
-    parser.add_argument("--folder", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--labels", nargs="+", required=True, help="names of its label sets")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the runs, one folder per label set")
     parser.add_argument("--cache", type=Path, help="folder of stores and tables; the default is that of train.py")
     parser.add_argument("--output", type=Path, help="folder of the rows; the default is --folder")
     parser.add_argument("--share", type=float, default=0.5, help="share of the codes that train never has")
@@ -63,11 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="encoder_small")
     chosen = parser.parse_args(arguments)
     common = [
-        "data=meds", f"data.root={chosen.data.resolve()}", f"task.labels={chosen.labels}", f"model={chosen.model}", "trainer=short",
+        "data=meds", f"data.root={chosen.data.resolve()}", f"model={chosen.model}", "trainer=short",
         "trainer.threads=1", "trainer.n_bootstrap=0", "audit=off", "report=false",
         "data.describe_unseen=true", *([] if chosen.cache is None else [f"cache_dir={chosen.cache}"]),
     ]  # fmt: skip
-    found = rows(chosen.folder, common, share=chosen.share, draws=chosen.draws, epochs=chosen.epochs)
+    found = []
+    for labels in chosen.labels:
+        own = [*common, f"task.labels={labels}"]
+        of_labels = rows(chosen.folder / labels, own, share=chosen.share, draws=chosen.draws, epochs=chosen.epochs)
+        found += [{"labels": labels} | row for row in of_labels]
     path = (chosen.output or chosen.folder) / hospital_tables.HIDDEN
     write(path, ROW, found)
     table = hospital_tables.hidden(hospital_tables.read(path))

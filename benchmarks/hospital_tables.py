@@ -182,17 +182,22 @@ def percent(values: Sequence[float]) -> str:
 
 
 def hidden(rows: Sequence[Row]) -> str:
-    """Return the table of what codes that train never had cost, with each kind of vectors, over draws of the codes."""
+    """Return the table of what codes that train never had cost, per label set and kind of vectors, over draws of the codes."""
     lines = []
     share = next(row["hidden"] for row in rows if float(row["hidden"]))
-    for vectors in dict.fromkeys(row["vectors"] for row in rows):
-        of = {(float(row["hidden"]) > 0, row["draw"]): float(row["auroc"]) for row in rows if row["vectors"] == vectors}
+    for labels, vectors in dict.fromkeys((row["labels"], row["vectors"]) for row in rows):
+        here = [row for row in rows if (row["labels"], row["vectors"]) == (labels, vectors)]
+        of = {(float(row["hidden"]) > 0, row["draw"]): float(row["auroc"]) for row in here}
         draws = [draw for is_hidden, draw in of if is_hidden]
         whole, part = ([of[is_hidden, draw] for draw in draws] for is_hidden in (False, True))
         lost = [a - b for a, b in zip(whole, part, strict=True)]
         told_lost = ", ".join(f"{x:.3f}" for x in lost)
-        lines.append((told(vectors), mean_sd(whole), mean_sd(part), told_lost, f"{statistics.mean(lost):.3f}"))
-    return markdown(("vectors", "all codes", f"{float(share):.0%} hidden", "AUROC lost, per draw", "mean"), lines)
+        lines.append(
+            (f"`{labels}`", told(vectors), mean_sd(whole), mean_sd(part), told_lost, f"{statistics.mean(lost):.3f}")
+        )
+    return markdown(
+        ("labels", "vectors", "all codes", f"{float(share):.0%} hidden", "AUROC lost, per draw", "mean"), lines
+    )
 
 
 def tables(folder: Path, names: Mapping[str, str], *, seeds: int = 3, draws: int = 5) -> dict[str, str]:

@@ -361,19 +361,19 @@ def test_hidden_codes_cost_something_and_the_table_is_made_once(capsys, tmp_path
     ]  # fmt: skip
     found = line(hidden_codes.main, capsys, *arguments)["table"]
     head, _, *lines = (text.strip("| ").split(" | ") for text in found.splitlines())
-    assert head[:3] == ["vectors", "all codes", "60% hidden"]
-    assert [row[0] for row in lines] == ["`minilm_l6`", "`learned`"]
+    assert head[:4] == ["labels", "vectors", "all codes", "60% hidden"]
+    assert [row[:2] for row in lines] == [["`case`", "`minilm_l6`"], ["`case`", "`learned`"]]
     rows = hospital_tables.read(tmp_path / "runs" / "hidden_codes.csv")
     assert len(rows) == 4
     for row in rows:
-        metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / "runs" / "case" / row["run"] / "metrics.json").read_text())
         assert float(row["auroc"]) == pytest.approx(metrics["held_out"]["auroc"]["value"], abs=1e-6)
     for row in lines:
-        assert float(row[1]) - float(row[2]) == pytest.approx(float(row[-1]), abs=2e-3)
-    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+        assert float(row[2]) - float(row[3]) == pytest.approx(float(row[-1]), abs=2e-3)
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/case/*/metrics.json"))]
     assert len(times) == 4
     assert line(hidden_codes.main, capsys, *arguments)["table"] == found
-    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/case/*/metrics.json"))]
 
 
 @pytest.mark.slow
