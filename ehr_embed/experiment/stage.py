@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from ehr_embed.embedding.event_embedding import EventEmbedding
 from ehr_embed.embedding.pooling import pooled_table
 from ehr_embed.embedding.prepare import Prepared
 from ehr_embed.evaluation.leakage_audit import audit
+from ehr_embed.experiment.best_possible import best_possible
 from ehr_embed.experiment.ensemble import blended, judged
 from ehr_embed.experiment.inputs import alignment_settings, prepare_from, variants_of, vector_of_words
 from ehr_embed.experiment.parts import Built, EpochLog, Fitted, Inputs, Plan, give_sizes
@@ -46,9 +47,7 @@ from ehr_embed.run_folder.layout import ALIGNMENT, AUDIT
 from ehr_embed.run_folder.origin import is_of_other_data
 from ehr_embed.run_folder.resume import FoundRun, claimed, find_run
 from ehr_embed.search.trial import TrialHandle
-from ehr_embed.sources.demo import bayes_auroc
-from ehr_embed.sources.demo_times import bayes_concordance
-from ehr_embed.sources.protocol import EVALUATED, SPLITS, Source
+from ehr_embed.sources.protocol import EVALUATED, SPLITS
 from ehr_embed.tasks.protocol import HasBaselines, Outputs, ReadsWords, TakesSizes, Task, check_causality
 from ehr_embed.tasks.set_up import set_up
 from ehr_embed.trackers.protocol import Tracker
@@ -369,10 +368,7 @@ def measure(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> dict[st
         metrics["datasets"] = by_dataset(task, evaluated, pool, n_bootstrap=plan.settings.n_bootstrap)
     if inputs.pooled is not None:
         metrics["pooled"] = inputs.pooled.facts
-    for name, known in (("auroc", bayes_auroc), ("concordance", bayes_concordance)):
-        if name in metrics["held_out"] and (best := best_possible(known, inputs.source, task)):
-            metrics[f"bayes_{name}"] = best
-    return metrics
+    return metrics | best_possible(metrics["held_out"], inputs.source, task)
 
 
 def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> dict[str, Any]:
@@ -394,18 +390,3 @@ def evaluate(task: Task, outputs: dict[str, Outputs], *, n_bootstrap: int) -> di
 def monitored(metrics: dict[str, Any], task: Task) -> float:
     """Return the monitored metric on tuning from what metrics.json holds."""
     return float(metrics["tuning"][task.monitor]["value"])
-
-
-def best_possible(known: Callable[..., float | None], source: Source, task: Task) -> dict[str, float] | None:
-    """Return what the true risks of a synthetic cohort reach on each evaluated split; None where no true risk is known of a sample.
-
-    Args:
-        known: `bayes_auroc` or `bayes_concordance`, which compares the samples with those that were drawn with the risks.
-        source: source of the data.
-        task: after `setup`.
-    """
-    best = {}
-    for split in EVALUATED:
-        samples = task.samples[split]
-        best[split] = known(source.labels_dir.parent, samples.meds_keys, samples.labels)
-    return {split: value for split, value in best.items() if value is not None} if None not in best.values() else None

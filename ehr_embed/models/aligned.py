@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ehr_embed.core.transfer import reads_freely
+from ehr_embed.models.groups import Groups, grouped_by
 from ehr_embed.models.quantiles import QuantileNormal
 
 MAX_FITTED = 2**21
@@ -41,7 +43,7 @@ class CodeMatches(nn.Module):
         self.register_buffer("known_of", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("gates", torch.empty(0), persistent=False)
         self.register_buffer("twins", torch.empty(0, 2, dtype=torch.int64), persistent=False)
-        self.dataset_of = torch.empty(0, dtype=torch.int64)
+        self.dataset_of, self.most_twins = torch.empty(0, dtype=torch.int64), 0
         self.quantiles = QuantileNormal(0)
 
     def match(
@@ -72,7 +74,7 @@ class CodeMatches(nn.Module):
         self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
         leads = [(instead.get(code, code), twin) for twin, code in (twins or {}).items()]
         of_twins = [(number[a], number[b]) for a, b in leads if a != b and {a, b} <= number.keys()]
-        self.twins = torch.tensor(sorted(of_twins), dtype=torch.int64, device=device).view(-1, 2)
+        self._take_twins(torch.tensor(sorted(of_twins), dtype=torch.int64).view(-1, 2), device)
         self.dataset_of = torch.tensor([-1 if dataset_of is None else dataset_of[code] for code in found])
         self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
 
@@ -94,36 +96,56 @@ class CodeMatches(nn.Module):
             dataset_of=self.dataset_of,
         )
 
-    def merged(self, row_G: Tensor, code_G: Tensor, numbers_GF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def merged(
+        self, row_G: Tensor, code_G: Tensor, numbers_GF: Tensor, n_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Groups]:
         """Return the pairs of record and known code that the pairs of record and matched code amount to.
 
+        Args:
+            row_G: the record (G,); on a GPU `n_rows` where there is no pair.
+            code_G: the matched code (G,).
+            numbers_GF: summaries (G, F), NaN = missing.
+            n_rows: number of records.
+
         Returns:
-            row (K,), known code (K,), ascending by row and code; the normal score of each summary, (K, F), NaN = missing; and the
-            pair (G,) -> (K,) that each became part of.
+            row (K,) as above, known code (K,), ascending by row and code; the normal score of each summary, (K, F), NaN = missing;
+            and the groups of pairs (G,) that became one of K.
         """
         z_GF = self.quantiles(self.columns(code_G), numbers_GF).masked_fill(numbers_GF.isnan(), float("nan"))
-        n_known = max(len(self.known), 1)
-        key_K, part_G = (row_G * n_known + self.known_of[code_G]).unique(return_inverse=True)
+        n_keys = n_rows * self._n_known
+        key_K, groups = grouped_by((row_G * self._n_known + self.known_of[code_G]).clamp(max=n_keys), n_keys)
         weight_GF = self.gates[code_G][:, None] * ~z_GF.isnan()
-        total_KF = weight_GF.new_zeros(len(key_K), self.n_summaries).index_add(0, part_G, weight_GF)
-        sum_KF = torch.zeros_like(total_KF).index_add(0, part_G, weight_GF * z_GF.nan_to_num())
-        return key_K // n_known, key_K % n_known, sum_KF / total_KF, part_G  # 0 / 0 = NaN, missing
+        scores_KF = groups.total(weight_GF * z_GF.nan_to_num()) / groups.total(weight_GF)  # 0 / 0 = NaN, missing
+        return key_K // self._n_known, key_K % self._n_known, scores_KF, groups
 
-    def with_twins(self, row_K: Tensor, code_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the known codes (L,) of pairs of a record (K,) and a known code (K,) and of their twins, ascending by row and
-        code, and the pair (L,) that each comes from."""
+    def with_twins(self, row_K: Tensor, code_K: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the record (L,), the known code (L,) and the pair (L,) of which each comes, ascending by record and code, of pairs
+        of a record (K,) and a known code (K,) and of their twins; on a GPU the record is `n_rows` where there is no pair."""
+        every_K = torch.arange(len(code_K), device=code_K.device)
         if not len(self.twins):
-            return code_K, torch.arange(len(code_K), device=code_K.device)
+            return row_K, code_K, every_K
         lead_N = self.twins[:, 0].contiguous()  # ascending
         first_K = torch.searchsorted(lead_N, code_K)
         n_K = torch.searchsorted(lead_N, code_K, right=True) - first_K
-        of_twin = torch.arange(len(code_K), device=code_K.device).repeat_interleave(n_K)
+        counts = reads_freely(code_K.device)
+        # Without counting, each pair has as many places as the code with the most twins needs.
+        of_twin = every_K.repeat_interleave(n_K if counts else self.most_twins)
         # Its number among the twins of its code.
-        place = torch.arange(len(of_twin), device=code_K.device) - (n_K.cumsum(0) - n_K)[of_twin]
-        code_L = torch.cat([code_K, self.twins[first_K[of_twin] + place, 1]])
-        of_L = torch.cat([torch.arange(len(code_K), device=code_K.device), of_twin])
-        order = (row_K[of_L] * max(len(self.known), 1) + code_L).argsort()
-        return code_L[order], of_L[order]
+        place = torch.arange(len(of_twin), device=code_K.device)
+        place = place - (n_K.cumsum(0) - n_K)[of_twin] if counts else place % self.most_twins
+        twin = self.twins[(first_K[of_twin] + place).clamp(max=len(self.twins) - 1), 1]
+        code_L, of_L = torch.cat([code_K, twin]), torch.cat([every_K, of_twin])
+        key_L = row_K[of_L] * self._n_known + code_L
+        if not counts:
+            n_keys, is_twin = n_rows * self._n_known, place < n_K[of_twin]
+            key_L = key_L.where(torch.cat([torch.ones_like(every_K, dtype=torch.bool), is_twin]), n_keys)
+            key_L = key_L.clamp(max=n_keys)
+        order = key_L.argsort()
+        return key_L[order] // self._n_known, key_L[order] % self._n_known, of_L[order]
+
+    @property
+    def _n_known(self) -> int:
+        return max(len(self.known), 1)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the matches; the quantiles have a state of their own."""
@@ -141,7 +163,11 @@ class CodeMatches(nn.Module):
         self.codes, self.known = list(state["codes"]), list(state["known"])
         self.known_of, self.gates = state["known_of"].to(device), state["gates"].to(device)
         twins = state.get("twins", torch.empty(0, 2, dtype=torch.int64))  # earlier versions had none
-        self.twins = twins[twins[:, 0].argsort(stable=True)].to(device)
+        self._take_twins(twins[twins[:, 0].argsort(stable=True)], device)
+
+    def _take_twins(self, twins: Tensor, device: torch.device) -> None:
+        self.most_twins = int(twins[:, 0].bincount().max()) if len(twins) else 0
+        self.twins = twins.to(device)
 
 
 def fit_quantiles(
@@ -176,12 +202,12 @@ def fit_quantiles(
         draw_B = torch.rand(n_records, generator=generator)
         draws.append(draw_B)
         row_G, code_G = row_G.cpu(), code_G.cpu()
-        draw_G = draw_B[row_G]
-        is_known_G = code_G < n_codes
+        is_known_G = (code_G < n_codes) & (row_G < n_records)  # on a GPU some places hold no pair
+        draw_G = draw_B[row_G.clamp(max=n_records - 1)]
         dataset_B = torch.full((n_records,), -1)
         dataset_B.scatter_reduce_(0, row_G[is_known_G], dataset_C[code_G[is_known_G]], "amax")
         datasets.append(dataset_B)
-        chosen = (draw_G < share) & (code_G < n_codes)
+        chosen = (draw_G < share) & is_known_G
         kept.append((draw_G[chosen], code_G[chosen], numbers_GF.cpu()[chosen]))
         while sum(len(part[0]) for part in kept) > MAX_FITTED:
             share /= 2

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ehr_embed.core.settings import Count, OneOf, Told, Width, check_setting, checked
 from ehr_embed.core.transfer import grouped, reads_freely
+from ehr_embed.data.store import DAYS_PER_YEAR
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import Block, DropShare
 from ehr_embed.models.body import Layers, check_heads, check_width
-from ehr_embed.models.code_features import DAYS_PER_YEAR, ReadsCodes
 from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import PooledHead, check_classifies, without_autocast
+from ehr_embed.models.reads_codes import ReadsCodes, event_places
 from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
 POOLINGS = ("max", "mean", "attention")
@@ -137,11 +138,7 @@ class CodeInput(ReadsCodes):
 
     @staticmethod
     def _values(groups: Groups, values_N: Tensor) -> Tensor:
-        has_value_N = ~values_N.isnan()
-        # A NaN would stay one in the backward pass, where it is multiplied by a gradient of 0.
-        valued, x_N = groups.only(has_value_N), values_N.masked_fill(~has_value_N, 0.0)
-        if reads_freely(values_N.device):  # where few events have a value, the others would take most of the time
-            valued, x_N = Groups(groups.group_N[has_value_N], groups.n_groups), values_N[has_value_N]
+        valued, x_N = groups.only(~values_N.isnan(), values_N)
         mean_G = valued.mean(x_N)
         # The epsilon keeps the gradient finite, because the square root has none at zero.
         sd_G = (valued.mean((x_N - valued.spread(mean_G)).square()) + 1e-12).sqrt()
@@ -149,17 +146,6 @@ class CodeInput(ReadsCodes):
         found_GF = torch.stack([valued.first(x_N), valued.last(x_N), mean_G, *extremes, sd_G], dim=-1)
         # Some values are a thousand standard deviations off, so asinh compresses the large ones.
         return torch.cat([found_GF.nan_to_num().asinh(), (valued.count() > 0).float().unsqueeze(-1)], dim=-1)
-
-
-def event_places(inputs: dict[str, Tensor]) -> Tensor:
-    """Return the number of the place, b * T + t, of each event, (N,) int64, ascending.
-
-    On a GPU they are the input `places`, where it is given, since counting the events would make the host wait.
-    """
-    mask_BT = inputs["padding_mask"]
-    if "places" in inputs and not reads_freely(mask_BT.device):
-        return inputs["places"]
-    return mask_BT.flatten().nonzero().squeeze(1)
 
 
 class Subject(nn.Module):

@@ -17,53 +17,12 @@ from ehr_embed.data.store import DAYS_PER_YEAR, HOURS_PER_DAY
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import MAX_FITTED, CodeMatches
 from ehr_embed.models.feature_table import FeatureTable
-from ehr_embed.models.groups import Groups
+from ehr_embed.models.groups import grouped_by
 from ehr_embed.models.quantiles import QuantileNormal
+from ehr_embed.models.reads_codes import ReadsCodes
 
 VALUE_SUMMARIES = ("first", "last", "mean", "min", "max")
 TIME_SUMMARIES = ("years_since_first", "years_since_last")
-
-
-class ReadsCodes(nn.Module):
-    """Mixin: look up the code of each token and the number of its value bin.
-
-    Args:
-        has_values: whether batches carry a numeric value with each event.
-    """
-
-    bin_of_token: Tensor
-
-    def __init__(self, *, has_values: bool) -> None:
-        super().__init__()
-        self.has_values = has_values
-        self.token_codes: list[str | None] = []
-        self.register_buffer("bin_of_token", torch.empty(0), persistent=False)
-
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Set the vocabulary of the token ids in coming batches."""
-        self.token_codes = vocabulary.token_codes
-        self.bin_of_token = torch.from_numpy(vocabulary.token_bins).to(self.bin_of_token.device)
-
-    def tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the token ids, (B, T) int64.
-
-        Raises:
-            UserError: the inputs hold event vectors and no token ids.
-        """
-        if "token_ids" not in inputs:
-            raise UserError(
-                "this model reads the codes of events, and vectors contain no codes. Give texts or a MEDS dataset to predict on."
-            )
-        return inputs["token_ids"].long()
-
-    def values(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the numeric value of each event, or else the number of its value bin, (B, T) float32, NaN = none."""
-        values_BT = inputs.get("values")
-        if values_BT is None:
-            values_BT = self.bin_of_token[self.tokens(inputs)]
-            if self.has_values:  # the model was fitted to numeric values, which bin numbers must not replace
-                values_BT = torch.full_like(values_BT, float("nan"))
-        return values_BT
 
 
 class CodeFeatures(ReadsCodes):
@@ -94,9 +53,8 @@ class CodeFeatures(ReadsCodes):
         valued: the chosen codes that have values in train.
     """
 
-    column_of_token: Tensor
-    value_column_of_token: Tensor
-    time_column_of_token: Tensor
+    code_of_token: Tensor
+    columns: Tensor
 
     @checked("model")
     def __init__(
@@ -122,17 +80,14 @@ class CodeFeatures(ReadsCodes):
         # In a tuple, since the quantiles are part of this module's own state, not modules with a state of theirs.
         self._quantiles: tuple[QuantileNormal, ...] = ()
         self.matches: CodeMatches | None = None
-        self._of_matches: CodeFeatures | None = None
         self._pool: tuple[Mapping[str, tuple[str, float]], Mapping[str, int] | None] | None = None
-        for name in ("column_of_token", "value_column_of_token", "time_column_of_token"):
-            self.register_buffer(name, torch.empty(0), persistent=False)
+        for name in ("code_of_token", "columns"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64), persistent=False)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the token ids in coming batches; the chosen codes stay the same."""
         super().set_vocabulary(vocabulary)
         self._match()
-        if self._of_matches is not None:
-            self._of_matches.set_vocabulary(vocabulary)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the chosen codes, and the quantiles of train's features if there are any."""
@@ -171,8 +126,9 @@ class CodeFeatures(ReadsCodes):
         Raises:
             UserError: a run of an earlier version, which kept no quantiles.
         """
-        self.matches = self._of_matches = None
+        self.matches = None
         if matches is None:
+            self._match()
             return
         if not self._quantiles and self._pool is None:
             raise UserError(
@@ -198,18 +154,12 @@ class CodeFeatures(ReadsCodes):
         dataset_of: Mapping[str, int] | None = None,
         twins: Mapping[str, str] | None = None,
     ) -> None:
-        device = self.column_of_token.device
         summaries = [summary for summary, _ in self.groups]
         counts = tuple(i for i, summary in enumerate(summaries) if summary.startswith("count"))
         found = CodeMatches(self.codes, n_summaries=len(summaries), counts=counts)
         found.match(matches, dataset_of, twins)
-        own = CodeFeatures(
-            has_values=self.has_values, max_codes=max(len(found.codes), 1), times=True, windows_hours=self.ends
-        ).to(device)
-        own.token_codes, own.bin_of_token = self.token_codes, self.bin_of_token
-        own.codes = own.valued = found.codes
-        own._match()
-        self.matches, self._of_matches = found.to(device), own
+        self.matches = found.to(self.code_of_token.device)
+        self._match()
 
     def fit_to_records(self, records: Iterable[dict[str, Tensor]]) -> None:
         """After `align` or `pool`, fit the matched codes' own quantiles to the records; `records` gives each batch once."""
@@ -295,116 +245,83 @@ class CodeFeatures(ReadsCodes):
                 "this model was not fitted, so it has no features. Fit it by python train.py with its option of conf/model/, or "
                 "open a finished run. Type: run=RUN_DIR"
             )
-        if self.matches is not None:
-            return self._aligned(inputs)
-        token_BT, is_event_BT = self.tokens(inputs), inputs["padding_mask"]
-        values_BT = self.values(inputs).double()
-        days_BT = inputs["days"].double()
-        _, count = _columns(self.column_of_token[token_BT], is_event_BT, len(self.codes))
-        keep_BT, value = _columns(
-            self.value_column_of_token[token_BT], is_event_BT & ~values_BT.isnan(), len(self.valued)
-        )
-        values_N = values_BT[keep_BT]
-        keep_BT, time = _columns(self.time_column_of_token[token_BT], is_event_BT, len(self.timed))
-        years_N = days_BT[keep_BT] / DAYS_PER_YEAR
-        parts = [
-            count.count(),
-            value.first(values_N),
-            value.last(values_N),
-            value.mean(values_N),
-            value.extreme(values_N, "amin"),
-            value.extreme(values_N, "amax"),
-            time.extreme(years_N, "amax"),
-            time.extreme(years_N, "amin"),
-        ]
-        if self.ends:
-            parts += self._in_windows(inputs, count, value, values_N)
-        return torch.cat([part.view(len(token_BT), -1) for part in parts], dim=1).float()
+        n_rows = len(inputs["padding_mask"])
+        if self.matches is None:
+            return self._table(n_rows, *self._pairs(inputs), lacks_are_zero=True)
+        row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs), n_rows)
+        row_K, code_K, of_K = self.matches.with_twins(row_K, code_K, n_rows)
+        quantiles = None if self._pool is not None else self._quantiles[0].to(row_K.device)
+        return self._table(n_rows, row_K, code_K, scores_KS[of_K], quantiles, lacks_are_zero=quantiles is not None)
+
+    def _table(
+        self,
+        n_rows: int,
+        row_G: Tensor,
+        code_G: Tensor,
+        summaries_GS: Tensor,
+        quantiles: QuantileNormal | None = None,
+        *,
+        lacks_are_zero: bool,
+    ) -> Tensor:
+        """Return the features (B, F) of pairs of a record and a chosen code.
+
+        Args:
+            n_rows: number B of records.
+            row_G, code_G: (G,) the record and the number of the code.
+            summaries_GS: (G, S) one number for each of `groups`, NaN = missing.
+            quantiles: those of train's numbers, where the summaries are normal scores; None = they are numbers, or stay scores.
+            lacks_are_zero: whether the counts of a code that a record lacks are 0 rather than missing.
+        """
+        column_GS, usual_F = self.columns[code_G], summaries_GS.new_full((len(self.names) + 1,), float("nan"))
+        if quantiles is not None:
+            scores_GS = summaries_GS.masked_fill(column_GS < 0, float("nan"))
+            summaries_GS = quantiles.inverse(column_GS.clamp(min=0), scores_GS)
+        if lacks_are_zero:
+            is_count_S = torch.tensor([summary.startswith("count") for summary, _ in self.groups], device=row_G.device)
+            usual_F[self.columns[:, is_count_S].flatten()] = 0.0
+            summaries_GS = summaries_GS.masked_fill(is_count_S & summaries_GS.isnan(), 0.0)
+        # The last column takes what a code has no feature for; on a GPU the last row takes places without a pair.
+        found_BF = usual_F.repeat(n_rows + 1, 1)
+        found_BF[row_G[:, None], column_GS] = summaries_GS
+        return found_BF[:n_rows, :-1]
 
     def _pairs(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the record (G,) and the matched code (G,) of each pair that occurs, ascending, and the code's summaries (G, S).
-
-        These are the cells of `_of_matches(inputs)`, whose table would have a column per summary of thousands of codes, nearly all
-        of them empty.
-        """
-        own = self._of_matches
-        assert own is not None
-        column_BT = own.column_of_token[self.tokens(inputs)]
-        is_event_BT = inputs["padding_mask"] & (column_BT >= 0)
+        """Return the record (G,) and the code (G,) of each pair of a record and a code that occurs in it, ascending, and the code's
+        summaries (G, S), one for each of `groups`, in float32; after `align` or `pool` the codes are the matched ones."""
+        code_BT = self.code_of_token[self.tokens(inputs)]
+        is_event_BT = inputs["padding_mask"] & (code_BT >= 0)
         row_N, _ = is_event_BT.nonzero(as_tuple=True)
-        n_codes = len(own.codes)
-        key_G, group_N = (row_N * n_codes + column_BT[is_event_BT]).unique(return_inverse=True)
-        groups, values_N = Groups(group_N, len(key_G)), self.values(inputs)[is_event_BT].double()
-        days_N = inputs["days"][is_event_BT].double()
-        has_value_N = ~values_N.isnan()
-        value, x_N, years_N = Groups(group_N[has_value_N], len(key_G)), values_N[has_value_N], days_N / DAYS_PER_YEAR
-        parts = [groups.count(), value.first(x_N), value.last(x_N), value.mean(x_N)]
-        parts += [value.extreme(x_N, "amin"), value.extreme(x_N, "amax")]
+        n_codes = max(len(self.codes if self.matches is None else self.matches.codes), 1)
+        key_G, groups = grouped_by(row_N * n_codes + code_BT[is_event_BT], len(code_BT) * n_codes)
+        x_N, days_N = self.values(inputs)[is_event_BT].double(), inputs["days"][is_event_BT].double()
+        years_N, has_value_N = days_N / DAYS_PER_YEAR, ~x_N.isnan()
+        value, x_M = groups.only(has_value_N, x_N)
+        parts = [groups.count(), value.first(x_M), value.last(x_M), value.mean(x_M)]
+        parts += [value.extreme(x_M, "amin"), value.extreme(x_M, "amax")]
         parts += [groups.extreme(years_N, "amax"), groups.extreme(years_N, "amin")]
         if self.ends:
-            parts.append(value.mean((x_N - value.spread(value.mean(x_N))).square()).sqrt())
+            parts.append(value.mean((x_M - value.spread(value.mean(x_M))).square()).sqrt())
             ends = torch.tensor(self.ends, device=days_N.device).double()
             window_N = torch.bucketize(days_N * HOURS_PER_DAY, ends)
-            for is_value in (False, True):
-                in_N = (window_N < len(ends)) & (has_value_N | (not is_value))
-                by_window = Groups((group_N * len(ends) + window_N)[in_N], len(key_G) * len(ends))
-                found_GW = by_window.mean(values_N[in_N]) if is_value else by_window.count()
-                parts += found_GW.view(-1, len(ends)).unbind(1)
+            by_window, is_in_N = groups.within(window_N, len(ends)), window_N < len(ends)
+            parts += by_window.only(is_in_N, x_N)[0].count().view(-1, len(ends)).unbind(1)
+            valued, x_M = by_window.only(is_in_N & has_value_N, x_N)
+            parts += valued.mean(x_M).view(-1, len(ends)).unbind(1)
         return key_G // n_codes, key_G % n_codes, torch.stack(parts, dim=1).float()
 
-    def _aligned(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the features (B, F) of another dataset's records in train's own numbers; in a pool the normal scores."""
-        assert self.matches is not None
-        quantiles = self._quantiles[0].to(inputs["padding_mask"].device) if self._pool is None else None
-        row_K, code_K, scores_KS, _ = self.matches.merged(*self._pairs(inputs))
-        code_K, of_K = self.matches.with_twins(row_K, code_K)
-        row_K, scores_KS = row_K[of_K], scores_KS[of_K]
-        found_BF = scores_KS.new_full((len(inputs["padding_mask"]), len(self.names)), float("nan"))
-        start = 0
-        for number, (summary, codes) in enumerate(self.groups):
-            column = {code: start + i for i, code in enumerate(codes)}
-            column_C = torch.tensor([column.get(code, -1) for code in self.codes], device=row_K.device)
-            is_count = summary.startswith("count") and quantiles is not None
-            if is_count:
-                found_BF[:, start : start + len(codes)] = 0.0
-            start += len(codes)
-            column_K, score_K = column_C[code_K], scores_KS[:, number]
-            there = (column_K >= 0) & ~score_K.isnan()
-            numbers = score_K[there] if quantiles is None else quantiles.inverse(column_K[there], score_K[there])
-            found_BF[row_K[there], column_K[there]] = numbers.nan_to_num() if is_count else numbers
-        return found_BF
-
-    def _in_windows(self, inputs: dict[str, Tensor], count: Groups, value: Groups, values_N: Tensor) -> list[Tensor]:
-        """Return the standard deviation of each code's values, then per window the counts, then per window the mean values."""
-        n_rows, token_BT = len(inputs["token_ids"]), self.tokens(inputs)
-        window_BT = torch.bucketize(
-            inputs["days"].double() * HOURS_PER_DAY, torch.tensor(self.ends, device=token_BT.device).double()
-        )
-        is_in_BT = inputs["padding_mask"] & (window_BT < len(self.ends))
-        spread_N = (values_N - value.spread(value.mean(values_N))).square()
-        found = [value.mean(spread_N).sqrt()]
-        for column_of_token, groups, is_value in (
-            (self.column_of_token, count, False),
-            (self.value_column_of_token, value, True),
-        ):
-            n_columns = groups.n_groups // n_rows
-            is_there_BT = is_in_BT & ~self.values(inputs).isnan() if is_value else is_in_BT
-            # Windows before columns, so that the features of a window stand together.
-            column_BT = torch.where(
-                column_of_token[token_BT] >= 0, window_BT * n_columns + column_of_token[token_BT], -1
-            )
-            keep_BT, by_window = _columns(column_BT, is_there_BT, len(self.ends) * n_columns)
-            found.append(by_window.mean(self.values(inputs).double()[keep_BT]) if is_value else by_window.count())
-        return found
-
     def _match(self) -> None:
-        """Set the column of every token in each group of features, -1 for a token without one."""
-        device = self.column_of_token.device
-        columns = []
-        for chosen in (self.codes, self.valued, self.timed):
-            column = {code: i for i, code in enumerate(chosen)}
-            columns.append(torch.tensor([column.get(c, -1) if c else -1 for c in self.token_codes], device=device))
-        self.column_of_token, self.value_column_of_token, self.time_column_of_token = columns
+        """Set the number of each token's code among the chosen or else the matched ones, -1 for a token without one, and the
+        columns (C, S) of the chosen codes' summaries, -1 for a summary that a code has not."""
+        device = self.code_of_token.device
+        number = {code: i for i, code in enumerate(self.codes if self.matches is None else self.matches.codes)}
+        found = [-1 if code is None else number.get(code, -1) for code in self.token_codes]
+        self.code_of_token = torch.tensor(found, dtype=torch.int64, device=device)
+        start, columns = 0, []
+        for _, codes in self.groups:
+            column = {code: start + i for i, code in enumerate(codes)}
+            columns.append([column.get(code, -1) for code in self.codes])
+            start += len(codes)
+        self.columns = torch.tensor(columns, dtype=torch.int64, device=device).T.contiguous()
 
 
 class ReadsCodeFeatures(nn.Module):
@@ -457,10 +374,3 @@ class ReadsCodeFeatures(nn.Module):
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the features of a batch, (B, F) float32, NaN = missing."""
         return self.features(inputs)
-
-
-def _columns(column_BT: Tensor, keep_BT: Tensor, n_columns: int) -> tuple[Tensor, Groups]:
-    """Return the mask (B, T) of the events that have a column, and their groups, one per sample and column."""
-    keep_BT = keep_BT & (column_BT >= 0)
-    row_N, _ = keep_BT.nonzero(as_tuple=True)
-    return keep_BT, Groups(row_N * n_columns + column_BT[keep_BT], len(column_BT) * n_columns)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.transfer import kept_on, reads_freely
 from ehr_embed.data.store import HOURS_PER_DAY
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import CodeMatches, fit_quantiles
-from ehr_embed.models.code_features import ReadsCodes
-from ehr_embed.models.groups import Groups
+from ehr_embed.models.groups import Groups, grouped_by
 from ehr_embed.models.quantiles import QuantileNormal
+from ehr_embed.models.reads_codes import ReadsCodes, event_places
 
 N_WINDOWS = 4
 N_SUMMARIES = 9 + 2 * N_WINDOWS
@@ -26,19 +27,29 @@ COUNTS = (0, *range(9, 9 + N_WINDOWS))
 
 
 class Pairs(NamedTuple):
-    """The codes that occur in the records of a batch, G pairs of a record and a code.
+    """The codes that occur in the records of a batch, G pairs of a record and a code, ascending.
+
+    On a GPU, where counting pairs would make the host wait, some of the G places hold no pair; they may lie between others.
 
     Attributes:
-        row: (G,) int64, the record.
+        row: (G,) int64, the record; the number of records where there is no pair.
         code: (G,) int64, the code; from `n_codes` on, codes that train never had.
         summaries: (G, 17) float32, NaN = missing; normal scores of an aligned dataset.
-        last_event: (G,) int64, the last event of each pair, counted over the batch's events row by row.
+        last_place: (G,) int64, the place b * T + t of the last event of each pair.
+        most: upper bound of the pairs of one record.
     """
 
     row: Tensor
     code: Tensor
     summaries: Tensor
-    last_event: Tensor
+    last_place: Tensor
+    most: int
+
+    def only(self, keep_G: Tensor, n_rows: int) -> Pairs:
+        """Return the pairs at `keep_G` (G,) bool, of a batch of `n_rows` records."""
+        if not reads_freely(keep_G.device):
+            return self._replace(row=self.row.where(keep_G, n_rows))
+        return Pairs(*(x[keep_G] for x in self[:4]), self.most)
 
 
 class CodeSummaries(ReadsCodes):
@@ -67,7 +78,7 @@ class CodeSummaries(ReadsCodes):
                 "the windows "
                 "before the prediction time end. Type: model.windows_hours=[12,24,36,48]"
             )
-        self.edges = edges
+        self.ends = torch.tensor(edges[1:], dtype=torch.float64)
         self.codes: list[str] = []
         self.matches: CodeMatches | None = None
         self.quantiles = QuantileNormal(N_SUMMARIES)
@@ -77,6 +88,11 @@ class CodeSummaries(ReadsCodes):
     def n_codes(self) -> int:
         """Known codes C."""
         return len(self.codes)
+
+    @property
+    def n_new(self) -> int:
+        """Codes J of the vocabulary that train never had."""
+        return 0 if self.matches is not None else self.n_slots - self.n_codes
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Take what the token ids of coming batches mean; the codes of the first vocabulary that occur in train are the known ones.
@@ -159,57 +175,52 @@ class CodeSummaries(ReadsCodes):
     def forward(self, inputs: dict[str, Tensor]) -> Pairs:
         """Return the pairs of a batch from `token_ids`, `days` and, where there are any, `values` (B, T), NaN = none, and
         `padding_mask` (B, T), True = event."""
-        pairs = self._pairs(inputs)
+        pairs, (n_rows, n_places) = self._pairs(inputs), inputs["padding_mask"].shape
         if self.matches is None:
             return pairs
-        row_K, code_K, scores_KF, part_G = self.matches.merged(pairs.row, pairs.code, pairs.summaries)
-        last_K = torch.zeros_like(row_K).scatter_reduce(0, part_G, pairs.last_event, "amax", include_self=False)
-        code_K, of_K = self.matches.with_twins(row_K, code_K)
-        row_K, scores_KF, last_K = row_K[of_K], scores_KF[of_K], last_K[of_K]
+        row_K, code_K, scores_KF, groups = self.matches.merged(*pairs[:3], n_rows)
+        last_K = groups.greatest(pairs.last_place)
+        row_K, code_K, of_K = self.matches.with_twins(row_K, code_K, n_rows)
+        scores_KF, last_K = scores_KF[of_K], last_K[of_K]
         if len(self.quantiles.knots):  # those of train, which a pool's ranks have no need of
             # A number that train never had, or that was the same in all its records, was 0 in training: no weight was fitted to it.
             n_knots_KF = self.quantiles.offsets.diff()[self._columns(code_K)]
             scores_KF = scores_KF.masked_fill(n_knots_KF < 2, float("nan"))
-        return Pairs(row_K, code_K, scores_KF, last_K)
+        most = min(n_places * (1 + self.matches.most_twins), self.n_codes + len(self.matches.twins))
+        return Pairs(row_K, code_K, scores_KF, last_K, most)
 
     def _pairs(self, inputs: dict[str, Tensor]) -> Pairs:
         """Return the pairs of a record and a code of the present vocabulary."""
-        is_event_BT = inputs["padding_mask"]
-        row_N, _ = is_event_BT.nonzero(as_tuple=True)
-        code_N = self.slots_of(self.tokens(inputs)[is_event_BT])
-        has_code_N = code_N >= 0
-        number_N = torch.arange(len(row_N), device=row_N.device)[has_code_N]
-        row_N, code_N = row_N[has_code_N], code_N[has_code_N]
-        values_N = self.values(inputs)[is_event_BT][has_code_N].float()
-        hours_N = inputs["days"][is_event_BT][has_code_N] * HOURS_PER_DAY
-        key_N = row_N * self.n_slots + code_N
-        found = key_N.bincount(minlength=len(is_event_BT) * self.n_slots) > 0
-        key_G = found.nonzero().squeeze(1)
-        groups = Groups((found.long().cumsum(0) - 1)[key_N], len(key_G))
-        last_G = number_N.new_zeros(len(key_G)).scatter_reduce(0, groups.group_N, number_N, "amax", include_self=False)
-        return Pairs(key_G // self.n_slots, key_G % self.n_slots, self._sum_up(groups, values_N, hours_N), last_G)
+        n_rows, n_places = inputs["padding_mask"].shape
+        n_keys, place_N = n_rows * self.n_slots, event_places(inputs)
+        code_N = self.slots_of(self.tokens(inputs).flatten()[place_N])
+        if reads_freely(place_N.device):
+            place_N, code_N = (x[code_N >= 0] for x in (place_N, code_N))
+            key_N = place_N // n_places * self.n_slots + code_N
+        else:  # a task may have hidden events whose places are still given
+            is_read_N = (code_N >= 0) & inputs["padding_mask"].flatten()[place_N]
+            key_N = (place_N // n_places * self.n_slots + code_N).where(is_read_N, n_keys)
+        key_G, groups = grouped_by(key_N, n_keys)
+        values_N = self.values(inputs).flatten()[place_N].float()
+        hours_N = inputs["days"].flatten()[place_N] * HOURS_PER_DAY
+        summaries_GF, last_G = self._sum_up(groups, values_N, hours_N), groups.greatest(place_N)
+        most = min(n_places, self.n_slots)
+        return Pairs(key_G // self.n_slots, key_G % self.n_slots, summaries_GF, last_G, most)
 
     def _sum_up(self, groups: Groups, values_N: Tensor, hours_N: Tensor) -> Tensor:
         has_value_N = ~values_N.isnan()
-        valued, x_N, n_groups = (
-            Groups(groups.group_N[has_value_N], groups.n_groups),
-            values_N[has_value_N],
-            groups.n_groups,
-        )
-        mean_G = valued.mean(x_N)
-        sd_G = valued.mean((x_N - valued.spread(mean_G)).square()).sqrt()
-        parts = [groups.count(), valued.first(x_N), valued.last(x_N), mean_G]
-        parts += [valued.extreme(x_N, "amin"), valued.extreme(x_N, "amax"), sd_G]
+        valued, x_M = groups.only(has_value_N, values_N)
+        mean_G = valued.mean(x_M)
+        sd_G = valued.mean((x_M - valued.spread(mean_G)).square()).sqrt()
+        parts = [groups.count(), valued.first(x_M), valued.last(x_M), mean_G]
+        parts += [valued.extreme(x_M, "amin"), valued.extreme(x_M, "amax"), sd_G]
         parts += [groups.extreme(hours_N, "amax"), groups.extreme(hours_N, "amin")]
         # The last window that an event lies before the end of; beyond the fourth there is none.
-        ends = torch.tensor(self.edges[1:], device=hours_N.device, dtype=hours_N.dtype)
-        window_N = torch.bucketize(hours_N, ends)
-        is_in_N = window_N < N_WINDOWS
-        by_window = Groups((groups.group_N * N_WINDOWS + window_N)[is_in_N], n_groups * N_WINDOWS)
-        counts_GW = by_window.count().view(n_groups, N_WINDOWS)
-        is_in_N &= has_value_N
-        by_window = Groups((groups.group_N * N_WINDOWS + window_N)[is_in_N], n_groups * N_WINDOWS)
-        means_GW = by_window.mean(values_N[is_in_N]).view(n_groups, N_WINDOWS)
+        window_N = torch.bucketize(hours_N, kept_on(hours_N.device, self.ends).to(hours_N.dtype))
+        by_window, is_in_N = groups.within(window_N, N_WINDOWS), window_N < N_WINDOWS
+        counts_GW = by_window.only(is_in_N, values_N)[0].count().view(-1, N_WINDOWS)
+        valued, x_M = by_window.only(is_in_N & has_value_N, values_N)
+        means_GW = valued.mean(x_M).view(-1, N_WINDOWS)
         return torch.cat([torch.stack([part.float() for part in parts], dim=1), counts_GW.float(), means_GW], dim=1)
 
     def normalise(self, pairs: Pairs) -> Tensor:
@@ -222,7 +233,10 @@ class CodeSummaries(ReadsCodes):
     def absent(self) -> Tensor:
         """Return the inputs of each known code that a record lacks, (C, 18)."""
         numbers_CF = torch.full((self.n_codes, N_SUMMARIES), float("nan"), device=self.code_of_token.device)
-        numbers_CF[:, list(COUNTS)] = 0.0
+        numbers_CF[:, 0] = (
+            0.0  # not by `COUNTS` at once: a list of numbers would be copied, for which the host would wait
+        )
+        numbers_CF[:, COUNTS[1] :][:, :N_WINDOWS] = 0.0
         columns_CF = self._columns(torch.arange(self.n_codes, device=numbers_CF.device))
         return torch.nn.functional.pad(self.quantiles(columns_CF, numbers_CF), (0, 1), value=1.0)
 
@@ -237,7 +251,7 @@ class CodeSummaries(ReadsCodes):
         def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
             for inputs in train:
                 pairs = self._pairs(inputs)
-                yield pairs.row, pairs.code, pairs.summaries, len(inputs["padding_mask"])
+                yield *pairs[:3], len(inputs["padding_mask"])
 
         if self.matches is not None:
             self.matches.fit(parts(), seed=seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.models.blocks import Dropout
+from ehr_embed.models.heads import without_autocast
 
 
 class MemberLinear(nn.Module):
@@ -57,7 +58,7 @@ class MemberHead(nn.Module):
         """(B, M, D), or (B, D) for all members alike, -> logits (B, M, C) float32."""
         if z_BMD.ndim == 2:
             z_BMD = z_BMD.unsqueeze(1).expand(-1, len(self.classes), -1)
-        with torch.autocast(z_BMD.device.type, enabled=False):
+        with without_autocast(z_BMD):
             z_BMD = z_BMD.float()
             for layer in self.layers:
                 z_BMD = self.dropout(layer(z_BMD).relu())

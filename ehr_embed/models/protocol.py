@@ -49,8 +49,6 @@ class Declarations:
             value of such an option takes no weights from a checkpoint. The default names the options of `Body`.
         token_weights: beginnings of the names of weights that hold a row per token of the vocabulary; with another vocabulary they
             are refused, even of the same size. The default names those of `EventHead`.
-        reads_back: whether a training step reads numbers back from the device, so that the host waits for a GPU in each step. Other
-            models are tested not to (`tests/training/test_no_wait.py`).
         reads_values: whether the weights of `body` depend on how the data give numbers (`data.values`) beyond their shapes.
         learns_all: whether each parameter has a gradient in each step of this package's tasks, so that several processes need not
             look for those without one; asked only of models of this package.
@@ -61,7 +59,6 @@ class Declarations:
     learns_vectors: bool = True
     meaning_keys: tuple[str, ...] = ("n_heads", "positions")
     token_weights: tuple[str, ...] = ("head.tokens.",)
-    reads_back: bool = False
     reads_values: bool = False
     learns_all: bool = True
 

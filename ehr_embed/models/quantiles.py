@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ehr_embed.core.transfer import reads_freely
+
 MIN_VALUES = 20
 """A column with fewer numbers in train says too little about ranks; all its numbers become 0."""
 N_KNOTS = 256
@@ -78,13 +80,14 @@ class QuantileNormal(nn.Module):
         """Normal scores, float32 in the shape of `numbers`, whose columns are `columns` (any shape that broadcasts to it)."""
         columns, x = columns.expand(numbers.shape), numbers.float()
         first, stop = self.offsets[columns], self.offsets[columns + 1]
-        is_known = (stop > first) & ~x.isnan()
-        if not bool(is_known.any()):
+        is_known, counts = (stop > first) & ~x.isnan(), reads_freely(x.device)
+        if not len(self.knots) or (counts and not bool(is_known.any())):
             return torch.zeros_like(x)
-        first, stop, x_N = first[is_known], stop[is_known], x[is_known]
-        low = torch.searchsorted(
-            self.keys, _key(columns[is_known], x_N), right=True
-        )  # the first knot above x, or `stop`
+        if counts:
+            columns, first, stop, x_N = columns[is_known], first[is_known], stop[is_known], x[is_known]
+        else:  # the other numbers get any score, which is replaced below
+            x_N = x.masked_fill(~is_known, 0.0)
+        low = torch.searchsorted(self.keys, _key(columns, x_N), right=True)  # the first knot above x, or `stop`
         left, right = (low - 1).clamp(min=0), low.clamp(max=len(self.knots) - 1)
         has_left, has_right = low > first, low < stop
         x_left, x_right = self.knots[left], self.knots[right]
@@ -94,9 +97,8 @@ class QuantileNormal(nn.Module):
         share = torch.where(has_left & has_right, share, 0.0)
         rank = rank_left + share * (rank_right - rank_left)
         rank = torch.where(has_left & (x_left == x_N), (self.below[left] + self.upto[left]) / 2, rank)
-        z = torch.zeros_like(x)
-        z[is_known] = torch.special.ndtri(rank.clamp(LEAST_RANK, 1 - LEAST_RANK))
-        return z
+        z_N = torch.special.ndtri(rank.clamp(LEAST_RANK, 1 - LEAST_RANK))
+        return torch.zeros_like(x).masked_scatter(is_known, z_N) if counts else torch.where(is_known, z_N, 0.0)
 
     @torch.no_grad()
     def inverse(self, columns: Tensor, scores: Tensor) -> Tensor:

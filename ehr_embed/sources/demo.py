@@ -13,7 +13,7 @@ import polars as pl
 
 from ehr_embed.core.files import read_json
 from ehr_embed.core.settings import DrawSeed
-from ehr_embed.sources.cohort import BAYES, LABELS, RISKS, Subjects, write_demo_cohort
+from ehr_embed.sources.cohort import BAYES, LABELS, RISKS, Subjects, auroc_of, write_demo_cohort
 from ehr_embed.sources.imported import import_once
 from ehr_embed.sources.meds import MedsSource
 from ehr_embed.sources.protocol import SPLITS
@@ -93,16 +93,3 @@ def bayes_auroc(root: Path, keys: Mapping[str, npt.NDArray[Any]], labels: npt.ND
     if len(found) != len(asked) or found["label"].n_unique() != 2:
         return None
     return auroc_of(found.rename({"label": "boolean_value"}))
-
-
-def auroc_of(rows: pl.DataFrame) -> float:
-    """Return the AUROC of `risk` for `boolean_value`; NaN where one class is missing.
-
-    >>> auroc_of(pl.DataFrame({"boolean_value": [False, True, False], "risk": [0.1, 0.9, 0.5]}))
-    1.0
-    """
-    from sklearn.metrics import roc_auc_score  # here, since it takes a second, and a run needs it at its end
-
-    return (
-        float(roc_auc_score(rows["boolean_value"], rows["risk"])) if rows["boolean_value"].n_unique() == 2 else np.nan
-    )

@@ -14,6 +14,7 @@ from ehr_embed.models.code_tab import CodeTab
 from ehr_embed.models.ensemble import Ensemble
 from ehr_embed.models.feature_table import FeatureTable
 from ehr_embed.models.protocol import AlignsCodes, AlignsTwins, align_codes
+from tests.helpers.host_waits import count_nothing
 
 
 def vocabulary(codes: list[str]) -> Vocabulary:
@@ -130,6 +131,20 @@ def test_a_twin_takes_the_events_of_the_code_that_says_the_same(build):
     )
 
 
+def test_features_on_a_gpu_are_the_same_without_counting(monkeypatch):
+    found = []
+    for counts in (True, False):
+        with monkeypatch.context() as patch:
+            count_nothing(patch, counts=counts)
+            features = fitted_features()
+            found.append([features(batch(seed=7, n=9))])
+            features.set_vocabulary(vocabulary(HERE))
+            features.align({code: ONE_TO_ONE[code] for code in "xy"}, {"C": "B"})
+            features.fit_to_records([batch(unit=lambda x: 3 * x)])
+            found[-1].append(features(batch(seed=7)))
+    torch.testing.assert_close(found[0], found[1], equal_nan=True)
+
+
 def test_twins_are_found_as_by_comparing_all_pairs():
     known, generator = [f"c{i}" for i in range(40)], torch.Generator().manual_seed(0)
     matches = CodeMatches(known, n_summaries=1, counts=())
@@ -140,10 +155,10 @@ def test_twins_are_found_as_by_comparing_all_pairs():
     )
     key_K = torch.randperm(200, generator=generator)[:80].sort().values
     row_K, code_K = key_K // 10, key_K % 10
-    code_L, of_L = matches.with_twins(row_K, code_K)
+    row_L, code_L, of_L = matches.with_twins(row_K, code_K, 20)
     expected = [(int(r), int(c), k) for k, (r, c) in enumerate(zip(row_K, code_K, strict=True))]
     expected += [(r, 10 + i, k) for r, c, k in expected for i, to in enumerate(leads) if to == c]
-    assert list(zip(row_K[of_L].tolist(), code_L.tolist(), of_L.tolist(), strict=True)) == sorted(expected)
+    assert list(zip(row_L.tolist(), code_L.tolist(), of_L.tolist(), strict=True)) == sorted(expected)
 
 
 def test_a_known_twin_takes_the_place_of_a_matched_code_that_was_not_chosen():
@@ -181,11 +196,10 @@ def test_several_codes_of_one_share_its_place_by_their_gates():
     matches.fit([(row, code, numbers, 41)])
     nan = float("nan")
     numbers = torch.tensor([[40.0, 40], [0, nan], [20, 20], [20, nan]])
-    found = matches.merged(torch.tensor([7, 7, 7, 8]), torch.tensor([0, 1, 2, 1]), numbers)
-    rows, known, z, part = found
+    rows, known, z, parts = matches.merged(torch.tensor([7, 7, 7, 8]), torch.tensor([0, 1, 2, 1]), numbers, 9)
     assert rows.tolist() == [7, 7, 8]
     assert known.tolist() == [0, 1, 0]
-    assert part.tolist() == [0, 0, 1, 2]
+    assert parts.group_N.tolist() == [0, 0, 1, 2]
     top = 2.25  # Phi^-1 of the mid-rank of the greatest of 41
     torch.testing.assert_close(z[0], torch.tensor([(1 - 0.25) / 1.25 * top, top]), atol=0.01, rtol=0)
     torch.testing.assert_close(z[1], torch.zeros(2), atol=1e-5, rtol=0)
@@ -201,7 +215,7 @@ def test_a_record_lacks_codes_of_its_own_dataset_only():
         few, many = torch.arange(41), torch.arange(41, 441)
         row, code = torch.cat([few, many]), torch.cat([torch.ones(41), torch.zeros(400)]).long()
         matches.fit([(row, code, torch.cat([torch.arange(1.0, 42.0), torch.arange(400.0)])[:, None], 441)])
-        found.append(float(matches.merged(torch.tensor([0]), torch.tensor([1]), torch.tensor([[21.0]]))[2]))
+        found.append(float(matches.merged(torch.tensor([0]), torch.tensor([1]), torch.tensor([[21.0]]), 1)[2]))
     assert found[0] == pytest.approx(0.0, abs=1e-4), "the middle of its own"
     assert found[1] > 1.5, "with the zeros of all records it would seem large"
 
@@ -280,16 +294,20 @@ def test_a_number_that_train_never_varied_says_nothing_there():
 
 
 @pytest.mark.parametrize("windows_hours", [None, (12, 24)])
-def test_what_occurs_is_what_the_table_of_all_matched_codes_holds(windows_hours):
+def test_what_occurs_is_what_the_table_of_all_codes_holds(windows_hours):
+    """The summaries of matched codes before they become scores are those of a model that chose these codes."""
     features = CodeFeatures(has_values=True, max_codes=9, times=True, windows_hours=windows_hours)
     features.set_vocabulary(vocabulary(HERE))
-    features.pool({code: (code, 1.0) for code in HERE})
     features.choose([batch()])
     there = batch(n=7, seed=5)
     there["days"] = torch.linspace(2, 0, there["days"].shape[1]).expand_as(there["days"])
     there["values"][0, :2] = float("nan")
+    table, names = features(there), features.names
+    features.pool({code: (code, 1.0) for code in HERE})
     row, code, found = features._pairs(there)
-    table = features._of_matches(there).view(7, len(features.groups), -1)
-    expected_row, expected_code = (table[:, 0] > 0).nonzero(as_tuple=True)
-    assert (row.tolist(), code.tolist()) == (expected_row.tolist(), expected_code.tolist())
-    torch.testing.assert_close(found, table[expected_row, :, expected_code], rtol=0, atol=0, equal_nan=True)
+    n = 0
+    for r, c, summaries in zip(row.tolist(), code.tolist(), found, strict=True):
+        mine = [i for i, name in enumerate(names) if name.startswith(f"{HERE[c]}/")]
+        torch.testing.assert_close(summaries, table[r, mine], rtol=0, atol=0, equal_nan=True)
+        n += summaries[0] > 0
+    assert n == sum(table[:, [names.index(f"{code}/count") for code in HERE]].flatten() > 0)

@@ -20,6 +20,7 @@ from ehr_embed.models.members import MemberHead, loss_over_members
 from ehr_embed.models.protocol import adapt, check_vectors
 from ehr_embed.tasks.classification import Classification
 from tests.helpers.code_batches import batch, vocabulary
+from tests.helpers.host_waits import count_nothing
 
 NAN = float("nan")
 WIDTH = 12
@@ -115,6 +116,54 @@ def test_frequent_codes_one_by_one_and_rare_ones_pair_by_pair_sum_up_to_the_same
         torch.testing.assert_close(z, found[0][0], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-5)
     assert [ways for *_, ways in found] == [["_sparse"], ["_dense", "_sparse"], ["_dense"]]
+
+
+def hide(model: CodeTab) -> None:
+    """Leave a code out of all records, as `code_dropout` does with some."""
+    forward, n_codes = model.body.input.forward, model.body.input.n_codes
+
+    def without_one(given):
+        pairs = forward(given)
+        return pairs.only(pairs.code != n_codes - 1, len(given["padding_mask"]))
+
+    model.body.input.forward = without_one
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, None),
+        ({"feeds_absent": False}, hide),
+        ({"known": 5}, hide),
+        ({"known": 5, "member_weights": "text", "feeds_absent": False}, None),
+        ({}, lambda model: model.align({"A": ("B", 1.0), "B": ("A", 0.5), "D": ("A", 1.0)}, {"C": "A", "D": "A"})),
+        ({"feeds_absent": False}, lambda model: model.pool({c: ("AB"[c in "CD"], 1.0) for c in "ABCD"})),
+    ],
+)
+def test_on_a_gpu_it_computes_the_same_without_counting(options, changed, monkeypatch):
+    """Records of other tokens than codes' and hidden events have places too, and there are more events than codes or fewer."""
+    model, n_tried = build(**options), 0
+    for records in (RECORDS, train_records(9)):
+        given = inputs(records)
+        given["places"] = given["padding_mask"].flatten().nonzero().squeeze(1)
+        given["padding_mask"][2, 0] = False
+        if changed is not None and not n_tried:
+            changed(model)
+        found: list[tuple[Tensor, list[Tensor]]] = []
+        for counts, is_dense in ((True, False), (False, False), (False, True)):
+            with monkeypatch.context() as patch:
+                count_nothing(patch, counts=counts)
+                patch.setattr(model.body, "_is_dense_cheaper", lambda *_, is_dense=is_dense: is_dense)
+                model.adapt_to_records([inputs(train_records())])
+                model.zero_grad()
+                logits = model(given)
+                logits.square().sum().backward()
+                found.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+        for logits, gradients in found[1:]:
+            torch.testing.assert_close(logits, found[0][0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(gradients, found[0][1], atol=1e-4, rtol=1e-3)
+            n_tried += 1
+    assert n_tried == 4
 
 
 def test_the_sum_is_that_of_the_definition():
