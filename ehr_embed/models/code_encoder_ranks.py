@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ehr_embed.core.settings import Count, OneOf, Width, checked
+from ehr_embed.core.transfer import reads_freely
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import DropShare
-from ehr_embed.models.body import Layers, check_width
+from ehr_embed.models.body import Layers
 from ehr_embed.models.code_encoder import POOLINGS, CodeBody
-from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
+from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries
 from ehr_embed.models.heads import PooledHead, check_classifies, without_autocast
 from ehr_embed.models.whitening import Shrinkage, Whiten, Whitening, normalising
 
@@ -77,49 +78,29 @@ class RankInput(nn.Module):
     def _make_room(self) -> None:
         self.vectors = torch.zeros(self.summaries.n_codes, self.embedding_dim, device=self.vectors.device)
 
-    @torch.no_grad()
     def take_vectors(self, vectors: Tensor, tokens: Tensor) -> None:
         """Give each known code the mean of the vectors (K, E) of its tokens (K,) in train, and fit the whitening to these."""
-        code_K = self.summaries.known_of(tokens.to(vectors.device))
-        vectors, code_K = vectors[code_K >= 0].float(), code_K[code_K >= 0]
-        n_C = code_K.bincount(minlength=self.summaries.n_codes).clamp(min=1)
-        self.vectors = vectors.new_zeros(len(n_C), self.embedding_dim).index_add(0, code_K, vectors) / n_C[:, None]
+        self.vectors = self.summaries.vectors_of(vectors, tokens)
         if isinstance(self.norm, Whitening):
             self.norm.fit(self.vectors)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the vectors (B, S, D) of up to S codes per record and their mask (B, S), True = code."""
-        pairs = self.summaries(inputs)
-        scores_GF = self.summaries.normalise(pairs)[:, :N_SUMMARIES]
-        x_GD = self._texts(inputs, pairs)
-        x_GD = x_GD + self.join(torch.cat([x_GD, scores_GF.to(x_GD.dtype)], dim=-1))
-        row_G, device = pairs.row, x_GD.device  # ascending
-        n_B = row_G.bincount(minlength=len(inputs["padding_mask"]))
-        place_G = torch.arange(len(row_G), device=device) - (n_B.cumsum(0) - n_B)[row_G]
-        width = max(int(n_B.max()), 1)
-        is_code_BS = torch.arange(width, device=device) < n_B[:, None]
-        return x_GD.new_zeros(*is_code_BS.shape, x_GD.shape[-1]).index_put((row_G, place_G), x_GD), is_code_BS
-
-    def _texts(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
-        """Return the projected vector of each pair's text, (G, D) float32."""
-        is_new_G = pairs.code >= len(self.vectors)
+        pairs, n_rows = self.summaries(inputs), len(inputs["padding_mask"])
+        vectors_CE = self.summaries.with_new(self.vectors, inputs, pairs)
         # In half precision the small differences that whitening amplifies would be rounded away.
-        with without_autocast(self.vectors):
-            x_GD = self.project(self.norm(self.vectors))[pairs.code.clamp(max=len(self.vectors) - 1)]
-            if bool(is_new_G.any()):
-                of_event = self._of_events(inputs, pairs.last_event[is_new_G])
-                x_GD = x_GD.index_put((is_new_G,), self.project(self.norm(of_event.float())))
-        return x_GD
-
-    def _of_events(self, inputs: dict[str, Tensor], event_K: Tensor) -> Tensor:
-        """Return the vectors (K, E) of some events (K,), counted over the batch row by row."""
-        is_event_BT = inputs["padding_mask"]
-        if "rows" in inputs:
-            found = inputs["rows"][inputs["row_ids"][is_event_BT][event_K].long()]
-        else:
-            found = inputs["embeddings"][is_event_BT][event_K]
-        check_width(found, self.embedding_dim)
-        return found
+        with without_autocast(vectors_CE):
+            x_GD = self.project(self.norm(vectors_CE))[pairs.code]
+        scores_GF = self.summaries.normalise(pairs)[:, :N_SUMMARIES]
+        x_GD = x_GD + self.join(torch.cat([x_GD, scores_GF.to(x_GD.dtype)], dim=-1))
+        # Places without a pair, which there are on a GPU, join one more row, which is cut off.
+        is_there_G = (pairs.row < n_rows).long()
+        n_B = is_there_G.new_zeros(n_rows + 1).index_add(0, pairs.row, is_there_G)
+        width = max(int(n_B.max()), 1) if reads_freely(n_B.device) else pairs.most
+        place_G = (is_there_G.cumsum(0) - 1 - (n_B.cumsum(0) - n_B)[pairs.row]).clamp(0, width - 1)
+        x_BSD = x_GD.new_zeros(n_rows + 1, width, x_GD.shape[-1]).index_put((pairs.row, place_G), x_GD)
+        is_code_BS = torch.arange(width, device=n_B.device) < n_B[:n_rows, None]
+        return x_BSD[:n_rows], is_code_BS
 
 
 class CodeEncoderRanks(nn.Module):
@@ -151,7 +132,6 @@ class CodeEncoderRanks(nn.Module):
     is_causal = False
     learns_vectors = False  # the known codes' vectors are copied before training
     meaning_keys = ("n_heads", "windows_hours")
-    reads_back = True  # it computes with the pairs of record and code that occur, which it counts
     reads_values = True
     takes_twins = True
 
