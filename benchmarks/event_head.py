@@ -8,8 +8,9 @@ Each way computes the loss of all events and its gradients for the hidden states
 `token_scores`, which keeps no scores and computes them again in the backward pass, and `compiled` (with `--compiled 1`) the same as
 trainer.compile=true has it; `torch_none` and `torch_sum` are
 `torch.nn.functional.linear_cross_entropy` with a loss per event and with the sum alone, whose gradients it computes in the forward
-pass; `whole` holds all scores. The times alternate in one process; the peak memory is that of a process per way, above its
-highest before the step. Prints one JSON line.
+pass; `whole` holds all scores. The times alternate in one process; the peak memory on a CPU is that of a process per way, above its
+highest before the step, and on a GPU that above what was held before it. A way that fails is named in `failed`.
+Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from benchmarks.common import alternate, parser, ratio, report, seconds
 from ehr_embed.models.heads import N_SPECIAL, Score, _token_scores, token_scores
 from ehr_embed.training.memory import peak_memory_mib
 
-HAS_FUSED = hasattr(F, "linear_cross_entropy")
+HAS_FUSED = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+"""torch 2.11, with which this package works too, has none."""
 
 
 @cache
@@ -88,15 +90,36 @@ def step(way: str, tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def peak(way: str, options: argparse.Namespace, threads: int) -> float:
-    """MiB that one step of a way takes at its peak above the highest before it."""
+    """MiB that one step of a way takes at its peak above the highest before it; on a GPU above what is held before it."""
     torch.set_num_threads(threads)
     device = torch.device(options.device)
     small = argparse.Namespace(**vars(options) | {"events": 8, "vocabulary": 16})
     step(way, made(small))  # libraries
     tensors = made(options)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory_mib(device)
     step(way, tensors)
     return peak_memory_mib(device) - before
+
+
+def peaks_of(ways: list[str], options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
+    """The peak of each way, and why others failed: one of torch's kernels need not take every size on every GPU."""
+    peaks, failed = dict[str, float](), dict[str, str]()
+    for way in ways:
+        try:
+            if (
+                torch.device(options.device).type == "cuda"
+            ):  # which says what was held, so that starting a process is not worth it
+                peaks[way] = peak(way, options, torch.get_num_threads())
+                continue
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                peaks[way] = pool.submit(peak, way, options, torch.get_num_threads()).result()
+        except Exception as error:
+            if way == "ours":
+                raise
+            failed[way] = f"{type(error).__name__}: {error}"[:300]
+    return peaks, failed
 
 
 def errors(ways: list[str], tensors: tuple[Tensor, ...]) -> dict[str, float]:
@@ -114,10 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
     found = parser(__doc__, events=8192, vocabulary=30_000, model_dim=256, bfloat16=0, compiled=0, repeats=3)
     options = found.parse_args(arguments)
-    peaks, ways = {}, [way for way in WAYS if way != "compiled" or options.compiled]
-    for way in ways:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            peaks[way] = pool.submit(peak, way, options, torch.get_num_threads()).result()
+    peaks, failed = peaks_of([way for way in WAYS if way != "compiled" or options.compiled], options)
+    ways = list(peaks)
     tensors = made(options)
     differences = errors(ways, tensors)
     times = alternate(
@@ -129,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
             "seconds": {way: statistics.median(own) for way, own in times.items()},
             "peak_mib": peaks,
             "relative_error": differences,
+            "failed": failed,
             "times_as_fast_as_ours": {way: ratio(times["ours"], own) for way, own in times.items()},
             **{name: getattr(options, name) for name in ("events", "vocabulary", "model_dim", "bfloat16", "repeats")},
         },

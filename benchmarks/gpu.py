@@ -42,7 +42,7 @@ SMALL = {
 }
 RUNS: tuple[tuple[str, ...], ...] = (
     ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536"),
-    ("training", "--subjects", "4000", "--batch-size", "0", "--batch-tokens", "131072"),
+    ("training", "--subjects", "4000", "--batch-size", "0", "--batch-tokens", "131072", "--repeats", "2"),
     ("utilisation", *MIDDLE, "--batch-tokens", "0"),
     ("generation_cache", "--samples", "20", "--batch", "32", "--bfloat16", "1", "--full", "0"),
     ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "65536", "--compile", "1"),
@@ -52,7 +52,7 @@ RUNS: tuple[tuple[str, ...], ...] = (
     ("utilisation", *LARGE, *PRETRAIN, "--batch-tokens", "0"),
     ("prefetch", "--model-dim", "256", "--layers", "6", "--batch-tokens", "131072", "--repeats", "2"),
     ("utilisation", *LARGE, "--batch-size", "0", "--batch-tokens", "65536", "--subjects", "2000"),
-    ("training", "--subjects", "4000", "--dropout-percent", "0"),
+    ("training", "--subjects", "4000", "--dropout-percent", "0", "--repeats", "2"),
     ("batches", "--subjects", "8000"),
     ("packing",),
     ("packing", "--longest", "2048", "--batch", "16", "--padding-percent", "40"),
@@ -73,7 +73,11 @@ TINY: dict[str, dict[str, int]] = {
 """Sizes of each module that show only that it runs."""
 WORTH = 1.05
 """Ratio from which on a choice pays."""
-TESTS = ("pytest", "-q", "tests/models/test_packing.py", "tests/data/test_device_events.py")
+TESTS = (
+    "pytest", "-q", "-o", "filterwarnings=",
+    "tests/models/test_packing.py", "tests/data/test_device_events.py", "tests/models/test_code_tab.py",
+)  # fmt: skip
+"""Without the warnings of pyproject.toml, which name Optuna's: the benchmarks need no Optuna, and a GPU's machine may have none."""
 
 
 def commands(device: str, *, is_tiny: bool) -> list[list[str]]:

@@ -2,40 +2,36 @@
 
     python -m benchmarks.hospitals --home P12 --away EICU --folder runs/hospitals
     python -m benchmarks.hospitals --home P12 --away EICU --folder runs/hospitals --parts few --draws 5
+    python -m benchmarks.hospitals --home P12 --away EICU --folder runs/hospitals --parts --output docs/results/hospitals
 
-Each part makes the runs that `--folder` lacks, in this process, one after the other, and prints its table. A run that is there
-already is left as it is, so that a stopped benchmark goes on where it was. docs/hospitals.md shows the tables.
+Each part makes the runs that `--folder` lacks, in this process, one after the other. A run that is there already is left as it is,
+so that a stopped benchmark goes on where it was. All runs of the folder are then written as rows of two CSV files, of which the
+tables are made; `--parts` without a part does this alone. `python docs/results.py` writes the tables of docs/hospitals.md from the
+files in docs/results/hospitals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import polars as pl
 from hydra import compose, initialize_config_dir
 
+from benchmarks import hospital_tables
 from benchmarks.common import report
-from ehr_embed.comparison.paired_bootstrap import difference, paired_replicates
+from benchmarks.hospital_rows import PAIRED, ROW, Runs, write
 from ehr_embed.core.errors import UserError
-from ehr_embed.evaluation import predictions
-from ehr_embed.evaluation.metrics import binary_metrics
 from ehr_embed.experiment.run import run
-from ehr_embed.run_folder.layout import FINISHED, predictions_file
-from ehr_embed.sources.protocol import SPLITS
+from ehr_embed.run_folder.layout import FINISHED
 
 CONF = Path(__file__).parents[1] / "conf"
-PARTS = ("unchanged", "few", "pooled")
 SIZES = (20, 50, 100, 200)
-WAYS = {"gbm": "boosting", "gbm5": "boosting, leaves of 5", "tab": "code_tab from scratch", "tuned": "code_tab transferred",
-        "pool": "boosting pooled", "pooltab": "code_tab pooled"}  # fmt: skip
+WAYS = ("gbm", "gbm5", "tab", "tuned", "pool", "pooltab")
+"""Boosting, boosting with leaves of 5, `code_tab` from scratch, `code_tab` of the other hospital fine-tuned, and both pooled."""
 POOLED = ("pool", "pooltab")
 WHOLE = {"gbm": "{away}_gbm", "tab": "{away}_tab", "pool": "pool_gbm", "pooltab": "pool_tab"}
 """Runs of other parts that use all labels."""
@@ -53,14 +49,25 @@ FEW, FEW_BELOW = ("trainer.batch_size=32",), 1000
 make two steps per epoch. Fine-tuning does not get them, since it starts from trained weights and lasts three epochs. A pool does
 not get them either, since it has the labels of both hospitals."""
 MODELS = {"tab": ("experiment=hospitals",), "gbm": ("model=gbm", "data.values=continuous")}
-READS = {"tab": CODE_TAB, "gbm": MODELS["gbm"]}
+READS = {
+    "tab": CODE_TAB,
+    "gbm": MODELS["gbm"],
+    "codes": ("model=code_encoder", "data.values=continuous"),
+    "events": ("model=encoder_small", "data.values=continuous"),
+}
+SEQUENCES = {
+    "codes": (
+        *READS["codes"], "trainer=short", "trainer.epochs=8", "trainer.learning_rate=2e-3", "trainer.warmup_steps=100",
+        "trainer.batch_size=128", "trainer.batch_tokens=131072",
+    ),
+    "events": (*READS["events"], "trainer=short", "trainer.epochs=6"),
+}  # fmt: skip
+"""Models that read vectors of codes or of single events, without a teacher. They are measured from the larger hospital alone."""
 OWN_VECTORS = ("embedder=random_frozen", "model.member_weights=codes")
 CONTROLS = {"random": ("embedder=random_frozen",), "learned": OWN_VECTORS}
 """Controls without texts: `random` gives each code a random vector in place of its text's, and `learned` also lets the model learn
 weights for each code alone."""
 TUNED = ("trainer=short", "trainer.epochs=3", "trainer.learning_rate=1e-4", "trainer.warmup_steps=0", *LAST)
-NAMES = {"tab": "code_tab", "gbm": "gbm", "both": "mean logit of both", "random": "code_tab of random vectors",
-         "learned": "code_tab of random vectors and learned weights per code"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Lab:
     seeds: tuple[int, ...]
     draws: tuple[int, ...]
     sizes: tuple[int, ...] = SIZES
-    ways: tuple[str, ...] = tuple(WAYS)
+    ways: tuple[str, ...] = WAYS
     cache: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
 
@@ -105,9 +112,11 @@ class Lab:
     def trained(self, hospital: Hospital, kind: str, seed: int) -> Path:
         """Return the run of a model that was trained on all labels of one hospital."""
         name = f"{hospital.name}_{kind}_{seed}"
-        prefixes = () if kind == "gbm" else hospital.prefixes
-        how = MODELS[kind] if kind in MODELS else (*MODELS["tab"], *CONTROLS[kind])
-        schedule = () if kind == "gbm" else few_schedule(self.n_train(hospital))
+        is_tab = kind == "tab" or kind in CONTROLS
+        prefixes = hospital.prefixes if is_tab else ()
+        known = MODELS | SEQUENCES
+        how = known[kind] if kind in known else (*MODELS["tab"], *CONTROLS[kind])
+        schedule = few_schedule(self.n_train(hospital)) if is_tab else ()
         self.run(name, *how, *schedule, *hospital.data, *prefixes, f"seed={seed}")
         return self.folder / name
 
@@ -135,32 +144,23 @@ def few_schedule(n_labels: int) -> tuple[str, ...]:
     return FEW if n_labels < FEW_BELOW else ()
 
 
-def unchanged(lab: Lab) -> list[list[str]]:
-    """Return rows: direction, model, and AUROC and AUPRC on all labels of the other hospital by texts, and of the controls."""
-    rows = []
+def make_unchanged(lab: Lab) -> None:
+    """Apply the models of each hospital to all labels of the other, by texts and with the controls."""
     for one, other in ((lab.home, lab.away), (lab.away, lab.home)):
-        found: dict[tuple[str, str], list[Predictions]] = {}
         for control in ("texts", "shuffled", "none"):
             for kind in MODELS:
-                runs = [lab.unchanged(one, other, kind, seed, control) for seed in lab.seeds]
-                found[kind, control] = [Predictions.of(folder, SPLITS) for folder in runs]
-            both = zip(found["tab", control], found["gbm", control], strict=True)
-            found["both", control] = [tab.with_logits_of(gbm) for tab, gbm in both]
+                for seed in lab.seeds:
+                    lab.unchanged(one, other, kind, seed, control)
         for kind in CONTROLS:  # what reads no texts can only be aligned
-            folder = lab.unchanged(one, other, kind, lab.seeds[0], "texts")
-            found[kind, "texts"] = [Predictions.of(folder, SPLITS)]
-        for kind in NAMES:
-            texts = found[kind, "texts"]
-            low, high = texts[0].interval()
-            controls = [mean_sd([p.auroc for p in found.get((kind, c), ())]) for c in ("shuffled", "none")]
-            rows.append([f"{one.name} to {other.name}, {len(texts[0].labels):,} labels", NAMES[kind],
-                         f"{mean_sd([p.auroc for p in texts])} (seed 0: [{low:.3f}, {high:.3f}])",
-                         mean_sd([p.auprc for p in texts]), *controls])  # fmt: skip
-    return rows
+            lab.unchanged(one, other, kind, lab.seeds[0], "texts")
+    for kind in SEQUENCES:
+        for control in ("texts", "shuffled"):
+            for seed in lab.seeds:
+                lab.unchanged(lab.home, lab.away, kind, seed, control)
 
 
-def few(lab: Lab) -> list[list[str]]:
-    """Return rows: number of labels of the other hospital, and held-out AUROC there of each way to use them, over draws."""
+def make_few(lab: Lab) -> None:
+    """Use some labels of the other hospital in each of the ways, over draws."""
     away, home = lab.away, lab.home
     start = lab.trained(home, "tab", 0)
     n_train = lab.n_train(away)
@@ -172,16 +172,14 @@ def few(lab: Lab) -> list[list[str]]:
         "pool": ("model=gbm", *pooled_data(lab)),
         "pooltab": (*MODELS["tab"], *pooled_data(lab), *home.prefixes),
     }
-    unchanged = {kind: held_out(lab.unchanged(home, away, kind, 0, "texts")) for kind in MODELS}
-    rows = [["0", *(f"{unchanged['tab']} (unchanged)" if way == "tuned" else "" for way in ways)]]
+    for seed in lab.seeds:
+        lab.unchanged(home, away, "tab", seed, "texts")
     for n in (*lab.sizes, n_train):
         share = 1.0 if n == n_train else round(n / n_train, 6)
         # All labels leave nothing to draw: seeds take the place of draws.
         numbers = lab.seeds if n == n_train else draws_with_cases(lab, n, share)
-        cells = []
-        for way, overrides in ways.items():
-            found: list[float] = []
-            for number in numbers if way in lab.ways else ():
+        for way in lab.ways:
+            for number in numbers:
                 if n == n_train:
                     name = WHOLE.get(way, f"few_{way}_{n}").format(away=away.name)
                     drawn: tuple[str, ...] = (f"seed={number}",)
@@ -189,12 +187,7 @@ def few(lab: Lab) -> list[list[str]]:
                     fraction = f"task.label_fraction={[1.0, share] if way in POOLED else share}"
                     name, drawn = f"few_{way}_{n}", (fraction, f"task.fraction_seed={number}", *QUICK)
                 schedule = few_schedule(n) if way == "tab" else ()
-                metrics = lab.run(f"{name}_{number}", *overrides, *schedule, *drawn)
-                here = metrics.get("datasets", {}).get(away.root.name, metrics)
-                found.append(float(here["held_out"]["auroc"]["value"]))
-            cells.append(mean_sd(found))
-        rows.append([str(n) if n == n_train else f"{n} ({len(numbers)} draws)", *cells])
-    return rows
+                lab.run(f"{name}_{number}", *ways[way], *schedule, *drawn)
 
 
 def draws_with_cases(lab: Lab, n: int, share: float) -> list[int]:
@@ -218,42 +211,14 @@ def draws_with_cases(lab: Lab, n: int, share: float) -> list[int]:
     return found
 
 
-def pooled(lab: Lab) -> list[list[str]]:
-    """Return rows: model, held-out AUROC and AUPRC in each hospital, of training there alone and of the pool."""
-    rows = []
+def make_pooled(lab: Lab) -> None:
+    """Train on all labels of each hospital alone and of the pool."""
     for kind in MODELS:
-        for hospital in (lab.home, lab.away):
-            alone = [lab.run(f"{hospital.name}_{kind}_{seed}") for seed in lab.seeds]
-            together = []
-            for seed in lab.seeds:
-                prefixes = lab.home.prefixes if kind == "tab" else ()
-                together.append(
-                    lab.run(f"pool_{kind}_{seed}", *MODELS[kind], *pooled_data(lab), *prefixes, f"seed={seed}")
-                )
-            cells = []
-            for measure in ("auroc", "auprc"):
-                own = [float(m["held_out"][measure]["value"]) for m in alone]
-                here = [float(m["datasets"][hospital.root.name]["held_out"][measure]["value"]) for m in together]
-                cells += [mean_sd(own), mean_sd(here)]
-            rows.append([hospital.name, NAMES[kind], *cells, paired(lab, hospital, kind)])
-    return rows
-
-
-def paired(lab: Lab, hospital: Hospital, kind: str) -> str:
-    """Return by how much the pool's AUROC is above that of training there alone, and its 95 % interval over subjects; each side is
-    the mean logit of its seeds, and both are judged on the same draws of held-out subjects."""
-    number = [lab.home, lab.away].index(hospital)
-    sides = []
-    for name in (f"pool_{kind}", f"{hospital.name}_{kind}"):
-        found = [Predictions.of(lab.folder / f"{name}_{seed}", ("held_out",)) for seed in lab.seeds]
-        if name.startswith("pool"):
-            found = [p.of_pooled(number, 2) for p in found]
-        sides.append(replace(found[0], logits=np.mean([p.logits for p in found], axis=0)))
-    pool, alone = sides
-    assert (pool.ids == alone.ids).all()
-    assert (pool.labels == alone.labels).all()
-    less = difference(*(part["auroc"] for part in paired_replicates([pool.compared, alone.compared], n_bootstrap=1000)))
-    return f"{less.difference:+.3f} [{less.low:+.3f}, {less.high:+.3f}]"
+        for seed in lab.seeds:
+            for hospital in (lab.home, lab.away):
+                lab.trained(hospital, kind, seed)
+            prefixes = lab.home.prefixes if kind == "tab" else ()
+            lab.run(f"pool_{kind}_{seed}", *MODELS[kind], *pooled_data(lab), *prefixes, f"seed={seed}")
 
 
 def pooled_data(lab: Lab) -> tuple[str, ...]:
@@ -262,87 +227,7 @@ def pooled_data(lab: Lab) -> tuple[str, ...]:
     return ("data=pooled", f"data.roots={roots}", f"data.labels={labels}")
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Labels (n,) and logits (n,) of the samples of a run, in the order of subjects and times."""
-
-    ids: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    logits: npt.NDArray[np.float64]
-
-    @classmethod
-    def of(cls, folder: Path, splits: Iterable[str]) -> Predictions:
-        """Read those of some splits of a run."""
-        frame = pl.concat(pl.read_parquet(predictions_file(folder, split)) for split in splits).sort(
-            "subject_id", "prediction_time"
-        )
-        p = frame["predicted_boolean_probability"].to_numpy().astype(np.float64).clip(1e-9, 1 - 1e-9)
-        return cls(
-            frame["subject_id"].to_numpy(), frame["boolean_value"].cast(pl.Int64).to_numpy(), np.log(p / (1 - p))
-        )
-
-    def with_logits_of(self, other: Predictions) -> Predictions:
-        """Return the mean of the logits of two models for the same samples."""
-        assert (self.ids == other.ids).all()
-        return Predictions(self.ids, self.labels, (self.logits + other.logits) / 2)
-
-    def of_pooled(self, number: int, n: int) -> Predictions:
-        """Return those of the `number`-th of n pooled datasets, with the subjects' own ids."""
-        here = self.ids % n == number
-        order = np.argsort(self.ids[here], kind="stable")
-        return Predictions(*(x[here][order] for x in (self.ids // n, self.labels, self.logits)))
-
-    @property
-    def compared(self) -> predictions.Predictions:
-        """These as `ehr_embed compare` reads them, whose bootstrap draws subjects with all their samples."""
-        probability_N1 = 1 / (1 + np.exp(-self.logits[:, None]))
-        return predictions.Predictions(
-            pl.DataFrame({"subject_id": self.ids}), self.labels[:, None] == 1, probability_N1
-        )
-
-    def measured(self, n_bootstrap: int) -> dict[str, Any]:
-        """Return the metrics of a binary task."""
-        return binary_metrics(self.labels, 1 / (1 + np.exp(-self.logits)), threshold=0.5, subject_ids=self.ids,
-                              n_bootstrap=n_bootstrap, split_name="all splits")  # fmt: skip
-
-    @property
-    def auroc(self) -> float:
-        """Area under the ROC curve."""
-        return float(self.measured(0)["auroc"]["value"])
-
-    @property
-    def auprc(self) -> float:
-        """Area under the precision-recall curve."""
-        return float(self.measured(0)["auprc"]["value"])
-
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of the AUROC over subjects."""
-        found = self.measured(1000)["auroc"]
-        return found["low"], found["high"]
-
-
-def held_out(folder: Path) -> str:
-    """Return the held-out AUROC of a run."""
-    return f"{json.loads((folder / FINISHED).read_text())['held_out']['auroc']['value']:.3f}"
-
-
-def mean_sd(values: Sequence[float]) -> str:
-    """Return the mean and the standard deviation of some values.
-
-    >>> mean_sd([0.8, 0.9]), mean_sd([0.8]), mean_sd([])
-    ('0.850 ± 0.071', '0.800', '')
-    """
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
-TABLES: dict[str, tuple[Callable[[Lab], list[list[str]]], Sequence[str]]] = {
-    "unchanged": (unchanged, ("direction", "model", "AUROC", "AUPRC", "AUROC, texts shuffled", "AUROC, not aligned")),
-    "few": (few, ("labels", *WAYS.values())),
-    "pooled": (pooled, ("hospital", "model", "AUROC alone", "AUROC pooled", "AUPRC alone", "AUPRC pooled",
-                        "AUROC pooled - alone")),
-}  # fmt: skip
+MAKE: dict[str, Callable[[Lab], None]] = {"unchanged": make_unchanged, "few": make_few, "pooled": make_pooled}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,13 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--cache", type=Path, help="folder of stores and tables; the default is that of train.py")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output", type=Path, help="folder of the rows and tables; the default is --folder")
+    parser.add_argument(
+        "--parts", nargs="*", choices=tuple(MAKE), default=tuple(MAKE), help="runs to make; none makes no run"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=SIZES, help="numbers of labels of the part few, beside all"
     )
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="ways to use them")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="ways to use them")
     parser.add_argument("--also", nargs="*", default=(), help="overrides of all runs, such as trainer.min_steps=30")
     chosen = parser.parse_args(arguments)
     hours = ",".join(map(str, chosen.home_hours))
@@ -380,11 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         () if chosen.cache is None else (f"cache_dir={chosen.cache}",),
         tuple(chosen.also),
     )
-    tables = {}
     for part in chosen.parts:
-        make, columns = TABLES[part]
-        tables[part] = [list(columns), *make(lab)]
-        print("\n".join("| " + " | ".join(row) + " |" for row in tables[part]), flush=True)
+        MAKE[part](lab)
+    runs = Runs(lab.folder, {hospital.name: hospital.root.name for hospital in (lab.home, lab.away)})
+    output = chosen.output or lab.folder
+    write(output / hospital_tables.RUNS, ROW, runs.rows())
+    write(output / hospital_tables.PAIRED, PAIRED, runs.paired())
+    tables = hospital_tables.tables(output, {}, seeds=len(lab.seeds), draws=len(lab.draws))
+    print("\n".join(f"{part}\n\n{table}" for part, table in tables.items()), flush=True)
     report("hospitals", {"tables": tables}, dataset=f"{chosen.home.name}, {chosen.away.name}", device="cpu")
 
 

@@ -1,8 +1,8 @@
 """Draw the pictures of README.md and of the site's home page: `python docs/pictures.py`.
 
-The figures in them are read from the tables of docs/asking.md, docs/hospitals.md and docs/speed.md, so that a picture is renewed
-with its page; a test compares the pictures with the pages. `python docs/pictures.py --terminal` records the terminal anew, by a
-real run of the demo.
+The figures in them are read from the tables of docs/asking.md and docs/speed.md and from the rows in docs/results/hospitals, so
+that a picture is renewed with them; a test compares them. `python docs/pictures.py --terminal` records the terminal anew, by a real
+run of the demo.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import hospital_tables  # noqa: E402
 from docs.drawing import MODES, Drawing, badge, bars  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -183,31 +184,42 @@ def asking(c: dict[str, str]) -> str:
 
 
 def hospitals(c: dict[str, str]) -> str:
-    """Draw what models keep in a hospital with other codes, beside the same without alignment and with wrong texts."""
-    aligned, boosting, alone, age = (
-        row("hospitals.md", start)
-        for start in (
-            "`code_tab`, PhysioNet 2012",
-            "`gbm`, PhysioNet 2012",
-            "the same with `data.aligned_to=none`: `code_tab`",
-            "the same with `data.aligned_to=none`: `gbm`",
+    """Draw what models keep in a hospital with other codes, beside the same without alignment and with wrong texts.
+
+    Raises:
+        SystemExit: the rows lack a model or a control of the picture.
+    """
+    rows = hospital_tables.read(DOCS / "results" / "hospitals" / hospital_tables.RUNS)
+
+    def found(model: str, control: str) -> list[hospital_tables.Row]:
+        about = {"way": "unchanged", "split": "all", "trained_on": "physionet2012", "applied_to": "eicu_demo_a"}
+        of = hospital_tables.chosen(rows, model=model, control=control, **about)
+        if not of:
+            sys.exit(
+                f"docs/results/hospitals has no row of {model} with {control}; a picture of docs/pictures.py tells it"
+            )
+        return of
+
+    entries = []
+    for title, model, control, colour in (
+        ("code_tab, codes matched", "code_tab", "texts", "good"),
+        ("boosting, codes matched", "gbm", "texts", "good"),
+        ("boosting, not matched: age", "gbm", "none", "other"),
+        ("code_tab, not matched", "code_tab", "none", "other"),
+        ("code_tab, wrong texts ({} x)", "code_tab", "shuffled", "bad"),
+    ):
+        of = found(model, control)
+        values = [float(one["auroc"]) for one in of]
+        ends = (
+            (float(of[0]["auroc/low"]), float(of[0]["auroc/high"]))
+            if control != "shuffled"
+            else (min(values), max(values))
         )
-    )
-    shuffled = [float(found) for found in NUMBER.findall(aligned[4])]
-    entries = [
-        ("code_tab, codes matched", number(aligned[2]), interval(aligned[2]), "good"),
-        ("boosting, codes matched", number(boosting[2]), interval(boosting[2]), "good"),
-        ("boosting, not matched: age", number(age[2]), interval(age[2]), "other"),
-        ("code_tab, not matched", number(alone[2]), interval(alone[2]), "other"),
-        (f"code_tab, wrong texts ({len(shuffled)} x)", fmean(shuffled), (min(shuffled), max(shuffled)), "bad"),
-    ]
-    n = aligned[1].split(", ")[1].removesuffix(" labels")
-    found = re.search(r"labels with (\d+) deaths", (DOCS / "hospitals.md").read_text(encoding="utf-8"))
-    if found is None:
-        sys.exit("docs/hospitals.md does not say how many of the labels are deaths")
+        entries.append((title.format(len(of)), fmean(values), ends, colour))
+    first = found("code_tab", "texts")
     told = (
-        f"PhysioNet 2012 to the eICU demo, unchanged: {n} stays, {found[1]} deaths\n"
-        "dots: mean of 3 seeds; bars: interval of one seed (orange: range)"
+        f"PhysioNet 2012 to the eICU demo, unchanged: {first[0]['n']} stays, {first[0]['n_positive']} deaths\n"
+        f"dots: mean of {len(first)} seeds; bars: interval of one seed (orange: range)"
     )
     return bars("A hospital with other codes", told, entries, 0.4, 1.0, c)
 

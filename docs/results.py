@@ -1,10 +1,12 @@
-"""Write the leaderboard of docs/results.md from the tables in docs/results/: `python docs/results.py`.
+"""Write the tables of docs/results.md and docs/hospitals.md from those in docs/results/: `python docs/results.py`.
 
 A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading,
 and say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading. What runs did not record of
 themselves stands there as well, under `afterwards`, and is marked on the page. What others have published on the same splits stands
 there under `published` and becomes the last rows of the table. Below a table stand the paired differences that
-`python -m benchmarks.folds table SWEEPS --output docs/results/paired/NAME.csv` wrote, if there are any.
+`python -m benchmarks.folds table SWEEPS --output docs/results/paired/NAME.csv` wrote, if there are any. The files in
+docs/results/hospitals are those of `benchmarks.hospitals`, `benchmarks.renamed_codes` and `benchmarks.hidden_codes`, of which
+`benchmarks.hospital_tables` makes the tables.
 """
 
 from __future__ import annotations
@@ -12,12 +14,21 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import hospital_tables  # noqa: E402
+
+HOSPITALS_PAGE, HOSPITALS = ROOT / "docs" / "hospitals.md", ROOT / "docs" / "results" / "hospitals"
+HOSPITALS_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+DATASETS = {"physionet2012": "PhysioNet 2012", "eicu_demo_a": "eICU"}
+"""What the pages call the datasets of the rows."""
 PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 TASK_LABELS = re.compile(r"task\.labels=\S+")
@@ -269,6 +280,17 @@ def expanded(page: str) -> str:
     return MARKED.sub(lambda found: f"{found[1]}\n{leaderboard()}\n{found[2]}", page)
 
 
+def with_hospitals(page: str) -> str:
+    """Return the page of other hospitals with its tables written anew.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    made = hospital_tables.tables(HOSPITALS, DATASETS)
+    return HOSPITALS_MARKED.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n{found[3]}", page)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(expanded(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"wrote the leaderboard of {PAGE.relative_to(ROOT)}")
+    for page, write in ((PAGE, expanded), (HOSPITALS_PAGE, with_hospitals)):
+        page.write_text(write(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote the tables of {page.relative_to(ROOT)}")

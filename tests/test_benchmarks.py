@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import importlib
 import json
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from benchmarks import (
     batches,
+    code_effects,
     disk,
     embedding,
     event_head,
@@ -23,10 +25,13 @@ from benchmarks import (
     generation_cache,
     gpu,
     hidden_codes,
+    hospital_rows,
+    hospital_tables,
     hospitals,
     operations,
     packing,
     prefetch,
+    renamed_codes,
     scale,
     selection,
     store_building,
@@ -295,15 +300,33 @@ def test_hospitals_prints_its_tables_and_goes_on_where_it_was(capsys, tmp_path):
         "--ways", "gbm", "tuned", "pool", "--also", "trainer.min_steps=30",
     ]  # fmt: skip
     found = line(hospitals.main, capsys, *arguments)
-    unchanged, few, pooled = (found["tables"][part] for part in ("unchanged", "few", "pooled"))
-    code_tab = unchanged[1]
-    assert code_tab[:2] == ["home to away, 270 labels", "code_tab"]
-    assert float(code_tab[2].split()[0]) > 0.7, "30 steps"
-    assert float(code_tab[4]) < float(code_tab[2].split()[0]) - 0.1, "wrong texts"
-    assert [row[0] for row in few[1:]] == ["0", "80 (1 draws)", "90"]
-    assert len(pooled) == 5
-    assert all(len(row) == len(pooled[0]) for row in pooled), "and the difference on the same subjects"
-    assert {row[1] for row in unchanged[1:]} == set(hospitals.NAMES.values()), "with controls that read no texts"
+    rows = hospital_tables.read(tmp_path / "runs" / "runs.csv")
+    there = {
+        (row["model"], row["control"]): row for row in rows if row["split"] == "all" and row["trained_on"] == "home"
+    }
+    assert float(there["code_tab", "texts"]["auroc"]) > 0.7, "30 steps"
+    assert float(there["code_tab", "shuffled"]["auroc"]) < float(there["code_tab", "texts"]["auroc"]) - 0.1, (
+        "wrong texts"
+    )
+    assert {model for model, _ in there} == {*hospital_rows.MODELS.values(), hospital_rows.BOTH} - {
+        hospital_rows.MODELS["gbm5"]
+    }
+    for row in rows:
+        where = row["run"].split("+")[0]
+        metrics = json.loads((tmp_path / "runs" / where / "metrics.json").read_text())
+        here = metrics.get("datasets", {}).get(row["applied_to"], metrics)
+        if row["split"] == "held_out":
+            assert float(row["auroc"]) == pytest.approx(here["held_out"]["auroc"]["value"], abs=1e-5), where
+        assert row["date"]
+        assert row["hardware"]
+    unchanged, few, pooled = (found["tables"][part].splitlines() for part in ("unchanged", "few", "pooled"))
+    assert len(unchanged) == 2 + 2 * 5 + 2, (
+        "two models, their mean logit and two controls that read no texts in both directions, and two models of sequences"
+    )
+    assert [text.split(" | ")[0] for text in few[2:]] == ["| 80", "| 90 (all)"]
+    assert "270 labels" in unchanged[2]
+    assert len(pooled) == 2 + 4
+    assert {text.count("|") for text in pooled} == {8}, "and the difference on the same subjects"
     metrics = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
     assert line(hospitals.main, capsys, *arguments)["tables"] == found["tables"]
     assert metrics == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
@@ -317,14 +340,65 @@ def test_hidden_codes_cost_something_and_the_table_is_made_once(capsys, tmp_path
         "--draws", "1", "--epochs", "2", "--share", "0.6", "--model", "mean_pool",
     ]  # fmt: skip
     found = line(hidden_codes.main, capsys, *arguments)["table"]
-    assert found[0][:3] == ["vectors", "all codes", "60% hidden"]
-    assert [row[0] for row in found[1:]] == ["minilm_l6", "learned"]
-    for row in found[1:]:
-        assert float(row[1]) - float(row[2]) == pytest.approx(float(row[-1]), abs=2e-3)
-    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+    head, _, *lines = (text.strip("| ").split(" | ") for text in found.splitlines())
+    assert head[:4] == ["labels", "vectors", "all codes", "60% hidden"]
+    assert [row[:2] for row in lines] == [["`case`", "`minilm_l6`"], ["`case`", "`learned`"]]
+    rows = hospital_tables.read(tmp_path / "runs" / "hidden_codes.csv")
+    assert len(rows) == 4
+    for row in rows:
+        metrics = json.loads((tmp_path / "runs" / "case" / row["run"] / "metrics.json").read_text())
+        assert float(row["auroc"]) == pytest.approx(metrics["held_out"]["auroc"]["value"], abs=1e-6)
+    for row in lines:
+        assert float(row[2]) - float(row[3]) == pytest.approx(float(row[-1]), abs=2e-3)
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/case/*/metrics.json"))]
     assert len(times) == 4
     assert line(hidden_codes.main, capsys, *arguments)["table"] == found
-    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*/metrics.json"))]
+    assert times == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/case/*/metrics.json"))]
+
+
+@pytest.mark.slow
+def test_renamed_codes_have_a_row_per_reading_that_its_run_wrote(capsys, tmp_path):
+    home = write_hospital(tmp_path / "home", HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+    words = ("Pulse (beats per minute)", "Sodium (serum)", "Sugar in blood", "High temperature", "Ward of surgeons")
+    table = tmp_path / "words.csv"
+    table.write_text("code,term\n" + "".join(f"{code},{word}\n" for code, word in zip(HOME, words, strict=True)))
+    arguments = [
+        "--data", str(home), "--labels", "case", "--renamed", str(table), "--folder", str(tmp_path / "runs"),
+        "--cache", str(tmp_path / "cache"), "--models", "code_encoder", "--also", "data.values=continuous",
+    ]  # fmt: skip
+    found = line(renamed_codes.main, capsys, *arguments)["table"]
+    rows = {row["codes"]: row for row in hospital_tables.read(tmp_path / "runs" / "renamed.csv")}
+    assert list(rows) == [renamed_codes.AS_TRAINED, *renamed_codes.CODES]
+    assert len(found.splitlines()) == 2 + len(rows)
+    for codes, row in rows.items():
+        metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())
+        assert float(row["auroc"]) == pytest.approx(metrics["held_out"]["auroc"]["value"], abs=1e-6)
+        assert bool(row["auroc/kept"]) == (codes != renamed_codes.AS_TRAINED)
+    shuffled = [float(rows[codes]["auroc/kept"]) for codes in ("one to one", "one to one, texts shuffled")]
+    assert shuffled[0] > shuffled[1], "wrong texts"
+
+
+def test_functions_of_the_tables_do_what_their_examples_say():
+    assert [doctest.testmod(module).failed for module in (hospital_tables, code_effects)] == [0, 0]
+
+
+def test_effects_of_codes_are_those_of_records_up_to_the_prediction_time(capsys, tmp_path):
+    """A code that stands for cases has the greatest effect; it is no code of these records if all its events are
+    later than the prediction."""
+    for name, later in (("before", 0.0), ("after", 99.0)):
+        home = write_hospital(tmp_path / name, HOME, heart_unit=1.0, noise=0, seed=0, first=0)
+        for path in (home / "data").rglob("*.parquet"):
+            events = pl.read_parquet(path)
+            cases = events.filter((pl.col("code") == "HR") & (pl.col("numeric_value") > 100)).unique("subject_id")
+            at = pl.col("time") + pl.duration(days=later)
+            added = cases.with_columns(pl.lit("GLU//high").alias("code"), at)
+            pl.concat([events, added]).sort("subject_id", "time").write_parquet(path)
+        texts, effect_C, n_records = code_effects.of_labels(home, "case", least_records=5)
+        assert n_records == 90
+        if later:
+            assert "GLU//high" not in texts, "its events are later than the prediction"
+        else:
+            assert effect_C[texts.index("GLU//high")] == effect_C.max() > 2
 
 
 def test_folds_hold_every_subject_out_once_and_compare_recipes_over_them(capsys, tmp_path):

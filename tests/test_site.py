@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import ehr_embed
+from benchmarks import hospital_tables
 from ehr_embed.comparison.report import report_folder
 from ehr_embed.reports.html_report import write_report
 from tests.helpers.browser import OUTSIDE_OF_PICTURE, SCHEMES, WIDTHS, browser, serve, troubles  # noqa: F401  (a fixture)
@@ -59,6 +60,23 @@ def test_the_leaderboard_is_that_of_the_committed_tables():
             assert shown["command"] or "/members/" in row["runs"], (path, row["runs"])
             assert shown["commit"] == row["commit"] or shown["commit"].endswith("†"), "what no run recorded is marked"
         assert re.findall(r"(?<![\w.])/[a-z]+/", text) == [], path
+
+
+def test_tables_of_the_hospitals_page_are_those_of_the_committed_rows():
+    """`python docs/results.py` was run after a row was added, the page shows every table, and no row names a machine's folder."""
+    module = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    page = (ROOT / "docs" / "hospitals.md").read_text(encoding="utf-8")
+    assert module["with_hospitals"](page) == page, "Type: python docs/results.py"
+    assert sorted(re.findall(r"<!-- table: (\w+) -->", page)) == sorted(hospital_tables.tables(module["HOSPITALS"], {}))
+    for path in module["HOSPITALS"].glob("*.csv"):
+        assert re.findall(r"(?<![\w.])/[a-z]+/", path.read_text(encoding="utf-8")) == [], path
+    runs = [
+        row["run"]
+        for row in hospital_tables.read(module["HOSPITALS"] / hospital_tables.RUNS)
+        if row["split"] == "held_out"
+    ]
+    assert "few_pooltab_100_0" in runs
+    assert "home_to_away_tab_texts_0" in runs
 
 
 def test_a_release_has_one_version():

@@ -37,7 +37,8 @@ def is_ensemble(cfg: DictConfig) -> bool:
 def written_out(cfg: DictConfig) -> DictConfig:
     """Return a configuration in which every member has its model and trainer, and the model is that of all members.
 
-    Keys that a member's trainer lacks are those of the run's. A run stores this configuration, and it can be run again: a member takes nothing from the model of the ensemble.
+    Keys that a member's trainer lacks are those of the run's. A run stores this configuration, and it can be run again: a member
+    takes nothing from the model of the ensemble.
 
     Raises:
         UserError: the ensemble would start with a pretraining, its token vectors would be learned, or its task has no classes; or a

@@ -235,16 +235,24 @@ class Predictor:
         """
         model, shape = self.run.model, (len(data.samples), len(self.class_names))
         ensemble = model if with_members and isinstance(model, Ensemble) else None
-        result = np.empty(shape)
-        of_members = None if ensemble is None else np.empty((len(ensemble.members), *shape))
+        # All batches' results are read at the end: after each, the host would wait for a GPU before it makes the next batch.
+        own_rows, decoded, of_each = list[npt.NDArray[np.int64]](), list[Tensor](), list[Tensor]()
         for rows, inputs in self.batches(data):
-            if ensemble is None or of_members is None:
+            if ensemble is None:
                 logits = logits_of(model, inputs)
             else:
                 log_p = ensemble.of_members(inputs)
                 logits = ensemble.pooled(log_p)
-                of_members[:, rows] = torch.stack([self._decode(own) for own in log_p]).cpu().numpy()
-            result[rows] = self._decode(logits).cpu().numpy()
+                of_each.append(torch.stack([self._decode(own) for own in log_p]))
+            own_rows.append(rows)
+            decoded.append(self._decode(logits))
+        result = np.empty(shape)
+        of_members = None if ensemble is None else np.empty((len(ensemble.members), *shape))
+        if decoded:
+            at = np.concatenate(own_rows)
+            result[at] = torch.cat(decoded).cpu().numpy()
+            if of_members is not None:
+                of_members[:, at] = torch.cat(of_each, dim=1).cpu().numpy()
         if ensemble is not None and of_members is not None:
             of_members = of_members[(ensemble.weights > 0).cpu().numpy()]
         if self.calibrator is None:

@@ -50,7 +50,8 @@ class Pairs(NamedTuple):
         """Return the pairs at `keep_G` (G,) bool, of a batch of `n_rows` records."""
         if not reads_freely(keep_G.device):
             return self._replace(row=self.row.where(keep_G, n_rows))
-        return Pairs(*(x[keep_G] for x in self[:4]), self.most)
+        row_K, code_K, summaries_KF, last_K = (x[keep_G] for x in self[:4])
+        return Pairs(row_K, code_K, summaries_KF, last_K, self.most)
 
 
 class CodeSummaries(ReadsCodes):

@@ -82,17 +82,16 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(make: Any, groups: list[dict[str, Any]], *, is_fused: bool) -> Optimizer:
-    """Return the optimizer of parameter groups.
+def build_optimizer(make: Any, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return the optimizer of parameter groups; an optimizer of torch that has a fused form takes it.
 
     Args:
         make: an optimizer without its parameters, see `MakesOptimizer`; `functools.partial` holds its options.
         groups: those of `parameter_groups`.
-        is_fused: whether an optimizer of torch that has a fused form takes it.
     """
     kind, options = kind_of(make), options_of(make)
     if "fused" in _parameters(kind) and kind.__module__.startswith("torch.optim") and "fused" not in options:
-        options["fused"] = is_fused
+        options["fused"] = True
     optimizer: Optimizer = kind(groups, **options)
     return optimizer
 

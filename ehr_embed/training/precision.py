@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from lightning_fabric.plugins.precision import MixedPrecision
+from torch.optim import Optimizer
 
 from ehr_embed.core.settings import OneOf, check_setting
 
@@ -61,6 +62,15 @@ class Autocast(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Scale float16's gradients back before they are clipped.
+
+        Fabric refuses it for fused optimizers, since these can do it in their step. torch's scaler tells them that it is done, and
+        lets them skip a step with infinite gradients on the device; for other optimizers the host waits in each step to know.
+        """
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
 
 
 def precision_plugin(accelerator: str, precision: str) -> Autocast | None:

@@ -115,10 +115,7 @@ def set_up_training(
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay,
     )
-    # A fused optimizer would scale float16's gradients back within its step, after they were clipped.
-    optimizer: Any = fabric.setup_optimizers(
-        build_optimizer(settings.optimizer, groups, is_fused=precision != "16-mixed")
-    )
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(settings.optimizer, groups))
     total_steps = settings.steps_of(n_batches) * settings.epochs_of(n_batches)
     course = Course(
         total_steps=total_steps,

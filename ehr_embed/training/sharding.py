@@ -140,4 +140,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for number, moments in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": moments})
+    # How a step is computed is no part of the state: earlier versions did not fuse that of 16-mixed.
+    own = [{name: group[name] for name in ("fused", "foreach") if name in group} for group in optimizer.param_groups]
+    groups = [saved | ours for saved, ours in zip(state["param_groups"], own, strict=False)]
+    optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})

@@ -91,7 +91,8 @@ def test_the_text_of_a_new_code_is_that_of_its_events():
 def test_codes_of_another_dataset_are_read_as_known_ones():
     """With the same records under other codes, and ranks of their own, nothing changes; unmatched codes are left out."""
     model = build()
-    assert isinstance(model, AlignsTwins) and isinstance(model, PoolsCodes)
+    assert isinstance(model, AlignsTwins)
+    assert isinstance(model, PoolsCodes)
     records = train_records()
     before = model(inputs(records))
     model.set_vocabulary(vocabulary(codes=("W", "X", "Y", "Z", "MEDS_BIRTH")))
@@ -119,7 +120,10 @@ def test_without_counting_as_on_a_gpu_logits_and_gradients_are_the_same(monkeypa
 
 
 def test_saved_weights_bring_codes_vectors_and_quantiles():
-    model, other = build(), CodeEncoderRanks(embedding_dim=WIDTH, num_classes=2, model_dim=16, n_heads=2, has_values=True)
+    model, other = (
+        build(),
+        CodeEncoderRanks(embedding_dim=WIDTH, num_classes=2, model_dim=16, n_heads=2, has_values=True),
+    )
     other.set_vocabulary(counted(vocabulary()))
     other.load_state_dict(model.state_dict())
     assert same(other.eval()(inputs()), model(inputs()))
@@ -130,5 +134,5 @@ def test_what_it_cannot_do_is_refused():
         build(num_classes=None, vocab_size=9)
     with pytest.raises(UserError, match="windows_hours"):
         build(windows_hours=[24, 12])
-    with pytest.raises(UserError, match="embedder.trainable"):
+    with pytest.raises(UserError, match=r"embedder\.trainable"):
         check_vectors(build(), "offset")

@@ -164,6 +164,27 @@ def test_on_a_gpu_it_computes_the_same_without_counting(options, changed, monkey
             torch.testing.assert_close(gradients, found[0][1], atol=1e-4, rtol=1e-3)
             n_tried += 1
     assert n_tried == 4
+    there = {name: x.to("meta") for name, x in given.items()}  # tensors without numbers: reading one raises an error
+    model.train().to("meta")(there).sum().backward()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"feeds_absent": False, "code_dropout": 0.2, "text_noise": 0.1}, {"known": 5}])
+def test_a_gpu_computes_what_a_cpu_does_and_the_host_does_not_wait(options):
+    model, given = build(**options), inputs(train_records(30))
+    given["places"] = given["padding_mask"].flatten().nonzero().squeeze(1)
+    expected = model(given).detach()
+    model.cuda()
+    there = {name: x.cuda() for name, x in given.items()}
+    torch.testing.assert_close(model(there).detach().cpu(), expected, atol=1e-4, rtol=1e-3)
+    model.train()
+    model(there).square().sum().backward()  # keeps what is sent once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(there).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_the_sum_is_that_of_the_definition():

@@ -133,7 +133,7 @@ def test_older_keys_mean_what_they_meant():
     assert settings_of("trainer.schedule=cosine", "trainer.scheduler_patience=7").schedule == Cosine()
     for typed in ("trainer.betas=[0.8,0.9]", "trainer.optimizer.betas=[0.8,0.9]"):
         assert options_of(settings_of(typed).optimizer) == {"betas": (0.8, 0.9)}
-    optimizer = build_optimizer(settings_of().optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], is_fused=True)
+    optimizer = build_optimizer(settings_of().optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}])
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults | {"betas": (0.9, 0.999), "fused": True} == optimizer.defaults
 
