@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
@@ -31,12 +32,13 @@ def serve(cfg: DictConfig) -> None:
             f'{", ".join(missing)} is not installed, which the server needs. Type: pip install "ehr_embed[serve]"'
         )
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    from ehr_embed.inference.predictor import Predictor
-    from ehr_embed.inference.trained_run import device_named
-    from ehr_embed.serving.answers import Answers
-    from ehr_embed.serving.app import Limits, create_app
-    from ehr_embed.serving.server import hosts_of, is_loopback, listen
-    from ehr_embed.serving.server import serve as serve_app
+    with loading():
+        from ehr_embed.inference.predictor import Predictor
+        from ehr_embed.inference.trained_run import device_named
+        from ehr_embed.serving.answers import Answers
+        from ehr_embed.serving.app import Limits, create_app
+        from ehr_embed.serving.server import hosts_of, is_loopback, listen
+        from ehr_embed.serving.server import serve as serve_app
 
     device = device_named(cfg.device)
     listener = listen(cfg.host, cfg.port)  # before the run is opened, which takes seconds

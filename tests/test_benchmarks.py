@@ -6,7 +6,9 @@ import argparse
 import doctest
 import importlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -242,6 +244,24 @@ def test_what_a_gpu_will_run_can_be_read(run, monkeypatch):
     name, *arguments = run
     with pytest.raises(ReadError, match="device='cuda'"):
         importlib.import_module(f"benchmarks.{name}").main([*arguments, "--device", "cuda"])
+
+
+@pytest.mark.slow
+def test_a_machine_with_a_gpu_needs_neither_hydra_nor_optuna():
+    """What it runs is read there: each benchmark is imported, and pytest finds the tests."""
+    names = sorted({name for name, *_ in gpu.RUNS} - {"embedding"})
+    code = f"""
+import importlib, sys
+sys.modules |= dict.fromkeys(("hydra", "omegaconf", "optuna", "wandb", "lightgbm"))
+for name in {names}:
+    importlib.import_module(f"benchmarks.{{name}}")
+import pytest
+sys.exit(pytest.main([*{list(gpu.TESTS[1:])}, "--setup-only", "-k", "packed_is_the_encoder"]))
+"""
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # Hydra has a plugin, which is not there either
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "_searched_application" in found.stdout
 
 
 def test_without_a_gpu_the_gpu_benchmarks_say_so(capsys, monkeypatch):

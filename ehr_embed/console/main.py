@@ -12,6 +12,7 @@ from importlib import import_module
 
 from ehr_embed import __version__
 from ehr_embed.core.errors import unknown_name
+from ehr_embed.core.loading import end_without_collection, loading
 from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import PROGRAM, started_as
 
@@ -72,6 +73,7 @@ Commands:
 @reader_may_leave()
 def main() -> None:
     """Run the command line."""
+    end_without_collection()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -91,7 +93,8 @@ def start(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     sys.argv = [sys.argv[0], *arguments]
     with started_as(name):
-        found = import_module(command.module)
+        with loading():
+            found = import_module(command.module)
         if command.config is None:
             if code := found.main(arguments):
                 sys.exit(code)

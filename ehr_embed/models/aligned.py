@@ -70,13 +70,15 @@ class CodeMatches(nn.Module):
         found = {code: (number[to], gate) for code, (to, gate) in as_known.items() if to in number and gate > 0}
         self.codes = list(found)
         device = self.quantiles.offsets.device
-        self.known_of = torch.tensor([known for known, _ in found.values()], dtype=torch.int64, device=device)
-        self.gates = torch.tensor([gate for _, gate in found.values()], dtype=torch.float32, device=device)
+        # Without a match there is one that no event has, since a GPU reads an entry for places without a pair too.
+        known_gates = [*found.values()] or [(0, 0.0)]
+        self.known_of = torch.tensor([known for known, _ in known_gates], dtype=torch.int64, device=device)
+        self.gates = torch.tensor([gate for _, gate in known_gates], dtype=torch.float32, device=device)
         leads = [(instead.get(code, code), twin) for twin, code in (twins or {}).items()]
         of_twins = [(number[a], number[b]) for a, b in leads if a != b and {a, b} <= number.keys()]
         self._take_twins(torch.tensor(sorted(of_twins), dtype=torch.int64).view(-1, 2), device)
         self.dataset_of = torch.tensor([-1 if dataset_of is None else dataset_of[code] for code in found])
-        self.quantiles = QuantileNormal(len(self.codes) * self.n_summaries).to(device)
+        self.quantiles = QuantileNormal(len(known_gates) * self.n_summaries).to(device)
 
     def columns(self, code_G: Tensor) -> Tensor:
         """Return the column of each summary of the codes, (G, F)."""

@@ -137,6 +137,7 @@ def hide(model: CodeTab) -> None:
         ({"known": 5}, hide),
         ({"known": 5, "member_weights": "text", "feeds_absent": False}, None),
         ({}, lambda model: model.align({"A": ("B", 1.0), "B": ("A", 0.5), "D": ("A", 1.0)}, {"C": "A", "D": "A"})),
+        ({}, lambda model: model.align({"another": ("A", 1.0)})),
         ({"feeds_absent": False}, lambda model: model.pool({c: ("AB"[c in "CD"], 1.0) for c in "ABCD"})),
     ],
 )
