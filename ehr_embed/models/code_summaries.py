@@ -263,9 +263,8 @@ class CodeSummaries(ReadsCodes):
     def absent(self) -> Tensor:
         """Return the inputs of each known code that a record lacks, (C, 18)."""
         numbers_CF = torch.full((self.n_codes, N_SUMMARIES), float("nan"), device=self.code_of_token.device)
-        numbers_CF[:, 0] = (
-            0.0  # not by `COUNTS` at once: a list of numbers would be copied, for which the host would wait
-        )
+        # Not by `COUNTS` at once: a list of numbers would be copied to a GPU, for which the host would wait.
+        numbers_CF[:, 0] = 0.0
         numbers_CF[:, COUNTS[1] :][:, :N_WINDOWS] = 0.0
         columns_CF = self._columns(torch.arange(self.n_codes, device=numbers_CF.device))
         return torch.nn.functional.pad(self.quantiles(columns_CF, numbers_CF), (0, 1), value=1.0)
