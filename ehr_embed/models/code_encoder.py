@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -169,12 +169,22 @@ class Subject(nn.Module):
         return self.vector + self.age(torch.stack([x_B, x_B.square(), ~x_B.isnan()], dim=-1).nan_to_num())
 
 
-class CodeBody(nn.Module):
-    """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm."""
+Read = TypeVar("Read", bound=nn.Module)
 
-    def __init__(
-        self, *, read: nn.Module, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool
-    ) -> None:
+
+class CodeBody(nn.Module, Generic[Read]):
+    """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm.
+
+    Args:
+        read: module that returns the vectors (B, S, D) and the mask (B, S) of a batch's codes.
+        model_dim: width D.
+        n_heads, n_layers, dropout: of the blocks.
+        age: whether the age at the prediction time is one more element.
+    """
+
+    input: Read
+
+    def __init__(self, *, read: Read, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool) -> None:
         super().__init__()
         check_heads(model_dim, n_heads)
         self.input = read
