@@ -3,15 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.core.loading import loading
 from ehr_embed.experiment.cli import run_main
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="embed")
 def main(cfg: DictConfig) -> None:
     """Build what is missing and say what there is."""
-    with loading():  # here, so that a misspelt override is refused before torch is loaded
-        from ehr_embed.experiment.inputs import embed
+    from ehr_embed.experiment.inputs import embed  # here, so that a misspelt override is refused before torch is loaded
 
     embed(cfg)
 

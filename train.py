@@ -3,15 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from ehr_embed.core.loading import loading
 from ehr_embed.experiment.cli import run_main
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Train, evaluate, and return the monitored metric on tuning: the objective of a search."""
-    with loading():  # here, so that a misspelt override is refused before torch is loaded
-        from ehr_embed.experiment.run import run
+    from ehr_embed.experiment.run import run  # here, so that a misspelt override is refused before torch is loaded
 
     return run(cfg)
 

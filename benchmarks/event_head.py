@@ -104,13 +104,12 @@ def peak(way: str, options: argparse.Namespace, threads: int) -> float:
 
 
 def peaks_of(ways: list[str], options: argparse.Namespace) -> tuple[dict[str, float], dict[str, str]]:
-    """The peak of each way, and why others failed: one of torch's kernels need not take every size on every GPU."""
+    """Return the peak of each way, and why others failed: one of torch's kernels need not take every size on every GPU."""
     peaks, failed = dict[str, float](), dict[str, str]()
     for way in ways:
         try:
-            if (
-                torch.device(options.device).type == "cuda"
-            ):  # which says what was held, so that starting a process is not worth it
+            # A GPU reports its own peak, so that no process is started for it.
+            if torch.device(options.device).type == "cuda":
                 peaks[way] = peak(way, options, torch.get_num_threads())
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -123,7 +122,7 @@ def peaks_of(ways: list[str], options: argparse.Namespace) -> tuple[dict[str, fl
 
 
 def errors(ways: list[str], tensors: tuple[Tensor, ...]) -> dict[str, float]:
-    """The largest relative error, over loss and gradients, of each way: of float32 from the same rounded numbers."""
+    """Return the largest relative error of each way, over loss and gradients, from float32 with the same rounded numbers."""
     x, weight, bias, target = tensors
     rounded = (weight.detach().to(x.dtype).float().requires_grad_(), bias.detach().to(x.dtype).float().requires_grad_())
     exact = step("whole", (x.detach().float().requires_grad_(), *rounded, target))

@@ -75,7 +75,8 @@ WORTH = 1.05
 """Ratio from which on a choice pays."""
 TESTS = (
     "pytest", "-q", "-o", "filterwarnings=",
-    "tests/models/test_packing.py", "tests/data/test_device_events.py", "tests/models/test_code_tab.py",
+    "tests/models/test_packing.py", "tests/data/test_device_events.py",
+    "tests/models/test_code_tab.py::test_a_gpu_computes_what_a_cpu_does_and_the_host_does_not_wait",
 )  # fmt: skip
 """Without the warnings of pyproject.toml, which name Optuna's: the benchmarks need no Optuna, and a GPU's machine may have none."""
 

@@ -40,10 +40,9 @@ READINGS: dict[str, tuple[str, ...]] = {
     "one to one, texts shuffled": ("data.alignment_matching=one_to_one", "data.alignment_texts=shuffled"),
 }
 """Ways to read renamed codes, and the overrides that ask for them."""
-ENCODER, CODES = (
-    ("model=encoder_small", "trainer=short"),
-    ("own texts", "nearest", "one to one", "one to one, texts shuffled"),
-)
+WITHOUT_RULES = ("own texts", "nearest", "one to one", "one to one, texts shuffled")
+"""Readings that need no rules of their own."""
+ENCODER = ("model=encoder_small", "trainer=short")
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ MODELS = {
         "encoder_small with embedder=adapted", (*ENCODER[:1], "embedder=adapted"), ENCODER[1:], ("own texts",), seeds=1
     ),
     "lift": Model(
-        "encoder_small with model.whiten=lift", (*ENCODER[:1], "model.whiten=lift", "model.shrinkage=1"), ENCODER[1:], CODES
+        "encoder_small with model.whiten=lift", (*ENCODER[:1], "model.whiten=lift", "model.shrinkage=1"), ENCODER[1:], WITHOUT_RULES
     ),
-    "code_encoder": Model("code_encoder", ("model=code_encoder",), ("trainer=short",), CODES, epochs=4, seeds=1),
-    "code_tab": Model("code_tab", CODE_TAB, ("experiment=hospitals",), CODES, epochs=4, seeds=1),
+    "code_encoder": Model("code_encoder", ("model=code_encoder",), ("trainer=short",), WITHOUT_RULES, epochs=4, seeds=1),
+    "code_tab": Model("code_tab", CODE_TAB, ("experiment=hospitals",), WITHOUT_RULES, epochs=4, seeds=1),
 }  # fmt: skip
 ROW = (
     "run",

@@ -2,7 +2,8 @@
 
 A table there is what `ehr-embed tabulate RUNS --output docs/results/NAME` writes; the CSV suffices to add it. Give it a heading,
 and say what it is about, in docs/results/titles.yaml; without an entry there its name is the heading. What runs did not record of
-themselves stands there as well, under `afterwards`, and is marked on the page. Below a table stand the paired differences that
+themselves stands there as well, under `afterwards`, and is marked on the page. What others have published on the same splits stands
+there under `published` and becomes the last rows of the table. Below a table stand the paired differences that
 `python -m benchmarks.folds table SWEEPS --output docs/results/paired/NAME.csv` wrote, if there are any. The files in
 docs/results/hospitals are those of `benchmarks.hospitals`, `benchmarks.renamed_codes` and `benchmarks.hidden_codes`, of which
 `benchmarks.hospital_tables` makes the tables.
@@ -150,6 +151,9 @@ def table(path: Path, entry: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([label, row['n_runs'], *(cell(row, name) for name in metrics), *seconds])} |")
         about = "; ".join(row[name] for name in ("commit", "hardware", "date") if row.get(name))
         folded += [f"# {about}", row.get("command") or f"# {label}: trained by the command of its ensemble"]
+    for name, figures in entry.get("published", {}).items():
+        told = [f"{figures[metric]:.3f}" if metric in figures else "" for metric in metrics]
+        lines.append(f"| {' | '.join([f'{name}, published', '', *told, *([''] if has_seconds else [])])} |")
     about = f"{entry['about']}\n\n" if entry.get("about") else ""
     told_later = any(value.endswith(f" {MARK}") for row in rows for value in row.values())
     note = f"\n{MARK} The runs did not record this. {entry['afterwards']['basis']}\n" if told_later else ""

@@ -8,7 +8,6 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
@@ -24,13 +23,12 @@ def explain(cfg: DictConfig) -> list[Path]:
         UserError: a setting is out of range, or `Predictor` or `Explainer` refuses the run, the dataset or the target.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    with loading():
-        from ehr_embed.experiment.inputs import alignment_settings
-        from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
-        from ehr_embed.inference.predictor import Predictor
-        from ehr_embed.inference.trained_run import device_named, trained_on
-        from ehr_embed.reports.html_report import write_report
-        from ehr_embed.run_folder.layout import EXPLAINED, REPORT
+    from ehr_embed.experiment.inputs import alignment_settings
+    from ehr_embed.inference.explainer import Explainer, explain_split, explain_subject
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.trained_run import device_named, trained_on
+    from ehr_embed.reports.html_report import write_report
+    from ehr_embed.run_folder.layout import EXPLAINED, REPORT
 
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)

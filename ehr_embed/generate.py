@@ -8,7 +8,6 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
@@ -25,14 +24,13 @@ def generate_trajectories(cfg: DictConfig) -> list[Path]:
             no room for new events.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    with loading():
-        from ehr_embed.data.batches import BatchDataset
-        from ehr_embed.data.event_set import EventSet
-        from ehr_embed.data.store import encode_split
-        from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
-        from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
-        from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
-        from ehr_embed.sources.meds import MedsSource
+    from ehr_embed.data.batches import BatchDataset
+    from ehr_embed.data.event_set import EventSet
+    from ehr_embed.data.store import encode_split
+    from ehr_embed.inference.trained_run import device_named, open_run, samples_to_predict, trained_on
+    from ehr_embed.inference.trajectories import earlier_futures, sample_futures, write_futures
+    from ehr_embed.models.sampling import Sampling, check_generates, check_lengths
+    from ehr_embed.sources.meds import MedsSource
 
     trusted, device = tuple(cfg.trusted_packages), device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)

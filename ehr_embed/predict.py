@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
-from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import AUTO, use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 from ehr_embed.run_folder.layout import FINISHED
@@ -38,11 +37,10 @@ def predict(cfg: DictConfig) -> Path:
             metrics.json with the threshold that labelled predictions need.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    with loading():
-        from ehr_embed.data.labels import read_labels
-        from ehr_embed.experiment.inputs import alignment_settings
-        from ehr_embed.inference.predictor import Predictor
-        from ehr_embed.inference.trained_run import device_named
+    from ehr_embed.data.labels import read_labels
+    from ehr_embed.experiment.inputs import alignment_settings
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.trained_run import device_named
 
     device = device_named(cfg.device)
     use_threads(cfg.get("threads", AUTO), device=device.type)

@@ -10,7 +10,6 @@ import hydra
 from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
-from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
@@ -28,11 +27,10 @@ def represent(cfg: DictConfig) -> Path:
         UserError: `Predictor` or `Representer` refuses the run, the dataset or a setting.
     """
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    with loading():
-        from ehr_embed.experiment.inputs import alignment_settings
-        from ehr_embed.inference.predictor import Predictor
-        from ehr_embed.inference.representer import Representer
-        from ehr_embed.inference.trained_run import device_named, trained_on
+    from ehr_embed.experiment.inputs import alignment_settings
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.representer import Representer
+    from ehr_embed.inference.trained_run import device_named, trained_on
 
     device = device_named(cfg.device)
     use_threads(cfg.threads, device=device.type)

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 
 from ehr_embed.config.check import checks_config
 from ehr_embed.core.errors import UserError
-from ehr_embed.core.loading import loading
 from ehr_embed.core.threads import use_threads
 from ehr_embed.experiment.cli import CONF, run_main
 
@@ -32,13 +31,12 @@ def serve(cfg: DictConfig) -> None:
             f'{", ".join(missing)} is not installed, which the server needs. Type: pip install "ehr_embed[serve]"'
         )
     # Imported here, so that a misspelt override is refused before torch is loaded.
-    with loading():
-        from ehr_embed.inference.predictor import Predictor
-        from ehr_embed.inference.trained_run import device_named
-        from ehr_embed.serving.answers import Answers
-        from ehr_embed.serving.app import Limits, create_app
-        from ehr_embed.serving.server import hosts_of, is_loopback, listen
-        from ehr_embed.serving.server import serve as serve_app
+    from ehr_embed.inference.predictor import Predictor
+    from ehr_embed.inference.trained_run import device_named
+    from ehr_embed.serving.answers import Answers
+    from ehr_embed.serving.app import Limits, create_app
+    from ehr_embed.serving.server import hosts_of, is_loopback, listen
+    from ehr_embed.serving.server import serve as serve_app
 
     device = device_named(cfg.device)
     listener = listen(cfg.host, cfg.port)  # before the run is opened, which takes seconds

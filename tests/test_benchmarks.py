@@ -388,7 +388,7 @@ def test_renamed_codes_have_a_row_per_reading_that_its_run_wrote(capsys, tmp_pat
     ]  # fmt: skip
     found = line(renamed_codes.main, capsys, *arguments)["table"]
     rows = {row["codes"]: row for row in hospital_tables.read(tmp_path / "runs" / "renamed.csv")}
-    assert list(rows) == [renamed_codes.AS_TRAINED, *renamed_codes.CODES]
+    assert list(rows) == [renamed_codes.AS_TRAINED, *renamed_codes.WITHOUT_RULES]
     assert len(found.splitlines()) == 2 + len(rows)
     for codes, row in rows.items():
         metrics = json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())

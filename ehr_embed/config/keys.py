@@ -97,6 +97,11 @@ class PretrainKeys(StageKeys):
     data: PretrainDataKeys
 
 
+class MemberTrainerKeys(Keys):
+    """Keys of the `trainer` of a member of an ensemble, which replace single keys of the run's: checked with the run that they
+    make."""
+
+
 class MemberKeys(Keys):
     """Keys of a member of an ensemble."""
 
@@ -104,7 +109,7 @@ class MemberKeys(Keys):
     expected = "a mapping with seeds, model or trainer"
     seeds: Annotated[int, Field(ge=1, le=1000), Told("1 to 1000 runs", example="3")]
     model: ModelKeys
-    trainer: Built
+    trainer: MemberTrainerKeys
 
 
 MemberName = Annotated[

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from ehr_embed import __version__
+from ehr_embed.core.collector import collect_rarely
 from ehr_embed.core.errors import unknown_name
-from ehr_embed.core.loading import end_without_collection, loading
 from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import PROGRAM, started_as
 
@@ -73,7 +73,7 @@ Commands:
 @reader_may_leave()
 def main() -> None:
     """Run the command line."""
-    end_without_collection()
+    collect_rarely()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -93,8 +93,7 @@ def start(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     sys.argv = [sys.argv[0], *arguments]
     with started_as(name):
-        with loading():
-            found = import_module(command.module)
+        found = import_module(command.module)
         if command.config is None:
             if code := found.main(arguments):
                 sys.exit(code)

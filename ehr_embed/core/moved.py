@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 PACKAGE = "ehr_embed"
+LEFT_STATE = "._of_matches."
+"""In the names of states that were kept beside a table's matches; the matches know their codes themselves."""
 DEFINITIONS = {
     "compare.compare": "comparison.compare.compare",
     "compare.paired_tests": "comparison.compare.paired_tests",
@@ -177,3 +179,14 @@ def trainer_of_today(trainer: dict[str, Any]) -> dict[str, Any]:
     if found.get("betas") is not None and isinstance(optimizer, dict):
         found |= {"optimizer": optimizer | {"betas": found["betas"]}, "betas": None}
     return found
+
+
+def current_state(state: Any) -> Any:
+    """Return a model's state dict without the entries that models of earlier versions had beside those of today.
+
+    >>> current_state({"features._extra_state": {}, "features._of_matches._extra_state": {}})
+    {'features._extra_state': {}}
+    """
+    if not isinstance(state, dict) or not any(LEFT_STATE in str(name) for name in state):
+        return state
+    return {name: entry for name, entry in state.items() if LEFT_STATE not in str(name)}

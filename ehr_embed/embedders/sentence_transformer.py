@@ -14,7 +14,6 @@ import torch
 
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import digest, file_sha256
-from ehr_embed.core.loading import loading
 from ehr_embed.core.pretrained_weights import is_snapshot, load_pretrained, local_folder
 from ehr_embed.core.settings import Count, OneOf, Told, checked
 from ehr_embed.data.vocabulary import Vocabulary
@@ -165,8 +164,9 @@ class SentenceTransformerEmbedder:
         return load_pretrained(self._load, self.model, self.revision, key=KEY, offline="embedder=minilm_l6")
 
     def _load(self, name: str, revision: str | None = None) -> PooledEncoder:
-        with loading():  # it takes seconds, and cached vectors need none of it
-            from ehr_embed.embedders.pooled_encoder import pooled_encoder
+        from ehr_embed.embedders.pooled_encoder import (
+            pooled_encoder,  # takes seconds, and cached vectors need none of it
+        )
 
         return pooled_encoder(
             name,

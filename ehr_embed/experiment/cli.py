@@ -20,9 +20,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ehr_embed.core.collector import collect_rarely
 from ehr_embed.core.errors import UserError, unknown_name
 from ehr_embed.core.files import cannot_write, write_failure
-from ehr_embed.core.loading import end_without_collection
 from ehr_embed.core.pipes import reader_may_leave
 from ehr_embed.core.programs import command, quoted_override, shipped
 from ehr_embed.core.secrets import masked
@@ -47,7 +47,7 @@ def run_main(main: Callable[[], Any], config_name: str) -> None:
         return
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and the wording is ours
-    end_without_collection()
+    collect_rarely()
     register(SearchedRuns())
     # pandas and scikit-survival load numexpr, which logs the number of cores.
     logging.getLogger("numexpr").setLevel(logging.WARNING)

@@ -37,7 +37,8 @@ def is_ensemble(cfg: DictConfig) -> bool:
 def written_out(cfg: DictConfig) -> DictConfig:
     """Return a configuration in which every member has its model and trainer, and the model is that of all members.
 
-    A run stores this configuration, and it can be run again: a member takes nothing from the model of the ensemble.
+    Keys that a member's trainer lacks are those of the run's. A run stores this configuration, and it can be run again: a member
+    takes nothing from the model of the ensemble.
 
     Raises:
         UserError: the ensemble would start with a pretraining, its token vectors would be learned, or its task has no classes; or a
@@ -67,6 +68,9 @@ def written_out(cfg: DictConfig) -> DictConfig:
             for group in OWN:
                 if member.get(group) is None:
                     member[group] = cfg[group].copy()
+            for key in cfg.trainer:  # a member may type only the keys in which its trainer differs
+                if key not in member.trainer:
+                    member.trainer[key] = cfg.trainer[key]
             if member.model.get("_target_") == TARGET:
                 raise UserError(
                     f"ensemble.members.{name} has no model of its own. Type: model@ensemble.members.{name}.model=NAME"

@@ -23,7 +23,6 @@ from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
-from ehr_embed.core.loading import loading
 from ehr_embed.core.rereadable import Rereadable
 from ehr_embed.data.pool import Pool
 from ehr_embed.embedders.protocol import trainable_of
@@ -328,9 +327,8 @@ def conclude(plan: Plan, inputs: Inputs, built: Built, fitted: Fitted) -> float:
     Only the first process concludes.
     """
     # The imports are here because they load the libraries of plots, which would delay the first epoch.
-    with loading():
-        from ehr_embed.experiment.results import write_predictions, write_results
-        from ehr_embed.reports.run_report import print_metrics
+    from ehr_embed.experiment.results import write_predictions, write_results
+    from ehr_embed.reports.run_report import print_metrics
 
     calibrated = recalibrate(plan, fitted.outputs, evaluate=partial(evaluate, n_bootstrap=plan.settings.n_bootstrap))
     fitted = replace(fitted, outputs=calibrated.outputs)

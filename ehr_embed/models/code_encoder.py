@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -173,11 +173,11 @@ class CodeBody(nn.Module):
     """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm."""
 
     def __init__(
-        self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
+        self, *, read: nn.Module, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool
     ) -> None:
         super().__init__()
         check_heads(model_dim, n_heads)
-        self.input = CodeInput(model_dim=model_dim, **options)
+        self.input = read
         self.subject = Subject(model_dim) if age else None
         self.blocks = nn.ModuleList(
             Block(model_dim=model_dim, n_heads=n_heads, dropout=dropout) for _ in range(n_layers)
@@ -247,17 +247,16 @@ class CodeEncoder(nn.Module):
         super().__init__()
         n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
         self.reads_values = "values" in summaries
-        self.body = CodeBody(
-            model_dim=model_dim,
-            n_heads=n_heads,
-            n_layers=n_layers,
-            dropout=dropout,
-            age=age,
+        read = CodeInput(
             embedding_dim=embedding_dim,
+            model_dim=model_dim,
             has_values=has_values,
             summaries=summaries,
             whiten=whiten,
             shrinkage=shrinkage,
+        )
+        self.body = CodeBody(
+            read=read, model_dim=model_dim, n_heads=n_heads, n_layers=n_layers, dropout=dropout, age=age
         )
         self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
 

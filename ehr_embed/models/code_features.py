@@ -83,6 +83,8 @@ class CodeFeatures(ReadsCodes):
         self._pool: tuple[Mapping[str, tuple[str, float]], Mapping[str, int] | None] | None = None
         for name in ("code_of_token", "columns"):
             self.register_buffer(name, torch.empty(0, dtype=torch.int64), persistent=False)
+        # The matches load their state after this module.
+        self.register_load_state_dict_post_hook(_match_after_load)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Set the vocabulary of the token ids in coming batches; the chosen codes stay the same."""
@@ -322,6 +324,10 @@ class CodeFeatures(ReadsCodes):
             columns.append([column.get(code, -1) for code in self.codes])
             start += len(codes)
         self.columns = torch.tensor(columns, dtype=torch.int64, device=device).T.contiguous()
+
+
+def _match_after_load(features: CodeFeatures, _: object) -> None:
+    features._match()
 
 
 class ReadsCodeFeatures(nn.Module):

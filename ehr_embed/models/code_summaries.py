@@ -14,6 +14,7 @@ from ehr_embed.core.transfer import kept_on, reads_freely
 from ehr_embed.data.store import HOURS_PER_DAY
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.aligned import CodeMatches, fit_quantiles
+from ehr_embed.models.body import check_width
 from ehr_embed.models.groups import Groups, grouped_by
 from ehr_embed.models.quantiles import QuantileNormal
 from ehr_embed.models.reads_codes import ReadsCodes, event_places
@@ -172,6 +173,34 @@ class CodeSummaries(ReadsCodes):
         slots = self.slots_of(tokens)
         return slots if self.matches is None else torch.where(slots < 0, slots, self.matches.known_of[slots])
 
+    def vectors_of(self, vectors: Tensor, tokens: Tensor) -> Tensor:
+        """Return the vectors (C, E) float32 of the known codes: the mean of the vectors (K, E) of each code's tokens among (K,)."""
+        code_K = self.known_of(tokens.to(vectors.device))
+        vectors, code_K = vectors[code_K >= 0].float(), code_K[code_K >= 0]
+        n_C = code_K.bincount(minlength=self.n_codes).clamp(min=1)
+        return vectors.new_zeros(len(n_C), vectors.shape[1]).index_add(0, code_K, vectors) / n_C[:, None]
+
+    def with_new(self, vectors_CE: Tensor, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
+        """Return vectors (C + J, E): of the C known codes the given ones, then, if any of the vocabulary's J other codes occurs,
+        those that their events have; on a GPU these come whether one occurs or not, with zeros for those that do not.
+
+        Raises:
+            UserError: the events' vectors have another width.
+        """
+        if not self.n_new:
+            return vectors_CE
+        is_new_G = (pairs.code >= self.n_codes) & (pairs.row < len(inputs["padding_mask"]))
+        if reads_freely(is_new_G.device) and not bool(is_new_G.any()):
+            return vectors_CE
+        place_J = Groups((pairs.code - self.n_codes).where(is_new_G, self.n_new), self.n_new).greatest(pairs.last_place)
+        at_J = place_J.clamp(min=0)
+        if "rows" in inputs:
+            found_JE = inputs["rows"][inputs["row_ids"].flatten()[at_J].long()]
+        else:
+            found_JE = inputs["embeddings"].flatten(0, 1)[at_J]
+        check_width(found_JE, vectors_CE.shape[1])
+        return torch.cat([vectors_CE, found_JE.float() * (place_J >= 0)[:, None]])
+
     @torch.no_grad()
     def forward(self, inputs: dict[str, Tensor]) -> Pairs:
         """Return the pairs of a batch from `token_ids`, `days` and, where there are any, `values` (B, T), NaN = none, and
@@ -234,9 +263,8 @@ class CodeSummaries(ReadsCodes):
     def absent(self) -> Tensor:
         """Return the inputs of each known code that a record lacks, (C, 18)."""
         numbers_CF = torch.full((self.n_codes, N_SUMMARIES), float("nan"), device=self.code_of_token.device)
-        numbers_CF[:, 0] = (
-            0.0  # not by `COUNTS` at once: a list of numbers would be copied, for which the host would wait
-        )
+        # Not by `COUNTS` at once: a list of numbers would be copied to a GPU, for which the host would wait.
+        numbers_CF[:, 0] = 0.0
         numbers_CF[:, COUNTS[1] :][:, :N_WINDOWS] = 0.0
         columns_CF = self._columns(torch.arange(self.n_codes, device=numbers_CF.device))
         return torch.nn.functional.pad(self.quantiles(columns_CF, numbers_CF), (0, 1), value=1.0)

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from ehr_embed.core.transfer import reads_freely
 from ehr_embed.data.vocabulary import Vocabulary
 from ehr_embed.models.blocks import Dropout
-from ehr_embed.models.body import check_width
 from ehr_embed.models.code_encoder import Subject
 from ehr_embed.models.code_summaries import N_SUMMARIES, CodeSummaries, Pairs
-from ehr_embed.models.groups import Groups
 from ehr_embed.models.heads import without_autocast
 from ehr_embed.models.whitening import Whitening
 
@@ -101,10 +99,7 @@ class CodeTabBody(nn.Module):
         Directions in which no text varies are zero after it. The weights that read texts are scaled to what is left, as if these
         directions had been dropped before they were drawn.
         """
-        code_K = self.input.known_of(tokens.to(vectors.device))
-        vectors, code_K = vectors[code_K >= 0].float(), code_K[code_K >= 0]
-        n_C = code_K.bincount(minlength=self.input.n_codes).clamp(min=1)
-        self.vectors = vectors.new_zeros(len(n_C), self.embedding_dim).index_add(0, code_K, vectors) / n_C[:, None]
+        self.vectors = self.input.vectors_of(vectors, tokens)
         self.norm.fit(self.vectors)
         n_directions = int((self.norm.matrix != 0).any(0).sum())
         scale = (self.embedding_dim / max(n_directions, 1)) ** 0.5
@@ -118,7 +113,7 @@ class CodeTabBody(nn.Module):
         pairs, n_rows, n_known = self.input(inputs), len(inputs["padding_mask"]), self.input.n_codes
         if self.training and self.code_dropout:
             pairs = pairs.only(torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout, n_rows)
-        vectors_CE = self._vectors(inputs, pairs)
+        vectors_CE = self.input.with_new(self.vectors, inputs, pairs)
         x_GP = self.input.normalise(pairs)
         is_dense = len(vectors_CE) == n_known and self._is_dense_cheaper(n_rows, len(pairs.row))
         # Which codes are frequent is known only after counting.
@@ -131,25 +126,6 @@ class CodeTabBody(nn.Module):
         if self.subject is not None and self.subject_signs is not None:
             z_BMD = z_BMD + self.subject_signs[:, None] * self.subject(inputs)[:, None]
         return 2 / (n_known + 1) ** 0.5 * z_BMD
-
-    def _vectors(self, inputs: dict[str, Tensor], pairs: Pairs) -> Tensor:
-        """Return vectors (C + J, E): of the C known codes those of train, then, if any of the vocabulary's J other codes occurs,
-        those that their events have; on a GPU these come whether one occurs or not, with zeros for those that do not."""
-        vectors_CE, n_known, n_new = self.vectors, self.input.n_codes, self.input.n_new
-        if not n_new:
-            return vectors_CE
-        is_event_BT = inputs["padding_mask"]
-        is_new_G = (pairs.code >= n_known) & (pairs.row < len(is_event_BT))
-        if reads_freely(is_new_G.device) and not bool(is_new_G.any()):
-            return vectors_CE
-        place_J = Groups((pairs.code - n_known).where(is_new_G, n_new), n_new).greatest(pairs.last_place)
-        at_J = place_J.clamp(min=0)
-        if "rows" in inputs:
-            found_JE = inputs["rows"][inputs["row_ids"].flatten()[at_J].long()]
-        else:
-            found_JE = inputs["embeddings"].flatten(0, 1)[at_J]
-        check_width(found_JE, self.embedding_dim)
-        return torch.cat([vectors_CE, found_JE.float() * (place_J >= 0)[:, None]])
 
     def _texts(self, vectors_CE: Tensor) -> Tensor:
         """Return the whitened vectors (C, E) float32, in training with noise."""

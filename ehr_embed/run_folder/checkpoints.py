@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import atomic_path
 from ehr_embed.core.manifest import checked
-from ehr_embed.core.moved import renamed
+from ehr_embed.core.moved import current_state, renamed
 from ehr_embed.data.vocabulary import (
     PADDING,
     TOKENS_FILE,
@@ -113,7 +113,8 @@ def read_checkpoint(where: str | Path, *, key: str = "init_from") -> tuple[Path,
         raise UserError(
             f"{path}: expected a checkpoint with {', '.join(sorted(expected))}. Use one that train.py wrote."
         )
-    return path, checkpoint | {"config": renamed(checkpoint["config"])}
+    weights = current_state(checkpoint["model_state_dict"])
+    return path, checkpoint | {"config": renamed(checkpoint["config"]), "model_state_dict": weights}
 
 
 def write_latest(

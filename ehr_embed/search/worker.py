@@ -15,14 +15,14 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import run_job, setup_globals
 from omegaconf import open_dict
 
-from ehr_embed.core.loading import end_without_collection
+from ehr_embed.core.collector import collect_rarely
 
 PARENT_CHECK_S = 0.5
 
 
 def main() -> None:
     """Run the job as Hydra would; `SearchCallback` writes its outcome, and the exit code carries no meaning."""
-    end_without_collection()
+    collect_rarely()
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     application = pickle.load(sys.stdin.buffer)  # safe: the search that started this process wrote it

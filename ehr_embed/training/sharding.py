@@ -140,7 +140,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for number, moments in state["state"].items()
     }
-    # How a step is computed is no part of the state: earlier versions did not fuse that of 16-mixed.
-    own = [{name: group[name] for name in ("fused", "foreach") if name in group} for group in optimizer.param_groups]
-    groups = [saved | ours for saved, ours in zip(state["param_groups"], own, strict=False)]
+    # How a step is computed is no part of the state: a checkpoint may come from steps that were not fused. Groups that
+    # the optimizer lacks stay as they are, so that torch refuses them.
+    groups = [dict(group) for group in state["param_groups"]]
+    for saved, own in zip(groups, optimizer.param_groups, strict=False):
+        saved |= {name: own[name] for name in ("fused", "foreach") if name in own}
     optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})

@@ -16,6 +16,7 @@ from ehr_embed.comparison.compare import compare
 from ehr_embed.config.targets import check_stored_node
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.rereadable import Rereadable
+from ehr_embed.experiment.ensemble import member_runs, written_out
 from ehr_embed.experiment.run import run
 from ehr_embed.explain import explain
 from ehr_embed.inference.explainer import Explainer
@@ -144,6 +145,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
     ("overrides", "message"),
     [
         (["+ensemble.members.a.seed=3"], "key of ensemble.members.a"),
+        (["+ensemble.members.a.trainer.learn=1"], r"trainer 'learn'"),
         (["+ensemble.members.a.seeds=0"], r"ensemble\.members\.a\.seeds=0"),
         (["ensemble.weights=best"], r"ensemble\.weights 'best': Valid: equal, tuning"),
         (["+ensemble.members.a.seeds=1", "embedder.trainable=residual"], r"embedder\.trainable=frozen"),
@@ -194,6 +196,14 @@ def test_few_labels_tell_no_weights():
 def test_inner_members_count_by_their_mean_probability():
     logits = torch.randn(5, 4, 3)
     torch.testing.assert_close(log_probabilities(logits).exp(), logits.double().softmax(-1).mean(1))
+
+
+def test_a_member_may_type_only_the_keys_in_which_its_trainer_differs(tmp_path):
+    typed = ("+ensemble.members.own.seeds=1", "+ensemble.members.slow.trainer.learning_rate=1e-4")
+    runs = member_runs(written_out(config(tmp_path, "run", *typed)), tmp_path)
+    own, slow = (OmegaConf.to_container(cfg.trainer) for cfg in runs.values())
+    assert {key for key in own if own[key] != slow[key]} == {"learning_rate"}
+    assert (own.keys(), slow["learning_rate"]) == (slow.keys(), 1e-4)
 
 
 def test_the_stored_configuration_repeats_the_ensemble(place):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ehr_embed.core.errors import UserError
+from ehr_embed.core.moved import current_state
 from ehr_embed.data.vocabulary import Vocabulary, VocabularySettings
 from ehr_embed.models.aligned import CodeMatches
 from ehr_embed.models.code_features import CodeFeatures
@@ -244,6 +245,24 @@ def test_an_aligned_model_is_loaded_as_it_was():
     again.load_state_dict(model.state_dict())
     again.set_vocabulary(vocabulary([*HERE, "more", "codes"]))
     torch.testing.assert_close(again.eval()(batch(seed=4)), expected)
+
+
+def test_pooled_features_are_loaded_as_they_were_and_as_earlier_versions_kept_them():
+    def built() -> torch.nn.Module:
+        features = CodeFeatures(has_values=True, max_codes=9, times=True)
+        features.set_vocabulary(vocabulary(HERE))
+        features.pool({"x": ("x", 1.0), "y": ("x", 0.5), "z": ("z", 1.0)})
+        return torch.nn.ModuleDict({"features": features})
+
+    model = built()
+    model["features"].choose([batch()])
+    model["features"].fit_to_records([batch()])
+    expected, earlier = model["features"](batch(seed=5)), model.state_dict()
+    earlier["features._of_matches._extra_state"] = {"codes": HERE, "valued": HERE}
+    for state in (model.state_dict(), current_state(earlier)):
+        again = built()
+        again.load_state_dict(state)
+        torch.testing.assert_close(again["features"](batch(seed=5)), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_dropped_codes_and_noise_are_of_training_alone():

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
 import ehr_embed
 from ehr_embed.ask import _shown, ask
@@ -251,6 +252,33 @@ def test_many_outcomes_are_judged_without_labels(everywhere, root, capsys):
     assert found["unions"] > 0
     assert 0 <= found["auroc_of_unions"] <= 1
     assert "FLU" not in found["each"]
+
+
+def test_families_kept_out_of_pretraining_are_compared_with_themselves_in_training(
+    everywhere, root, monkeypatch, capsys
+):
+    from benchmarks import outcome_families
+
+    outcome_families.main(["draw", str(everywhere), "--folds", "2", "--leave_out", "influ"])
+    folds = [yaml.safe_load(line.partition("=")[2])["codes"] for line in capsys.readouterr().out.splitlines()]
+    assert len(folds) == 2
+    assert not set(folds[0]) & set(folds[1])
+    assert {"MI", "SMOKE"} <= {code for fold in folds for code in fold}
+    assert "FLU" not in {code for fold in folds for code in fold}
+
+    class KeepsOut(Asker):
+        """A run that says of itself, if it is opened as `out`, that infarctions were in no set."""
+
+        def __init__(self, run_dir):
+            super().__init__(everywhere)
+            self.run.config["task"]["auto"]["never"] = {"codes": ["MI"]} if run_dir == "out" else None
+
+    monkeypatch.setattr(outcome_families, "Asker", KeepsOut)
+    outcome_families.main(["judge", str(root), "out", "in", "--horizon_days", "15", "--least", "3"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["families"], found["codes"]) == (1, 1)
+    assert found["auroc_kept_out"] == found["auroc_trained"] > 0.6, "both are the same run"
+    assert found["share"] == found["families_above_0.9"] == 1.0
 
 
 def test_a_question_takes_less_time_than_sampled_futures(everywhere, root, capsys):

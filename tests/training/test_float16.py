@@ -42,7 +42,7 @@ def test_the_host_does_not_wait_to_skip_a_step(clips, monkeypatch):
 
 
 def test_a_run_whose_steps_were_not_fused_goes_on():
-    """Earlier versions did not fuse those of float16."""
+    """A checkpoint of a version that did not fuse the steps of float16 is loaded into an optimizer that does."""
     weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     earlier, now = (
         torch.optim.AdamW([w], lr=0.1, fused=is_new) for w, is_new in zip(weights, (False, True), strict=True)
@@ -56,3 +56,10 @@ def test_a_run_whose_steps_were_not_fused_goes_on():
         weight.grad = torch.full((3,), 2.0)
         optimizer.step()
     torch.testing.assert_close(*weights)
+
+
+def test_a_state_with_more_groups_than_the_optimizer_is_refused():
+    saved = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(2))]} for _ in range(3)])
+    now = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)])
+    with pytest.raises(ValueError, match="groups"):
+        load_optimizer(now, saved.state_dict())
