@@ -43,7 +43,7 @@ class CodeMatches(nn.Module):
         self.register_buffer("known_of", torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("gates", torch.empty(0), persistent=False)
         self.register_buffer("twins", torch.empty(0, 2, dtype=torch.int64), persistent=False)
-        self.dataset_of, self.most_twins = torch.empty(0, dtype=torch.int64), 0
+        self.dataset_of, self.n_read, self.most_twins = torch.empty(0, dtype=torch.int64), 0, 0
         self.quantiles = QuantileNormal(0)
 
     def match(
@@ -72,7 +72,7 @@ class CodeMatches(nn.Module):
         device = self.quantiles.offsets.device
         # Without a match there is one that no event has, since a GPU reads an entry for places without a pair too.
         known_gates = [*found.values()] or [(0, 0.0)]
-        self.known_of = torch.tensor([known for known, _ in known_gates], dtype=torch.int64, device=device)
+        self._take_known(torch.tensor([known for known, _ in known_gates], dtype=torch.int64), device)
         self.gates = torch.tensor([gate for _, gate in known_gates], dtype=torch.float32, device=device)
         leads = [(instead.get(code, code), twin) for twin, code in (twins or {}).items()]
         of_twins = [(number[a], number[b]) for a, b in leads if a != b and {a, b} <= number.keys()]
@@ -143,7 +143,13 @@ class CodeMatches(nn.Module):
             key_L = key_L.where(torch.cat([torch.ones_like(every_K, dtype=torch.bool), is_twin]), n_keys)
             key_L = key_L.clamp(max=n_keys)
         order = key_L.argsort()
+        if not counts:  # places without a pair come last
+            order = order[: n_rows * self.most_per_record(len(code_K))]
         return key_L[order] // self._n_known, key_L[order] % self._n_known, of_L[order]
+
+    def most_per_record(self, n_events: int) -> int:
+        """Return the largest number of pairs, twins included, that a record of `n_events` events can have."""
+        return min(min(n_events, self.n_read) + len(self.twins), n_events * (1 + self.most_twins))
 
     @property
     def _n_known(self) -> int:
@@ -163,9 +169,14 @@ class CodeMatches(nn.Module):
         """Take the matches of another run."""
         device = self.quantiles.offsets.device
         self.codes, self.known = list(state["codes"]), list(state["known"])
-        self.known_of, self.gates = state["known_of"].to(device), state["gates"].to(device)
+        self._take_known(state["known_of"], device)
+        self.gates = state["gates"].to(device)
         twins = state.get("twins", torch.empty(0, 2, dtype=torch.int64))  # earlier versions had none
         self._take_twins(twins[twins[:, 0].argsort(stable=True)], device)
+
+    def _take_known(self, known_of: Tensor, device: torch.device) -> None:
+        self.n_read = len(known_of.unique())
+        self.known_of = known_of.to(device)
 
     def _take_twins(self, twins: Tensor, device: torch.device) -> None:
         self.most_twins = int(twins[:, 0].bincount().max()) if len(twins) else 0

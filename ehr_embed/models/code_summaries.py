@@ -216,8 +216,7 @@ class CodeSummaries(ReadsCodes):
             # A number that train never had, or that was the same in all its records, was 0 in training: no weight was fitted to it.
             n_knots_KF = self.quantiles.offsets.diff()[self._columns(code_K)]
             scores_KF = scores_KF.masked_fill(n_knots_KF < 2, float("nan"))
-        most = min(n_places * (1 + self.matches.most_twins), self.n_codes + len(self.matches.twins))
-        return Pairs(row_K, code_K, scores_KF, last_K, most)
+        return Pairs(row_K, code_K, scores_KF, last_K, self.matches.most_per_record(n_places))
 
     def _pairs(self, inputs: dict[str, Tensor]) -> Pairs:
         """Return the pairs of a record and a code of the present vocabulary."""
