@@ -36,29 +36,29 @@ HAS_FUSED = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCros
 
 @cache
 def compiled_scores() -> Score:
-    """The package's scores of a chunk, compiled."""
+    """Return the package's scores of a chunk, compiled."""
     return torch.compile(_token_scores, dynamic=True)
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, *, reduction: str) -> Tensor:
-    """The sum of the losses by torch's function, with its own choice of chunks."""
+    """Return the sum of the losses by torch's function, with its own choice of chunks."""
     options = torch.nn.LinearCrossEntropyOptions()
     same = weight.to(x.dtype), bias.to(x.dtype)
     return F.linear_cross_entropy(x, same[0], target, linear_bias=same[1], reduction=reduction, options=options).sum()
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The sum of the losses by the package."""
+    """Return the sum of the losses by the package."""
     return token_scores(x, weight, bias, target, with_ranks=False)[0].sum()
 
 
 def compiled(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The same with chunks that torch compiled, as with trainer.compile=true."""
+    """Return the same sum with chunks that torch compiled, as with trainer.compile=true."""
     return token_scores(x, weight, bias, target, with_ranks=False, score=compiled_scores())[0].sum()
 
 
 def whole(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
-    """The sum of the losses from all scores at once."""
+    """Return the sum of the losses from all scores at once."""
     return F.cross_entropy(F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).float(), target, reduction="sum")
 
 
@@ -68,7 +68,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {"ours": ours, "compiled": compiled, "w
 
 
 def made(options: argparse.Namespace) -> tuple[Tensor, ...]:
-    """Hidden states, weights, biases and targets."""
+    """Return hidden states, weights, biases and targets."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if options.bfloat16 else torch.float32
     x = torch.randn(options.events, options.model_dim, generator=generator).to(options.device, dtype)
@@ -80,7 +80,7 @@ def made(options: argparse.Namespace) -> tuple[Tensor, ...]:
 
 
 def step(way: str, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The loss and the gradients of one way."""
+    """Return the loss and the gradients of one way."""
     x, weight, bias, target = tensors
     for tensor in (x, weight, bias):
         tensor.grad = None
@@ -90,7 +90,7 @@ def step(way: str, tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def peak(way: str, options: argparse.Namespace, threads: int) -> float:
-    """MiB that one step of a way takes at its peak above the highest before it; on a GPU above what is held before it."""
+    """Return the MiB that one step of a way takes at its peak above the highest before it, on a GPU above what is held before."""
     torch.set_num_threads(threads)
     device = torch.device(options.device)
     small = argparse.Namespace(**vars(options) | {"events": 8, "vocabulary": 16})

@@ -95,7 +95,7 @@ class Predictions:
 
     @property
     def compared(self) -> predictions.Predictions:
-        """These as `ehr_embed compare` reads them, whose bootstrap draws subjects with all their samples."""
+        """Return these as `ehr_embed compare` reads them, whose bootstrap draws subjects with all their samples."""
         probability_N1 = 1 / (1 + np.exp(-self.logits[:, None]))
         return predictions.Predictions(
             pl.DataFrame({"subject_id": self.ids}), self.labels[:, None] == 1, probability_N1

@@ -81,7 +81,7 @@ class Hospital:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Overrides that read it."""
+        """Return the overrides that read it."""
         return ("data=meds", f"data.root={self.root}", f"task.labels={self.labels}")
 
 

@@ -164,7 +164,7 @@ class CodeFeatures(ReadsCodes):
         self._match()
 
     def fit_to_records(self, records: Iterable[dict[str, Tensor]]) -> None:
-        """After `align` or `pool`, fit the matched codes' own quantiles to the records; `records` gives each batch once."""
+        """Fit the matched codes' own quantiles to the records, after `align` or `pool`; `records` gives each batch once."""
 
         def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
             for inputs in records:
@@ -374,7 +374,7 @@ class ReadsCodeFeatures(nn.Module):
         self.features.pool(matches, dataset_of)
 
     def adapt_to_records(self, train: Iterable[dict[str, Tensor]]) -> None:
-        """After `align` or `pool`, fit the matched codes' own quantiles to the records."""
+        """Fit the matched codes' own quantiles to the records, after `align` or `pool`."""
         self.features.fit_to_records(train)
 
     def featurise(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -88,12 +88,12 @@ class CodeSummaries(ReadsCodes):
 
     @property
     def n_codes(self) -> int:
-        """Known codes C."""
+        """Return the number C of known codes."""
         return len(self.codes)
 
     @property
     def n_new(self) -> int:
-        """Codes J of the vocabulary that train never had."""
+        """Return the number J of the vocabulary's codes that train never had."""
         return 0 if self.matches is not None else self.n_slots - self.n_codes
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -156,7 +156,7 @@ class CodeSummaries(ReadsCodes):
         self.code_of_token = torch.tensor(found, dtype=torch.int64, device=self.code_of_token.device)
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        """The known codes."""
+        """Return the known codes."""
         return {"codes": self.codes}
 
     def set_extra_state(self, state: Any) -> None:
@@ -165,11 +165,11 @@ class CodeSummaries(ReadsCodes):
         self._match()
 
     def slots_of(self, tokens: Tensor) -> Tensor:
-        """The code's number of each token id, -1 for none."""
+        """Return the code's number of each token id, -1 for none."""
         return self.code_of_token[tokens]
 
     def known_of(self, tokens: Tensor) -> Tensor:
-        """The number of the known code as which each token id is read, -1 for none."""
+        """Return the number of the known code as which each token id is read, -1 for none."""
         slots = self.slots_of(tokens)
         return slots if self.matches is None else torch.where(slots < 0, slots, self.matches.known_of[slots])
 

@@ -119,8 +119,8 @@ class CodeTab(nn.Module):
         self.body.input.fit(train)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (B, M, num_classes) float32 of M members from `token_ids` and `days` (B, T), `padding_mask` (B, T), True = event,
-        and `rows` (U, E) with `row_ids` (B, T), or `embeddings` (B, T, E).
+        """Return logits (B, M, num_classes) float32 of M members from `token_ids` and `days` (B, T), `padding_mask` (B, T), True =
+        event, and `rows` (U, E) with `row_ids` (B, T), or `embeddings` (B, T, E).
 
         Known codes have the vectors that train's had; those of events are read for codes that train never had. Age needs
         `age_days` (B, T), NaN = unknown, and a model that carries values takes `values` (B, T), NaN = none.

@@ -69,7 +69,7 @@ class CodeTabBody(nn.Module):
         self.register_load_state_dict_pre_hook(_as_many_signs)
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The known codes' vectors; not a buffer of the `state_dict`, since their number is the data's."""
+        """Return the known codes' vectors; they are no buffer of the `state_dict`, since the data set their number."""
         return {"vectors": self.vectors.cpu()}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -109,7 +109,7 @@ class CodeTabBody(nn.Module):
                 reads.weight *= scale
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(B, M, D) of what `EventEmbedding.inputs` gives."""
+        """Return (B, M, D) of what `EventEmbedding.inputs` gives."""
         pairs, n_rows, n_known = self.input(inputs), len(inputs["padding_mask"]), self.input.n_codes
         if self.training and self.code_dropout:
             pairs = pairs.only(torch.rand(len(pairs.row), device=pairs.row.device) >= self.code_dropout, n_rows)
@@ -134,7 +134,7 @@ class CodeTabBody(nn.Module):
         return e_CE + self.text_noise * torch.randn_like(e_CE) if self.training and self.text_noise else e_CE
 
     def _member_weights(self, e_CE: Tensor) -> Tensor:
-        """(C + J, M); without weights from texts, a new code has those of the known code whose text is nearest."""
+        """Return the weights (C + J, M); without weights from texts, a new code has those of the known code with the nearest text."""
         if self.from_text is not None:
             return self.from_text(e_CE)
         signs_CM, n_known = self.signs.T, self.input.n_codes
@@ -161,7 +161,7 @@ class CodeTabBody(nn.Module):
         return (1 + self.n_gates) * N_INPUTS * self.hidden_dim + self.n_members * self.n_gates * self.hidden_dim
 
     def _by_frequency(self, n_rows: int, pairs: Pairs, x_GP: Tensor, vectors_CE: Tensor) -> Tensor:
-        """(B, M, D) of the codes that occur, where others add nothing: frequent ones code by code, rare ones pair by pair.
+        """Return (B, M, D) of the codes that occur, where others add nothing: frequent ones code by code, rare ones pair by pair.
 
         Hospitals that are pooled share a few codes that all records have, and have thousands that few records have.
         """
@@ -185,7 +185,7 @@ class CodeTabBody(nn.Module):
         return z_BMD
 
     def _dense(self, n_rows: int, row_G: Tensor, code_G: Tensor, x_GP: Tensor, e_CE: Tensor, a_CM: Tensor) -> Tensor:
-        """(B, M, D): all codes in all records, code by code."""
+        """Return (B, M, D) of all codes in all records, code by code."""
         n_codes, n_all = len(e_CE), n_rows + (not reads_freely(x_GP.device))  # one more row for places without a pair
         g_CR, g2_CR, t_CH = self.gates(e_CE), self.gates2(e_CE), self.text(e_CE)
         if self.feeds_absent:
@@ -213,8 +213,8 @@ class CodeTabBody(nn.Module):
         *,
         most: int | None = None,
     ) -> Tensor:
-        """(B, M, D) from the pairs that occur, ascending by record, at most `most` of each, and, once for all records, the known
-        codes' parts where they are absent.
+        """Return (B, M, D) from the pairs that occur, ascending by record, at most `most` of each, and, once for all records, the
+        known codes' parts where they are absent.
 
         The second matrix is a sum over gates, so that hidden vectors are added up over codes, with weights a g2, before it.
         """
@@ -239,7 +239,10 @@ class CodeTabBody(nn.Module):
         return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _hidden(self, x_GP: Tensor, g_GR: Tensor, t_GH: Tensor) -> Tensor:
-        """(G, H): the first matrix is a sum over gates, so that all of them read the products of inputs and gates."""
+        """Return the hidden vectors (G, H).
+
+        The first matrix is a sum over gates, so that all of them read the products of inputs and gates.
+        """
         products = (g_GR[:, :, None] * x_GP[:, None]).flatten(1)
         return self.dropout(F.gelu(self.shared(x_GP) + products @ self.weights1.flatten(0, 1) + t_GH))
 
@@ -291,12 +294,12 @@ def _as_many_signs(body: CodeTabBody, state: dict[str, Tensor], prefix: str, *_:
 
 
 def _signs(n_members: int, n_codes: int) -> Tensor:
-    """(M, C) of 1 and -1, drawn."""
+    """Draw (M, C) of 1 and -1."""
     return torch.randint(0, 2, (n_members, n_codes)).float() * 2 - 1
 
 
 def _reads_text(embedding_dim: int, n_outputs: int) -> nn.Linear:
-    """A map from a text's vector to numbers of variance 1."""
+    """Return a map from a text's vector to numbers of variance 1."""
     weight = nn.Linear(embedding_dim, n_outputs, bias=False)
     nn.init.normal_(weight.weight, std=embedding_dim**-0.5)
     return weight

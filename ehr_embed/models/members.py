@@ -31,7 +31,7 @@ class MemberLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_members, out_dim))
 
     def forward(self, z_BMD: Tensor) -> Tensor:
-        """(B, M, in_dim) -> (B, M, out_dim)."""
+        """Map (B, M, in_dim) to (B, M, out_dim)."""
         return self.scale_out * self.shared(self.scale_in * z_BMD) + self.bias
 
 
@@ -55,7 +55,7 @@ class MemberHead(nn.Module):
         self.class_bias = nn.Parameter(torch.zeros(n_members, num_classes))
 
     def forward(self, z_BMD: Tensor) -> Tensor:
-        """(B, M, D), or (B, D) for all members alike, -> logits (B, M, C) float32."""
+        """Map (B, M, D), or (B, D) for all members alike, to logits (B, M, C) float32."""
         if z_BMD.ndim == 2:
             z_BMD = z_BMD.unsqueeze(1).expand(-1, len(self.classes), -1)
         with without_autocast(z_BMD):
@@ -75,7 +75,7 @@ def over_members(outputs: Tensor) -> Tensor:
 
 
 def loss_over_members(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
-    """`loss` of logits (B, C) and labels; of logits (B, M, C), the mean over members of each one's loss.
+    """Return `loss` of logits (B, C) and labels; of logits (B, M, C), the mean over members of each one's loss.
 
     >>> loss_over_members(lambda logits, labels: (logits[:, 0] - labels).abs(), torch.tensor([[[1.0], [3.0]]]), torch.zeros(1))
     tensor([2.])

@@ -48,7 +48,7 @@ class QuantileNormal(nn.Module):
 
     @property
     def n_columns(self) -> int:
-        """Columns F."""
+        """Return the number F of columns."""
         return len(self.offsets) - 1
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class QuantileNormal(nn.Module):
 
     @torch.no_grad()
     def forward(self, columns: Tensor, numbers: Tensor) -> Tensor:
-        """Normal scores, float32 in the shape of `numbers`, whose columns are `columns` (any shape that broadcasts to it)."""
+        """Return normal scores, float32 in the shape of `numbers`; `columns` are their columns, in any shape that broadcasts to it."""
         columns, x = columns.expand(numbers.shape), numbers.float()
         first, stop = self.offsets[columns], self.offsets[columns + 1]
         is_known, counts = (stop > first) & ~x.isnan(), reads_freely(x.device)
@@ -136,7 +136,7 @@ class QuantileNormal(nn.Module):
         return found
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The tables; not buffers of the `state_dict`, since their lengths are fitted."""
+        """Return the tables; they are no buffers of the `state_dict`, since their lengths are fitted."""
         return {name: getattr(self, name).cpu() for name in ("knots", "below", "upto", "offsets")}
 
     def set_extra_state(self, state: Any) -> None:

@@ -313,7 +313,7 @@ def test_a_number_that_train_never_varied_says_nothing_there():
 
 
 @pytest.mark.parametrize("windows_hours", [None, (12, 24)])
-def test_what_occurs_is_what_the_table_of_all_codes_holds(windows_hours):
+def test_the_table_of_chosen_codes_holds_the_summaries_of_the_pairs(windows_hours):
     """The summaries of matched codes before they become scores are those of a model that chose these codes."""
     features = CodeFeatures(has_values=True, max_codes=9, times=True, windows_hours=windows_hours)
     features.set_vocabulary(vocabulary(HERE))
