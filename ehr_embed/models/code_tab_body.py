@@ -134,7 +134,7 @@ class CodeTabBody(nn.Module):
         return e_CE + self.text_noise * torch.randn_like(e_CE) if self.training and self.text_noise else e_CE
 
     def _member_weights(self, e_CE: Tensor) -> Tensor:
-        """Return the weights (C + J, M); without weights from texts, a new code has those of the known code with the nearest text."""
+        """Return weights (C + J, M); without weights from texts, a new code has those of the known code with the nearest text."""
         if self.from_text is not None:
             return self.from_text(e_CE)
         signs_CM, n_known = self.signs.T, self.input.n_codes

@@ -77,7 +77,7 @@ class QuantileNormal(nn.Module):
 
     @torch.no_grad()
     def forward(self, columns: Tensor, numbers: Tensor) -> Tensor:
-        """Return normal scores, float32 in the shape of `numbers`; `columns` are their columns, in any shape that broadcasts to it."""
+        """Return normal scores, float32 in the shape of `numbers`, to which the shape of their `columns` broadcasts."""
         columns, x = columns.expand(numbers.shape), numbers.float()
         first, stop = self.offsets[columns], self.offsets[columns + 1]
         is_known, counts = (stop > first) & ~x.isnan(), reads_freely(x.device)
