@@ -42,14 +42,18 @@ def mean_sd(values: Sequence[float]) -> str:
 
 
 def cell(rows: Sequence[Row], metric: str, *, most: int, of: str = "seed", interval: bool = False) -> str:
-    """Return the mean and SD of a metric over rows, the interval of the first, and their number where it is not the usual `most`.
+    """Return the mean and SD of a metric over rows, the first with its interval, and their number where it is not the usual `most`.
 
-    >>> cell([{"auroc": "0.8"}, {"auroc": "0.9"}], "auroc", most=2), cell([{"auroc": "0.8"}], "auroc", most=2, of="draw")
+    >>> low, high = {"auroc": "0.8", "auroc/low": "0.7", "auroc/high": "0.9"}, {"auroc": "0.9"}
+    >>> cell([low, high], "auroc", most=2), cell([low], "auroc", most=2, of="draw")
     ('0.850 ± 0.071', '0.800 (1 draw)')
+    >>> cell([low, high], "auroc", most=2, interval=True), cell([low], "auroc", most=1, interval=True)
+    ('0.850 ± 0.071; 0.800 [0.700, 0.900]', '0.800 [0.700, 0.900]')
     """
     told = mean_sd([float(row[metric]) for row in rows])
     if interval and rows:
-        told += f" [{float(rows[0][f'{metric}/low']):.3f}, {float(rows[0][f'{metric}/high']):.3f}]"
+        first = f"{float(rows[0][metric]):.3f} [{float(rows[0][f'{metric}/low']):.3f}, {float(rows[0][f'{metric}/high']):.3f}]"
+        told = first if len(rows) == 1 else f"{told}; {first}"
     return told if len(rows) in (0, most) else f"{told} ({len(rows)} {of}{'' if len(rows) == 1 else 's'})"
 
 
