@@ -46,10 +46,10 @@ BOTH = "mean logit of code_tab and gbm"
 WAYS = {"tuned": "tuned", "pool": "pooled", "pooltab": "pooled"}
 """How a way of `few` uses the labels, where it does not train on them alone."""
 ALONE, UNCHANGED, POOLED = "alone", "unchanged", "pooled"
-WHOLE_RUN = re.compile(r"(home|away)_([a-z]+)_(\d+)")
-UNCHANGED_RUN = re.compile(r"(home|away)_to_(home|away)_([a-z]+)_(texts|shuffled|none)_(\d+)")
+WHOLE_RUN = re.compile(r"(home|away)_([a-z0-9]+)_(\d+)")
+UNCHANGED_RUN = re.compile(r"(home|away)_to_(home|away)_([a-z0-9]+)_(texts|shuffled|none)_(\d+)")
 FEW_RUN = re.compile(r"few_([a-z0-9]+)_(\d+)_(\d+)")
-POOL_RUN = re.compile(r"pool_([a-z]+)_(\d+)")
+POOL_RUN = re.compile(r"pool_([a-z0-9]+)_(\d+)")
 ROW = (
     "run", "model", "way", "trained_on", "applied_to", "control", "labels", "draw", "seed", "split", "n", "n_positive",
     "auroc", "auroc/low", "auroc/high", "auprc", "auprc/low", "auprc/high", "commit", "hardware", "date",

@@ -142,10 +142,11 @@ def hide(model: CodeTab) -> None:
     ],
 )
 def test_on_a_gpu_it_computes_the_same_without_counting(options, changed, monkeypatch):
-    """Records of other tokens than codes' and hidden events have places too, and there are more events than codes or fewer."""
+    """Records of other tokens than codes' and hidden events have places too; there are more events than codes, fewer, or none."""
     model, n_tried = build(**options), 0
-    for records in (RECORDS, train_records(9)):
+    for records, is_empty in ((RECORDS, False), (RECORDS, True), (train_records(9), False)):
         given = inputs(records)
+        given["padding_mask"] &= not is_empty
         given["places"] = given["padding_mask"].flatten().nonzero().squeeze(1)
         given["padding_mask"][2, 0] = False
         if changed is not None and not n_tried:
@@ -159,12 +160,13 @@ def test_on_a_gpu_it_computes_the_same_without_counting(options, changed, monkey
                 model.zero_grad()
                 logits = model(given)
                 logits.square().sum().backward()
-                found.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+                of = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+                found.append((logits.detach(), of))
         for logits, gradients in found[1:]:
             torch.testing.assert_close(logits, found[0][0], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(gradients, found[0][1], atol=1e-4, rtol=1e-3)
             n_tried += 1
-    assert n_tried == 4
+    assert n_tried == 6
     there = {name: x.to("meta") for name, x in given.items()}  # tensors without numbers: reading one raises an error
     model.train().to("meta")(there).sum().backward()
 
