@@ -68,9 +68,7 @@ def written_out(cfg: DictConfig) -> DictConfig:
             for group in OWN:
                 if member.get(group) is None:
                     member[group] = cfg[group].copy()
-            for key in cfg.trainer:  # a member may type only the keys in which its trainer differs
-                if key not in member.trainer:
-                    member.trainer[key] = cfg.trainer[key]
+            _complete(member.trainer, cfg.trainer)
             if member.model.get("_target_") == TARGET:
                 raise UserError(
                     f"ensemble.members.{name} has no model of its own. Type: model@ensemble.members.{name}.model=NAME"
@@ -91,6 +89,15 @@ def written_out(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         cfg.model = {"_target_": TARGET, "max_length": lengths.pop(), "members": plain}
     return cfg
+
+
+def _complete(own: DictConfig, trainer: DictConfig) -> None:
+    """Give a member's trainer the keys of the run's that it lacks, and those of an optimizer or schedule that is the same."""
+    for key, value in trainer.items():
+        if key not in own:
+            own[key] = value
+        elif OmegaConf.is_dict(own[key]) and "_target_" not in own[key] and OmegaConf.is_dict(value):
+            own[key] = OmegaConf.merge(value, own[key])
 
 
 def member_runs(cfg: DictConfig, run_dir: Path) -> dict[Path, DictConfig]:
@@ -115,6 +122,7 @@ def member_runs(cfg: DictConfig, run_dir: Path) -> dict[Path, DictConfig]:
                 if stage.tracker.get(key):  # a tracker keeps each member as a run
                     stage.tracker[key] = f"{stage.tracker[key]}-{name}"
         check_config(stage, RunKeys)
+        builder(stage)(stage.trainer)  # refuses its settings before any member is trained
         found[run_dir / MEMBERS / name] = stage
     return found
 

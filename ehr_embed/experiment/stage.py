@@ -21,6 +21,7 @@ from torch import nn
 
 from ehr_embed.config.build_model import build_model, of_constructor
 from ehr_embed.config.instantiate import builder
+from ehr_embed.core.collector import collect_as_usual
 from ehr_embed.core.errors import UserError
 from ehr_embed.core.files import write_json
 from ehr_embed.core.rereadable import Rereadable
@@ -74,6 +75,7 @@ def run_stage(cfg: DictConfig, run_dir: Path, *, init_from: str | Path | None, t
     Returns:
         The monitored metric on tuning with the best checkpoint.
     """
+    collect_as_usual()
     plan = make_plan(cfg, run_dir, init_from=init_from, trial=trial)
     found = plan.processes.on_first(lambda: find_run(run_dir, plan.config, how=cfg.resume))
     if found.is_finished:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ class CodeInput(ReadsCodes):
             x_GD = x_GD + self.join(torch.cat([x_GD, summaries_GF.to(x_GD.dtype)], dim=-1))
         first_B = torch.searchsorted(row_G, torch.arange(n_rows + 1, device=row_G.device))
         place_G = torch.arange(len(row_G), device=row_G.device) - first_B[row_G]
-        width = int(place_G.max()) + 1 if counts else min(n_places, n_codes)
+        width = (int(place_G.max()) + 1 if len(place_G) else 1) if counts else min(n_places, n_codes)
         place_G, shape = place_G.clamp(max=width - 1), (n_rows + 1, width)
         x_BSD = x_GD.new_zeros(*shape, x_GD.shape[-1]).index_put((row_G, place_G), x_GD)
         is_code_BS = torch.zeros(shape, dtype=torch.bool, device=x_GD.device)
@@ -169,25 +169,15 @@ class Subject(nn.Module):
         return self.vector + self.age(torch.stack([x_B, x_B.square(), ~x_B.isnan()], dim=-1).nan_to_num())
 
 
-Read = TypeVar("Read", bound=nn.Module)
+class CodeBody(nn.Module):
+    """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm."""
 
-
-class CodeBody(nn.Module, Generic[Read]):
-    """Code input, an optional element for the subject's age, pre-norm transformer blocks and a final norm.
-
-    Args:
-        read: module that returns the vectors (B, S, D) and the mask (B, S) of a batch's codes.
-        model_dim: width D.
-        n_heads, n_layers, dropout: of the blocks.
-        age: whether the age at the prediction time is one more element.
-    """
-
-    input: Read
-
-    def __init__(self, *, read: Read, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool) -> None:
+    def __init__(
+        self, *, model_dim: int, n_heads: int, n_layers: int, dropout: float, age: bool, **options: Any
+    ) -> None:
         super().__init__()
         check_heads(model_dim, n_heads)
-        self.input = read
+        self.input = CodeInput(model_dim=model_dim, **options)
         self.subject = Subject(model_dim) if age else None
         self.blocks = nn.ModuleList(
             Block(model_dim=model_dim, n_heads=n_heads, dropout=dropout) for _ in range(n_layers)
@@ -200,6 +190,9 @@ class CodeBody(nn.Module, Generic[Read]):
         if self.subject is not None:
             x_BSD = torch.cat([self.subject(inputs).unsqueeze(1), x_BSD], dim=1)
             is_code_BS = F.pad(is_code_BS, (1, 0), value=True)
+        else:  # a record without a code is one element of zeros, since attention over nothing is undefined
+            is_code_BS = is_code_BS.clone()
+            is_code_BS[:, 0] |= ~is_code_BS.any(dim=1)
         for block in self.blocks:
             x_BSD = block(x_BSD, is_code_BS[:, None, None, :])
         return self.norm(x_BSD), is_code_BS
@@ -257,16 +250,17 @@ class CodeEncoder(nn.Module):
         super().__init__()
         n_outputs = check_classifies("model=code_encoder", num_classes, vocab_size)
         self.reads_values = "values" in summaries
-        read = CodeInput(
-            embedding_dim=embedding_dim,
+        self.body = CodeBody(
             model_dim=model_dim,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            dropout=dropout,
+            age=age,
+            embedding_dim=embedding_dim,
             has_values=has_values,
             summaries=summaries,
             whiten=whiten,
             shrinkage=shrinkage,
-        )
-        self.body = CodeBody(
-            read=read, model_dim=model_dim, n_heads=n_heads, n_layers=n_layers, dropout=dropout, age=age
         )
         self.head = PooledHead(pooling=pooling, model_dim=model_dim, num_classes=n_outputs, dropout=dropout)
 

@@ -85,6 +85,8 @@ class CodeSummaries(ReadsCodes):
         self.matches: CodeMatches | None = None
         self.quantiles = QuantileNormal(N_SUMMARIES)
         self.register_buffer("code_of_token", torch.empty(0, dtype=torch.int64), persistent=False)
+        # The matches load their state after this module.
+        self.register_load_state_dict_post_hook(_match_after_load)
 
     @property
     def n_codes(self) -> int:
@@ -287,3 +289,7 @@ class CodeSummaries(ReadsCodes):
         fit_quantiles(
             self.quantiles, parts(), n_codes=self.n_codes, counts=list(COUNTS), columns=self._columns, seed=seed
         )
+
+
+def _match_after_load(summaries: CodeSummaries, _: object) -> None:
+    summaries._match()

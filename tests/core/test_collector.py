@@ -6,16 +6,15 @@ import subprocess
 import sys
 
 
-def test_what_stands_to_be_closed_at_the_end_of_a_command_is_closed(tmp_path):
-    """No last round of the collector: what libraries registered is called, and open files are written."""
+def test_commands_load_with_few_rounds_and_runs_set_them_back():
+    """The threshold is set before a command is found, and a run sets it back, so that an earlier run's model does not stay."""
     code = (
-        "import atexit, gc; from pathlib import Path; from ehr_embed.core.collector import collect_rarely\n"
-        f"folder = Path({str(tmp_path)!r})\n"
-        "collect_rarely()\n"
-        "assert gc.isenabled()\n"
-        "atexit.register((folder / 'registered').write_text, 'called')\n"
-        "still_open = open(folder / 'open', 'w'); still_open.write('written')\n"
+        "import gc, sys; usual = gc.get_threshold(); from ehr_embed.console.main import main\n"
+        "sys.argv = ['ehr-embed', '--help']; main()\n"
+        "assert gc.get_threshold()[0] == 100_000 > usual[0]\n"
+        "from ehr_embed.experiment.stage import run_stage\n"
+        "try: run_stage(None, None, init_from=None, trial=None)\n"
+        "except AttributeError: pass\n"
+        "assert gc.get_threshold() == usual\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "registered").read_text() == "called"
-    assert (tmp_path / "open").read_text() == "written"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -146,6 +146,7 @@ def test_runs_of_other_samples_are_refused(place, tmp_path):
     [
         (["+ensemble.members.a.seed=3"], "key of ensemble.members.a"),
         (["+ensemble.members.a.trainer.learn=1"], r"trainer 'learn'"),
+        (["+ensemble.members.a.seeds=1", "+ensemble.members.b.trainer.epochs=-1"], r"epochs"),
         (["+ensemble.members.a.seeds=0"], r"ensemble\.members\.a\.seeds=0"),
         (["ensemble.weights=best"], r"ensemble\.weights 'best': Valid: equal, tuning"),
         (["+ensemble.members.a.seeds=1", "embedder.trainable=residual"], r"embedder\.trainable=frozen"),
@@ -160,6 +161,7 @@ def test_what_cannot_be_blended_is_refused_before_work(overrides, message, tmp_p
     with pytest.raises(UserError, match=message):
         run(composed(*chosen, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", *overrides))
     assert not (tmp_path / "run" / "metrics.json").exists()
+    assert not (tmp_path / "run" / "members").exists()
 
 
 def test_a_member_is_no_path_out_of_the_folder(tmp_path):
@@ -199,11 +201,14 @@ def test_inner_members_count_by_their_mean_probability():
 
 
 def test_a_member_may_type_only_the_keys_in_which_its_trainer_differs(tmp_path):
-    typed = ("+ensemble.members.own.seeds=1", "+ensemble.members.slow.trainer.learning_rate=1e-4")
+    """Of an optimizer too, unless it chooses another."""
+    typed = ("+ensemble.members.own.seeds=1", "+ensemble.members.slow.trainer.learning_rate=1e-4",
+             "+ensemble.members.slow.trainer.optimizer.betas=[0.5,0.9]")  # fmt: skip
     runs = member_runs(written_out(config(tmp_path, "run", *typed)), tmp_path)
     own, slow = (OmegaConf.to_container(cfg.trainer) for cfg in runs.values())
-    assert {key for key in own if own[key] != slow[key]} == {"learning_rate"}
+    assert {key for key in own if own[key] != slow[key]} == {"learning_rate", "optimizer"}
     assert (own.keys(), slow["learning_rate"]) == (slow.keys(), 1e-4)
+    assert slow["optimizer"] == own["optimizer"] | {"betas": [0.5, 0.9]}
 
 
 def test_the_stored_configuration_repeats_the_ensemble(place):

@@ -57,6 +57,20 @@ def test_padding_neighbours_and_the_order_of_records_change_nothing(pooling):
     torch.testing.assert_close(model(inputs(RECORDS[::-1])), together.flip(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_record_without_events_has_a_prediction(pooling):
+    """Such as one none of whose codes has a match; without the age it has no element of its own."""
+    model, given = build(pooling=pooling, age=False), inputs()
+    given["padding_mask"][1] = False
+    logits = model(given)
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(logits[0], model(inputs())[0], atol=1e-5, rtol=1e-4)
+    given["padding_mask"][:] = False
+    torch.testing.assert_close(model(given), logits[[1]].expand(3, 2), atol=1e-5, rtol=1e-4)
+
+
 def test_rows_and_vectors_give_the_same():
     model, given = build(), inputs()
     vectors = {"embeddings": given["rows"][given["row_ids"].long()]}

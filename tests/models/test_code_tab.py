@@ -171,6 +171,18 @@ def test_on_a_gpu_it_computes_the_same_without_counting(options, changed, monkey
     model.train().to("meta")(there).sum().backward()
 
 
+def test_an_aligned_model_that_is_loaded_reads_codes_as_before():
+    """The matches load after the codes, and decide which code a token is."""
+    matches = {"A": ("B", 1.0), "B": ("A", 0.5), "D": ("A", 1.0)}
+    model, other = build(), build()
+    model.align(matches)
+    model.adapt_to_records([inputs(train_records())])
+    other.align({"C": ("C", 1.0)})
+    other.adapt_to_records([inputs(train_records(20))])
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(inputs()), model(inputs()))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"feeds_absent": False, "code_dropout": 0.2, "text_noise": 0.1}, {"known": 5}])
 def test_a_gpu_computes_what_a_cpu_does_and_the_host_does_not_wait(options):
