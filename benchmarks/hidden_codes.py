@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import hospital_tables
 from benchmarks.common import report
 from benchmarks.hospital_rows import write
-from benchmarks.renamed_codes import metrics_of
+from benchmarks.runs import metrics_of
 from ehr_embed.comparison.provenance_columns import provenance_of
 
 EMBEDDERS = ("minilm_l6", "learned")

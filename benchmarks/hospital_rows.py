@@ -44,7 +44,7 @@ MODELS = {
 """The model of each kind and way, as the rows call it."""
 BOTH = "mean logit of code_tab and gbm"
 WAYS = {"tuned": "tuned", "pool": "pooled", "pooltab": "pooled"}
-"""How a way of `few` uses the labels, where it does not train on them alone."""
+"""The column `way` of runs of the part `few` in which a model does not train on the drawn labels alone."""
 ALONE, UNCHANGED, POOLED = "alone", "unchanged", "pooled"
 WHOLE_RUN = re.compile(r"(home|away)_([a-z0-9]+)_(\d+)")
 UNCHANGED_RUN = re.compile(r"(home|away)_to_(home|away)_([a-z0-9]+)_(texts|shuffled|none)_(\d+)")

@@ -13,22 +13,17 @@ files in docs/results/hospitals.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
 from benchmarks import hospital_tables
 from benchmarks.common import report
 from benchmarks.hospital_rows import PAIRED, ROW, Runs, write
+from benchmarks.runs import metrics_of
 from ehr_embed.core.errors import UserError
-from ehr_embed.experiment.run import run
-from ehr_embed.run_folder.layout import FINISHED
 
-CONF = Path(__file__).parents[1] / "conf"
 SIZES = (20, 50, 100, 200)
 WAYS = ("gbm", "gbm5", "tab", "tuned", "pool", "pooltab")
 """Boosting, boosting with leaves of 5, `code_tab` from scratch, `code_tab` of the other hospital fine-tuned, and both pooled."""
@@ -101,13 +96,7 @@ class Lab:
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Make a run unless it is there, and return its metrics."""
-        folder = self.folder / name
-        if not (folder / FINISHED).exists():
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg = compose("train", overrides=[*overrides, *TRAINER, *self.cache, *self.also, f"run_dir={folder}"])
-            run(cfg)
-        found: dict[str, Any] = json.loads((folder / FINISHED).read_text())
-        return found
+        return metrics_of(self.folder / name, [*overrides, *TRAINER, *self.cache, *self.also])
 
     def trained(self, hospital: Hospital, kind: str, seed: int) -> Path:
         """Return the run of a model that was trained on all labels of one hospital."""

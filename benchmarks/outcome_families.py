@@ -1,4 +1,4 @@
-"""What a hazard run answers for outcomes whose families it was never trained on, against the same outcomes in training.
+"""Compare a hazard run's answers for outcomes whose families were kept out of its training with those of runs that trained on them.
 
     python -m benchmarks.outcome_families draw RUN --folds 4 --leave_out arthritis
     python train.py experiment=pretrain_hazards data.root=DATA run_dir=RUN_0 'task.auto.never={codes: [CODE,...]}'

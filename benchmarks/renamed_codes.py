@@ -11,25 +11,21 @@ docs/hospitals.md shows the table of the file in docs/results/hospitals.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
 
 from benchmarks import hospital_tables
 from benchmarks.common import report
 from benchmarks.hospital_rows import write
 from benchmarks.hospitals import CODE_TAB
+from benchmarks.runs import metrics_of
 from ehr_embed.comparison.provenance_columns import provenance_of
 from ehr_embed.embedding.alignment import SHIPPED_RULES
-from ehr_embed.experiment.run import run
-from ehr_embed.run_folder.layout import FINISHED
 
-CONF = Path(__file__).parents[1] / "conf"
 PLAIN_RULES = "rules_without_synonyms.yaml"
 READINGS: dict[str, tuple[str, ...]] = {
     "own texts": ("data.aligned_to=none",),
@@ -91,16 +87,6 @@ ROW = (
 )
 """Columns of a row. `codes` says how codes are read; it is "as trained" on the data of training."""
 AS_TRAINED = "as trained"
-
-
-def metrics_of(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Make a run unless it is there, and return its metrics."""
-    if not (folder / FINISHED).exists():
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", overrides=[*overrides, f"run_dir={folder}"])
-        run(cfg)
-    found: dict[str, Any] = json.loads((folder / FINISHED).read_text())
-    return found
 
 
 def rows_of(model: Model, key: str, folder: Path, common: Sequence[str], renamed: str) -> list[dict[str, Any]]:

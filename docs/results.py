@@ -28,7 +28,7 @@ from benchmarks import hospital_tables  # noqa: E402
 HOSPITALS_PAGE, HOSPITALS = ROOT / "docs" / "hospitals.md", ROOT / "docs" / "results" / "hospitals"
 HOSPITALS_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 DATASETS = {"physionet2012": "PhysioNet 2012", "eicu_demo_a": "eICU"}
-"""What the pages call the datasets of the rows."""
+"""Names that the pages give to the datasets of the rows."""
 PAGE, TABLES = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 MARKED = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 TASK_LABELS = re.compile(r"task\.labels=\S+")

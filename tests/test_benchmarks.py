@@ -248,7 +248,7 @@ def test_what_a_gpu_will_run_can_be_read(run, monkeypatch):
 
 @pytest.mark.slow
 def test_a_machine_with_a_gpu_needs_neither_hydra_nor_optuna():
-    """What it runs is read there: each benchmark is imported, and pytest finds the tests."""
+    """Each benchmark that the command runs is imported there, and pytest finds the tests."""
     names = sorted({name for name, *_ in gpu.RUNS} - {"embedding"})
     code = f"""
 import importlib, sys

@@ -1,4 +1,4 @@
-"""What `code_tab` makes of a record: a vector per member, from summaries of its codes and weights that their texts choose."""
+"""The body of `code_tab`: it turns a record into a vector per member, from summaries of codes and weights that texts choose."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class CodeTabBody(nn.Module):
         vectors_CE = self.input.with_new(self.vectors, inputs, pairs)
         x_GP = self.input.normalise(pairs)
         is_dense = len(vectors_CE) == n_known and self._is_dense_cheaper(n_rows, len(pairs.row))
-        # Which codes are frequent is known only after counting.
+        # Only counting tells which codes are frequent.
         if self.feeds_absent or is_dense or not reads_freely(x_GP.device):
             e_CE = self._texts(vectors_CE)
             part = self._dense if is_dense else partial(self._sparse, most=pairs.most)

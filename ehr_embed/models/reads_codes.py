@@ -1,4 +1,4 @@
-"""What models of codes read of a batch: where its events are, and the code, the token and the number of each."""
+"""Look up the place, the code, the token and the number of each event of a batch, for models of codes."""
 
 from __future__ import annotations
 

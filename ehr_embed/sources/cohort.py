@@ -118,20 +118,15 @@ def write_demo_cohort(*, root: Path, n_subjects: int, seed: int) -> None:
 
 
 def auroc_of(rows: pl.DataFrame) -> float:
-    """Return the AUROC of `risk` for `boolean_value`, from the ranks of the risks; NaN where one class is missing.
-
-    scikit-learn computes the same, but takes a second to import, which every first run would wait for.
+    """Return the AUROC of `risk` for `boolean_value`; NaN where one class is missing.
 
     >>> auroc_of(pl.DataFrame({"boolean_value": [False, True, False], "risk": [0.1, 0.9, 0.5]}))
     1.0
     """
-    is_positive = rows["boolean_value"].to_numpy()
-    n_positive = int(is_positive.sum())
-    n_pairs = n_positive * (len(rows) - n_positive)
-    if not n_pairs:
-        return np.nan
-    ranks = rows["risk"].rank("average").to_numpy()
-    return float((ranks[is_positive].sum() - n_positive * (n_positive + 1) / 2) / n_pairs)
+    from sklearn.metrics import roc_auc_score  # here, since it takes a second, and few runs need it
+
+    has_both = rows["boolean_value"].n_unique() == 2
+    return float(roc_auc_score(rows["boolean_value"], rows["risk"])) if has_both else np.nan
 
 
 def _draw(

@@ -140,8 +140,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         }
         for number, moments in state["state"].items()
     }
-    # How a step is computed is no part of the state: a checkpoint may come from steps that were not fused. Groups that
-    # the optimizer lacks stay as they are, so that torch refuses them.
+    # The optimizer keeps its own way of computing a step, since a checkpoint may come from steps that were not fused.
+    # Groups that the optimizer lacks stay as they are, so that torch refuses them.
     groups = [dict(group) for group in state["param_groups"]]
     for saved, own in zip(groups, optimizer.param_groups, strict=False):
         saved |= {name: own[name] for name in ("fused", "foreach") if name in own}

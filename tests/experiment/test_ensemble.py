@@ -201,7 +201,7 @@ def test_inner_members_count_by_their_mean_probability():
 
 
 def test_a_member_may_type_only_the_keys_in_which_its_trainer_differs(tmp_path):
-    """Of an optimizer too, unless it chooses another."""
+    """A member may type single keys of an optimizer too, unless it chooses another optimizer."""
     typed = ("+ensemble.members.own.seeds=1", "+ensemble.members.slow.trainer.learning_rate=1e-4",
              "+ensemble.members.slow.trainer.optimizer.betas=[0.5,0.9]")  # fmt: skip
     runs = member_runs(written_out(config(tmp_path, "run", *typed)), tmp_path)
